@@ -1,0 +1,26 @@
+"""Preference data as token ids. Submodules load on first use, so ``from align import data`` loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import chat as chat
+    from . import collate as collate
+    from . import helpsteer as helpsteer
+    from . import prompts as prompts
+    from . import toy as toy
+
+_SUBMODULES = ("chat", "collate", "helpsteer", "prompts", "toy")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _SUBMODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -1,0 +1,256 @@
+"""Messages to token ids and back: tokenizers, chat templates and where a response begins and ends.
+
+The template alone decides what stands before and after a message, the beginning-of-sequence token included, as in
+``tokenizer.apply_chat_template`` and in the servers that follow it; nothing is added to its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from align.errors import DataError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+_PROBE = "Hello  world's end.\n\n\tdef f(x): return x+1  # 123456 caf\u00e9 \u4e2d\u6587 \U0001f600 </s>"
+
+_ASKED_FOR_TODAY = "asked for today's date"
+
+# A macro hides the global of the same name, so every branch of a template that reads the clock raises. The newline is
+# taken away by Jinja's trim_blocks and leaves the template at the start of a line, where it was.
+_NO_CLOCK = f'{{% macro strftime_now(format) %}}{{{{ raise_exception("{_ASKED_FOR_TODAY}") }}}}{{% endmacro %}}\n'
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+def load_tokenizer(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder in Hugging Face layout, or of a hub id.
+
+    transformers 5 builds the tokenizer class that belongs to the ``model_type`` of ``config.json`` (``qwen2``) or to
+    ``tokenizer_class`` (``LlamaTokenizer``), with that family's pre-tokenizer in place of the one in
+    ``tokenizer.json``. Where the two cut text differently, the file wins.
+
+    Raises `DataError` when there is no tokenizer at ``path`` or it cannot be loaded.
+    """
+    path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else str(path)
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(
+            f"the folder has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)})",
+            where=path,
+            remedy="save the tokenizer beside the weights: tokenizer.save_pretrained(folder)",
+        )
+    try:
+        branch: dict[str, Any] = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **branch)
+        file = cached_file(path, "tokenizer.json", **branch, _raise_exceptions_for_missing_entries=False)
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and file and _cuts_differently(tokenizer, file):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **branch)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise DataError(
+            f"no tokenizer could be loaded: {_first_line(error)}",
+            where=path,
+            remedy="give a folder with tokenizer.json and tokenizer_config.json, or a hub id that can be reached",
+        ) from error
+    return tokenizer
+
+
+def _cuts_differently(tokenizer: PreTrainedTokenizerFast, file: str) -> bool:
+    raw = Tokenizer.from_file(file)
+    raw.no_truncation()
+    # Words of the vocabulary too: a word-level tokenizer knows no other.
+    probe = " ".join([_PROBE, *sorted(raw.get_vocab())[:500]])
+    ids = raw.encode(probe, add_special_tokens=False).ids
+    same_ids = tokenizer.encode(probe, add_special_tokens=False, verbose=False) == ids
+    return not same_ids or tokenizer.backend_tokenizer.decode(ids) != raw.decode(ids)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Renderer:
+    """Conversations as token ids, by one tokenizer and one chat template.
+
+    ``chat_template`` is a file that replaces the tokenizer's own template, ``date`` the text passed to the template as
+    ``date_string``. Raises `DataError` when there is no template, when it cannot be read or rendered, when it asks
+    for today's date, and when the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, date: str | None = None):
+        self._bos, eos = _marks(tokenizer)
+        if eos is None:
+            raise DataError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path)
+        self._eos = eos
+        self.tokenizer = tokenizer
+        self.date = date
+        self._name = chat_template or f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        self._template = _read_template(tokenizer, chat_template)
+        self._end_of_turn = self._find_end_of_turn()
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the conversation up to where the assistant's next words begin."""
+        ids = self._encode(self._render(messages, add_generation_prompt=True))
+        if ids[:2] == [self._bos, self._bos]:
+            raise DataError(
+                f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})",
+                where=self._name,
+                remedy="write it once in the template, and not in the messages",
+            )
+        return ids
+
+    def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
+        """Ids of ``response`` as they follow `prompt_ids`, closed by the end-of-turn token; see `dialogue_ids`."""
+        return self.dialogue_ids(messages, [response])[1][0]
+
+    def dialogue_ids(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """`prompt_ids` and the ids of each of ``responses`` as they follow it.
+
+        What the template writes after the end-of-turn token (Qwen: a newline) is cut off, because it is never sampled;
+        where the template writes no such token, the tokenizer's end-of-sequence token is added.
+        Raises `DataError` when the template renders the prompt otherwise once an answer follows it.
+        """
+        prompt_ids = self.prompt_ids(messages)
+        prompt = self._render(messages, add_generation_prompt=True)
+        return prompt_ids, [self._response_ids(messages, response, prompt, prompt_ids) for response in responses]
+
+    def _response_ids(
+        self, messages: Sequence[Message], response: str, prompt: str, prompt_ids: list[int]
+    ) -> list[int]:
+        text = self._render([*messages, Message("assistant", response)], add_generation_prompt=False)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"the prompt {prompt[-60:]!r} is not the beginning of the conversation with its answer",
+                where=self._name,
+                remedy="give a template that writes the same text before an answer: data.chat_template=FILE",
+            )
+        ids = self._encode(text)
+        # In context, so SentencePiece puts no word mark before the first word, unless a token straddles the border.
+        in_context = ids[: len(prompt_ids)] == prompt_ids
+        ids = ids[len(prompt_ids) :] if in_context else self._encode(text[len(prompt) :])
+        if self._end_of_turn not in ids:
+            return [*ids, self._eos]
+        # The last one: the response itself may quote the token.
+        return ids[: len(ids) - ids[::-1].index(self._end_of_turn)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` without special tokens."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's end-of-sequence token and the template's end-of-turn token."""
+        return tuple(sorted({self._eos, self._eos if self._end_of_turn is None else self._end_of_turn}))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary, special ids, template and date; equal on every machine."""
+        content = [sorted(self.tokenizer.get_vocab().items()), _marks(self.tokenizer), self._template, self.date]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        date: dict[str, Any] = {} if self.date is None else {"date_string": self.date}
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message._asdict() for message in messages],
+                chat_template=_NO_CLOCK + self._template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **date,
+            )
+            return cast(str, text)
+        except TemplateError as error:
+            if str(error) != _ASKED_FOR_TODAY:
+                raise DataError(f"the template fails: {_first_line(error)}", where=self._name) from error
+        raise DataError(
+            "the template writes today's date, so the same run would differ from day to day",
+            where=self._name,
+            remedy="fix it, as in data.date='26 Jul 2024'"
+            if self.date is None
+            else "data.date is set but the template does not read date_string; give another data.chat_template=FILE",
+        )
+
+    def _find_end_of_turn(self) -> int | None:
+        """The first special token that the template writes after an answer."""
+        answer = "answer"
+        text = self._render([Message("user", "question"), Message("assistant", answer)], add_generation_prompt=False)
+        before, found, after = text.rpartition(answer)
+        if not found:
+            raise DataError("the template leaves out the assistant's words", where=self._name)
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(self.tokenizer.all_special_ids)
+        return next((id for id in self._encode(after) if id in special), None)
+
+
+def _read_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
+    try:
+        return tokenizer.get_chat_template() if file is None else Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the chat template cannot be read: {_first_line(error)}", where=file, remedy="data.chat_template=FILE"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            "the tokenizer has no chat template, so a conversation has no agreed form",
+            where=tokenizer.name_or_path,
+            remedy="give one: data.chat_template=FILE",
+        ) from error
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """Beginning- and end-of-sequence ids."""
+    return cast("list[int | None]", [tokenizer.bos_token_id, tokenizer.eos_token_id])
+
+
+def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether an id means the same to both: equal vocabularies, beginning- and end-of-sequence ids.
+
+    The padding id may differ, since packed ids hold no padding.
+    """
+    return a.get_vocab() == b.get_vocab() and _marks(a) == _marks(b)
+
+
+def require_same(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, name_a: str = "policy", name_b: str = "reward"
+) -> None:
+    """Raise `DataError` naming sizes and the first difference unless `same_vocabulary` holds."""
+    if same_vocabulary(a, b):
+        return
+    vocabulary_a, vocabulary_b = a.get_vocab(), b.get_vocab()
+    differing = vocabulary_a.items() ^ vocabulary_b.items()
+    if differing:
+        first = min(id for _, id in differing)
+        difference = (
+            f"id {first} is {_tokens(vocabulary_a, first)} in {name_a} and {_tokens(vocabulary_b, first)} in {name_b}"
+        )
+    else:
+        difference = f"beginning- and end-of-sequence ids are {_marks(a)} in {name_a} and {_marks(b)} in {name_b}"
+    raise DataError(
+        f"{name_a} ({len(vocabulary_a)} entries) and {name_b} ({len(vocabulary_b)} entries) have different tokenizers: "
+        f"{difference}",
+        where=f"{a.name_or_path} and {b.name_or_path}",
+        remedy="take models of one family, whose tokenizers are the same",
+    )
+
+
+def _tokens(vocabulary: dict[str, int], id: int) -> str:
+    return " and ".join(repr(token) for token, other in sorted(vocabulary.items()) if other == id) or "missing"

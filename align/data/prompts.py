@@ -1,0 +1,77 @@
+"""The order in which rows are visited, as a pure function of (seed, step).
+
+Nothing is stored: a run that resumes at step s asks for step s and gets what it would have got. Each epoch is a
+permutation of all rows, and batches run on across the border of two epochs, so no row is dropped or seen
+twice before every other was seen once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.errors import DataError
+from align.types import Packed, Prompts
+
+
+@dataclass(frozen=True)
+class Order:
+    """Row numbers of each step's batch.
+
+    Raises `DataError` when there are no rows and `ValueError` for a batch of none.
+    """
+
+    size: int
+    """Rows to choose from."""
+    batch_size: int
+    """Rows of a step; may exceed ``size``, then a batch spans several epochs."""
+    seed: int
+    """Seed of the run."""
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise DataError("no rows to draw batches from", remedy="see the counts of dropped rows above")
+        if self.batch_size <= 0:
+            raise ValueError(f"batch_size must be positive: {self.batch_size}")
+
+    def indices(self, step: int) -> Tensor:
+        """Row numbers of step ``step`` = 1, 2, ..., shape (batch_size,), int64."""
+        if step < 1:
+            raise ValueError(f"steps count from 1: {step}")
+        start, stop = (step - 1) * self.batch_size, step * self.batch_size
+        first, last = start // self.size, (stop - 1) // self.size
+        rows = np.concatenate([self._epoch(epoch) for epoch in range(first, last + 1)])
+        return torch.from_numpy(rows[start - first * self.size : stop - first * self.size])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        # numpy keeps the raw words of a bit generator fixed for ever, but not `Generator.permutation` (NEP 19).
+        key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
+        words = np.random.Philox(key=key).random_raw(self.size)
+        return np.argsort(words, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Batches of prompts, resumable by step number."""
+
+    tokens: Packed
+    """All prompts."""
+    batch_size: int
+    """Prompts of a step, P."""
+    seed: int
+    """Seed of the run."""
+    stop_ids: tuple[int, ...]
+    """Ids that end a response."""
+
+    @property
+    def order(self) -> Order:
+        """Which rows of ``tokens`` each step holds."""
+        return Order(len(self.tokens), self.batch_size, self.seed)
+
+    def batch(self, step: int) -> Prompts:
+        """Prompts of step ``step`` = 1, 2, ..., numbered by their place in the batch."""
+        tokens = self.tokens.select(self.order.indices(step))
+        return Prompts(tokens, torch.arange(self.batch_size), self.stop_ids, step)

@@ -1,0 +1,191 @@
+"""DeepSpeed under a head of `align.models.heads`: forward passes by token budget, and exact optimizer steps.
+
+An optimizer step minimises ``sum of loss sums / sum of counts`` over all micro-batches of all ranks. DeepSpeed averages
+gradients over ranks, so each micro-batch's sum is multiplied by ``world_size / total count`` before its backward pass; the
+total is known beforehand because a loss's count depends on the batch alone (`align.roles.Loss`).
+
+Every rank makes the same number of forward and backward passes, so that sharded weights are gathered in step: ranks with
+fewer micro-batches add empty ones, whose loss is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from torch import Tensor, nn
+
+from align.data import collate
+from align.engines.schedule import learning_rate
+from align.roles import Loss, LossFunction, Metrics
+from align.sections import Model, Optimizer, Trained
+from align.types import Batch, Packed, Sequences
+
+_FILLER = Sequences(Packed.from_lists([[0]]), Packed.from_lists([[0]]), torch.zeros(1, dtype=torch.int64))
+"""What an empty micro-batch computes on."""
+
+
+def _configuration(section: Model) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": section.zero_stage}
+    if isinstance(section, Trained) and section.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if section.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the real sizes are ours; see set_gradient_accumulation_boundary
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": section.optimizer.max_grad_norm if isinstance(section, Trained) else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": section.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves vectors alone."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    present = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(present, lr=section.lr, betas=section.betas, eps=section.eps)
+
+
+class Engine:
+    """A head module on this rank: `infer` for numbers, `update` for training."""
+
+    def __init__(self, head: nn.Module, section: Model, device: torch.device, total_steps: int):
+        """``head.outputs`` names what it returns; ``head.packed`` tells which layout it reads.
+
+        A section without an optimizer gives an engine that only infers: sharded at ZeRO 3, replicated otherwise.
+        """
+        self.head, self.device, self.total_steps = head, device, total_steps
+        self._section = section
+        self._optimizer = section.optimizer if isinstance(section, Trained) else None
+        self._layout = collate.packed if head.packed else collate.padded
+        self.step = 0
+        self.sharded = section.zero_stage == 3
+        head.to(device)
+        if self._optimizer is not None:
+            adamw = _adamw(head, self._optimizer)
+            self._module = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section))[0]
+        elif self.sharded:
+            self._module = deepspeed.initialize(model=head, config=_configuration(section))[0]
+        else:
+            self._module = head
+        self._module.eval()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process within its role."""
+        return dist.get_rank()
+
+    def full(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Within it, every rank holds these weights whole (ZeRO 3); otherwise nothing changes."""
+        return GatheredParameters(list(parameters)) if self.sharded else nullcontext()
+
+    @torch.no_grad()
+    def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:
+        """Outputs of the head for every sequence, on the CPU, ``_BT`` ones 0 where there is no token."""
+        rows_of = collate.micro_batches(sequences, 1, self._section.micro_batch_tokens)
+        num_rounds = self._agree(len(rows_of)) if self.sharded else len(rows_of)
+        outputs = {name: torch.zeros(shape) for name, shape in self._shapes(sequences).items()}
+        for i in range(num_rounds):
+            part = sequences.select(rows_of[i]) if i < len(rows_of) else _FILLER
+            computed = self._module(self._layout(part).to(self.device), **arguments)
+            if i >= len(rows_of):
+                continue
+            for name, value in computed.items():
+                if name.endswith("_BT"):
+                    outputs[name][rows_of[i], : value.shape[1]] = value.float().cpu()
+                else:
+                    outputs[name][rows_of[i]] = value.float().cpu()
+        return outputs
+
+    def update(self, batch: Batch, loss: LossFunction, **arguments: float) -> Metrics:
+        """One optimizer step on this rank's share of ``batch``.
+
+        Returns ``loss``, the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and ``trained_tokens`` (prompts counted
+        once), equal on every rank. A step whose count is 0 on all ranks has nothing to learn from and is left out (``skipped_steps`` is 1). Raises FloatingPointError,
+        before any weight changes, when the loss is not finite.
+        """
+        rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
+        parts = [batch.select(rows) for rows in rows_of]
+        probes = [self._probe(part, loss) for part in parts]
+        names = ["loss", *(probes[0] if probes else self._probe(batch, loss)).metrics]
+        tokens = len(batch.sequences.prompts.ids_N) + len(batch.sequences.responses.ids_N)
+        count = sum(float(probe.count) for probe in probes)
+        total, tokens = self._sum(torch.tensor([count, tokens], dtype=torch.float64)).tolist()
+        if total == 0.0:
+            return {"skipped_steps": 1.0}
+        totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        num_rounds = self._agree(len(parts))
+        self._module.train()
+        for i in range(num_rounds):
+            self._module.set_gradient_accumulation_boundary(i == num_rounds - 1)
+            value = self._forward(parts[i] if i < len(parts) else None, loss, arguments)
+            if i < len(parts) and value.count != probes[i].count:
+                raise ValueError("a loss's count must not depend on model outputs (see align.roles.Loss)")
+            self._module.backward(value.sum * (dist.get_world_size() / total))
+            for row, (s, n) in enumerate([(value.sum, value.count), *value.metrics.values()]):
+                totals[row] += torch.stack([s.detach().double(), n.double()])
+        self._module.eval()
+        sums, counts = self._sum(totals).T.tolist()
+        if not torch.tensor(sums[0]).isfinite():
+            self._module.zero_grad()
+            raise FloatingPointError(f"loss is {sums[0]} at optimizer step {self.step + 1}; no weight was changed")
+        metrics = {name: s / n if n else 0.0 for name, s, n in zip(names, sums, counts, strict=True)}
+        return metrics | self._take_step() | {"skipped_steps": 0.0, "trained_tokens": tokens}
+
+    def _take_step(self) -> Metrics:
+        assert self._optimizer is not None
+        self.step += 1
+        rate = learning_rate(self._optimizer, self.step, self.total_steps)
+        for group in self._module.optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if self._section.zero_stage == 0:  # plain gradients, already averaged; DeepSpeed reports no norm for them
+            grads = [p.grad for p in self.head.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads)) if grads else None
+        self._module.step()
+        if norm is None:
+            norm = float(self._module.get_global_grad_norm())
+        return {"grad_norm": norm, "lr": rate}
+
+    def _forward(self, part: Batch | None, loss: LossFunction, arguments: dict[str, float]) -> Loss:
+        sequences = _FILLER if part is None else part.sequences
+        outputs = self._module(self._layout(sequences).to(self.device), **arguments)
+        if part is None:
+            nothing = sum(value.sum() for value in outputs.values() if value.requires_grad) * 0.0
+            return Loss(nothing, torch.zeros((), device=self.device), {})
+        columns = {name: column.to(self.device) for name, column in part.columns.items()}
+        return loss(mask_BT=sequences.mask_BT.to(self.device), **outputs, **columns)
+
+    def _shapes(self, sequences: Sequences) -> dict[str, tuple[int, ...]]:
+        B_T = tuple(sequences.mask_BT.shape)
+        return {name: B_T if name.endswith("_BT") else B_T[:1] for name in self.head.outputs}
+
+    def _probe(self, part: Batch, loss: LossFunction) -> Loss:
+        """Counts and metric names of a micro-batch, without the model."""
+        zeros = {name: torch.zeros(shape) for name, shape in self._shapes(part.sequences).items()}
+        return loss(mask_BT=part.sequences.mask_BT, **zeros, **part.columns)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks."""
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total
+
+    def _agree(self, number: int) -> int:
+        """The largest ``number`` of all ranks."""
+        value = torch.tensor([number], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)

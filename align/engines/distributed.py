@@ -1,0 +1,52 @@
+"""The process group of one role."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+def open_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """Rank 0's meeting point. The system picks a free port, which is then read from ``store.port``."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """The meeting point as another rank sees it."""
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> torch.device:
+    """Join the process group, gloo on CPU and NCCL on CUDA, and hand it to DeepSpeed. Returns this rank's device.
+
+    On CPU DeepSpeed would compile a shared-memory collective at the first start: a minute, a C++ compiler, and a lock file that
+    hangs later starts if the process is killed meanwhile. It is declared unavailable; gloo does the work.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    deepspeed_logger.setLevel("WARNING")
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
+    deepspeed.init_distributed(backend)
+    return device
+
+
+def initialize_alone() -> torch.device:
+    """The process group of a single process; does nothing when there is one already."""
+    if dist.is_initialized():
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return initialize(dist.HashStore(), rank=0, world_size=1, timeout_s=600.0)

@@ -1,0 +1,50 @@
+"""Errors a user can act on. Each carries its place, what is wrong and the remedy, and an exit status."""
+
+from __future__ import annotations
+
+
+class AlignError(Exception):
+    """Base of every error that is shown as a message, without a traceback of ours.
+
+    ``exit_status`` follows sysexits(3): 76 for a fault of the infrastructure (a retry may help),
+    78 for a fault of configuration or data (a retry cannot help).
+    """
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, where: str | None = None, remedy: str | None = None):
+        self.message, self.where, self.remedy = message, where, remedy
+        lines = [f"{where}: {message}" if where else message]
+        if remedy:
+            lines.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(AlignError):
+    """A recipe, an override or a combination of options that cannot be run."""
+
+    exit_status = 78
+
+
+class DataError(AlignError):
+    """A data source, a row, a tokenizer or a template that cannot be used."""
+
+    exit_status = 78
+
+
+class ModelError(AlignError):
+    """A checkpoint that cannot be loaded as what the recipe says it is."""
+
+    exit_status = 78
+
+
+class PlacementError(AlignError):
+    """Roles that do not fit on the cluster."""
+
+    exit_status = 78
+
+
+class WorkerError(AlignError):
+    """A worker that died, raised or did not answer within its deadline."""
+
+    exit_status = 76

@@ -1,0 +1,5 @@
+"""Models: loading, heads, attention without padding, and writing."""
+
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # log files and our own display have no use for them

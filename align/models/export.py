@@ -1,0 +1,80 @@
+"""Writing a model in Hugging Face layout, and proving that what was written is what was held."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.errors import ModelError
+
+Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
+    """LoRA layers by the name that their weight has without adapters."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, Tensor]:
+    """Every weight whole on the CPU, adapters merged into it, under its name without adapters.
+
+    ``gather`` makes parameters whole within its context; every rank must call this, and only ranks with ``keep`` get the result.
+    """
+    adapted, state = _adapted(model), {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        layer = adapted.get(plain)
+        with gather([parameter] if layer is None else layer.parameters()):
+            value = parameter.detach()
+            if layer is not None:
+                value = value + layer.get_delta_weight(layer.active_adapters[0]).to(value.dtype)  # type: ignore[operator]
+            if keep:
+                state[plain] = value.cpu().clone()
+    return state
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], folder: Path) -> None:
+    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    implementation = model.config._attn_implementation
+    try:
+        model.save_pretrained(partial, state_dict=dict(state))  # which it empties
+    finally:
+        model.config._attn_implementation = implementation
+    tokenizer.save_pretrained(partial)
+    _verify(partial, state, tokenizer)
+    if folder.exists():
+        raise ModelError(f"{folder} exists already", remedy="choose another run.dir")
+    os.rename(partial, folder)
+
+
+def _verify(folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the files back and compare every weight, bit for bit, the config's kind and the vocabulary."""
+    written: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                written.add(name)
+                if name not in state or not torch.equal(tensors.get_tensor(name), state[name]):
+                    raise ModelError(f"{file}: weight {name} reads back other than it was written")
+    if missing := state.keys() - written:
+        raise ModelError(f"{folder}: weights were not written: {', '.join(sorted(missing)[:3])}")
+    AutoConfig.from_pretrained(folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    entries = len(vocabulary)
+    if entries > len(tokenizer):
+        raise ModelError(f"{folder}: the tokenizer reads back with {entries} entries, it has {len(tokenizer)}")

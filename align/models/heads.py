@@ -1,0 +1,90 @@
+"""What roles read from a transformer: log-probabilities of response tokens, or one score a sequence.
+
+Both modules take a `Layout`, so a trainer or an engine never sees padding, and both run the language-model or score head
+only on the states that are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.data.collate import Layout
+from align.models.attention import PACKED
+from align.ops import logprobs
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """The model reads packed layouts."""
+    return model.config._attn_implementation == PACKED
+
+
+def _hidden(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """Final hidden states of the transformer body, flattened to (tokens, hidden)."""
+    extra: dict[str, Any] = {"layout": layout} if is_packed(model) else {}
+    body = getattr(model, model.base_model_prefix)
+    output = body(
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        attention_mask=layout.attention_mask,
+        use_cache=False,
+        **extra,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+class Head(nn.Module):
+    """A transformer and what is read from it; ``forward`` returns the tensors named in ``outputs``."""
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.packed = is_packed(model)
+
+
+class TokenLogprobs(Head):
+    """``logprob_BT`` and ``entropy_BT`` of every response token at a temperature, 0 where there is none."""
+
+    outputs = ("logprob_BT", "entropy_BT")
+
+    def forward(self, layout: Layout, temperature: float) -> dict[str, Tensor]:
+        if self.packed:
+            logits_NV = self.model.get_output_embeddings()(_hidden(self.model, layout)[layout.predicting_N])
+        else:  # any architecture, whatever it does to its logits
+            output = self.model(
+                input_ids=layout.input_ids,
+                position_ids=layout.position_ids,
+                attention_mask=layout.attention_mask,
+                use_cache=False,
+            )
+            logits_NV = output.logits.flatten(0, 1)[layout.predicting_N]
+        token_N = logprobs.of_tokens(logits_NV, layout.target_N, temperature)
+        logprob_BT, entropy_BT = (logprobs.to_padded(value_N, layout.mask_BT) for value_N in token_N)
+        return {"logprob_BT": logprob_BT, "entropy_BT": entropy_BT}
+
+
+class LastTokenScore(Head):
+    """``score_B``: the one-label head at the last token of each sequence, found by length and never by looking for pads."""
+
+    outputs = ("score_B",)
+
+    def forward(self, layout: Layout) -> dict[str, Tensor]:
+        return {"score_B": self.model.score(_hidden(self.model, layout)[layout.last_B]).squeeze(-1).float()}
+
+
+class RowZeroLogit(Head):
+    """``score_B``: the raw logit of vocabulary id 0 at the last token (Llama-3.x-Nemotron-70B-Reward).
+
+    The model cards read ``generate(...).scores[0][0][0]``; that is ``lm_head.weight[0] . h_last``, one forward pass. Raw logits
+    are meant: ``scores`` would be warped where a generation config samples.
+    """
+
+    outputs = ("score_B",)
+
+    def forward(self, layout: Layout) -> dict[str, Tensor]:
+        states = _hidden(self.model, layout)[layout.last_B]
+        return {"score_B": self.model.get_output_embeddings()(states)[:, 0].float()}

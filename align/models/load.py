@@ -1,0 +1,163 @@
+"""Loading transformers models as a recipe says, and refusing what would silently be something else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from align.errors import ModelError
+from align.models.attention import PACKED, is_plain
+from align.sections import Lora, Model, Trained
+
+_HEAD = re.compile(r"^score\.")
+
+
+def _check_source(section: Model) -> None:
+    """Refuse a folder that is not there, and remote code that is not pinned."""
+    path = Path(section.path)
+    looks_local = section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
+    if looks_local and not (path / "config.json").is_file() and not section.init:
+        raise ModelError(f"no model folder: {path / 'config.json'} does not exist", remedy="give a folder or a hub id")
+    if section.trust_remote_code and not path.is_dir() and not re.fullmatch(r"[0-9a-f]{40}", section.revision or ""):
+        raise ModelError(
+            f"{section.path}: trust_remote_code runs code of others and needs a pinned commit, got revision={section.revision}",
+            remedy="set revision to the 40-digit commit you have read",
+        )
+
+
+def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig:
+    """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
+    try:
+        if section.init:
+            fields = {"vocab_size": vocab_size, **section.init}
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            config = AutoConfig.from_pretrained(
+                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+    except KeyError as error:
+        raise ModelError(f"init needs a model_type that transformers knows: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the config of {section.path}: {_first_line(error)}") from error
+    embedded = getattr(config.get_text_config(), "vocab_size", vocab_size)
+    if vocab_size > embedded:
+        raise ModelError(
+            f"{section.path}: the tokenizer has {vocab_size} entries, the model embeds only {embedded}",
+            remedy="give the tokenizer that belongs to the model",
+        )
+    rate = section.dropout if isinstance(section, Trained) else 0.0
+    for name in vars(config):
+        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), (int, float)):
+            setattr(config, name, rate)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _attention(section: Model, config: PreTrainedConfig) -> str:
+    if section.attention == "auto":
+        return PACKED if is_plain(config) else "sdpa"
+    if section.attention == PACKED and not is_plain(config):
+        raise ModelError(
+            f"{section.path}: attention=packed does not fit {config.model_type} with its layer types",
+            remedy="use attention=sdpa or auto",
+        )
+    return section.attention
+
+
+def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of weights that no checkpoint supplied (their values follow from ``seed``)."""
+    torch.manual_seed(seed)
+    dtype = getattr(torch, section.dtype)
+    common = {"attn_implementation": _attention(section, config), "dtype": dtype}
+    if section.init:
+        return auto.from_config(config, **common), set()
+    try:
+        model, info = auto.from_pretrained(
+            section.path,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load {section.path}: {_first_line(error)}") from error
+    return model, set(info["missing_keys"])
+
+
+def causal_lm(section: Model, vocab_size: int, seed: int) -> PreTrainedModel:
+    """A causal language model; every weight must be in the checkpoint."""
+    _check_source(section)
+    model, missing = _build(AutoModelForCausalLM, section, _config(section, vocab_size), seed)
+    if missing:
+        raise ModelError(
+            f"{section.path}: not a causal language model, {len(missing)} weights are missing: {', '.join(sorted(missing)[:3])}"
+        )
+    return model
+
+
+def scorer(section: Model, vocab_size: int, seed: int, *, new_head: bool) -> PreTrainedModel:
+    """A sequence classifier with one label.
+
+    With ``new_head`` (training) a head that the checkpoint lacks is drawn from ``seed``; otherwise such a checkpoint
+    is refused, because transformers would fill the head with noise and only warn.
+    """
+    _check_source(section)
+    config = _config(section, vocab_size)
+    if not new_head and config.num_labels != 1:
+        raise ModelError(f"{section.path}: a reward model has one label, this checkpoint has {config.num_labels}")
+    config.num_labels = 1
+    model, missing = _build(AutoModelForSequenceClassification, section, config, seed)
+    unexpected = {name for name in missing if not (new_head and _HEAD.match(name))}
+    if unexpected:
+        raise ModelError(
+            f"{section.path}: no trained reward head, the checkpoint lacks {', '.join(sorted(unexpected)[:3])}",
+            remedy="train one first (algorithm: reward_model), or name the right reward.kind",
+        )
+    if not hasattr(model, "score"):
+        raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
+    return model
+
+
+def reward_kind(section: Model, kind: str) -> str:
+    """Resolve ``auto`` by the architecture that the checkpoint names."""
+    if kind != "auto":
+        return kind
+    _check_source(section)
+    config = _config(section, 0)
+    names = config.architectures or ["?"]
+    if names[0].endswith("ForSequenceClassification"):
+        return "sequence_classification"
+    raise ModelError(
+        f"{section.path}: cannot tell how {names[0]} gives a reward",
+        remedy="set reward.kind=lm_head_row0 for a Llama-3.x-Nemotron-70B-Reward, else give a sequence classifier",
+    )
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, *, task: str) -> PreTrainedModel:
+    """Inject adapters and freeze the rest; a new ``score`` head stays trainable. Returns the same model."""
+    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
+    )
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or bool(_HEAD.match(name)))
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,45 @@
+"""Log-probabilities of given tokens, their entropy, and the step from packed to padded numbers."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from align.types import checked
+
+
+@checked
+def of_tokens(
+    logits_NV: Float[Tensor, "N V"], ids_N: Int[Tensor, " N"], temperature: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probability of each token and the entropy of the distribution it was drawn from.
+
+    ``logprob = z[id] - logsumexp(z)`` and ``H = logsumexp(z) - sum_v softmax(z)_v z_v`` with ``z = logits / temperature``,
+    in nats, computed in float32. The entropy carries no gradient.
+    """
+    scaled_NV = logits_NV.float() / temperature
+    normalizer_N = scaled_NV.logsumexp(-1)
+    logprob_N = scaled_NV.gather(1, ids_N[:, None]).squeeze(1) - normalizer_N
+    with torch.no_grad():
+        probability_NV = (scaled_NV - normalizer_N[:, None]).exp()
+        entropy_N = normalizer_N - (probability_NV * scaled_NV).sum(-1)
+    return logprob_N, entropy_N
+
+
+@checked
+def to_padded(values_N: Float[Tensor, " N"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Place N packed numbers, row after row, where ``mask_BT`` is true; 0 elsewhere. Differentiable."""
+    return torch.zeros(mask_BT.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter(mask_BT, values_N)
+
+
+@checked
+def masked_sum(values_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Sum over the tokens of each sequence. Selects, so a NaN at a masked position is not seen."""
+    return torch.where(mask_BT, values_BT, 0.0).sum(1)
+
+
+@checked
+def masked_mean(values_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Mean over the tokens of each sequence; 0 for a sequence without tokens."""
+    return masked_sum(values_BT, mask_BT) / mask_BT.sum(1).clamp(min=1)

@@ -1,0 +1,55 @@
+"""Losses as sums with their counts: the engine divides one by the other over the whole optimizer step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from align.types import checked
+
+
+@checked
+def cross_entropy(
+    logprob_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Negative log-likelihood ``-sum_t log pi(token t)``, nats, and the number of tokens."""
+    return -torch.where(mask_BT, logprob_BT, 0.0).sum(), mask_BT.sum()
+
+
+@checked
+def reinforce(
+    logprob_BT: Float[Tensor, "B T"], advantage_B: Float[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """``-sum_i A_i sum_t log pi(token t)`` (Williams 1992), and the number of tokens.
+
+    One step per rollout: there is no ratio to an older policy. The gradient does not pass through the advantage.
+    """
+    weighted_BT = torch.where(mask_BT, logprob_BT, 0.0) * advantage_B.detach()[:, None]
+    return -weighted_BT.sum(), mask_BT.sum()
+
+
+@checked
+def bradley_terry(difference_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """``-log sigmoid(d)`` with d = r(chosen) - r(rejected) (Bradley & Terry 1952)."""
+    return -F.logsigmoid(difference_P)
+
+
+@checked
+def margin_bradley_terry(
+    difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """``-log sigmoid(d - m)`` with m the strength of the preference (Touvron et al. 2023, arXiv 2307.09288, section 3.2.2)."""
+    return -F.logsigmoid(difference_P - strength_P)
+
+
+@checked
+def scaled_bradley_terry(
+    difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """``-m log sigmoid(d)`` with m the strength of the preference (HelpSteer2-Preference, arXiv 2410.01257, section 3).
+
+    The mean over pairs is not divided by the sum of m: a pair of strength 3 counts as three pairs.
+    """
+    return -strength_P * F.logsigmoid(difference_P)

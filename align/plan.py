@@ -1,0 +1,29 @@
+"""What a recipe would start: the part of a dry run that needs no cluster."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from align.launch import cast_sections, check
+from align.sections import Recipe, Trained
+
+
+def describe(config: Recipe, console: Console) -> None:
+    """Print roles, their slots and how their weights are held. Raises `ConfigError` for an impossible placement."""
+    slots, roles = check(config), cast_sections(config)
+    table = Table("role", "slots", "processes", "weights", "source", box=None, header_style="bold")
+    for name, section in roles.items():
+        sharded = section.zero_stage == 3
+        kind = f"{section.dtype}, {'trained' if isinstance(section, Trained) else 'frozen'}, ZeRO {section.zero_stage}"
+        table.add_row(
+            name,
+            ",".join(map(str, slots[name])) if config.executor == "ray" else "-",
+            str(len(slots[name])) if config.executor == "ray" else "this one",
+            f"{kind} ({'sharded over its processes' if sharded else 'whole in each process'})",
+            "random" if section.init else section.path,
+        )
+    console.print(table)
+    total = 1 + max(slot for role in slots.values() for slot in role)
+    where = f"{total} slots of Ray" if config.executor == "ray" else "this process"
+    console.print(f"{config.run.steps} steps on {where}, into {config.run.dir}", highlight=False)

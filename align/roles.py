@@ -1,0 +1,111 @@
+"""The roles of a run as algorithms see them: a few typed methods that answer with futures.
+
+Algorithms are written against these protocols and never learn whether a role lives in this process or on
+a hundred others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.sections import Sampling
+    from align.types import Batch, Prompts, Rollouts, Sequences
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+Metrics = dict[str, float]
+
+
+class Loss(NamedTuple):
+    """What a loss function returns for one micro-batch.
+
+    The engine minimises ``sum(sum) / sum(count)`` over every micro-batch and rank of the optimizer step, so a mean over
+    tokens does not change with micro-batch size, padding, packing or the number of workers. ``count`` may depend on the
+    columns of the batch only, never on model outputs: it is needed before the first backward pass.
+    ``metrics`` are reduced in the same way, each by its own count.
+    """
+
+    sum: Tensor
+    count: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class LossFunction(Protocol):
+    """A module-level function, or a ``functools.partial`` of one, so that it pickles by reference.
+
+    It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` of a reward
+    model), ``mask_BT`` and the columns of the batch, all by keyword.
+    """
+
+    def __call__(self, **tensors: Tensor) -> Loss: ...
+
+
+class Future(Protocol[T_co]):
+    """An answer under way."""
+
+    def result(self) -> T_co:
+        """Wait for the answer; raises `align.errors.WorkerError` when it cannot come."""
+        ...
+
+
+def together(*futures: Future[Any]) -> tuple[Any, ...]:
+    """Wait for several answers that are computed at the same time."""
+    return tuple(future.result() for future in futures)
+
+
+class Policy(Protocol):
+    """The actor."""
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+        """K responses to each prompt."""
+        ...
+
+    def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
+        """log pi(token t | before), shape (B, T), 0 where there is no token."""
+        ...
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """One optimizer step."""
+        ...
+
+    def export(self, folder: Path) -> Future[None]:
+        """Write weights, config and tokenizer in Hugging Face layout."""
+        ...
+
+
+class Reference(Protocol):
+    """A frozen policy."""
+
+    def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
+        """log pi_ref(token t | before), shape (B, T), 0 where there is no token."""
+        ...
+
+
+class Reward(Protocol):
+    """A frozen reward model."""
+
+    def score(self, sequences: Sequences) -> Future[Tensor]:
+        """One number a sequence, shape (B,), read at its last token."""
+        ...
+
+
+class TrainedReward(Protocol):
+    """A reward model in training."""
+
+    def score(self, sequences: Sequences) -> Future[Tensor]:
+        """One number a sequence, shape (B,), read at its last token."""
+        ...
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """One optimizer step."""
+        ...
+
+    def export(self, folder: Path) -> Future[None]:
+        """Write weights, config and tokenizer in Hugging Face layout."""
+        ...

@@ -1,0 +1,133 @@
+"""The run folder: configuration, environment, metrics, samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from align import config as configuration
+from align.errors import ConfigError
+from align.run import display
+from align.run.clock import Clock
+from align.sections import Recipe
+from align.types import Rollouts
+
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "datasets", "peft", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its configuration."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "align": metadata.version("align"),
+        "python": sys.version.split()[0],
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "git_revision": revision or None,
+        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Run:
+    """One training run. Use as a context manager; an algorithm iterates over `steps` and calls `log` in each."""
+
+    def __init__(self, recipe: Recipe, decode: Callable[[Sequence[int]], str]):
+        """Make the folder and write what is known before the start. ``decode`` turns token ids into text for samples."""
+        self.recipe, self.section, self.decode = recipe, recipe.run, decode
+        self.folder = Path(self.section.dir)
+        self.clock = Clock()
+        self._create()
+
+    def _create(self) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(
+                f"run.dir={self.folder} is not empty", remedy="choose another run.dir, or move the old run away"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.folder} cannot be made: {error.strerror}") from error
+        configuration.dump(self.recipe, self.folder / "config.yaml")
+        self.write_json("environment.json", environment())
+
+    @property
+    def final(self) -> Path:
+        """Where the trained model goes."""
+        return self.folder / "final"
+
+    @property
+    def logs(self) -> Path:
+        """Where workers write."""
+        return self.folder / "logs"
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a small file of the run folder."""
+        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    def __enter__(self) -> Run:
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        self._samples = (self.folder / "samples.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(self.folder / "tensorboard") if self.section.tensorboard else None
+        self._display = display.make(self.section.progress, self.recipe.algorithm, self.section.steps)
+        self.clock.on_phase = self._display.phase
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.close()
+        self._metrics.close()
+        self._samples.close()
+        if self._board:
+            self._board.close()
+
+    def steps(self) -> Iterator[int]:
+        """1, 2, ..., ``run.steps``."""
+        self._begun = time.perf_counter()
+        yield from range(1, self.section.steps + 1)
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], rollouts: Rollouts | None = None, score_B: Tensor | None = None
+    ) -> None:
+        """End a step: add seconds by phase and tokens per second, and write everything where it belongs.
+
+        ``rollouts`` and their ``score_B`` give a few samples in readable form.
+        """
+        now = time.perf_counter()
+        seconds = self.clock.drain() | {"step": now - self._begun}
+        self._begun = now
+        line = {"step": step, **metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
+        if rollouts is not None:
+            line["generated_tokens"] = float(rollouts.mask_BT.sum())
+            self._log_samples(step, rollouts, score_B)
+        for phase, tokens in (("generate", "generated_tokens"), ("update", "trained_tokens")):
+            if tokens in line and seconds.get(phase):
+                line[f"tokens_per_second/{phase}"] = line[tokens] / seconds[phase]
+        self._metrics.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+        if self._board:
+            for name, value in line.items():
+                self._board.add_scalar(name, value, step)
+        self._display.step(step, line)
+
+    def _log_samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> None:
+        sequences = rollouts.sequences
+        for i in range(min(self.section.logged_samples, len(rollouts))):
+            sample = {
+                "step": step,
+                "prompt": self.decode(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),
+                "response": self.decode(sequences.responses.row(i).tolist()),
+                "finished": bool(rollouts.finished_B[i]),
+                "score": None if score_B is None else float(score_B[i]),
+            }
+            self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")

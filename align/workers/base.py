@@ -1,0 +1,191 @@
+"""One rank of a role: what every worker has, and how the driver talks to its ranks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align.data import chat, collate
+from align.engines import distributed
+from align.engines.deepspeed import Engine
+from align.models import export, load
+from align.roles import Future, LossFunction, Metrics
+from align.sections import Model, Trained
+from align.types import Batch, Record
+
+W = TypeVar("W", bound="Worker")
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a rank must know to come up."""
+
+    role: str
+    rank: int
+    world_size: int
+    section: Model
+    seed: int
+    total_steps: int
+    timeout_s: float
+    """Seconds after which a collective operation is given up."""
+
+
+@dataclass(frozen=True)
+class Answer(Record, Generic[T]):
+    """What a method returned and the seconds it took in the worker."""
+
+    value: T
+    seconds: float
+
+
+def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], Answer[T]]:
+    """Make a worker's method report how long it was busy."""
+
+    @functools.wraps(method)
+    def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
+        start = time.perf_counter()
+        return Answer(method(self, *args, **kwargs), time.perf_counter() - start)
+
+    return timed
+
+
+class Worker:
+    """One rank. ``start`` joins the process group of the role and then `load` brings up the model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+
+    def __init__(self, spec: Spec):
+        self.spec = spec
+
+    def open_store(self, host: str) -> int:
+        """Rank 0 opens the role's meeting point on a port that the system picks; returns the port."""
+        self._store = distributed.open_store(host, self.spec.timeout_s)
+        return self._store.port
+
+    def start(self, host: str, port: int) -> None:
+        """Join the other ranks and load the model."""
+        if self.spec.rank > 0:
+            self._store = distributed.join_store(host, port, self.spec.timeout_s)
+        spec = self.spec
+        self.device = distributed.initialize(self._store, spec.rank, spec.world_size, spec.timeout_s)
+        self._prepare()
+
+    def start_alone(self) -> None:
+        """Come up as the only rank, in the driver's process."""
+        self.device = distributed.initialize_alone()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        section = self.spec.section
+        self.tokenizer = chat.load_tokenizer(
+            section.path, section.revision, section.trust_remote_code
+        )
+        torch.manual_seed(self.spec.seed)
+        self.load()
+
+    def load(self) -> None:
+        """Bring up the model of this role."""
+        raise NotImplementedError
+
+
+class TrainedWorker(Worker):
+    """A rank whose model learns."""
+
+    def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
+        """Adapters and activation checkpoints, as the recipe says."""
+        section = self.spec.section
+        assert isinstance(section, Trained)
+        if section.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if section.lora.rank:
+            load.add_lora(model, section.lora, task=task)
+
+    def _forward_arguments(self, batch: Batch) -> dict[str, float]:
+        """What the head needs to know about a batch beside its tokens."""
+        return {}
+
+    @answered
+    def update(self, batch: Batch, loss: LossFunction) -> Metrics:
+        """One optimizer step on this rank's share."""
+        return self.engine.update(batch, loss, **self._forward_arguments(batch))
+
+    @answered
+    def export(self, folder: Path) -> None:
+        """Write the model in Hugging Face layout; only rank 0 touches the disk."""
+        first = self.spec.rank == 0
+        state = export.state_dict(self.model, self.engine.full, keep=first)
+        if first:
+            export.write(self.model, self.tokenizer, state, folder)
+
+
+class Ranks(Protocol):
+    """The workers of a role, wherever they are."""
+
+    world_size: int
+
+    def call(
+        self,
+        phase: str,
+        method: Callable[..., Answer[T]],
+        arguments: Sequence[tuple[Any, ...]],
+        gather: Callable[[list[T]], U],
+    ) -> Future[U]:
+        """Call ``method`` (of the worker class) on every rank with its own arguments; ``gather`` their values."""
+        ...
+
+    def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        """The same arguments for every rank."""
+        return [arguments] * self.world_size
+
+
+class Role:
+    """The driver's side of a role: splits work over its ranks and gathers their answers."""
+
+    worker: type[Worker]
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+
+class TrainedRole(Role):
+    """The driver's side of `TrainedWorker`."""
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """One optimizer step; every rank reports the same numbers."""
+        rows = collate.split(batch.sequences, batch.unit, self.ranks.world_size)
+        arguments = [(batch.select(index), loss) for index in rows]
+        return self.ranks.call("update", TrainedWorker.update, arguments, lambda parts: parts[0])
+
+    def export(self, folder: Path) -> Future[None]:
+        """Write the model in Hugging Face layout."""
+        return self.ranks.call("export", TrainedWorker.export, self.ranks.everywhere(folder), lambda parts: None)
+
+
+def by_rank(total: int, world_size: int) -> list[torch.Tensor]:
+    """Indices 0..total-1 dealt out in turn."""
+    return [torch.arange(rank, total, world_size) for rank in range(world_size)]
+
+
+def merged(parts: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Undo a split: ``parts[r]`` holds the rows ``rows[r]``; (B, T) parts are padded with 0 to the longest T."""
+    index = torch.cat(list(rows))
+    if parts[0].ndim == 1:
+        out = torch.zeros(len(index), dtype=parts[0].dtype)
+        out[index] = torch.cat(list(parts))
+        return out
+    out = torch.zeros(len(index), max(part.shape[1] for part in parts), dtype=parts[0].dtype)
+    for part, row in zip(parts, rows, strict=True):
+        out[row, : part.shape[1]] = part
+    return out
