@@ -1,6 +1,7 @@
 """The ``align`` command.
 
-Commands name the module that runs them, so that ``align show`` and every configuration error come without loading torch.
+Commands name the module that runs them, so that ``align show`` and every configuration error come without loading
+torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from align import __version__, config
 from align.errors import AlignError
 
 INTERRUPTED = 130
+PIPE_WIDTH = 240
+"""Columns of a table that goes to a file or a pipe, so that nothing is folded."""
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="run a recipe")
     _recipe_arguments(train)
-    train.add_argument("--dry-run", action="store_true", help="check recipe and placement, print the plan, start nothing")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check recipe and placement, print the plan, start nothing"
+    )
     show = commands.add_parser("show", help="print a recipe resolved, with where each value came from")
     _recipe_arguments(show)
     toy = commands.add_parser("toy", help="write the bundled task as a data folder in HelpSteer3's layout")
@@ -72,14 +77,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     elif arguments.command == "toy":
         toy = importlib.import_module("align.data.toy")
         folder = toy.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
-        console.print(f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False)
+        console.print(
+            f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False
+        )
     else:
         importlib.import_module("align.evaluation.compare").main(arguments, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors a user can act on are printed as one message; the exit status is that of the error."""
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
         _run(_parser().parse_args(argv), console)
     except AlignError as error:

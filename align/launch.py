@@ -97,7 +97,14 @@ def train(loaded: Loaded, console: Console) -> None:
     source = helpsteer.load(config.data)
     material, counts = algorithm.prepare(config, source, renderer)
     run = Run(config, renderer.text)
-    run.write_json("data.json", {"source": {name: asdict(split) for name, split in source.counts.items()}, "prepared": counts, "fingerprint": source.fingerprint})
+    run.write_json(
+        "data.json",
+        {
+            "source": {name: asdict(split) for name, split in source.counts.items()},
+            "prepared": counts,
+            "fingerprint": source.fingerprint,
+        },
+    )
     console.print(f"{config.algorithm}: {', '.join(f'{n} {name}' for name, n in counts.items())}", highlight=False)
     begun = time.perf_counter()
     with cast(config, run) as roles:

@@ -6,9 +6,10 @@ a hundred others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,8 @@ T_co = TypeVar("T_co", covariant=True)
 Metrics = dict[str, float]
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """What a loss function returns for one micro-batch.
 
     The engine minimises ``sum(sum) / sum(count)`` over every micro-batch and rank of the optimizer step, so a mean over
@@ -36,14 +38,12 @@ class Loss(NamedTuple):
     metrics: Mapping[str, tuple[Tensor, Tensor]]
 
 
-class LossFunction(Protocol):
-    """A module-level function, or a ``functools.partial`` of one, so that it pickles by reference.
+LossFunction = Callable[..., Loss]
+"""A module-level function, or a ``functools.partial`` of one, so that it pickles by reference.
 
-    It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` of a reward
-    model), ``mask_BT`` and the columns of the batch, all by keyword.
-    """
-
-    def __call__(self, **tensors: Tensor) -> Loss: ...
+It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` of a reward
+model), ``mask_BT`` and the columns of the batch, all by keyword.
+"""
 
 
 class Future(Protocol[T_co]):

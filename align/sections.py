@@ -73,14 +73,14 @@ class Model:
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """``packed`` runs without padding; ``auto`` takes it where the architecture allows, else ``sdpa``."""
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage. A role that is not trained shards its weights over its ranks at 3 and replicates them below."""
+    """DeepSpeed ZeRO stage. A role that is not trained shards its weights over its ranks at 3 and replicates them
+    below."""
     offload_parameters: bool = False
     """Keep the parameter shards in host memory (ZeRO 3)."""
     micro_batch_tokens: int = 16384
     """Tokens of one forward pass on one rank, prompts counted once. Changes memory and speed, never the result."""
     trust_remote_code: bool = False
     """Run Python code that comes with a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
-
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -150,7 +150,8 @@ class Data:
     """HelpSteer3-Preference, from the hub or from a folder of the same layout."""
 
     path: str = MISSING
-    """Hub id (``nvidia/HelpSteer3``) or a folder that holds ``preference/train.jsonl.gz`` and ``validation.jsonl.gz``."""
+    """Hub id (``nvidia/HelpSteer3``) or a folder that holds ``preference/train.jsonl.gz`` and
+    ``validation.jsonl.gz``."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_rows: int | None = None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -112,7 +113,7 @@ class Packed(Record):
     def lists(self) -> list[list[int]]:
         """The rows as Python lists."""
         ids, offsets = self.ids_N.tolist(), self.offsets_B1.tolist()
-        return [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [ids[a:b] for a, b in pairwise(offsets)]
 
     def select(self, index_B: Tensor) -> Packed:
         """The rows ``index_B``, in that order."""
@@ -249,7 +250,7 @@ class Batch(Record):
     """
 
     sequences: Sequences
-    columns: Mapping[str, Shaped[Tensor, "..."]]
+    columns: Mapping[str, Shaped[Tensor, ...]]
     unit: int
     temperature: float
 

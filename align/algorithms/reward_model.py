@@ -1,4 +1,5 @@
-"""Reward models from preference pairs: Bradley-Terry, with margin, and scaled (HelpSteer2-Preference, arXiv 2410.01257).
+"""Reward models from preference pairs: Bradley-Terry, with margin, and scaled (HelpSteer2-Preference, arXiv
+2410.01257).
 
 With d = r(x, chosen) - r(x, rejected) and m = |preference strength| in {1, 2, 3}, the mean over pairs of
 

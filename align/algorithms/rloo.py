@@ -1,4 +1,5 @@
-"""RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740), against a HelpSteer reward model.
+"""RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740), against a HelpSteer reward
+model.
 
 For K responses y_i to a prompt x, with r the reward model's score and pi_ref the reference:
 
@@ -6,8 +7,8 @@ For K responses y_i to a prompt x, with r the reward model's score and pi_ref th
     A_i = R_i - mean of R_j over the other usable j
     L   = - sum_i A_i sum_t log pi(y_it | x, y_i<t) / number of tokens of usable responses
 
-One optimizer step for each batch of rollouts, so there is no ratio to an older policy and no clipping. All log-probabilities
-are taken at the sampling temperature. The defaults are those of NeMo-Aligner's REINFORCE, with which
+One optimizer step for each batch of rollouts, so there is no ratio to an older policy and no clipping. All
+log-probabilities are taken at the sampling temperature. The defaults are those of NeMo-Aligner's REINFORCE, with which
 Llama-3.1-Nemotron-70B-Instruct was aligned (HelpSteer2-Preference, arXiv 2410.01257).
 
 Left out: several steps for each rollout, and sequence-level clipped ratios.
@@ -51,13 +52,16 @@ class Config(sections.Recipe):
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "abs"
     """Estimate at a token, see `align.ops.kl`. ``abs``: NeMo-Aligner; TRL takes k1."""
     unfinished: Literal["exclude", "keep", "penalise"] = "exclude"
-    """Responses cut off at the limit: out of baseline and gradient (NeMo-Aligner's intent), like any other, or penalised."""
+    """Responses cut off at the limit: out of baseline and gradient (NeMo-Aligner's intent), like any other, or
+    penalised."""
     unfinished_penalty: float = 1.0
     """Subtracted from the score of an unfinished response when they are penalised, in units of the score."""
 
     def __post_init__(self) -> None:
         if self.sampling.num_samples < 2:
-            raise ValueError(f"sampling.num_samples must be at least 2 for a leave-one-out baseline: {self.sampling.num_samples}")
+            raise ValueError(
+                f"sampling.num_samples must be at least 2 for a leave-one-out baseline: {self.sampling.num_samples}"
+            )
         if self.sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be positive: greedy responses to a prompt are all alike")
 

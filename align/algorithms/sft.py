@@ -2,8 +2,8 @@
 
     L = - sum_i sum_t log pi(y_it | x_i, y_i<t) / sum_i |y_i|
 
-over the response tokens of an optimizer step, end-of-turn token included; prompts are not learned. HelpSteer3-Preference
-gives either the preferred response of each row or both.
+over the response tokens of an optimizer step, end-of-turn token included; prompts are not learned.
+HelpSteer3-Preference gives either the preferred response of each row or both.
 
 Left out: packing several conversations into one row (the packed layout needs none), and learning from earlier assistant
 turns of a conversation.

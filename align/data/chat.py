@@ -193,7 +193,7 @@ class Renderer:
         """The first special token that the template writes after an answer."""
         answer = "answer"
         text = self._render([Message("user", "question"), Message("assistant", answer)], add_generation_prompt=False)
-        before, found, after = text.rpartition(answer)
+        _, found, after = text.rpartition(answer)
         if not found:
             raise DataError("the template leaves out the assistant's words", where=self._name)
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}

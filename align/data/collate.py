@@ -4,9 +4,9 @@ The packed layout holds each prompt once and each response once, without padding
 
     ids = [prompt 0 | prompt 1 | ... | response 0 | response 1 | ...]
 
-so the K samples of a prompt, or the two responses of a pair, share its prompt's keys and values. What a token may attend to
-is told by `AttentionGroup`: prompts attend to themselves, responses to their prompt and themselves. The padded
-layout repeats the prompt for each response and suits any architecture. Both give the same numbers.
+so the K samples of a prompt, or the two responses of a pair, share its prompt's keys and values. What a token may
+attend to is told by `AttentionGroup`: prompts attend to themselves, responses to their prompt and themselves. The
+padded layout repeats the prompt for each response and suits any architecture. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GROUP_RATIO = 1.5
 class AttentionGroup:
     """Rows of similar length that attend as one padded batch of R rows, Q queries and K keys.
 
-    ``query_RQ`` and ``key_RK`` index the flat tokens; surplus queries repeat the row's last token and are not among ``valid``.
+    ``query_RQ`` and ``key_RK`` index the flat tokens; surplus queries repeat the row's last token and are not among
+    ``valid``.
     """
 
     query_RQ: Tensor
@@ -70,9 +71,7 @@ class Layout:
         """The same layout on ``device``."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
-        }
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return Layout(**{**moved, "groups": tuple(group.to(device) for group in self.groups)})
 
 
@@ -96,7 +95,8 @@ def _length_groups(lengths_B: Tensor) -> list[Tensor]:
 
 
 def _ragged_index(start_R: Tensor, length_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat indices of rows ``start .. start + length`` as (R, L), short rows repeating their last, and which are real."""
+    """Flat indices of rows ``start .. start + length`` as (R, L), short rows repeating their last, and which are
+    real."""
     column_L = torch.arange(int(length_R.max()))
     index_RL = start_R[:, None] + column_L[None, :].minimum(length_R[:, None] - 1)
     return index_RL, column_L[None, :] < length_R[:, None]
@@ -177,8 +177,8 @@ def padded(sequences: Sequences, side: Literal["left", "right"] = "right") -> La
 def micro_batches(sequences: Sequences, unit: int, max_tokens: int) -> list[Tensor]:
     """Row numbers of micro-batches of at most ``max_tokens`` tokens, similar lengths together.
 
-    A prompt counts once. ``unit`` adjacent rows are never parted, and all rows of a prompt stay together where they fit. A
-    single unit longer than the budget gets a micro-batch of its own.
+    A prompt counts once. ``unit`` adjacent rows are never parted, and all rows of a prompt stay together where they
+    fit. A single unit longer than the budget gets a micro-batch of its own.
     """
     lengths, prompt_lengths = sequences.responses.lengths_B.tolist(), sequences.prompts.lengths_B.tolist()
     prompt_of = sequences.prompt_B.tolist()
@@ -206,10 +206,11 @@ def micro_batches(sequences: Sequences, unit: int, max_tokens: int) -> list[Tens
 def split(sequences: Sequences, unit: int, num_ranks: int) -> list[Tensor]:
     """Row numbers for each of ``num_ranks``, balanced by tokens; ranks may get none when there are few prompts.
 
-    Longest first, each to the rank with the fewest tokens so far (Graham 1969). Rows of a prompt stay together, in order.
+    Longest first, each to the rank with the fewest tokens so far (Graham 1969). Rows of a prompt stay together, in
+    order.
     """
     starts = [0] + [i for i in range(unit, len(sequences), unit) if sequences.prompt_B[i] != sequences.prompt_B[i - 1]]
-    ends = starts[1:] + [len(sequences)] if len(sequences) else []
+    ends = [*starts[1:], len(sequences)] if len(sequences) else []
     tokens = sequences.tokens_B().tolist()
     blocks = sorted(zip(starts, ends, strict=False), key=lambda block: (-sum(tokens[block[0] : block[1]]), block))
     loads, rows = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]

@@ -41,10 +41,8 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "reverse the words": lambda words: words[::-1],
     "sort the words": sorted,
     "say the first word": lambda words: words[:1],
-    "say the second word": lambda words: words[1:2],
     "say the last word": lambda words: words[-1:],
     "drop the first word": lambda words: words[1:],
-    "say each word twice": lambda words: [word for word in words for _ in range(2)],
 }
 MIN_WORDS, MAX_WORDS = 2, 4
 
@@ -185,21 +183,33 @@ def _response(instruction: str, rng: random.Random) -> str:
     if quality == 2 and len(right) == 1:
         quality = rng.choice([1, 3])  # one word has no second-best
     while True:
-        response = " ".join(_attempt(right, quality, rng))
+        response = " ".join(_attempt(instruction, right, quality, rng))
         if score(instruction, response) == quality:
             return response
 
 
-def _attempt(right: list[str], quality: int, rng: random.Random) -> list[str]:
-    """Words that most likely score ``quality``."""
+def _attempt(instruction: str, right: list[str], quality: int, rng: random.Random) -> list[str]:
+    """Words that most likely score ``quality``.
+
+    Half of the mistakes are plausible ones, a word of the instruction in the wrong place or the answer to another
+    request: a reward model that has only seen random words as mistakes is fooled by the first policy that makes better
+    ones.
+    """
+    given = instruction.partition(" : ")[2].split()
+
+    def slip() -> str:
+        return rng.choice(given if rng.random() < 0.5 else WORDS)
+
     if quality == 4:
         return right
     if quality == 3:
         return [*right, *rng.choices(FILLER, k=rng.randint(1, 3))]
+    if quality == 0 and rng.random() < 0.5:
+        return OPERATIONS[rng.choice(list(OPERATIONS))](given)
     if quality == 0:
         return rng.choices(WORDS + FILLER, k=rng.randint(1, len(right) + 2))
     kept = len(right) - 1 if quality == 2 else (len(right) + 2) // 3
     places = set(rng.sample(range(len(right)), kept))
-    words = [word if place in places else rng.choice(WORDS) for place, word in enumerate(right)]
+    words = [word if place in places else slip() for place, word in enumerate(right)]
     # One of one or of two words right would score more than 1.
-    return [*words, rng.choice(WORDS)] if quality == 1 and len(right) <= 2 else words
+    return [*words, slip()] if quality == 1 and len(right) <= 2 else words

@@ -1,11 +1,11 @@
 """DeepSpeed under a head of `align.models.heads`: forward passes by token budget, and exact optimizer steps.
 
 An optimizer step minimises ``sum of loss sums / sum of counts`` over all micro-batches of all ranks. DeepSpeed averages
-gradients over ranks, so each micro-batch's sum is multiplied by ``world_size / total count`` before its backward pass; the
-total is known beforehand because a loss's count depends on the batch alone (`align.roles.Loss`).
+gradients over ranks, so each micro-batch's sum is multiplied by ``world_size / total count`` before its backward pass;
+the total is known beforehand because a loss's count depends on the batch alone (`align.roles.Loss`).
 
-Every rank makes the same number of forward and backward passes, so that sharded weights are gathered in step: ranks with
-fewer micro-batches add empty ones, whose loss is zero.
+Every rank makes the same number of forward and backward passes, so that sharded weights are gathered in step: ranks
+with fewer micro-batches add empty ones, whose loss is zero.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from align.data import collate
 from align.engines.schedule import learning_rate
+from align.models.heads import Head
 from align.roles import Loss, LossFunction, Metrics
 from align.sections import Model, Optimizer, Trained
 from align.types import Batch, Packed, Sequences
@@ -62,7 +63,7 @@ def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
 class Engine:
     """A head module on this rank: `infer` for numbers, `update` for training."""
 
-    def __init__(self, head: nn.Module, section: Model, device: torch.device, total_steps: int):
+    def __init__(self, head: Head, section: Model, device: torch.device, total_steps: int):
         """``head.outputs`` names what it returns; ``head.packed`` tells which layout it reads.
 
         A section without an optimizer gives an engine that only infers: sharded at ZeRO 3, replicated otherwise.
@@ -76,7 +77,7 @@ class Engine:
         head.to(device)
         if self._optimizer is not None:
             adamw = _adamw(head, self._optimizer)
-            self._module = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section))[0]
+            self._module: Any = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section))[0]
         elif self.sharded:
             self._module = deepspeed.initialize(model=head, config=_configuration(section))[0]
         else:
@@ -113,9 +114,9 @@ class Engine:
     def update(self, batch: Batch, loss: LossFunction, **arguments: float) -> Metrics:
         """One optimizer step on this rank's share of ``batch``.
 
-        Returns ``loss``, the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and ``trained_tokens`` (prompts counted
-        once), equal on every rank. A step whose count is 0 on all ranks has nothing to learn from and is left out (``skipped_steps`` is 1). Raises FloatingPointError,
-        before any weight changes, when the loss is not finite.
+        Returns ``loss``, the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and ``trained_tokens`` (prompts
+        counted once), equal on every rank. A step whose count is 0 on all ranks has nothing to learn from and is left
+        out (``skipped_steps`` is 1). Raises FloatingPointError, before any weight changes, when the loss is not finite.
         """
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
@@ -141,6 +142,7 @@ class Engine:
         sums, counts = self._sum(totals).T.tolist()
         if not torch.tensor(sums[0]).isfinite():
             self._module.zero_grad()
+            self._module.optimizer.zero_grad()  # at ZeRO 3 the next step would else add to the gradient of this one
             raise FloatingPointError(f"loss is {sums[0]} at optimizer step {self.step + 1}; no weight was changed")
         metrics = {name: s / n if n else 0.0 for name, s, n in zip(names, sums, counts, strict=True)}
         return metrics | self._take_step() | {"skipped_steps": 0.0, "trained_tokens": tokens}
@@ -164,7 +166,7 @@ class Engine:
         sequences = _FILLER if part is None else part.sequences
         outputs = self._module(self._layout(sequences).to(self.device), **arguments)
         if part is None:
-            nothing = sum(value.sum() for value in outputs.values() if value.requires_grad) * 0.0
+            nothing = torch.stack([value.sum() for value in outputs.values() if value.requires_grad]).sum() * 0.0
             return Loss(nothing, torch.zeros((), device=self.device), {})
         columns = {name: column.to(self.device) for name, column in part.columns.items()}
         return loss(mask_BT=sequences.mask_BT.to(self.device), **outputs, **columns)

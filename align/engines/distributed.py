@@ -26,14 +26,15 @@ def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> torch.device:
     """Join the process group, gloo on CPU and NCCL on CUDA, and hand it to DeepSpeed. Returns this rank's device.
 
-    On CPU DeepSpeed would compile a shared-memory collective at the first start: a minute, a C++ compiler, and a lock file that
-    hangs later starts if the process is killed meanwhile. It is declared unavailable; gloo does the work.
+    On CPU DeepSpeed would probe a compiler for every operator it has, and compile a shared-memory collective at the
+    first start: a minute, and a lock file that hangs later starts if the process is killed meanwhile. The table that it
+    would fill by probing is given to it, with that operator declared unavailable; gloo does the work.
     """
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     deepspeed_logger.setLevel("WARNING")
     cuda = torch.cuda.is_available()
     if not cuda:
-        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+        deepspeed.ops.__compatible_ops__ = {SHARED_MEMORY_OP: False}
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

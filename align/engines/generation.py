@@ -1,8 +1,8 @@
 """Decoding on the policy's own weights.
 
 `Decoder` runs the modules of a Llama-shaped transformer itself, with a slot cache: the K samples of a prompt share one
-prefill, finished rows leave the batch, and waiting sequences take their places. It copies no weights, so a rollout always
-comes from the weights that are being trained, and its log-probabilities are those of the training forward pass.
+prefill, finished rows leave the batch, and waiting sequences take their places. It copies no weights, so a rollout
+always comes from the weights that are being trained, and its log-probabilities are those of the training forward pass.
 Any other architecture goes through ``transformers.generate`` (`generate_any`), with the same sampler.
 
 Noise is that of `align.ops.sampling.uniform`: tokens do not depend on what else is in the batch.
@@ -12,21 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from align.data import collate
 from align.models.attention import is_plain, packed_attention
+from align.models.heads import lm_head
 from align.ops import sampling
 from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 REFILL_FRACTION = 4
-"""Waiting sequences are admitted when a quarter of the slots is free: one prefill for many is cheaper than many for one."""
+"""Waiting sequences are admitted when a quarter of the slots is free: one prefill for many is cheaper than many for
+one."""
 COMPACT_BELOW = 0.85
 """Finished rows are removed when fewer than this fraction of the rows of the batch is alive."""
 KEY_BLOCK = 32
@@ -80,7 +83,7 @@ class _Request:
     @classmethod
     def of(cls, model: PreTrainedModel, prompts: Prompts, sample: Sampling, seed: int) -> _Request:
         """A request to ``model``, which may end responses by ids of its own (Llama 3 has several)."""
-        device = model.get_input_embeddings().weight.device
+        device = model.device
         configured = getattr(model.generation_config, "eos_token_id", None)
         own = configured if isinstance(configured, list) else [configured]
         stop_ids = sorted({*prompts.stop_ids, *(id for id in own if id is not None)})
@@ -130,7 +133,9 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, num_slots: int, agree: Callable[[int], int] | None = None):
         """``agree`` (largest of a number over ranks) makes all ranks take equally many passes, for sharded weights."""
-        self.model, self.body, self.num_slots, self.agree = model, model.model, num_slots, agree
+        self.body: Any = model.model
+        self.lm_head = lm_head(model)
+        self.model, self.num_slots, self.agree = model, num_slots, agree
         config = model.config
         self.num_heads, self.num_kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -157,17 +162,16 @@ class Decoder:
         return busy if self.agree is None else self.agree(int(busy)) > 0
 
     def _no_rows(self, max_tokens: int) -> _Rows:
-        device = self.body.embed_tokens.weight.device
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return _Rows(none, none, none, torch.empty(0, max_tokens, dtype=torch.float64, device=device), none.bool())
+        none = torch.empty(0, dtype=torch.int64, device=self.model.device)
+        uniform = torch.empty(0, max_tokens, dtype=torch.float64, device=self.model.device)
+        return _Rows(none, none, none, uniform, none.bool())
 
     def _reserve(self, prompts: Prompts, sample: Sampling, count: int) -> None:
         """Caches of (slots, kv heads, positions, head_dim) for each layer."""
         longest = int(prompts.tokens.lengths_B.max()) + sample.max_tokens if len(prompts) else KEY_BLOCK
         length = -(-longest // KEY_BLOCK) * KEY_BLOCK
         shape = (min(self.num_slots, count), self.num_kv, length, self.head_dim)
-        weight = self.model.get_output_embeddings().weight
-        empty = lambda: weight.new_zeros(shape)  # noqa: E731
+        empty = lambda: torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)  # noqa: E731
         self.cache = [(empty(), empty()) for _ in self.body.layers]
 
     def _prefill(self, request: _Request, sequence: Tensor, first_slot: int) -> _Rows:
@@ -192,7 +196,7 @@ class Decoder:
             return packed_attention(self.body, q, k, v, None, layout=layout)[0]
 
         hidden = self._body(layout.input_ids, layout.position_ids, attend)[0]
-        logits = self.model.get_output_embeddings()(hidden[layout.last_B[prompt_B.to(sequence.device)]])
+        logits = self.lm_head(hidden[layout.last_B[prompt_B.to(sequence.device)]])
         uniform = request.noise(sequence)
         ids, alive = request.draw(logits, uniform[:, 0], sequence)
         return _Rows(sequence, ids, copies.lengths_B.to(sequence.device), uniform, alive)
@@ -211,12 +215,15 @@ class Decoder:
             # The query heads that share a key head stand in the place of query positions.
             grouped = q.view(num_rows, self.num_kv, self.num_heads // self.num_kv, self.head_dim)
             out = F.scaled_dot_product_attention(
-                grouped, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], attn_mask=visible[:, None, None]
+                grouped,
+                keys[:num_rows, :, :num_keys],
+                values[:num_rows, :, :num_keys],
+                attn_mask=visible[:, None, None],
             )
             return out.reshape(num_rows, 1, self.num_heads, self.head_dim)
 
         hidden = self._body(rows.token[:, None], rows.position[:, None], attend)[:, 0]
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.lm_head(hidden)
         live = rows.alive.nonzero().squeeze(1)
         sequence = rows.sequence[live]
         t = request.drawn.length_B[sequence]
@@ -241,7 +248,8 @@ class Decoder:
         return rows.take(source)
 
     def _body(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """The transformer over ``ids`` (R, Q) with rotary positions; ``attend`` gets q, k, v as (R, heads, Q, head_dim)."""
+        """The transformer over ``ids`` (R, Q) with rotary positions; ``attend`` gets q, k, v as (R, heads, Q,
+        head_dim)."""
         hidden = self.body.embed_tokens(ids)
         cos, sin = self.body.rotary_emb(hidden, position_ids=positions)
         for index, layer in enumerate(self.body.layers):
@@ -288,16 +296,22 @@ def generate_any(model: PreTrainedModel, prompts: Prompts, sample: Sampling, see
     empty = Packed(torch.empty(0, dtype=torch.int64), torch.zeros(len(rows) + 1, dtype=torch.int64))
     layout = collate.padded(Sequences(rows, empty, torch.arange(len(rows))), side="left").to(stop_ids.device)
     length = layout.input_ids.shape[1]
-    model.generate(
-        layout.input_ids,
-        attention_mask=layout.attention_mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=sample.max_tokens,
-        eos_token_id=stop_ids.tolist(),
-        pad_token_id=int(stop_ids[0]),
-        logits_processor=LogitsProcessorList([_HashSampler(request, length)]),
-    )
+    generator: Any = model
+    # Penalties and suppressed tokens of the checkpoint would part what is sampled from what is trained.
+    habits, generator.generation_config = generator.generation_config, GenerationConfig()
+    try:
+        generator.generate(
+            layout.input_ids,
+            attention_mask=layout.attention_mask,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=sample.max_tokens,
+            eos_token_id=stop_ids.tolist(),
+            pad_token_id=int(stop_ids[0]),
+            logits_processor=LogitsProcessorList([_HashSampler(request, length)]),
+        )
+    finally:
+        generator.generation_config = habits
     return request.drawn.rollouts(prompts, sample)
 
 

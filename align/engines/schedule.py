@@ -10,8 +10,9 @@ from align.sections import Optimizer
 def learning_rate(section: Optimizer, step: int, total_steps: int) -> float:
     """Rate of optimizer step ``step`` (1-based).
 
-    Warm-up is linear, ``lr * step / warmup_steps``. Then, with u in [0, 1] the fraction of the remaining steps that is done and
-    m = ``min_lr_ratio``: constant ``lr``, linear ``lr (1 - (1 - m) u)``, cosine ``lr (m + (1 - m)(1 + cos(pi u)) / 2)``.
+    Warm-up is linear, ``lr * step / warmup_steps``. Then, with u in [0, 1] the fraction of the remaining steps that is
+    done and m = ``min_lr_ratio``: constant ``lr``, linear ``lr (1 - (1 - m) u)``, cosine ``lr (m + (1 - m)(1 + cos(pi
+    u)) / 2)``.
     """
     if step < section.warmup_steps:
         return section.lr * step / section.warmup_steps

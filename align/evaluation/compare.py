@@ -1,7 +1,8 @@
 """A policy before and after training, on held-out prompts of the bundled task.
 
-Both answer the same prompts with the same noise. Reported for each: the task's ground truth (0 to 4), the reward model's
-score, and KL = mean over responses of sum_t log pi(token t) - log pi_before(token t), in nats, of responses it sampled.
+Both answer the same prompts with the same noise. Reported for each: the task's ground truth (0 to 4), the reward
+model's score, and KL = mean over responses of sum_t log pi(token t) - log pi_before(token t), in nats, of responses it
+sampled.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Judged:
 
 
 def _engine(path: Path, head: type[heads.Head], vocabulary: int) -> Engine:
-    section = Reward(path=str(path), dtype="float32") if head is heads.LastTokenScore else Reference(path=str(path), dtype="float32")
+    section = (
+        Reward(path=str(path), dtype="float32")
+        if head is heads.LastTokenScore
+        else Reference(path=str(path), dtype="float32")
+    )
     if isinstance(section, Reward):
         model = load.scorer(section, vocabulary, seed=0, new_head=False)
     else:

@@ -1,7 +1,7 @@
 """Attention over packed tokens, registered with transformers as ``packed``.
 
-Linear layers, norms and embeddings see the flat tokens of a micro-batch; only here are rows of similar length padded to a
-batch for the attention kernel (`align.data.collate.AttentionGroup`).
+Linear layers, norms and embeddings see the flat tokens of a micro-batch; only here are rows of similar length padded
+to a batch for the attention kernel (`align.data.collate.AttentionGroup`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def packed_attention(
     layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention of flat tokens. ``query`` (1, heads, N, head_dim); returns (1, N, heads, head_dim)."""
+    """Scaled dot-product attention of flat tokens. ``query`` (1, heads, N, head_dim); returns (1, N, heads,
+    head_dim)."""
     if layout is None or attention_mask is not None:
         raise ValueError("packed attention needs the layout of its tokens and takes no mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)

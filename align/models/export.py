@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from align.errors import ModelError
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
+def _adapted(model: nn.Module) -> dict[str, Any]:
     """LoRA layers by the name that their weight has without adapters."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
@@ -29,7 +29,8 @@ def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
 def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, Tensor]:
     """Every weight whole on the CPU, adapters merged into it, under its name without adapters.
 
-    ``gather`` makes parameters whole within its context; every rank must call this, and only ranks with ``keep`` get the result.
+    ``gather`` makes parameters whole within its context; every rank must call this, and only ranks with ``keep`` get
+    the result.
     """
     adapted, state = _adapted(model), {}
     for name, parameter in model.named_parameters():
@@ -40,14 +41,15 @@ def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, 
         with gather([parameter] if layer is None else layer.parameters()):
             value = parameter.detach()
             if layer is not None:
-                value = value + layer.get_delta_weight(layer.active_adapters[0]).to(value.dtype)  # type: ignore[operator]
+                value = value + layer.get_delta_weight(layer.active_adapters[0]).to(value.dtype)
             if keep:
                 state[plain] = value.cpu().clone()
     return state
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], folder: Path) -> None:
-    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``."""
+    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to
+    ``folder``."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     implementation = model.config._attn_implementation
@@ -56,25 +58,40 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dic
     finally:
         model.config._attn_implementation = implementation
     tokenizer.save_pretrained(partial)
-    _verify(partial, state, tokenizer)
+    _verify(partial, state, tokenizer, type(model))
     if folder.exists():
         raise ModelError(f"{folder} exists already", remedy="choose another run.dir")
     os.rename(partial, folder)
 
 
-def _verify(folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+def _verify(
+    folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, kind: type[PreTrainedModel]
+) -> None:
     """Read the files back and compare every weight, bit for bit, the config's kind and the vocabulary."""
-    written: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                written.add(name)
-                if name not in state or not torch.equal(tensors.get_tensor(name), state[name]):
-                    raise ModelError(f"{file}: weight {name} reads back other than it was written")
-    if missing := state.keys() - written:
+    read: set[str] = set()
+    for name, value in _read_back(folder, state.keys(), kind):
+        read.add(name)
+        if name not in state or not torch.equal(value, state[name]):
+            raise ModelError(f"{folder}: weight {name} reads back other than it was written")
+    if missing := state.keys() - read:
         raise ModelError(f"{folder}: weights were not written: {', '.join(sorted(missing)[:3])}")
     AutoConfig.from_pretrained(folder)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     entries = len(vocabulary)
     if entries > len(tokenizer):
         raise ModelError(f"{folder}: the tokenizer reads back with {entries} entries, it has {len(tokenizer)}")
+
+
+def _read_back(folder: Path, names: Set[str], kind: type[PreTrainedModel]) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the files; through transformers where it writes an architecture's weights under other names."""
+    written: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            written |= dict.fromkeys(tensors.keys(), file)
+    if written.keys() != names:
+        yield from kind.from_pretrained(folder, dtype="auto").named_parameters()
+        return
+    for file in sorted(set(written.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                yield name, tensors.get_tensor(name)

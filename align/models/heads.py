@@ -1,7 +1,7 @@
 """What roles read from a transformer: log-probabilities of response tokens, or one score a sequence.
 
-Both modules take a `Layout`, so a trainer or an engine never sees padding, and both run the language-model or score head
-only on the states that are read.
+Both modules take a `Layout`, so a trainer or an engine never sees padding, and both run the language-model or score
+head only on the states that are read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.data.collate import Layout
+from align.errors import ModelError
 from align.models.attention import PACKED
 from align.ops import logprobs
 
@@ -19,6 +20,14 @@ from align.ops import logprobs
 def is_packed(model: PreTrainedModel) -> bool:
     """The model reads packed layouts."""
     return model.config._attn_implementation == PACKED
+
+
+def lm_head(model: PreTrainedModel) -> nn.Module:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no language-model head")
+    return head
 
 
 def _hidden(model: PreTrainedModel, layout: Layout) -> Tensor:
@@ -42,7 +51,7 @@ class Head(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self.packed = is_packed(model)
 
 
@@ -53,7 +62,7 @@ class TokenLogprobs(Head):
 
     def forward(self, layout: Layout, temperature: float) -> dict[str, Tensor]:
         if self.packed:
-            logits_NV = self.model.get_output_embeddings()(_hidden(self.model, layout)[layout.predicting_N])
+            logits_NV = lm_head(self.model)(_hidden(self.model, layout)[layout.predicting_N])
         else:  # any architecture, whatever it does to its logits
             output = self.model(
                 input_ids=layout.input_ids,
@@ -68,23 +77,25 @@ class TokenLogprobs(Head):
 
 
 class LastTokenScore(Head):
-    """``score_B``: the one-label head at the last token of each sequence, found by length and never by looking for pads."""
+    """``score_B``: the one-label head at the last token of each sequence, found by length and never by looking for
+    pads."""
 
     outputs = ("score_B",)
 
     def forward(self, layout: Layout) -> dict[str, Tensor]:
-        return {"score_B": self.model.score(_hidden(self.model, layout)[layout.last_B]).squeeze(-1).float()}
+        head: Any = self.model.score
+        return {"score_B": head(_hidden(self.model, layout)[layout.last_B]).squeeze(-1).float()}
 
 
 class RowZeroLogit(Head):
     """``score_B``: the raw logit of vocabulary id 0 at the last token (Llama-3.x-Nemotron-70B-Reward).
 
-    The model cards read ``generate(...).scores[0][0][0]``; that is ``lm_head.weight[0] . h_last``, one forward pass. Raw logits
-    are meant: ``scores`` would be warped where a generation config samples.
+    The model cards read ``generate(...).scores[0][0][0]``; that is ``lm_head.weight[0] . h_last``, one forward pass.
+    Raw logits are meant: ``scores`` would be warped where a generation config samples.
     """
 
     outputs = ("score_B",)
 
     def forward(self, layout: Layout) -> dict[str, Tensor]:
         states = _hidden(self.model, layout)[layout.last_B]
-        return {"score_B": self.model.get_output_embeddings()(states)[:, 0].float()}
+        return {"score_B": lm_head(self.model)(states)[:, 0].float()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +32,8 @@ def _check_source(section: Model) -> None:
         raise ModelError(f"no model folder: {path / 'config.json'} does not exist", remedy="give a folder or a hub id")
     if section.trust_remote_code and not path.is_dir() and not re.fullmatch(r"[0-9a-f]{40}", section.revision or ""):
         raise ModelError(
-            f"{section.path}: trust_remote_code runs code of others and needs a pinned commit, got revision={section.revision}",
+            f"{section.path}: trust_remote_code runs code of others and needs a pinned commit, "
+            f"got revision={section.revision}",
             remedy="set revision to the 40-digit commit you have read",
         )
 
@@ -93,7 +95,7 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
             output_loading_info=True,
             **common,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {section.path}: {_first_line(error)}") from error
     return model, set(info["missing_keys"])
 
@@ -104,7 +106,8 @@ def causal_lm(section: Model, vocab_size: int, seed: int) -> PreTrainedModel:
     model, missing = _build(AutoModelForCausalLM, section, _config(section, vocab_size), seed)
     if missing:
         raise ModelError(
-            f"{section.path}: not a causal language model, {len(missing)} weights are missing: {', '.join(sorted(missing)[:3])}"
+            f"{section.path}: not a causal language model, it lacks {len(missing)} weights: "
+            + ", ".join(sorted(missing)[:3])
         )
     return model
 
@@ -117,7 +120,8 @@ def scorer(section: Model, vocab_size: int, seed: int, *, new_head: bool) -> Pre
     """
     _check_source(section)
     config = _config(section, vocab_size)
-    if not new_head and config.num_labels != 1:
+    trained = (config.architectures or ["?"])[0].endswith("ForSequenceClassification")
+    if not new_head and trained and config.num_labels != 1:
         raise ModelError(f"{section.path}: a reward model has one label, this checkpoint has {config.num_labels}")
     config.num_labels = 1
     model, missing = _build(AutoModelForSequenceClassification, section, config, seed)
@@ -151,7 +155,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, task: str) -> PreTrainedMode
     """Inject adapters and freeze the rest; a new ``score`` head stays trainable. Returns the same model."""
     targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
+        r=lora.rank, lora_alpha=cast(int, lora.alpha), lora_dropout=lora.dropout, target_modules=targets, task_type=task
     )
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():

@@ -38,7 +38,7 @@ def per_token(
             return x_BT.abs()
         case "k2":
             return x_BT.square() / 2
-        case "k3":
+        case "k3":  # pragma: no branch - the type names no other
             return (-x_BT.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)).exp() - 1 + x_BT
 
 

@@ -15,15 +15,16 @@ def of_tokens(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probability of each token and the entropy of the distribution it was drawn from.
 
-    ``logprob = z[id] - logsumexp(z)`` and ``H = logsumexp(z) - sum_v softmax(z)_v z_v`` with ``z = logits / temperature``,
-    in nats, computed in float32. The entropy carries no gradient.
+    ``logprob = z[id] - logsumexp(z)`` and ``H = -sum_v p_v log p_v`` with ``z = logits / temperature``
+    and ``p = softmax(z)``, in nats, computed in float32. The entropy carries no gradient.
     """
     scaled_NV = logits_NV.float() / temperature
     normalizer_N = scaled_NV.logsumexp(-1)
     logprob_N = scaled_NV.gather(1, ids_N[:, None]).squeeze(1) - normalizer_N
     with torch.no_grad():
-        probability_NV = (scaled_NV - normalizer_N[:, None]).exp()
-        entropy_N = normalizer_N - (probability_NV * scaled_NV).sum(-1)
+        # Not ``logsumexp(z) - sum_v p_v z_v``, which loses digits when all logits are far from 0.
+        every_NV = scaled_NV - normalizer_N[:, None]
+        entropy_N = -every_NV.exp().mul_(every_NV).sum(-1)
     return logprob_N, entropy_N
 
 

@@ -26,8 +26,8 @@ def reinforce(
 
     One step per rollout: there is no ratio to an older policy. The gradient does not pass through the advantage.
     """
-    weighted_BT = torch.where(mask_BT, logprob_BT, 0.0) * advantage_B.detach()[:, None]
-    return -weighted_BT.sum(), mask_BT.sum()
+    advantage_BT = torch.where(mask_BT, advantage_B.detach()[:, None], 0.0)
+    return -(torch.where(mask_BT, logprob_BT, 0.0) * advantage_BT).sum(), mask_BT.sum()
 
 
 @checked
@@ -37,17 +37,14 @@ def bradley_terry(difference_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
 
 
 @checked
-def margin_bradley_terry(
-    difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]
-) -> Float[Tensor, " P"]:
-    """``-log sigmoid(d - m)`` with m the strength of the preference (Touvron et al. 2023, arXiv 2307.09288, section 3.2.2)."""
+def margin_bradley_terry(difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """``-log sigmoid(d - m)`` with m the strength of the preference (Touvron et al. 2023, arXiv 2307.09288, section
+    3.2.2)."""
     return -F.logsigmoid(difference_P - strength_P)
 
 
 @checked
-def scaled_bradley_terry(
-    difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]
-) -> Float[Tensor, " P"]:
+def scaled_bradley_terry(difference_P: Float[Tensor, " P"], strength_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """``-m log sigmoid(d)`` with m the strength of the preference (HelpSteer2-Preference, arXiv 2410.01257, section 3).
 
     The mean over pairs is not divided by the sum of m: a pair of strength 3 counts as three pairs.

@@ -13,10 +13,11 @@ NUM_BINS = 10
 
 @checked
 def expected_calibration_error(difference_P: Float[Tensor, " P"]) -> float:
-    """``ECE = sum_b n_b / P |accuracy_b - confidence_b|`` over ten bins of equal width (Guo et al. 2017, arXiv 1706.04599).
+    """``ECE = sum_b n_b / P |accuracy_b - confidence_b|`` over ten bins of equal width (Guo et al. 2017, arXiv
+    1706.04599).
 
-    With d = r(chosen) - r(rejected), a model that believes the Bradley-Terry probability sigmoid(|d|) of its own verdict is
-    calibrated when verdicts of confidence c are right in a fraction c of cases. Confidence lies in [0.5, 1].
+    With d = r(chosen) - r(rejected), a model that believes the Bradley-Terry probability sigmoid(|d|) of its own
+    verdict is calibrated when verdicts of confidence c are right in a fraction c of cases. Confidence lies in [0.5, 1].
     """
     confidence_P = difference_P.abs().double().sigmoid()
     right_P = (difference_P > 0).double()

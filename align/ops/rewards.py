@@ -19,8 +19,8 @@ def treat_unfinished(
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
     """Rewards, and which sequences may be learned from.
 
-    A response cut off at the length limit was not judged as the policy meant it. ``exclude`` takes it out of baseline and
-    gradient (the intent of NeMo-Aligner's REINFORCE), ``keep`` treats it like any other, ``penalise`` subtracts
+    A response cut off at the length limit was not judged as the policy meant it. ``exclude`` takes it out of baseline
+    and gradient (the intent of NeMo-Aligner's REINFORCE), ``keep`` treats it like any other, ``penalise`` subtracts
     ``penalty`` from its score.
     """
     match treatment:
@@ -28,13 +28,11 @@ def treat_unfinished(
             return score_B, finished_B
         case "keep":
             return score_B, torch.ones_like(finished_B)
-        case "penalise":
+        case "penalise":  # pragma: no branch - the type names no other
             return torch.where(finished_B, score_B, score_B - penalty), torch.ones_like(finished_B)
 
 
 @checked
-def subtract_kl(
-    reward_B: Float[Tensor, " B"], kl_B: Float[Tensor, " B"], coefficient: float
-) -> Float[Tensor, " B"]:
+def subtract_kl(reward_B: Float[Tensor, " B"], kl_B: Float[Tensor, " B"], coefficient: float) -> Float[Tensor, " B"]:
     """``R = r - coefficient * KL`` (Ziegler et al. 2019, arXiv 1909.08593, section 2)."""
     return reward_B - coefficient * kl_B

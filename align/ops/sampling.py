@@ -43,13 +43,12 @@ def uniform(
     state = prompt_B.new_zeros(prompt_B.shape)
     for word in (seed, step, prompt_B, sample_B, token_B):
         state = _mix((state ^ (_signed(word) if isinstance(word, int) else word)) + _signed(_GOLDEN))
-    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+    # 52 bits: with 53 the half would be rounded away, at the upper end to 1.
+    return (_shift_right(state, 12).double() + 0.5) * 2.0**-52
 
 
 @checked
-def filtered(
-    logits_BV: Float[Tensor, "B V"], top_k: int, top_p: float, min_p: float
-) -> Float[Tensor, "B V"]:
+def filtered(logits_BV: Float[Tensor, "B V"], top_k: int, top_p: float, min_p: float) -> Float[Tensor, "B V"]:
     """Logits with the tokens outside top-k, then top-p (Holtzman et al. 2020), then min-p set to -inf.
 
     The most likely token always stays. Among equal logits at the border of top-p, which stay is decided by token id.
@@ -98,10 +97,8 @@ def sample(
     """
     logits_BV = logits_BV.float()
     scaled_BV = logits_BV / temperature if temperature > 0 else logits_BV
-    if temperature > 0:
-        ids_B = draw(filtered(scaled_BV, top_k, top_p, min_p), uniform_B)
-    else:
-        ids_B = logits_BV.argmax(-1)
+    greedy = temperature == 0
+    ids_B = logits_BV.argmax(-1) if greedy else draw(filtered(scaled_BV, top_k, top_p, min_p), uniform_B)
     logprob_B = _logprob(scaled_BV, ids_B)
     untempered_B = logprob_B if scaled_BV is logits_BV or temperature == 1.0 else _logprob(logits_BV, ids_B)
     return ids_B, logprob_B, untempered_B

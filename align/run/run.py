@@ -30,7 +30,10 @@ PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "da
 def environment() -> dict[str, Any]:
     """What the numbers of a run depend on beside its configuration."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        revision = ""
     return {
         "align": metadata.version("align"),
         "python": sys.version.split()[0],
@@ -45,7 +48,8 @@ class Run:
     """One training run. Use as a context manager; an algorithm iterates over `steps` and calls `log` in each."""
 
     def __init__(self, recipe: Recipe, decode: Callable[[Sequence[int]], str]):
-        """Make the folder and write what is known before the start. ``decode`` turns token ids into text for samples."""
+        """Make the folder and write what is known before the start. ``decode`` turns token ids into text for
+        samples."""
         self.recipe, self.section, self.decode = recipe, recipe.run, decode
         self.folder = Path(self.section.dir)
         self.clock = Clock()
@@ -78,8 +82,8 @@ class Run:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
     def __enter__(self) -> Run:
-        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
-        self._samples = (self.folder / "samples.jsonl").open("a", buffering=1)
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._samples = (self.folder / "samples.jsonl").open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(self.folder / "tensorboard") if self.section.tensorboard else None
         self._display = display.make(self.section.progress, self.recipe.algorithm, self.section.steps)
         self.clock.on_phase = self._display.phase

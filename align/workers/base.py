@@ -89,9 +89,7 @@ class Worker:
 
     def _prepare(self) -> None:
         section = self.spec.section
-        self.tokenizer = chat.load_tokenizer(
-            section.path, section.revision, section.trust_remote_code
-        )
+        self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
         torch.manual_seed(self.spec.seed)
         self.load()
 

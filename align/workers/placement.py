@@ -11,8 +11,8 @@ from align.errors import ConfigError
 def parse_slots(role: str, text: str) -> tuple[int, ...]:
     """``"0"``, ``"0-3"`` or ``"0,2-4"`` as slot numbers, in order and without repeats."""
     slots: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ConfigError(
                 f"placement.{role}: cannot read {text!r} as slots", remedy="write 0, 0-3 or 0,2 (slots count from 0)"

@@ -90,9 +90,7 @@ class Policy(TrainedRole, Reference):
         )
 
 
-def _merged_rollouts(
-    prompts: Prompts, parts: list[Rollouts], index: list[Tensor], num_samples: int
-) -> Rollouts:
+def _merged_rollouts(prompts: Prompts, parts: list[Rollouts], index: list[Tensor], num_samples: int) -> Rollouts:
     rows = [(part[:, None] * num_samples + torch.arange(num_samples)).flatten() for part in index]
     order = torch.cat(rows).argsort()
     responses = Packed.concatenate(part.sequences.responses for part in parts).select(order)

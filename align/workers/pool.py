@@ -1,7 +1,7 @@
 """The cast on Ray: slots, worker processes, and calls that end with an answer or with a cause.
 
-A slot is a bundle of one placement group: a GPU with a CPU, or a CPU where the cluster has no GPU. Roles that share a slot
-share its device. Workers are never restarted by Ray: a fresh process would silently have base weights.
+A slot is a bundle of one placement group: a GPU with a CPU, or a CPU where the cluster has no GPU. Roles that share a
+slot share its device. Workers are never restarted by Ray: a fresh process would silently have base weights.
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ class RayCluster:
     def __init__(self, section: Cluster, num_slots: int):
         self.section, self.num_slots = section, num_slots
         self._temporary: Path | None = None
-        self._group: PlacementGroup | None = None
         self._handles: list[Any] = []
-        self._order: list[int] = []
 
     def __enter__(self) -> RayCluster:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -176,7 +174,7 @@ class RayCluster:
             time.sleep(1.0)  # nodes of a running cluster may still be joining
         self.on_gpu = kind == "GPU"
         bundle = {"CPU": 1.0, "GPU": 1.0} if self.on_gpu else {"CPU": 1.0}
-        self._group = placement_group([bundle] * self.num_slots, strategy="PACK")
+        self._group: PlacementGroup = placement_group([bundle] * self.num_slots, strategy="PACK")
         if not self._group.wait(max(1.0, deadline - time.monotonic())):
             free = int(ray.available_resources().get(kind, 0))
             raise self._refusal(kind, free, "free")
@@ -199,7 +197,7 @@ class RayCluster:
     ) -> dict[str, RayRanks]:
         """Start every role: worker class, one spec a rank, and the slots of its ranks. All come up at the same time."""
         sharing = [sum(slot in slots for _, _, slots in roles.values()) for slot in range(self.num_slots)]
-        on_node = {node: 0 for node in self._node_of_slot}
+        on_node = dict.fromkeys(self._node_of_slot, 0)
         for slot, count in enumerate(sharing):
             on_node[self._node_of_slot[slot]] += count
         pools = {}

@@ -11,8 +11,8 @@ from pathlib import Path
 def worker_environment(num_workers: int, loopback: bool) -> dict[str, str]:
     """Variables of a worker on a machine that it shares with ``num_workers`` in all; set before torch is imported.
 
-    Threads are the worker's share of the cores, and OpenMP does not spin while it waits: with several processes on few cores
-    spinning costs 3 to 60 times on small matrices.
+    Threads are the worker's share of the cores, and OpenMP does not spin while it waits: with several processes on few
+    cores spinning costs 3 to 60 times on small matrices.
     """
     threads = str(max(1, (os.cpu_count() or 1) // max(1, num_workers)))
     environment = {

@@ -1,0 +1,44 @@
+# Every target works alone on a fresh clone: the environment is made where it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QUICKSTART := runs/quickstart
+RECIPES := recipes/quickstart
+
+.PHONY: install quickstart test check format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	rm -rf $(QUICKSTART)
+	$(BIN)/align toy $(QUICKSTART)/data --train 12000
+	$(BIN)/align train $(RECIPES)/sft.yaml
+	$(BIN)/align train $(RECIPES)/reward_model.yaml
+	$(BIN)/align train $(RECIPES)/rloo.yaml
+	$(BIN)/align compare $(QUICKSTART)/sft/final $(QUICKSTART)/rloo/final \
+		--reward $(QUICKSTART)/reward_model/final --data $(QUICKSTART)/data --json $(QUICKSTART)/verdict.json
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow"
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache *.egg-info

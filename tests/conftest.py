@@ -1,0 +1,97 @@
+"""Small models and data that many tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from align.data import toy
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled task with 300 + 40 rows."""
+    return toy.write(tmp_path_factory.mktemp("toy"), 300, 40, seed=0)
+
+
+def _save(auto, folder: Path, tokenizer: PreTrainedTokenizerFast, **fields) -> Path:
+    settings = AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **fields)
+    torch.manual_seed(0)
+    auto.from_config(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal language model that reads the bundled task."""
+    return _save(AutoModelForCausalLM, tmp_path_factory.mktemp("policy"), toy.tokenizer(), **LLAMA)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model that reads the bundled task."""
+    return _save(
+        AutoModelForSequenceClassification, tmp_path_factory.mktemp("reward"), toy.tokenizer(), **LLAMA, num_labels=1
+    )
+
+
+@pytest.fixture
+def human_preference() -> Path:
+    """Pairs labelled by people in HelpSteer3's layout, read in place where they are at hand."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ALIGN_SHARED_DATA", default)) / "human-preference"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder} (ALIGN_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer with a chat template: reads any text, in any language."""
+    folder = tmp_path_factory.mktemp("bytes")
+    bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    bytes_only.pre_tokenizer, bytes_only.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, eos_token="</s>", pad_token="<pad>", chat_template=template
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> tuple[Path, Path]:
+    """A random policy and a random reward model over bytes."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
+    sizes = {**LLAMA, "max_position_embeddings": 1024}
+    return (
+        _save(AutoModelForCausalLM, tmp_path_factory.mktemp("byte-policy"), tokenizer, **sizes),
+        _save(
+            AutoModelForSequenceClassification, tmp_path_factory.mktemp("byte-reward"), tokenizer, **sizes, num_labels=1
+        ),
+    )

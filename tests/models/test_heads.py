@@ -1,0 +1,169 @@
+"""What is read from a transformer: which state, which logit, at which length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
+
+from align.data import collate
+from align.errors import ModelError
+from align.models.heads import LastTokenScore, RowZeroLogit, TokenLogprobs, lm_head
+from align.types import Packed, Sequences
+
+EOS = 2
+
+
+def config(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def build(auto: Any, attention: str, own: Any = None, **changes: Any) -> Any:
+    torch.manual_seed(5)
+    model = auto.from_config(own or config(**changes), attn_implementation=attention, dtype=torch.float32)
+    return model.eval()
+
+
+# Responses that end in EOS, hold EOS or the filler id 0 inside, end in several, or are cut off.
+ROWS = Sequences(
+    Packed.from_lists([[3, EOS, 4, EOS], [0, 0, 9]]),
+    Packed.from_lists([[5, EOS], [EOS, 6, EOS], [7, EOS, EOS, EOS], [8, 0, 0], [0], [11, 12, 13, 14, 15, EOS]]),
+    torch.tensor([0, 0, 0, 1, 1, 1]),
+)
+
+
+def layouts(rows: Sequences) -> dict[str, collate.Layout]:
+    return {
+        "packed": collate.packed(rows),
+        "right": collate.padded(rows, side="right"),
+        "left": collate.padded(rows, side="left"),
+    }
+
+
+def last_state_scores(model: Any, rows: Sequences) -> torch.Tensor:
+    prompts, out = rows.prompts.lists(), []
+    for prompt, response in zip(rows.prompt_B.tolist(), rows.responses.lists(), strict=True):
+        states = model.model(torch.tensor([prompts[prompt] + response])).last_hidden_state
+        out.append(model.score(states[0, -1])[0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("layout", ["packed", "right", "left"])
+@torch.no_grad()
+def test_scores_are_read_by_length(layout):
+    theirs = last_state_scores(build(AutoModelForSequenceClassification, "eager", num_labels=1), ROWS)
+    model = build(AutoModelForSequenceClassification, "packed" if layout == "packed" else "sdpa", num_labels=1)
+    ours = LastTokenScore(model)(layouts(ROWS)[layout])["score_B"]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert float(theirs.std()) > 0.05  # they differ, so a wrong position would show
+
+
+@torch.no_grad()
+def test_transformers_looks_for_pads_and_reads_elsewhere():
+    # Why the head is not the classifier's own forward: with pad == EOS it reads the token before the last run of EOS.
+    model = build(AutoModelForSequenceClassification, "eager", num_labels=1)
+    ours = last_state_scores(model, ROWS)
+    prompts, responses = ROWS.prompts.lists(), ROWS.responses.lists()
+    whole = torch.tensor([prompts[0] + responses[0]])
+    assert abs(float(model(whole).logits[0, 0]) - float(ours[0])) > 1e-3
+
+
+@torch.no_grad()
+def test_row_zero_logit_is_the_first_score_of_generate():
+    causal = build(AutoModelForCausalLM, "eager")
+    theirs = []
+    for prompt, response in zip(ROWS.prompt_B.tolist(), ROWS.responses.lists(), strict=True):
+        ids = torch.tensor([ROWS.prompts.lists()[prompt] + response])
+        out = causal.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            do_sample=False,
+        )
+        theirs.append(out.scores[0][0][0])
+    expected = torch.stack(theirs)
+    classifier = build(AutoModelForSequenceClassification, "packed", num_labels=1)
+    classifier.model.load_state_dict(causal.model.state_dict())
+    classifier.score.weight.copy_(causal.lm_head.weight[:1])
+    assert float(expected.std()) > 0.05
+    for name, layout in layouts(ROWS).items():
+        model = build(AutoModelForCausalLM, "packed" if name == "packed" else "sdpa")
+        ours = RowZeroLogit(model)(layout)["score_B"]
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    converted = LastTokenScore(classifier)(layouts(ROWS)["packed"])["score_B"]
+    torch.testing.assert_close(converted, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_token_logprobs_and_entropy_at_a_temperature():
+    causal = build(AutoModelForCausalLM, "eager")
+    for name, layout in layouts(ROWS).items():
+        outputs = TokenLogprobs(build(AutoModelForCausalLM, "packed" if name == "packed" else "sdpa"))(
+            layout, temperature=0.6
+        )
+        for i, (prompt, response) in enumerate(zip(ROWS.prompt_B.tolist(), ROWS.responses.lists(), strict=True)):
+            row = ROWS.prompts.lists()[prompt] + response
+            table = (causal(torch.tensor([row])).logits[0] / 0.6).log_softmax(-1)
+            for t in range(outputs["logprob_BT"].shape[1]):
+                got = [float(outputs[key][i, t]) for key in ("logprob_BT", "entropy_BT")]
+                if t >= len(response):
+                    assert got == [0.0, 0.0]
+                    continue
+                # Column t speaks about response token t, predicted from the state before it.
+                at = table[len(row) - len(response) + t - 1]
+                assert got == pytest.approx([float(at[response[t]]), float(-(at.exp() * at).sum())], abs=1e-5)
+
+
+def test_entropy_carries_no_gradient_and_logprobs_do():
+    outputs = TokenLogprobs(build(AutoModelForCausalLM, "packed"))(layouts(ROWS)["packed"], temperature=1.0)
+    assert outputs["logprob_BT"].requires_grad
+    assert not outputs["entropy_BT"].requires_grad
+
+
+@torch.no_grad()
+def test_an_architecture_that_cannot_be_packed():
+    own = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    model, causal = build(AutoModelForCausalLM, "sdpa", own), build(AutoModelForCausalLM, "eager", own)
+    for side in ("right", "left"):
+        ours = TokenLogprobs(model)(layouts(ROWS)[side], temperature=1.0)["logprob_BT"]
+        for i, (prompt, response) in enumerate(zip(ROWS.prompt_B.tolist(), ROWS.responses.lists(), strict=True)):
+            row = ROWS.prompts.lists()[prompt] + response
+            table = causal(torch.tensor([row])).logits[0].log_softmax(-1)
+            theirs = [float(table[len(row) - len(response) + t - 1, token]) for t, token in enumerate(response)]
+            assert ours[i, : len(response)].tolist() == pytest.approx(theirs, abs=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_scores_and_logprobs_come_as_float32():
+    for auto, head, arguments in (
+        (AutoModelForSequenceClassification, LastTokenScore, {}),
+        (AutoModelForCausalLM, RowZeroLogit, {}),
+        (AutoModelForCausalLM, TokenLogprobs, {"temperature": 1.0}),
+    ):
+        own = config(num_labels=1)
+        torch.manual_seed(5)
+        model = auto.from_config(own, attn_implementation="packed", dtype=torch.bfloat16).eval()
+        outputs = head(model)(layouts(ROWS)["packed"], **arguments)
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in outputs.values())
+
+
+def test_a_classifier_has_no_language_model_head():
+    with pytest.raises(ModelError, match="no language-model head"):
+        lm_head(build(AutoModelForSequenceClassification, "sdpa", num_labels=1))

@@ -1,0 +1,128 @@
+"""The import law of docs/architecture.md, read from the source with `ast`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "align"
+
+ROWS = [
+    {"types", "config", "nodes", "sections", "errors"},
+    {"ops", "data", "roles"},
+    {"models", "engines", "run"},
+    {"algorithms", "workers"},
+    {"launch", "plan", "evaluation", "cli"},
+]
+"""A unit (a module or package directly below align) may import its own unit and those of rows above it."""
+
+BESIDE = {
+    ("config", "nodes"),
+    ("config", "errors"),
+    ("nodes", "errors"),
+    ("engines", "models"),
+    ("plan", "launch"),
+}
+"""Edges within a row that are meant; docs/architecture.md says why."""
+
+ONLY = {"deepspeed": {"engines"}, "ray": {"workers"}, "peft": {"models"}}
+"""Who may name a library."""
+
+TORCH_FREE = {"config", "nodes", "sections", "errors", "roles", "algorithms", "cli"}
+"""Units that load no torch when imported."""
+
+GIVEN_ELSEWHERE = {"packed_attention"}
+"""Functions whose parameters another library prescribes."""
+
+FILES = sorted(ROOT.rglob("*.py"))
+ROW_OF = {unit: index for index, row in enumerate(ROWS) for unit in row}
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    """Modules imported anywhere, `from align import x` read as align.x."""
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"align.{alias.name}" for alias in node.names] if node.module == "align" else [node.module]
+            found += [(name, node) for name in names]
+    return found
+
+
+def typing_only(tree: ast.Module) -> set[ast.stmt]:
+    """Statements below `if TYPE_CHECKING`."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return {statement for block in blocks for statement in ast.walk(block) if isinstance(statement, ast.stmt)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_obey_the_law(path: Path):
+    unit, tree = unit_of(path), ast.parse(path.read_text())
+    if unit == "__init__":
+        return
+    exempt = typing_only(tree)
+    for module, statement in imports(tree):
+        if module.startswith("align.") and statement not in exempt:
+            other = module.split(".")[1]
+            if other == "__version__":
+                continue
+            allowed = other == unit or ROW_OF[other] < ROW_OF[unit] or (unit, other) in BESIDE
+            assert allowed, f"{unit} imports {other}"
+        library = module.split(".")[0]
+        assert unit in ONLY.get(library, {unit}), f"{unit} names {library}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_import_inside_functions(path: Path):
+    tree = ast.parse(path.read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            inner = [node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))]
+            assert not inner, f"{function.name} imports"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_budgets(path: Path):
+    text = path.read_text()
+    limit = 150 if unit_of(path) == "algorithms" else 400
+    assert text.count("\n") <= limit
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+            arguments = [a for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+            assert len(arguments) <= 6 or node.name in GIVEN_ELSEWHERE, node.name
+
+
+def test_every_unit_has_a_row():
+    assert {unit_of(path) for path in FILES} - {"__init__"} == set(ROW_OF)
+
+
+def test_every_listed_edge_exists():
+    edges = {
+        (unit_of(p), m.split(".")[1]) for p in FILES for m, _ in imports(ast.parse(p.read_text())) if "align." in m
+    }
+    assert edges >= BESIDE
+
+
+def test_configuration_loads_no_torch():
+    algorithms = [path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__"]
+    modules = [f"align.{unit}" for unit in TORCH_FREE] + [f"align.algorithms.{name}" for name in algorithms]
+    heavy = ("torch", "ray", "deepspeed", "transformers", "datasets")
+    code = f"import sys, {', '.join(modules)}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_unpickling_and_no_dynamic_code():
+    """Weights come from safetensors, configuration from YAML nodes: nothing is executed that a stranger wrote."""
+    banned = {"eval", "exec", "pickle.load", "pickle.loads", "torch.load", "yaml.load", "os.system"}
+    for path in FILES:
+        calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
+        assert not calls & banned, path

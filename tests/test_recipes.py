@@ -1,0 +1,78 @@
+"""Every shipped recipe parses, names an algorithm and has a possible placement; every field of a schema is read."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from align import config, sections
+from align.algorithms import reward_model, rloo, sft
+from align.launch import ROLES, cast_sections, check
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SOURCE = {path: path.read_text() for path in (ROOT / "align").rglob("*.py")}
+
+
+def load(path: Path) -> config.Loaded:
+    """The recipe, with a value for whatever it leaves to the command line."""
+    given = ["run.dir=runs/x"] + ([] if "reward:" not in path.read_text() else [])
+    text = path.read_text()
+    if "algorithm: rloo" in text and not re.search(r"reward:[^#\n]*path:|reward:\n(?:  .*\n)*?  path:", text):
+        given.append("reward.path=rewards/x")
+    return config.load(path, given)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_is_complete(path: Path, tmp_path: Path):
+    loaded = load(path)
+    slots = check(loaded.config)
+    assert set(slots) == set(cast_sections(loaded.config))
+    assert all(type(section) in ROLES for section in cast_sections(loaded.config).values())
+    config.dump(loaded.config, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml").config == loaded.config
+
+
+def test_shipped_recipes_are_there():
+    names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
+    assert names >= {
+        "quickstart/sft.yaml",
+        "quickstart/reward_model.yaml",
+        "quickstart/rloo.yaml",
+        "reward_model/llama3.3-70b-helpsteer3.yaml",
+        "rloo/llama3.3-70b-helpsteer3.yaml",
+        "rloo/qwen2.5-0.5b-helpsteer3.yaml",
+    }
+
+
+def _sections() -> list[type]:
+    found = [value for value in vars(sections).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    return [*found, sft.Config, reward_model.Config, rloo.Config]
+
+
+def _attributes_read() -> set[str]:
+    """Names read as attributes anywhere but in the range checks of the schemas themselves."""
+    read = set()
+    for text in SOURCE.values():
+        tree = ast.parse(text)
+        checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("__post_init__", "notes")]
+        skipped = {node for check in checks for node in ast.walk(check)}
+        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n not in skipped}
+    return read
+
+
+@pytest.mark.parametrize("schema", _sections(), ids=lambda schema: f"{schema.__module__}.{schema.__name__}")
+def test_every_field_is_read_and_described(schema: type):
+    read, described = _attributes_read(), config.describe(schema)
+    for field in dataclasses.fields(schema):
+        assert field.name in read, f"{schema.__name__}.{field.name} is read nowhere"
+        assert described[field.name], f"{schema.__name__}.{field.name} has no docstring"
+
+
+def test_kl_coefficient_is_shown_in_the_other_unit():
+    loaded = config.load(ROOT / "recipes/quickstart/rloo.yaml")
+    assert loaded.config.notes() == [
+        "kl_coef 0.1 on the sum over tokens equals 3.2 on the mean for a response of 32 tokens (sampling.max_tokens)"
+    ]

@@ -1,0 +1,129 @@
+"""Workers on Ray when something is wrong: what the driver says, and how soon."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from align.errors import PlacementError, WorkerError
+from align.run import Clock
+from align.sections import Cluster, Model
+from align.workers.base import Spec, Worker, answered
+from align.workers.pool import RayCluster
+
+pytestmark = pytest.mark.slow
+
+
+class Toy(Worker):
+    """A worker without a model that does as it is told."""
+
+    def start(self, host: str, port: int) -> None:
+        self.addressed = (host, port)
+
+    @answered
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    @answered
+    def process(self) -> int:
+        return os.getpid()
+
+    @answered
+    def fail(self) -> None:
+        raise ArithmeticError("seven is not eight")
+
+    @answered
+    def sleep(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return self.spec.rank
+
+    @answered
+    def die(self, rank: int) -> None:
+        if self.spec.rank != rank:
+            time.sleep(60)
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+SECTION = Cluster(start_timeout_s=60.0, call_timeout_s=20.0)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two ranks of one role and one of another on three slots."""
+    logs = tmp_path_factory.mktemp("logs")
+    with RayCluster(SECTION, 3) as running:
+        yield running, logs
+
+
+def bring_up(cluster: tuple[RayCluster, Path], name: str, slots: tuple[int, ...]):
+    running, logs = cluster
+    specs = [Spec(name, rank, len(slots), Model(path="-"), 0, 1, 20.0) for rank in range(len(slots))]
+    running.section = replace(SECTION)
+    return running.bring_up({name: (Toy, specs, slots)}, logs, Clock())[name]
+
+
+def test_answers_come_in_rank_order_with_their_time(cluster):
+    ranks = bring_up(cluster, "steady", (0, 1))
+    value = ranks.call("sleep", Toy.sleep, [(0.4,), (0.0,)], list).result()
+    assert value == [0, 1]
+    assert 0.4 <= ranks.clock.busy["sleep"] < 2.0
+    first, second = ranks.call("process", Toy.process, ranks.everywhere(), list).result()
+    assert first != second != os.getpid()
+
+
+def test_threads_are_shared_out_and_telemetry_is_off(cluster):
+    ranks = bring_up(cluster, "quiet", (0, 1, 2))
+
+    def of(name: str) -> set[str | None]:
+        return set(ranks.call("environment", Toy.environment, ranks.everywhere(name), list).result())
+
+    assert of("OMP_NUM_THREADS") == {str(max(1, (os.cpu_count() or 1) // 3))}
+    assert of("GOMP_SPINCOUNT") == {"0"}
+    assert of("RAY_USAGE_STATS_ENABLED") == {"0"}
+    assert of("HF_HUB_DISABLE_TELEMETRY") == {"1"}
+
+
+def test_an_exception_comes_with_its_traceback_and_log(cluster):
+    ranks = bring_up(cluster, "clumsy", (0, 1))
+    with pytest.raises(WorkerError) as caught:
+        ranks.call("fail", Toy.fail, ranks.everywhere(), list).result()
+    message = str(caught.value)
+    assert message.startswith("clumsy-")
+    assert "failed in fail" in message
+    assert "ArithmeticError: seven is not eight" in message
+    assert "log: " in message
+
+
+def test_a_dead_rank_ends_the_wait_at_once_though_its_peer_hangs(cluster):
+    ranks = bring_up(cluster, "mortal", (0, 1))
+    begun = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        ranks.call("die", Toy.die, ranks.everywhere(1), list).result()
+    assert time.monotonic() - begun < 10.0
+    message = str(caught.value)
+    assert message.startswith("mortal-1 died in die")
+    assert "last words" in message
+    assert str(cluster[1] / "mortal-1.log") in message
+
+
+def test_a_late_answer_names_who_and_what(cluster):
+    ranks = bring_up(cluster, "slow", (0, 1))
+    ranks.timeout_s = 1.0
+    with pytest.raises(WorkerError, match="slow-1: no answer to sleep within 1 s"):
+        ranks.call("sleep", Toy.sleep, [(0.0,), (30.0,)], list).result()
+
+
+def test_a_placement_that_does_not_fit_is_refused_at_once():
+    there = (os.cpu_count() or 1) * 2
+    begun = time.monotonic()
+    with pytest.raises(PlacementError) as caught, RayCluster(SECTION, there + 3):
+        pass
+    assert time.monotonic() - begun < 30.0
+    message = str(caught.value)
+    assert f"asks for {there + 3} slots, {there} are there" in message
+    assert "3 are missing" in message
+    assert "slots_per_core" in message
