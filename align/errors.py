@@ -7,7 +7,7 @@ class AlignError(Exception):
     """Base of every error that is shown as a message, without a traceback of ours.
 
     ``exit_status`` follows sysexits(3): 76 for a fault of the infrastructure (a retry may help),
-    78 for a fault of configuration or data (a retry cannot help).
+    78 for a fault of configuration or data (a retry cannot help), 79 for training that diverged.
     """
 
     exit_status = 1
@@ -42,6 +42,12 @@ class PlacementError(AlignError):
     """Roles that do not fit on the cluster."""
 
     exit_status = 78
+
+
+class DivergedError(AlignError, FloatingPointError):
+    """A loss or a reward that is not a finite number; the same run would meet it again."""
+
+    exit_status = 79
 
 
 class WorkerError(AlignError):

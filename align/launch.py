@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,10 +63,17 @@ def load_renderer(config: Recipe) -> Renderer:
     return Renderer(tokenizer, config.data.chat_template, config.data.date)
 
 
+def _located(section: Model) -> Model:
+    """The section with a local folder named in full: workers may have another working directory."""
+    folder = Path(section.path)
+    return replace(section, path=str(folder.absolute())) if folder.is_dir() else section
+
+
 @contextmanager
 def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
     """The roles of a recipe, brought up on its executor and ended with the context."""
-    slots, named = check(config), cast_sections(config)
+    slots = check(config)
+    named = {name: _located(section) for name, section in cast_sections(config).items()}
     world = {name: len(slots[name]) if config.executor == "ray" else 1 for name in named}
     specs = {
         name: [

@@ -123,11 +123,28 @@ class Policy(Trained):
 
     generation_slots: int = 64
     """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+    gather_for_rollouts: bool = True
+    """At ZeRO 3, hold the whole weights on every rank for the time of a rollout. False fetches them layer by layer for
+    every token: slow, but the only way for a model that does not fit on one GPU (Llama-shaped families)."""
 
 
 @dataclass(frozen=True)
 class Reference(Model):
     """The frozen policy to which the KL divergence is measured."""
+
+
+@dataclass(frozen=True)
+class StartingPolicy(Reference):
+    """The reference that a recipe gets when it says nothing: what its ``policy`` starts from."""
+
+    path: str = "${policy.path}"
+    """Follows the policy."""
+    revision: str | None = "${policy.revision}"
+    """Follows the policy."""
+    dtype: DType = "${policy.dtype}"  # type: ignore[assignment] - a reference to another key, which OmegaConf follows
+    """Follows the policy."""
+    trust_remote_code: bool = "${policy.trust_remote_code}"  # type: ignore[assignment]
+    """Follows the policy."""
 
 
 @dataclass(frozen=True)

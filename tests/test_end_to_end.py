@@ -43,12 +43,10 @@ def lines(run: Path, name: str) -> list[dict]:
 def test_rloo_on_four_roles_equals_rloo_in_one_process(tmp_path, toy_data, tiny_policy, tiny_reward):
     """Two data-parallel ranks, reference and reward in processes of their own against everything in this one: the same
     samples token for token, the same numbers and weights within float reduction."""
-    runs = {}
-    for executor in ("ray", "local"):
-        run = runs[executor] = tmp_path / executor
+    ray, local = (tmp_path / name for name in ("ray", "local"))
+    for run in (ray, local):
         path = recipe(tmp_path, RLOO, run=run, data=toy_data, policy=tiny_policy, reward=tiny_reward)
-        assert main(["train", str(path), f"executor={executor}"]) == 0
-    ray, local = runs["ray"], runs["local"]
+        assert main(["train", str(path), f"executor={run.name}"]) == 0
     assert {log.name for log in (ray / "logs").iterdir()} == {
         "policy-0.log",
         "policy-1.log",
@@ -89,6 +87,25 @@ reward:
   dtype: float32
   optimizer: {{lr: 2e-3}}
 """
+
+
+@pytest.mark.slow
+def test_sharded_roles_sample_the_same(tmp_path, toy_data, tiny_policy, tiny_reward):
+    """Every role at ZeRO 3 over two ranks, weights fetched layer by layer while sampling, against whole weights."""
+    sharded = [
+        "policy.zero_stage=3",
+        "policy.gather_for_rollouts=false",
+        "reference.zero_stage=3",
+        "reward.zero_stage=3",
+    ]
+    shared = ["placement.reference=2-3", "placement.reward=2-3"]
+    for name, changes in (("sharded", [*sharded, *shared]), ("whole", ["executor=local"])):
+        path = recipe(tmp_path, RLOO, run=tmp_path / name, data=toy_data, policy=tiny_policy, reward=tiny_reward)
+        assert main(["train", str(path), "run.steps=2", *changes]) == 0
+    there, here = (lines(tmp_path / name, "samples.jsonl") for name in ("sharded", "whole"))
+    assert [sample["response"] for sample in there] == [sample["response"] for sample in here]
+    for a, b in zip(*(lines(tmp_path / name, "metrics.jsonl") for name in ("sharded", "whole")), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def test_buffers_travel_beside_the_pickle():
     back = pickle.loads(header, buffers=read_only)
     back.ids_N[0] = -1  # a copy of its own, though the buffers cannot be written
     assert back.ids_N[1:].equal(packed.ids_N[1:])
+    assert pickle.loads(header, buffers=read_only).ids_N.equal(packed.ids_N)
 
 
 def test_a_slice_and_a_tensor_with_gradient_pickle_as_their_values():

@@ -32,7 +32,7 @@ class Config(sections.Recipe):
     policy: sections.Policy = field(default_factory=sections.Policy)
     """The model that learns."""
     batch_size: int = 128
-    """Demonstrations of an optimizer step. 128: HelpSteer2's SFT (arXiv 2406.08673, appendix)."""
+    """Demonstrations of an optimizer step. 128: HelpSteer2's first stage of SFT (arXiv 2406.08673)."""
     responses: Literal["preferred", "all"] = "preferred"
     """Imitate the preferred response of each row, or both."""
 

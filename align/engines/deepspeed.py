@@ -10,8 +10,8 @@ with fewer micro-batches add empty ones, whose loss is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from align.data import collate
+from align.errors import DivergedError
 from align.engines.schedule import learning_rate
 from align.models.heads import Head
 from align.roles import Loss, LossFunction, Metrics
@@ -60,6 +62,23 @@ def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
     return torch.optim.AdamW(present, lr=section.lr, betas=section.betas, eps=section.eps)
 
 
+@contextmanager
+def sharded_loading(section: Model) -> Iterator[None]:
+    """Within it transformers reads a ZeRO 3 model straight into shards, so that no rank ever holds it whole.
+
+    Random weights (``init``) are small or a mistake; they are made whole and sharded afterwards.
+    """
+    if section.zero_stage != 3 or section.init:
+        yield
+        return
+    marker = HfDeepSpeedConfig(_configuration(section))  # transformers holds a weak reference only
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del marker
+
+
 class Engine:
     """A head module on this rank: `infer` for numbers, `update` for training."""
 
@@ -74,14 +93,13 @@ class Engine:
         self._layout = collate.packed if head.packed else collate.padded
         self.step = 0
         self.sharded = section.zero_stage == 3
-        head.to(device)
         if self._optimizer is not None:
             adamw = _adamw(head, self._optimizer)
             self._module: Any = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section))[0]
         elif self.sharded:
             self._module = deepspeed.initialize(model=head, config=_configuration(section))[0]
         else:
-            self._module = head
+            self._module = head.to(device)
         self._module.eval()
 
     @property
@@ -97,7 +115,7 @@ class Engine:
     def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:
         """Outputs of the head for every sequence, on the CPU, ``_BT`` ones 0 where there is no token."""
         rows_of = collate.micro_batches(sequences, 1, self._section.micro_batch_tokens)
-        num_rounds = self._agree(len(rows_of)) if self.sharded else len(rows_of)
+        num_rounds = self.agree(len(rows_of)) if self.sharded else len(rows_of)
         outputs = {name: torch.zeros(shape) for name, shape in self._shapes(sequences).items()}
         for i in range(num_rounds):
             part = sequences.select(rows_of[i]) if i < len(rows_of) else _FILLER
@@ -116,7 +134,7 @@ class Engine:
 
         Returns ``loss``, the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and ``trained_tokens`` (prompts
         counted once), equal on every rank. A step whose count is 0 on all ranks has nothing to learn from and is left
-        out (``skipped_steps`` is 1). Raises FloatingPointError, before any weight changes, when the loss is not finite.
+        out (``skipped_steps`` is 1). Raises `DivergedError`, before any weight changes, when the loss is not finite.
         """
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
@@ -128,7 +146,7 @@ class Engine:
         if total == 0.0:
             return {"skipped_steps": 1.0}
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        num_rounds = self._agree(len(parts))
+        num_rounds = self.agree(len(parts))
         self._module.train()
         for i in range(num_rounds):
             self._module.set_gradient_accumulation_boundary(i == num_rounds - 1)
@@ -143,7 +161,10 @@ class Engine:
         if not torch.tensor(sums[0]).isfinite():
             self._module.zero_grad()
             self._module.optimizer.zero_grad()  # at ZeRO 3 the next step would else add to the gradient of this one
-            raise FloatingPointError(f"loss is {sums[0]} at optimizer step {self.step + 1}; no weight was changed")
+            raise DivergedError(
+                f"the loss is {sums[0]} at optimizer step {self.step + 1}; no weight was changed",
+                remedy="lower the learning rate, and look at the last lines of metrics.jsonl",
+            )
         metrics = {name: s / n if n else 0.0 for name, s, n in zip(names, sums, counts, strict=True)}
         return metrics | self._take_step() | {"skipped_steps": 0.0, "trained_tokens": tokens}
 
@@ -186,7 +207,7 @@ class Engine:
         dist.all_reduce(total)
         return total
 
-    def _agree(self, number: int) -> int:
+    def agree(self, number: int) -> int:
         """The largest ``number`` of all ranks."""
         value = torch.tensor([number], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)

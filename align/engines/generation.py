@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from align.data import collate
+from align.errors import ModelError
 from align.models.attention import is_plain, packed_attention
 from align.models.heads import lm_head
 from align.ops import sampling
@@ -155,6 +156,8 @@ class Decoder:
                 waiting += len(admitted)
             elif len(rows.alive):
                 self._decode(request, rows)
+            else:
+                self._idle()
             rows = self._compact(rows, waiting < count)
         return request.drawn.rollouts(prompts, sample)
 
@@ -231,6 +234,11 @@ class Decoder:
         rows.token[live] = ids
         rows.position[live] += 1
         rows.alive[live] = alive
+
+    def _idle(self) -> None:
+        """A pass on one token that nobody reads: other ranks are gathering sharded weights and need this one's part."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        self.lm_head(self._body(token, token, lambda index, q, k, v: q.transpose(1, 2)))
 
     def _compact(self, rows: _Rows, refill: bool) -> _Rows:
         """Move live rows into the slots of finished ones, when that is worth it."""
@@ -315,8 +323,22 @@ def generate_any(model: PreTrainedModel, prompts: Prompts, sample: Sampling, see
     return request.drawn.rollouts(prompts, sample)
 
 
-def generate(model: PreTrainedModel, prompts: Prompts, sample: Sampling, seed: int, num_slots: int) -> Rollouts:
-    """K responses to each prompt, by `Decoder` where it knows the architecture and by `generate_any` elsewhere."""
+def generate(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sample: Sampling,
+    seed: int,
+    num_slots: int,
+    agree: Callable[[int], int] | None = None,
+) -> Rollouts:
+    """K responses to each prompt, by `Decoder` where it knows the architecture and by `generate_any` elsewhere.
+
+    ``agree`` (the largest of a number over ranks) is given where weights are fetched layer by layer; see `Decoder`.
+    """
     if is_plain(model.config):
-        return Decoder(model, num_slots).generate(prompts, sample, seed)
+        return Decoder(model, num_slots, agree).generate(prompts, sample, seed)
+    if agree is not None:
+        raise ModelError(
+            f"{model.config.model_type} cannot be sampled layer by layer", remedy="set policy.gather_for_rollouts=true"
+        )
     return generate_any(model, prompts, sample, seed)

@@ -51,7 +51,7 @@ class Run:
         """Make the folder and write what is known before the start. ``decode`` turns token ids into text for
         samples."""
         self.recipe, self.section, self.decode = recipe, recipe.run, decode
-        self.folder = Path(self.section.dir)
+        self.folder = Path(self.section.dir).absolute()
         self.clock = Clock()
         self._create()
 
@@ -126,7 +126,8 @@ class Run:
 
     def _log_samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> None:
         sequences = rollouts.sequences
-        for i in range(min(self.section.logged_samples, len(rollouts))):
+        count = min(self.section.logged_samples, len(rollouts))
+        for i in (k * len(rollouts) // count for k in range(count)):  # spread over the prompts
             sample = {
                 "step": step,
                 "prompt": self.decode(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.data import chat, collate
 from align.engines import distributed
-from align.engines.deepspeed import Engine
+from align.engines.deepspeed import Engine, sharded_loading
 from align.models import export, load
 from align.roles import Future, LossFunction, Metrics
 from align.sections import Model, Trained
@@ -91,7 +91,8 @@ class Worker:
         section = self.spec.section
         self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
         torch.manual_seed(self.spec.seed)
-        self.load()
+        with sharded_loading(section):
+            self.load()
 
     def load(self) -> None:
         """Bring up the model of this role."""

@@ -52,6 +52,8 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
         """Responses to this rank's prompts, with dropout off and on the weights as they are now."""
         section, seed = self.spec.section, self.spec.seed
         assert isinstance(section, PolicySection)
+        if self.engine.sharded and not section.gather_for_rollouts:
+            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots, self.engine.agree)
         with self.engine.full(self.model.parameters()):
             return generation.generate(self.model, prompts, sampling, seed, section.generation_slots)
 

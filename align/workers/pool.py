@@ -157,12 +157,17 @@ class RayCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            ray.kill(handle)
+        self.end_workers()
         if ray.is_initialized():
             ray.shutdown()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def end_workers(self) -> None:
+        """Kill every worker process; their slots become free."""
+        for handle in self._handles:
+            ray.kill(handle)
+        self._handles.clear()
 
     def _reserve(self) -> None:
         """Get the slots, or say what was asked, what is there and what is missing."""
@@ -211,13 +216,18 @@ class RayCluster:
                     num_gpus=share if self.on_gpu else 0,
                     max_restarts=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._order[slot]),
-                    runtime_env={"env_vars": worker_environment(on_node[self._node_of_slot[slot]], self._loopback)},
+                    runtime_env={"env_vars": self._environment(self._node_of_slot[slot], on_node)},
                 )
                 handles.append(actor.remote(worker, spec, logs[-1]))
             self._handles += handles
             pools[name] = RayRanks(name, handles, logs, clock, self.section.call_timeout_s)
         self._rendezvous(pools)
         return pools
+
+    def _environment(self, node: str, workers_on: Mapping[str, int]) -> dict[str, str]:
+        cores = {one["NodeID"]: int(one["Resources"].get("CPU", 1)) for one in ray.nodes()}
+        own = (os.cpu_count() or 1) if self._loopback else cores[node]  # our own cluster counts slots, not cores
+        return worker_environment(own, workers_on[node], self._loopback)
 
     @property
     def _loopback(self) -> bool:

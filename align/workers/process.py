@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 
-def worker_environment(num_workers: int, loopback: bool) -> dict[str, str]:
-    """Variables of a worker on a machine that it shares with ``num_workers`` in all; set before torch is imported.
+def worker_environment(num_cores: int, num_workers: int, loopback: bool) -> dict[str, str]:
+    """Variables of a worker on a machine of ``num_cores`` with ``num_workers`` in all; set before torch is imported.
 
     Threads are the worker's share of the cores, and OpenMP does not spin while it waits: with several processes on few
     cores spinning costs 3 to 60 times on small matrices.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // max(1, num_workers)))
+    threads = str(max(1, num_cores // max(1, num_workers)))
     environment = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

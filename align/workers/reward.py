@@ -7,7 +7,7 @@ from torch import Tensor
 
 from align.data import collate
 from align.engines.deepspeed import Engine
-from align.errors import WorkerError
+from align.errors import DivergedError
 from align.models import heads, load
 from align.roles import Future
 from align.sections import Reward as RewardSection
@@ -69,7 +69,7 @@ class TrainedReward(TrainedRole, Reward):
 def _finite(score_B: Tensor) -> Tensor:
     bad = (~torch.isfinite(score_B)).nonzero().squeeze(1).tolist()
     if bad:
-        raise WorkerError(
+        raise DivergedError(
             f"the reward model gave {len(bad)} of {len(score_B)} sequences no finite score, first sequence {bad[0]}",
             remedy="check the checkpoint's dtype, and that it reads the same tokens as the policy",
         )

@@ -54,6 +54,12 @@ def test_certain_verdicts_fall_into_the_last_bin():
     assert preferences.expected_calibration_error(torch.tensor([100.0, 100.0, -100.0, 100.0])) == pytest.approx(0.25)
 
 
+def test_a_tie_is_a_wrong_verdict_of_confidence_one_half():
+    # It shares the first bin with a right verdict of confidence 0.52: |1 - 1.02| / 2.
+    error = preferences.expected_calibration_error(torch.tensor([0.0, logit(0.52)], dtype=torch.float64))
+    assert error == pytest.approx(0.01, abs=1e-12)
+
+
 def test_against_a_loop():
     chance = random.Random(0)
     differences = [chance.gauss(0.4, 1.5) for _ in range(500)]

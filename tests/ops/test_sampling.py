@@ -141,6 +141,7 @@ def kept(logits: torch.Tensor) -> list[list[int]]:
         (3, 1.0, 0.0, [0, 1, 2]),
         (4, 1.0, 0.0, [0, 1, 2, 3]),
         (9, 1.0, 0.0, [0, 1, 2, 3]),
+        (0, 0.0, 0.0, [0]),
         (0, 0.01, 0.0, [0]),  # the most likely token always stays
         (0, 0.45, 0.0, [0]),
         (0, 0.55, 0.0, [0, 1]),  # 50 % does not reach 55 %

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,8 +60,8 @@ def cluster(tmp_path_factory):
 
 def bring_up(cluster: tuple[RayCluster, Path], name: str, slots: tuple[int, ...]):
     running, logs = cluster
+    running.end_workers()
     specs = [Spec(name, rank, len(slots), Model(path="-"), 0, 1, 20.0) for rank in range(len(slots))]
-    running.section = replace(SECTION)
     return running.bring_up({name: (Toy, specs, slots)}, logs, Clock())[name]
 
 
@@ -117,7 +116,8 @@ def test_a_late_answer_names_who_and_what(cluster):
         ranks.call("sleep", Toy.sleep, [(0.0,), (30.0,)], list).result()
 
 
-def test_a_placement_that_does_not_fit_is_refused_at_once():
+def test_a_placement_that_does_not_fit_is_refused_at_once(cluster):
+    cluster[0].__exit__()  # one Ray at a time in a process
     there = (os.cpu_count() or 1) * 2
     begun = time.monotonic()
     with pytest.raises(PlacementError) as caught, RayCluster(SECTION, there + 3):
