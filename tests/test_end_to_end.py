@@ -158,8 +158,9 @@ def test_what_cannot_run_is_refused_without_a_run_folder(
 def test_a_malformed_row_is_named(tmp_path, toy_data, tiny_policy, tiny_reward, capsys):
     broken = tmp_path / "data" / "preference"
     broken.mkdir(parents=True)
-    good = '{"domain": "d", "language": "l", "context": "say", "response1": "a", "response2": "b", "overall_preference": 1}'
-    (broken / "train.jsonl").write_text(f"{good}\n{good.replace('1}', '7}')}\n")
+    row = {"domain": "d", "language": "l", "context": "say", "response1": "a", "response2": "b"}
+    good, bad = (json.dumps(row | {"overall_preference": preference}) for preference in (1, 7))
+    (broken / "train.jsonl").write_text(f"{good}\n{bad}\n")
     (broken / "validation.jsonl").write_text(f"{good}\n")
     path = recipe(tmp_path, RLOO, run=tmp_path / "r", data=broken.parent, policy=tiny_policy, reward=tiny_reward)
     assert main(["train", str(path)]) == 78

@@ -10,6 +10,7 @@ with fewer micro-batches add empty ones, whose loss is zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from align.data import collate
-from align.errors import DivergedError
 from align.engines.schedule import learning_rate
+from align.errors import DivergedError
 from align.models.heads import Head
 from align.roles import Loss, LossFunction, Metrics
 from align.sections import Model, Optimizer, Trained
@@ -181,6 +182,8 @@ class Engine:
         self._module.step()
         if norm is None:
             norm = float(self._module.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient's norm is {norm} at optimizer step {self.step}: the weights are lost")
         return {"grad_norm": norm, "lr": rate}
 
     def _forward(self, part: Batch | None, loss: LossFunction, arguments: dict[str, float]) -> Loss:

@@ -111,8 +111,7 @@ class RayRanks:
         except RayTaskError as error:
             if isinstance(error.cause, AlignError):
                 raise error.cause from None
-            trace = error.traceback_str.strip()
-            raise WorkerError(f"{name} failed in {what}\n{trace}\n  log: {log}") from None
+            raise WorkerError(f"{name} failed in {what}\n{str(error).strip()}\n  log: {log}") from None
         except RayActorError as error:
             cause = str(error).strip().splitlines()[0]
             raise WorkerError(f"{name} died in {what}: {cause}\n{_tail(log)}\n  log: {log}") from None
