@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from align import __version__, config
 from align.errors import AlignError
+from align.workers.process import driver_environment
 
 INTERRUPTED = 130
 PIPE_WIDTH = 240
@@ -86,6 +88,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors a user can act on are printed as one message; the exit status is that of the error."""
+    for name, value in driver_environment().items():
+        os.environ.setdefault(name, value)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
         _run(_parser().parse_args(argv), console)

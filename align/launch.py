@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from align.sections import Model, Recipe
 from align.workers import local, placement, policy, reward
 from align.workers.base import Role, Spec
 from align.workers.pool import RayCluster
-from align.workers.process import quiet
 
 ROLES: dict[type[Model], type[Role]] = {
     sections.Policy: policy.Policy,
@@ -98,7 +96,6 @@ def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
 def train(loaded: Loaded, console: Console) -> None:
     """Run a recipe to its end. Data and tokenizers are checked before the run folder is made and any worker starts."""
     config: Any = loaded.config
-    os.environ.update(quiet())
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
     check(config)
     renderer = load_renderer(config)

@@ -237,3 +237,21 @@ def test_rloo_on_prompts_of_people(tmp_path, human_preference, byte_models):
     assert all(m["generated_tokens"] > 0 and m["grad_norm"] > 0 for m in metrics)
     assert abs(metrics[0]["kl"]) < 1e-4  # the policy still is the reference
     assert abs(metrics[2]["kl"]) > 1e-4
+
+
+@pytest.mark.slow
+def test_a_sharded_reward_model_trains_like_a_whole_one(tmp_path, toy_data, tiny_policy):
+    """At ZeRO 3 the head that the checkpoint lacks is drawn anew into shards, the same on every rank."""
+    text = f"""
+algorithm: reward_model
+run: {{dir: x, steps: 3, progress: none, tensorboard: false}}
+data: {{path: {toy_data}}}
+batch_size: 8
+reward: {{path: {tiny_policy}, dtype: float32, zero_stage: 3, optimizer: {{lr: 1e-3}}}}
+placement: {{reward: 0-1}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    for name, changes in (("sharded", []), ("whole", ["executor=local", "reward.zero_stage=1"])):
+        assert main(["train", str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / name}", *changes]) == 0
+    there, here = (lines(tmp_path / name, "metrics.jsonl") for name in ("sharded", "whole"))
+    assert [step["loss"] for step in there] == pytest.approx([step["loss"] for step in here], rel=1e-4)

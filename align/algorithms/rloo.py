@@ -37,7 +37,7 @@ class Config(sections.Recipe):
 
     policy: sections.Policy = field(default_factory=sections.Policy)
     """The model that learns."""
-    reference: sections.Reference = field(default_factory=sections.StartingPolicy)
+    reference: sections.Reference = field(default_factory=lambda: sections.StartingPolicy())
     """The frozen policy that KL is measured to; by default what the policy starts from."""
     reward: sections.Reward = field(default_factory=sections.Reward)
     """The reward model. It must read the policy's token ids."""

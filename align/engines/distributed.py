@@ -34,7 +34,7 @@ def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) 
     deepspeed_logger.setLevel("WARNING")
     cuda = torch.cuda.is_available()
     if not cuda:
-        vars(deepspeed.ops)["__compatible_ops__"] = {SHARED_MEMORY_OP: False}
+        deepspeed.ops.__dict__["__compatible_ops__"] = {SHARED_MEMORY_OP: False}
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

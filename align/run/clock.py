@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+Span = tuple[float, float]
+"""Begin and end, in seconds of `time.time`, which machines of a cluster share as well as their clocks agree."""
 
 
 @dataclass
@@ -14,20 +17,27 @@ class Clock:
     """Told when a phase begins."""
     busy: dict[str, float] = field(default_factory=dict)
     """Time that the slowest rank worked, by phase."""
-    waited: float = 0.0
-    """Time that answers were under way while no rank worked on them: transport, queues, gathering."""
+    spans: list[Span] = field(default_factory=list)
+    """When ranks worked, whatever they did."""
 
     def begin(self, phase: str) -> None:
         """A role was asked for something."""
         self.on_phase(phase)
 
-    def record(self, phase: str, busy: float, elapsed: float) -> None:
-        """A role answered ``elapsed`` seconds after it was asked; its slowest rank worked ``busy`` of them."""
-        self.busy[phase] = self.busy.get(phase, 0.0) + busy
-        self.waited += max(0.0, elapsed - busy)
+    def record(self, phase: str, spans: Sequence[Span]) -> None:
+        """A role answered; its ranks worked in these spans."""
+        self.busy[phase] = self.busy.get(phase, 0.0) + max(end - begin for begin, end in spans)
+        self.spans += spans
 
-    def drain(self) -> dict[str, float]:
-        """The numbers of this step, and a fresh start."""
-        numbers = {**self.busy, "wait": self.waited}
-        self.busy, self.waited = {}, 0.0
+    def drain(self, step_seconds: float) -> dict[str, float]:
+        """The numbers of a step that took ``step_seconds``, and a fresh start.
+
+        ``wait`` is the time in which no rank of any role worked: transport, queues, and the driver's own arithmetic.
+        """
+        worked, reached = 0.0, float("-inf")
+        for begin, end in sorted(self.spans):
+            worked += max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+        numbers = {**self.busy, "wait": max(0.0, step_seconds - worked), "step": step_seconds}
+        self.busy, self.spans = {}, []
         return numbers

@@ -109,7 +109,7 @@ class Run:
         ``rollouts`` and their ``score_B`` give a few samples in readable form.
         """
         now = time.perf_counter()
-        seconds = self.clock.drain() | {"step": now - self._begun}
+        seconds = self.clock.drain(now - self._begun)
         self._begun = now
         line = {"step": step, **metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
         if rollouts is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from align.engines import distributed
 from align.engines.deepspeed import Engine, sharded_loading
 from align.models import export, load
 from align.roles import Future, LossFunction, Metrics
+from align.run.clock import Span
 from align.sections import Model, Trained
 from align.types import Batch, Record
 
@@ -42,10 +44,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Answer(Record, Generic[T]):
-    """What a method returned and the seconds it took in the worker."""
+    """What a method returned, and when the worker was at it."""
 
     value: T
-    seconds: float
+    span: Span
 
 
 def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], Answer[T]]:
@@ -53,8 +55,8 @@ def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, 
 
     @functools.wraps(method)
     def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
-        start = time.perf_counter()
-        return Answer(method(self, *args, **kwargs), time.perf_counter() - start)
+        begin = time.time()
+        return Answer(method(self, *args, **kwargs), (begin, time.time()))
 
     return timed
 
@@ -129,11 +131,12 @@ class TrainedWorker(Worker):
             export.write(self.model, self.tokenizer, state, folder)
 
 
-class Ranks(Protocol):
+class Ranks(ABC):
     """The workers of a role, wherever they are."""
 
     world_size: int
 
+    @abstractmethod
     def call(
         self,
         phase: str,
@@ -142,7 +145,6 @@ class Ranks(Protocol):
         gather: Callable[[list[T]], U],
     ) -> Future[U]:
         """Call ``method`` (of the worker class) on every rank with its own arguments; ``gather`` their values."""
-        ...
 
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""

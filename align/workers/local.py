@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from align.run import Clock
-from align.workers.base import Answer, Spec, Worker
+from align.workers.base import Answer, Ranks, Spec, Worker
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,7 +24,7 @@ class Ready(Generic[U]):
         return self.value
 
 
-class LocalRanks:
+class LocalRanks(Ranks):
     """The only rank of a role, called directly."""
 
     world_size = 1
@@ -42,15 +41,9 @@ class LocalRanks:
     ) -> Ready[U]:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
-        start = time.perf_counter()
         answer = getattr(self.worker, method.__name__)(*arguments[0])  # by name: the worker's own override counts
-        value = gather([answer.value])
-        self.clock.record(phase, answer.seconds, time.perf_counter() - start)
-        return Ready(value)
-
-    def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
-        """See `align.workers.base.Ranks`."""
-        return [arguments]
+        self.clock.record(phase, [answer.span])
+        return Ready(gather([answer.value]))
 
 
 def bring_up(worker: type[Worker], spec: Spec, clock: Clock) -> LocalRanks:

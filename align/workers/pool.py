@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from align.errors import AlignError, PlacementError, WorkerError
 from align.run import Clock
 from align.sections import Cluster
-from align.workers.base import Answer, Spec, Worker
+from align.workers.base import Answer, Ranks, Spec, Worker
 from align.workers.process import open_log, worker_environment
 
 T = TypeVar("T")
@@ -53,17 +53,15 @@ class RayFuture(Generic[U]):
 
     def __init__(self, ranks: RayRanks, phase: str, references: Sequence[Any], gather: Callable[[list[Any]], U]):
         self._ranks, self._phase, self._references, self._gather = ranks, phase, references, gather
-        self._asked = time.perf_counter()
 
     def result(self) -> U:
         """Wait; see `align.roles.Future`."""
         answers = self._ranks.wait(self._references, self._phase, self._ranks.timeout_s)
-        elapsed = time.perf_counter() - self._asked
-        self._ranks.clock.record(self._phase, max(answer.seconds for answer in answers), elapsed)
+        self._ranks.clock.record(self._phase, [answer.span for answer in answers])
         return self._gather([answer.value for answer in answers])
 
 
-class RayRanks:
+class RayRanks(Ranks):
     """The worker processes of one role."""
 
     def __init__(self, role: str, handles: Sequence[Any], logs: Sequence[Path], clock: Clock, timeout_s: float):
@@ -80,10 +78,6 @@ class RayRanks:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
         return RayFuture(self, phase, self.ask(method.__name__, arguments), gather)
-
-    def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
-        """See `align.workers.base.Ranks`."""
-        return [arguments] * self.world_size
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """References to what each rank will answer."""

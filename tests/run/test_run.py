@@ -121,9 +121,9 @@ def test_metrics_by_hand(tmp_path: Path, time: SimpleNamespace):
         steps = run.steps()
         assert next(steps) == 1
         run.clock.begin("generate")
-        run.clock.record("generate", busy=2.0, elapsed=2.5)
-        run.clock.record("update", busy=4.0, elapsed=4.0)
-        run.clock.record("update", busy=1.0, elapsed=0.5)  # a clock that went backwards does not shorten the wait
+        run.clock.record("generate", [(10.0, 12.0), (10.0, 11.0)])
+        run.clock.record("update", [(12.5, 16.5)])
+        run.clock.record("update", [(16.0, 17.0)])
         time.seconds = 108.0
         run.log(1, {"loss": 0.5, "trained_tokens": 20.0}, rollouts(), torch.tensor([1.0, -0.5, 2.0]))
         assert next(steps) == 2
@@ -137,7 +137,7 @@ def test_metrics_by_hand(tmp_path: Path, time: SimpleNamespace):
             "trained_tokens": 20.0,
             "seconds/generate": 2.0,
             "seconds/update": 5.0,
-            "seconds/wait": 0.5,
+            "seconds/wait": 1.5,  # 8 less the union of the spans, 10 to 12 and 12.5 to 17
             "seconds/step": 8.0,
             "generated_tokens": 6.0,  # 1 + 2 + 3
             "tokens_per_second/generate": 3.0,  # 6 / 2
@@ -148,7 +148,7 @@ def test_metrics_by_hand(tmp_path: Path, time: SimpleNamespace):
             "loss": "nan",  # JSON has no such numbers
             "grad_norm": "inf",
             "trained_tokens": 8.0,
-            "seconds/wait": 0.0,  # each step starts afresh
+            "seconds/wait": 1.5,  # each step starts afresh, and nobody worked in this one
             "seconds/step": 1.5,
         },
     ]
@@ -307,8 +307,10 @@ def test_the_clock_tells_phases_and_drains():
     told: list[str] = []
     clock = Clock(told.append)
     clock.begin("generate")
-    clock.record("generate", busy=1.0, elapsed=1.25)
-    clock.record("generate", busy=0.5, elapsed=0.75)
+    clock.record("generate", [(0.0, 1.0), (0.0, 0.25)])  # the slowest rank counts
+    clock.record("score", [(2.0, 4.0)])
+    clock.record("reference", [(3.0, 3.5)])  # meanwhile
+    clock.record("generate", [(3.5, 4.5)])
     assert told == ["generate"]
-    assert clock.drain() == {"generate": 1.5, "wait": 0.5}
-    assert clock.drain() == {"wait": 0.0}
+    assert clock.drain(6.0) == {"generate": 2.0, "score": 2.0, "reference": 0.5, "wait": 2.5, "step": 6.0}
+    assert clock.drain(0.5) == {"wait": 0.5, "step": 0.5}
