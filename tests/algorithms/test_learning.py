@@ -76,10 +76,10 @@ def test_rloo_learns_to_end_its_responses(tmp_path, toy_data, tiny_policy):
 
 @pytest.mark.slow
 def test_kl_holds_the_policy_back(tmp_path, toy_data, tiny_policy):
-    free = run_rloo(tmp_path, toy_data, tiny_policy, "run.steps=15")
+    free = run_rloo(tmp_path, toy_data, tiny_policy, "run.steps=40")
     (tmp_path / "held").mkdir()
-    held = run_rloo(tmp_path / "held", toy_data, tiny_policy, "run.steps=15", "kl_coef=2.0", "kl_reduction=sum")
-    assert held[-1]["kl"] < 0.5 * free[-1]["kl"]
+    held = run_rloo(tmp_path / "held", toy_data, tiny_policy, "run.steps=40", "kl_coef=2.0", "kl_reduction=sum")
+    assert held[-1]["kl"] < 0.25 * free[-1]["kl"]
 
 
 @pytest.mark.slow
