@@ -56,12 +56,13 @@ def test_senseless_arguments():
 
 
 def test_stream_numbers_prompts_within_the_step():
-    stream = PromptStream(Packed.from_lists([[1], [2, 3], [4, 5, 6]]), batch_size=2, seed=1)
+    stream = PromptStream(Packed.from_lists([[1], [2, 3], [4, 5, 6]]), batch_size=2, seed=1, stop_ids=(7,))
     batch = stream.batch(2)
     chosen = stream.order.indices(2).tolist()
     assert batch.tokens.lists() == [[[1], [2, 3], [4, 5, 6]][row] for row in chosen]
     assert batch.index_P.tolist() == [0, 1]
     assert batch.step == 2
+    assert batch.stop_ids == (7,)
 
 
 def test_the_package_loads_no_torch_and_names_its_submodules():
