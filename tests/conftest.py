@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on models this small, threads cost more than they give
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -15,8 +18,6 @@ from transformers import (
 )
 
 from align.data import toy
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LLAMA = {
     "model_type": "llama",
