@@ -63,7 +63,7 @@ def load_renderer(config: Recipe) -> Renderer:
 
 def _located(section: Model) -> Model:
     """The section with a local folder named in full: workers may have another working directory."""
-    folder = Path(section.path)
+    folder = Path(section.path).expanduser()
     return replace(section, path=str(folder.absolute())) if folder.is_dir() else section
 
 

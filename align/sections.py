@@ -78,7 +78,8 @@ class Model:
     offload_parameters: bool = False
     """Keep the parameter shards in host memory (ZeRO 3)."""
     micro_batch_tokens: int = 16384
-    """Tokens of one forward pass on one rank, prompts counted once. Changes memory and speed, never the result."""
+    """Tokens of one forward pass on one rank, prompts counted once. Changes memory and speed, never the result but by
+    rounding: gradients of micro-batches are summed in ``dtype``."""
     trust_remote_code: bool = False
     """Run Python code that comes with a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
 
@@ -243,7 +244,7 @@ class Run:
     tensorboard: bool = True
     """Write event files to ``tensorboard/``."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """Display in the terminal; ``auto`` is live on a terminal and one plain line a step elsewhere."""
+    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,13 @@ reward:
 
 
 @pytest.mark.slow
-def test_sharded_roles_sample_the_same(tmp_path, toy_data, tiny_policy, tiny_reward):
-    """Every role at ZeRO 3 over two ranks, weights fetched layer by layer while sampling, against whole weights."""
+@pytest.mark.parametrize("gather", ["true", "false"])
+def test_sharded_roles_sample_the_same(tmp_path, toy_data, tiny_policy, tiny_reward, gather):
+    """Every role at ZeRO 3 over two ranks, weights gathered or fetched layer by layer while sampling, against whole
+    weights. Three prompts over two ranks make them take unequally many passes."""
     sharded = [
         "policy.zero_stage=3",
-        "policy.gather_for_rollouts=false",
+        f"policy.gather_for_rollouts={gather}",
         "reference.zero_stage=3",
         "reward.zero_stage=3",
     ]

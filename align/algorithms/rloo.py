@@ -5,7 +5,7 @@ For K responses y_i to a prompt x, with r the reward model's score and pi_ref th
 
     R_i = r(x, y_i) - kl_coef * KL_i          KL_i = sum_t or mean_t of an estimate at each token
     A_i = R_i - mean of R_j over the other usable j
-    L   = - sum_i A_i sum_t log pi(y_it | x, y_i<t) / number of tokens of usable responses
+    L   = - sum_i A_i sum_t log pi(y_it | x, y_i<t) / number of tokens of responses that have an A_i
 
 One optimizer step for each batch of rollouts, so there is no ratio to an older policy and no clipping. All
 log-probabilities are taken at the sampling temperature. The defaults are those of NeMo-Aligner's REINFORCE, with which

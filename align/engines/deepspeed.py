@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -33,6 +33,9 @@ from align.types import Batch, Packed, Sequences
 _FILLER = Sequences(Packed.from_lists([[0]]), Packed.from_lists([[0]]), torch.zeros(1, dtype=torch.int64))
 """What an empty micro-batch computes on."""
 
+_HOLDER = -1
+"""Stands for `Engine.full` among the modules that use a parameter; DeepSpeed numbers modules from 0."""
+
 
 def _configuration(section: Model) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": section.zero_stage}
@@ -52,12 +55,16 @@ def _configuration(section: Model) -> dict[str, Any]:
     }
 
 
+def _is_matrix(parameter: Any) -> bool:
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # a ZeRO 3 shard itself is flat
+
+
 def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves vectors alone."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if _is_matrix(p)], "weight_decay": section.weight_decay},
+        {"params": [p for p in trained if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     present = [group for group in groups if group["params"]]
     return torch.optim.AdamW(present, lr=section.lr, betas=section.betas, eps=section.eps)
@@ -108,9 +115,21 @@ class Engine:
         """Number of this process within its role."""
         return dist.get_rank()
 
-    def full(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Within it, every rank holds these weights whole (ZeRO 3); otherwise nothing changes."""
-        return GatheredParameters(list(parameters)) if self.sharded else nullcontext()
+    @contextmanager
+    def full(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Within it, every rank holds these weights whole (ZeRO 3), through forward passes too."""
+        if not self.sharded:
+            yield
+            return
+        held: list[Any] = list(parameters)
+        with GatheredParameters(held):
+            for parameter in held:
+                parameter.ds_active_sub_modules.add(_HOLDER)  # else DeepSpeed's hooks release it after each module
+            try:
+                yield
+            finally:
+                for parameter in held:
+                    parameter.ds_active_sub_modules.discard(_HOLDER)
 
     @torch.no_grad()
     def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:

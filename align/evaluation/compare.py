@@ -109,7 +109,8 @@ def main(arguments: argparse.Namespace, console: Console) -> None:
         samples.add_row(toy.instruction_of(messages), *pair)
     console.print(samples)
     gain = numbers["after"]["ground_truth"] - numbers["before"]["ground_truth"]
-    share = gain / (4.0 - numbers["before"]["ground_truth"])
+    room = 4.0 - numbers["before"]["ground_truth"]
+    share = gain / room if room else 0.0
     console.print(f"verdict: ground truth {gain:+.2f}, {share:.0%} of the way to its maximum", highlight=False)
     if arguments.json:
         arguments.json.write_text(json.dumps({"prompts": len(found.tokens), **numbers}, indent=2) + "\n")

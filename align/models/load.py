@@ -26,7 +26,7 @@ _HEAD = re.compile(r"^score\.")
 
 def _check_source(section: Model) -> None:
     """Refuse a folder that is not there, and remote code that is not pinned."""
-    path = Path(section.path)
+    path = Path(section.path).expanduser()
     looks_local = section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
     if looks_local and not (path / "config.json").is_file() and not section.init:
         raise ModelError(f"no model folder: {path / 'config.json'} does not exist", remedy="give a folder or a hub id")

@@ -51,7 +51,7 @@ class Run:
         """Make the folder and write what is known before the start. ``decode`` turns token ids into text for
         samples."""
         self.recipe, self.section, self.decode = recipe, recipe.run, decode
-        self.folder = Path(self.section.dir).absolute()
+        self.folder = Path(self.section.dir).expanduser().absolute()
         self.clock = Clock()
         self._create()
 

@@ -131,7 +131,7 @@ class RayCluster:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
         try:
             if self.section.address is None:
-                self._temporary = Path(tempfile.mkdtemp(prefix="align-ray-"))
+                self._temporary = Path(tempfile.mkdtemp(prefix="align-ray-", dir="/tmp"))
                 num_cpus = (os.cpu_count() or 1) * self.section.slots_per_core
                 ray.init(
                     address="local",
@@ -144,6 +144,12 @@ class RayCluster:
             else:
                 ray.init(address=self.section.address, **common)
             self._reserve()
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            self.__exit__()
+            raise WorkerError(
+                f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",
+                remedy="check cluster.address=HOST:PORT, and that its Ray has this version",
+            ) from error
         except BaseException:
             self.__exit__()
             raise
