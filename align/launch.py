@@ -108,6 +108,7 @@ def train(loaded: Loaded, console: Console) -> None:
             "source": {name: asdict(split) for name, split in source.counts.items()},
             "prepared": counts,
             "fingerprint": source.fingerprint,
+            "renderer_fingerprint": renderer.fingerprint,
         },
     )
     console.print(f"{config.algorithm}: {', '.join(f'{n} {name}' for name, n in counts.items())}", highlight=False)
