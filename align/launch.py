@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,22 +20,26 @@ from align.data.chat import Renderer
 from align.errors import ConfigError
 from align.run import Run
 from align.sections import Model, Recipe
-from align.workers import local, placement, policy, reward
-from align.workers.base import Role, Spec
+from align.workers import critic, local, placement, policy, reward
+from align.workers.base import Ranks, Role, Spec
 from align.workers.pool import RayCluster
 
 ROLES: dict[type[Model], type[Role]] = {
     sections.Policy: policy.Policy,
+    sections.Sampler: policy.Sampler,
+    sections.Critic: critic.Critic,
     sections.Reference: policy.Reference,
     sections.Reward: reward.Reward,
+    sections.SecondReward: reward.SecondReward,
     sections.TrainedReward: reward.TrainedReward,
 }
 """Which role each section of a recipe becomes."""
 
 
 def cast_sections(config: Recipe) -> dict[str, Model]:
-    """The role sections of a recipe by name, the trained ones first."""
-    found = {name: value for name, value in vars(config).items() if isinstance(value, Model)}
+    """The role sections of a recipe by name, the trained ones first; without those it calls absent."""
+    absent = config.absent()
+    found = {name: one for name, one in vars(config).items() if isinstance(one, Model) and name not in absent}
     return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], sections.Trained)))
 
 
@@ -73,24 +77,33 @@ def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
     slots = check(config)
     named = {name: _located(section) for name, section in cast_sections(config).items()}
     world = {name: len(slots[name]) if config.executor == "ray" else 1 for name in named}
+    num_updates = config.run.steps * config.updates_per_step()
     specs = {
         name: [
-            Spec(name, rank, world[name], section, config.run.seed, config.run.steps, config.cluster.call_timeout_s)
+            Spec(name, rank, world[name], section, config.run.seed, num_updates, config.cluster.call_timeout_s)
             for rank in range(world[name])
         ]
         for name, section in named.items()
     }
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     if config.executor == "local":
-        yield SimpleNamespace(
-            **{name: side(local.bring_up(side.worker, specs[name][0], run.clock)) for name, side in sides.items()}
-        )
+        ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock) for name, side in sides.items()}
+        yield _company(config, sides, ranks)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
     with RayCluster(config.cluster, num_slots) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
-        ranks = cluster.bring_up(wanted, run.logs.absolute(), run.clock)
-        yield SimpleNamespace(**{name: side(ranks[name]) for name, side in sides.items()})
+        yield _company(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock))
+
+
+def _company(config: Recipe, sides: Mapping[str, type[Role]], ranks: Mapping[str, Ranks]) -> SimpleNamespace:
+    """The driver's side of every role; one that is absent is None."""
+    company = SimpleNamespace(**dict.fromkeys(config.absent()))
+    for name, side in sides.items():
+        setattr(company, name, side(ranks[name], getattr(config, name)))
+    if getattr(company, "sampler", None) is not None:
+        company.policy.sampled_by(company.sampler)
+    return company
 
 
 def train(loaded: Loaded, console: Console) -> None:
@@ -112,9 +125,14 @@ def train(loaded: Loaded, console: Console) -> None:
         },
     )
     console.print(f"{config.algorithm}: {', '.join(f'{n} {name}' for name, n in counts.items())}", highlight=False)
-    begun = time.perf_counter()
-    with cast(config, run) as roles:
-        run.write_json("startup.json", {"seconds": time.perf_counter() - begun})
-        with run:
-            algorithm.train(config, material, roles, run)
+    startup = []
+    with run:
+        for number in range(1, config.num_rounds() + 1):
+            current = config if number == 1 else config.in_round(str(run.best or run.final))
+            run.begin_round(number)
+            begun = time.perf_counter()
+            with cast(current, run) as roles:
+                startup.append(time.perf_counter() - begun)
+                run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
+                algorithm.train(current, material, roles, run)
     console.print(f"done: {run.final}", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,19 +30,26 @@ class Loss:
     The engine minimises ``sum(sum) / sum(count)`` over every micro-batch and rank of the optimizer step, so a mean over
     tokens does not change with micro-batch size, padding, packing or the number of workers. ``count`` may depend on the
     columns of the batch only, never on model outputs: it is needed before the first backward pass.
-    ``metrics`` are reduced in the same way, each by its own count.
+    ``metrics`` are reduced in the same way, each by its own count. ``others`` are terms that are added to the quotient,
+    each divided by a count of its own under the same rule: a mean over pairs plus a mean over tokens is one loss.
     """
 
     sum: Tensor
     count: Tensor
     metrics: Mapping[str, tuple[Tensor, Tensor]]
+    others: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def terms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """All terms as (sum, count)."""
+        return ((self.sum, self.count), *self.others)
 
 
 LossFunction = Callable[..., Loss]
 """A module-level function, or a ``functools.partial`` of one, so that it pickles by reference.
 
 It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` of a reward
-model), ``mask_BT`` and the columns of the batch, all by keyword.
+model, ``value_BT`` of a critic), ``mask_BT`` and the columns of the batch, all by keyword.
 """
 
 
@@ -52,6 +59,17 @@ class Future(Protocol[T_co]):
     def result(self) -> T_co:
         """Wait for the answer; raises `align.errors.WorkerError` when it cannot come."""
         ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[T]):
+    """An answer that is there."""
+
+    value: T
+
+    def result(self) -> T:
+        """The answer."""
+        return self.value
 
 
 def together(*futures: Future[Any]) -> tuple[Any, ...]:
@@ -70,12 +88,31 @@ class Policy(Protocol):
         """log pi(token t | before), shape (B, T), 0 where there is no token."""
         ...
 
+    def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
+        """log pi(token t | before) under the weights as they are now, (B, T), before this step's first update.
+
+        Those of the rollout itself where the weights are the ones that sampled; else a forward pass.
+        """
+        ...
+
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
         """One optimizer step."""
         ...
 
     def export(self, folder: Path) -> Future[None]:
         """Write weights, config and tokenizer in Hugging Face layout."""
+        ...
+
+
+class Critic(Protocol):
+    """A value function in training."""
+
+    def values(self, sequences: Sequences) -> Future[Tensor]:
+        """Value of the state before token t is chosen, shape (B, T), 0 where there is no token."""
+        ...
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """One optimizer step."""
         ...
 
 

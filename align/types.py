@@ -18,9 +18,9 @@ pickling a torch tensor costs 10 to 25 times as much.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
@@ -36,11 +36,13 @@ class _Buffer:
     """A CPU tensor in its pickled form."""
 
     def __init__(self, tensor: Tensor):
-        # numpy has no bfloat16; no record holds one, since log-probs and scores are float32.
-        self.array = tensor.detach().cpu().contiguous().numpy()
+        self.bfloat16 = tensor.dtype == torch.bfloat16  # numpy has none
+        flat = tensor.detach().cpu().contiguous()
+        self.array = (flat.view(torch.int16) if self.bfloat16 else flat).numpy()
 
     def tensor(self) -> Tensor:
-        return torch.from_numpy(self.array.copy())  # what Ray hands out is read-only shared memory
+        whole = torch.from_numpy(self.array.copy())  # what Ray hands out is read-only shared memory
+        return whole.view(torch.bfloat16) if self.bfloat16 else whole
 
 
 def _pack_value(value: Any) -> Any:
@@ -133,6 +135,13 @@ class Packed(Record):
         return torch.full(mask.shape, fill, dtype=self.ids_N.dtype).masked_scatter(mask, self.ids_N)
 
 
+@dataclass(frozen=True, eq=False)
+class Weights(Record):
+    """A model's weights on their way to another role: whole, adapters merged, by name."""
+
+    tensors: Mapping[str, Tensor]
+
+
 @checked
 @dataclass(frozen=True, eq=False)
 class Prompts(Record):
@@ -179,6 +188,16 @@ class Sequences(Record):
         used, prompt_B = self.prompt_B[index_B].unique(return_inverse=True)
         return Sequences(self.prompts.select(used), self.responses.select(index_B), prompt_B)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Sequences]) -> Sequences:
+        """The sequences of several records, one after the other; prompts are not looked for twice."""
+        before = [0, *accumulate(len(part.prompts) for part in parts)]
+        return cls(
+            Packed.concatenate(part.prompts for part in parts),
+            Packed.concatenate(part.responses for part in parts),
+            torch.cat([part.prompt_B + first for part, first in zip(parts, before, strict=False)]),
+        )
+
     def batch(self) -> Batch:
         """The sequences as a batch without columns: demonstrations."""
         return Batch(self, {}, unit=1, temperature=1.0)
@@ -209,8 +228,34 @@ class Rollouts(Record):
         """True where response token t of sequence i was sampled."""
         return self.sequences.mask_BT
 
+    def select(self, index_B: Tensor) -> Rollouts:
+        """The sequences ``index_B``; whole groups, so that the samples of a prompt stay neighbours."""
+        sequences = self.sequences.select(index_B)
+        T = sequences.mask_BT.shape[1]
+        logprob_BT, untempered_BT = self.logprob_BT[index_B, :T], self.untempered_logprob_BT[index_B, :T]
+        return Rollouts(sequences, logprob_BT, untempered_BT, self.finished_B[index_B], self.temperature, self.step)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """The rollouts of several requests of one step, one after the other."""
+        T = max(part.logprob_BT.shape[1] for part in parts)
+        grown = lambda x: torch.nn.functional.pad(x, (0, T - x.shape[1]))  # noqa: E731
+        return cls(
+            Sequences.concatenate([part.sequences for part in parts]),
+            torch.cat([grown(part.logprob_BT) for part in parts]),
+            torch.cat([grown(part.untempered_logprob_BT) for part in parts]),
+            torch.cat([part.finished_B for part in parts]),
+            parts[0].temperature,
+            parts[0].step,
+        )
+
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def pairs(self, chosen_P: Tensor, rejected_P: Tensor, strength_P: Tensor) -> Pairs:
+        """Pairs of sequences, by their numbers; each pair is of one prompt and no two pairs share one."""
+        rows = torch.stack([chosen_P, rejected_P], 1).flatten()
+        return Pairs(self.sequences.select(rows), strength_P)
 
     def batch(self, **columns: Tensor) -> Batch:
         """All sequences, to be learned from at the temperature they were sampled at."""
@@ -234,9 +279,10 @@ class Pairs(Record):
         rows = torch.stack([2 * index_P, 2 * index_P + 1], 1).flatten()
         return Pairs(self.sequences.select(rows), self.strength_P[index_P])
 
-    def batch(self) -> Batch:
-        """The pairs as a batch whose column ``strength_B`` holds each pair's strength twice."""
-        return Batch(self.sequences, {"strength_B": self.strength_P.repeat_interleave(2)}, unit=2, temperature=1.0)
+    def batch(self, **columns: Tensor) -> Batch:
+        """The pairs as a batch, to the ``columns`` of which comes ``strength_B``, each pair's strength twice."""
+        strength_B = self.strength_P.repeat_interleave(2)
+        return Batch(self.sequences, {"strength_B": strength_B, **columns}, unit=2, temperature=1.0)
 
 
 @checked

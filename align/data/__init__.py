@@ -7,13 +7,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import cache as cache
     from . import chat as chat
     from . import collate as collate
     from . import helpsteer as helpsteer
     from . import prompts as prompts
     from . import toy as toy
 
-_SUBMODULES = ("chat", "collate", "helpsteer", "prompts", "toy")
+_SUBMODULES = ("cache", "chat", "collate", "helpsteer", "prompts", "toy")
 
 
 def __getattr__(name: str) -> ModuleType:

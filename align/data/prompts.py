@@ -7,6 +7,7 @@ twice before every other was seen once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,14 +44,8 @@ class Order:
             raise ValueError(f"steps count from 1: {step}")
         start, stop = (step - 1) * self.batch_size, step * self.batch_size
         first, last = start // self.size, (stop - 1) // self.size
-        rows = np.concatenate([self._epoch(epoch) for epoch in range(first, last + 1)])
+        rows = np.concatenate([_permutation(self.size, self.seed, epoch) for epoch in range(first, last + 1)])
         return torch.from_numpy(rows[start - first * self.size : stop - first * self.size])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        # numpy keeps the raw words of a bit generator fixed for ever, but not `Generator.permutation` (NEP 19).
-        key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
-        words = np.random.Philox(key=key).random_raw(self.size)
-        return np.argsort(words, kind="stable").astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,38 @@ class PromptStream:
         """Which rows of ``tokens`` each step holds."""
         return Order(len(self.tokens), self.batch_size, self.seed)
 
-    def batch(self, step: int) -> Prompts:
-        """Prompts of step ``step`` = 1, 2, ..., numbered by their place in the batch."""
-        tokens = self.tokens.select(self.order.indices(step))
-        return Prompts(tokens, torch.arange(self.batch_size), self.stop_ids, step)
+    attempts: int = 1
+    """Batches that a step may ask for; more than one where groups are sampled again until enough have spread."""
+
+    def batch(self, step: int, attempt: int = 0) -> Prompts:
+        """Prompts of attempt 0, 1, ... of step ``step`` = 1, 2, ..., numbered by their place in the step."""
+        rows = self.order.indices((step - 1) * self.attempts + attempt + 1)
+        number = torch.arange(self.batch_size) + attempt * self.batch_size
+        return Prompts(self.tokens.select(rows), number, self.stop_ids, step)
+
+
+def first(tokens: Packed, count: int, stop_ids: tuple[int, ...], step: int) -> Prompts:
+    """The first ``count`` prompts, or all where there are fewer, under the name of a step that no training has."""
+    index = torch.arange(min(count, len(tokens)))
+    return Prompts(tokens.select(index), index, stop_ids, step)
+
+
+def minibatches(num_groups: int, count: int, epochs: int, seed: int, step: int) -> Iterator[Tensor]:
+    """Numbers of the groups in each of ``count`` minibatches of each epoch, sorted; sizes differ by one at most.
+
+    A permutation for each (seed, step, epoch); every group is in one minibatch of an epoch.
+    """
+    for epoch in range(epochs):
+        shuffled = _permutation(num_groups, seed, (step << 32) | epoch)
+        yield from (part.sort().values for part in torch.from_numpy(shuffled).tensor_split(count))
+
+
+def _permutation(size: int, seed: int, number: int) -> np.ndarray:
+    # numpy keeps the raw words of a bit generator fixed for ever, but not `Generator.permutation` (NEP 19).
+    key = np.array([seed % 2**64, number], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable").astype(np.int64)
+
+
+def members(groups: Tensor, size: int) -> Tensor:
+    """Numbers of the sequences in groups of ``size`` neighbours, group after group."""
+    return (groups[:, None] * size + torch.arange(size)).flatten()

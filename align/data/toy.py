@@ -21,7 +21,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from align.data.chat import Message
@@ -64,9 +66,9 @@ CHAT_TEMPLATE = (
 
 def answer(instruction: str) -> list[str]:
     """The right words. Raises `DataError` for a text that is no instruction of this task."""
-    request, colon, words = instruction.partition(" : ")
-    if not colon or request not in OPERATIONS or not words.split():
+    if not _is_instruction(instruction):
         raise DataError(f"not an instruction of the toy task: {instruction[:60]!r}")
+    request, _, words = instruction.partition(" : ")
     return OPERATIONS[request](words.split())
 
 
@@ -110,6 +112,19 @@ def attributes(instruction: str, response: str) -> dict[str, int]:
 def instruction_of(messages: Sequence[Message]) -> str:
     """The instruction a conversation ends with."""
     return messages[-1].content
+
+
+def ground_truth(conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor | None:
+    """`score` of each response, (P,); None where a conversation does not end with an instruction of this task."""
+    instructions = [instruction_of(messages) for messages in conversations]
+    if not all(_is_instruction(text) for text in instructions):
+        return None
+    return torch.tensor([score(text, response) for text, response in zip(instructions, responses, strict=True)])
+
+
+def _is_instruction(text: str) -> bool:
+    request, colon, words = text.partition(" : ")
+    return bool(colon) and request in OPERATIONS and bool(words.split())
 
 
 def write(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:

@@ -55,6 +55,10 @@ def _configuration(section: Model) -> dict[str, Any]:
     }
 
 
+def _counts(loss: Loss) -> list[float]:
+    return [float(count) for _, count in loss.terms]
+
+
 def _is_matrix(parameter: Any) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # a ZeRO 3 shard itself is flat
 
@@ -85,6 +89,12 @@ def sharded_loading(section: Model) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del marker
+
+
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter new values, sharded (ZeRO 3) or whole; every rank calls this with the same ``value``."""
+    with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        parameter.copy_(value.to(parameter))  # on other ranks than 0 the gathered copy is dropped
 
 
 class Engine:
@@ -152,40 +162,47 @@ class Engine:
     def update(self, batch: Batch, loss: LossFunction, **arguments: float) -> Metrics:
         """One optimizer step on this rank's share of ``batch``.
 
-        Returns ``loss``, the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and ``trained_tokens`` (prompts
-        counted once), equal on every rank. A step whose count is 0 on all ranks has nothing to learn from and is left
-        out (``skipped_steps`` is 1). Raises `DivergedError`, before any weight changes, when the loss is not finite.
+        Returns ``loss`` (the sum of its terms), the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and
+        ``trained_tokens`` (prompts counted once), equal on every rank. A step whose counts are 0 on all ranks has
+        nothing to learn from and is left out (``skipped_steps`` is 1). Raises `DivergedError`, before any weight
+        changes, when the loss is not finite.
         """
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
-        probes = [self._probe(part, loss) for part in parts]
-        names = ["loss", *(probes[0] if probes else self._probe(batch, loss)).metrics]
-        tokens = len(batch.sequences.prompts.ids_N) + len(batch.sequences.responses.ids_N)
-        count = sum(float(probe.count) for probe in probes)
-        total, tokens = self._sum(torch.tensor([count, tokens], dtype=torch.float64)).tolist()
-        if total == 0.0:
+        probes = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]
+        names, num_terms = list(probes[0].metrics), len(probes[0].terms)
+        own_tokens = len(batch.sequences.prompts.ids_N) + len(batch.sequences.responses.ids_N)
+        own = [own_tokens, *map(sum, zip(*map(_counts, probes), strict=True))]
+        tokens, *shared = self._sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        if not any(shared):
             return {"skipped_steps": 1.0}
-        totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(num_terms + len(names), 2, dtype=torch.float64, device=self.device)
         num_rounds = self.agree(len(parts))
         self._module.train()
         for i in range(num_rounds):
             self._module.set_gradient_accumulation_boundary(i == num_rounds - 1)
             value = self._forward(parts[i] if i < len(parts) else None, loss, arguments)
-            if i < len(parts) and value.count != probes[i].count:
+            if i >= len(parts):
+                self._module.backward(value.sum)
+                continue
+            if _counts(value) != _counts(probes[i]):
                 raise ValueError("a loss's count must not depend on model outputs (see align.roles.Loss)")
-            self._module.backward(value.sum * (dist.get_world_size() / total))
-            for row, (s, n) in enumerate([(value.sum, value.count), *value.metrics.values()]):
+            terms = [s * (dist.get_world_size() / n) for (s, _), n in zip(value.terms, shared, strict=True) if n]
+            self._module.backward(torch.stack(terms).sum())
+            for row, (s, n) in enumerate([*value.terms, *value.metrics.values()]):
                 totals[row] += torch.stack([s.detach().double(), n.double()])
+            del value, terms  # else the logits that metrics hang on live through the next forward pass
         self._module.eval()
-        sums, counts = self._sum(totals).T.tolist()
-        if not torch.tensor(sums[0]).isfinite():
+        means = [s / n if n else 0.0 for s, n in self._sum(totals).tolist()]
+        total_loss = sum(means[:num_terms])
+        if not math.isfinite(total_loss):
             self._module.zero_grad()
             self._module.optimizer.zero_grad()  # at ZeRO 3 the next step would else add to the gradient of this one
             raise DivergedError(
-                f"the loss is {sums[0]} at optimizer step {self.step + 1}; no weight was changed",
+                f"the loss is {total_loss} at optimizer step {self.step + 1}; no weight was changed",
                 remedy="lower the learning rate, and look at the last lines of metrics.jsonl",
             )
-        metrics = {name: s / n if n else 0.0 for name, s, n in zip(names, sums, counts, strict=True)}
+        metrics = {"loss": total_loss, **dict(zip(names, means[num_terms:], strict=True))}
         return metrics | self._take_step() | {"skipped_steps": 0.0, "trained_tokens": tokens}
 
     def _take_step(self) -> Metrics:

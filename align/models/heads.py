@@ -1,6 +1,6 @@
-"""What roles read from a transformer: log-probabilities of response tokens, or one score a sequence.
+"""What roles read from a transformer: log-probabilities or values of response tokens, or one score a sequence.
 
-Both modules take a `Layout`, so a trainer or an engine never sees padding, and both run the language-model or score
+All modules take a `Layout`, so a trainer or an engine never sees padding, and all run the language-model or score
 head only on the states that are read.
 """
 
@@ -85,6 +85,18 @@ class LastTokenScore(Head):
     def forward(self, layout: Layout) -> dict[str, Tensor]:
         head: Any = self.model.score
         return {"score_B": head(_hidden(self.model, layout)[layout.last_B]).squeeze(-1).float()}
+
+
+class TokenValues(Head):
+    """``value_BT``: the one-label head at the state from which each response token is predicted, so column t is the
+    value before token t is chosen."""
+
+    outputs = ("value_BT",)
+
+    def forward(self, layout: Layout) -> dict[str, Tensor]:
+        head: Any = self.model.score
+        value_N = head(_hidden(self.model, layout)[layout.predicting_N]).squeeze(-1).float()
+        return {"value_BT": logprobs.to_padded(value_N, layout.mask_BT)}
 
 
 class RowZeroLogit(Head):

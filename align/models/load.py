@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file
 
 from align.errors import ModelError
 from align.models.attention import PACKED, is_plain
@@ -134,6 +136,31 @@ def scorer(section: Model, vocab_size: int, seed: int, *, new_head: bool) -> Pre
     if not hasattr(model, "score"):
         raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
     return model
+
+
+def row_zero(section: Model) -> torch.Tensor:
+    """Row 0 of a checkpoint's language-model head, (hidden,): what such a reward model scores with, alone."""
+    name = "lm_head.weight"
+    try:
+        index = _file(section, "model.safetensors.index.json")
+        shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else "model.safetensors"
+        with safe_open(_file(section, shard) or shard, framework="pt") as tensors:
+            return tensors.get_slice(name)[0]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{section.path}: its safetensors hold no {name} ({_first_line(error)})",
+            remedy="kind lm_head_row0 reads checkpoints whose output layer is a weight of its own",
+        ) from error
+
+
+def _file(section: Model, name: str) -> str | None:
+    """A file of the checkpoint on this disk; None where it has none of that name."""
+    return cached_file(
+        str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,
+        name,
+        revision=section.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
 
 
 def reward_kind(section: Model, kind: str) -> str:

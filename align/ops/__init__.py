@@ -10,9 +10,33 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import advantages, kl, logprobs, losses, preferences, rewards, sampling
+    from . import (
+        advantages,
+        diagnostics,
+        direct,
+        groups,
+        kl,
+        logprobs,
+        losses,
+        policy_losses,
+        preferences,
+        rewards,
+        sampling,
+    )
 
-__all__ = ["advantages", "kl", "logprobs", "losses", "preferences", "rewards", "sampling"]
+__all__ = [
+    "advantages",
+    "diagnostics",
+    "direct",
+    "groups",
+    "kl",
+    "logprobs",
+    "losses",
+    "policy_losses",
+    "preferences",
+    "rewards",
+    "sampling",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

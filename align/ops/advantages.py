@@ -23,3 +23,97 @@ def leave_one_out(
     others_PK = (kept_PK.sum(1, keepdim=True) - kept_PK) / (n_P1 - 1).clamp(min=1)
     learnable_PK = usable_PK & (n_P1 >= 2)
     return torch.where(learnable_PK, kept_PK - others_PK, 0.0), learnable_PK
+
+
+@checked
+def group_standardised(
+    reward_PK: Float[Tensor, "P K"], usable_PK: Bool[Tensor, "P K"]
+) -> tuple[Float[Tensor, "P K"], Bool[Tensor, "P K"]]:
+    """GRPO: ``A_i = (R_i - mean) / (std + 1e-6)`` over the n usable samples of a prompt, std over n - 1 (Shao et al.
+    2024, arXiv 2402.03300, section 4.1).
+
+    Returns the advantages and which responses have one, as `leave_one_out` does. Samples with equal rewards get 0.
+    """
+    centred_PK, learnable_PK = _centred(reward_PK, usable_PK)
+    variance_P1 = centred_PK.square().sum(1, keepdim=True) / (usable_PK.sum(1, keepdim=True) - 1).clamp(min=1)
+    return (centred_PK / (variance_P1.sqrt() + 1e-6)).to(reward_PK.dtype), learnable_PK
+
+
+@checked
+def group_centred(
+    reward_PK: Float[Tensor, "P K"], usable_PK: Bool[Tensor, "P K"]
+) -> tuple[Float[Tensor, "P K"], Bool[Tensor, "P K"]]:
+    """Dr. GRPO: ``A_i = R_i - mean`` over the usable samples of a prompt, itself included (Liu et al. 2025, arXiv
+    2503.20783, section 3.2).
+
+    Returns the advantages and which responses have one, as `leave_one_out` does.
+    """
+    centred_PK, learnable_PK = _centred(reward_PK, usable_PK)
+    return centred_PK.to(reward_PK.dtype), learnable_PK
+
+
+def _centred(reward_PK: Tensor, usable_PK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards minus their mean, in float64, where n equal float32 rewards differ from their mean by 0 exactly: what
+    rounding left of them would be divided by a std as small."""
+    kept_PK = torch.where(usable_PK, reward_PK, 0.0).double()
+    n_P1 = usable_PK.sum(1, keepdim=True)
+    learnable_PK = usable_PK & (n_P1 >= 2)
+    mean_P1 = kept_PK.sum(1, keepdim=True) / n_P1.clamp(min=1)
+    return torch.where(learnable_PK, kept_PK - mean_P1, 0.0), learnable_PK
+
+
+@checked
+def gae(
+    reward_BT: Float[Tensor, "B T"],
+    value_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    gamma: float,
+    lambda_: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generalised advantages and the returns the critic learns (Schulman et al. 2016, arXiv 1506.02438, section 3).
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``return_t = A_t + V_t``, with
+    V_t the value *before* token t and 0 after the last token. The tokens of a row are its first columns. Both results
+    are 0 where there is no token.
+    """
+    value_BT = torch.where(mask_BT, value_BT, 0.0)
+    next_BT = torch.cat([value_BT[:, 1:], torch.zeros_like(value_BT[:, :1])], 1)
+    delta_BT = torch.where(mask_BT, reward_BT, 0.0) + gamma * next_BT - value_BT
+    advantage_BT = _discounted(delta_BT, gamma * lambda_)
+    return advantage_BT, advantage_BT + value_BT
+
+
+@checked
+def returns_to_go(reward_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
+    """``G_t = r_t + gamma G_{t+1}``, 0 where there is no token (Sutton & Barto 2018, section 3.3). The tokens of a row
+    are its first columns."""
+    return _discounted(torch.where(mask_BT, reward_BT, 0.0), gamma)
+
+
+def _discounted(x_BT: Tensor, factor: float) -> Tensor:
+    """``y_t = x_t + factor y_{t+1}``. A row of x that ends in zeros gives a y that does."""
+    y_BT, following_B = torch.zeros_like(x_BT), x_BT.new_zeros(len(x_BT))
+    for t in reversed(range(x_BT.shape[1])):
+        following_B = x_BT[:, t] + factor * following_B
+        y_BT[:, t] = following_B
+    return y_BT
+
+
+@checked
+def whiten(x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """``(x - mean) / sqrt(variance + 1e-8)`` over all tokens, variance over n, 0 where there is no token (REINFORCE++,
+    Hu 2025, arXiv 2501.03262).
+
+    Wants the whole batch of a step, of all workers: each part whitened by itself would forget how parts differ.
+    Moments are taken in float64.
+    """
+    valid_N = x_BT[mask_BT].double()
+    mean = valid_N.mean()
+    variance = (valid_N - mean).square().mean()
+    return torch.where(mask_BT, (x_BT.double() - mean) / (variance + 1e-8).sqrt(), 0.0).to(x_BT.dtype)
+
+
+@checked
+def spread(x_B: Float[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """One number a response on each of its tokens, 0 where there is none."""
+    return torch.where(mask_BT, x_B[:, None], 0.0)

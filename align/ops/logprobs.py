@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from align.types import checked
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropy of softmax(z), differentiable at the cost of N numbers: of z and logsumexp(z) the log-probability keeps
+    the same storage for its own gradient. Written out in torch it would keep two more matrices of the size of z."""
+
+    @staticmethod
+    def forward(ctx: Any, scaled_NV: Tensor, normalizer_N: Tensor) -> Tensor:
+        # Not ``logsumexp(z) - sum_v p_v z_v``, which loses digits when all logits are far from 0.
+        every_NV = scaled_NV - normalizer_N[:, None]
+        entropy_N = -every_NV.exp().mul_(every_NV).sum(-1)
+        ctx.save_for_backward(scaled_NV, normalizer_N, entropy_N)
+        return entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """``dH/dz_v = -p_v (log p_v + H)``; the dependence of logsumexp(z) on z is part of it."""
+        scaled_NV, normalizer_N, entropy_N = ctx.saved_tensors
+        every_NV = scaled_NV - normalizer_N[:, None]
+        grad_NV = every_NV.exp().mul_(-grad_N[:, None])
+        return grad_NV.mul_(every_NV.add_(entropy_N[:, None])), None
 
 
 @checked
@@ -16,16 +41,13 @@ def of_tokens(
     """Log-probability of each token and the entropy of the distribution it was drawn from.
 
     ``logprob = z[id] - logsumexp(z)`` and ``H = -sum_v p_v log p_v`` with ``z = logits / temperature``
-    and ``p = softmax(z)``, in nats, computed in float32. The entropy carries no gradient.
+    and ``p = softmax(z)``, in nats, computed in float32. Both carry a gradient. While the graph of either lives, so
+    does z: an entropy that is only looked at is detached before it is kept.
     """
     scaled_NV = logits_NV.float() / temperature
     normalizer_N = scaled_NV.logsumexp(-1)
     logprob_N = scaled_NV.gather(1, ids_N[:, None]).squeeze(1) - normalizer_N
-    with torch.no_grad():
-        # Not ``logsumexp(z) - sum_v p_v z_v``, which loses digits when all logits are far from 0.
-        every_NV = scaled_NV - normalizer_N[:, None]
-        entropy_N = -every_NV.exp().mul_(every_NV).sum(-1)
-    return logprob_N, entropy_N
+    return logprob_N, _Entropy.apply(scaled_NV, normalizer_N.detach())
 
 
 @checked

@@ -19,18 +19,6 @@ def cross_entropy(
 
 
 @checked
-def reinforce(
-    logprob_BT: Float[Tensor, "B T"], advantage_B: Float[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """``-sum_i A_i sum_t log pi(token t)`` (Williams 1992), and the number of tokens.
-
-    One step per rollout: there is no ratio to an older policy. The gradient does not pass through the advantage.
-    """
-    advantage_BT = torch.where(mask_BT, advantage_B.detach()[:, None], 0.0)
-    return -(torch.where(mask_BT, logprob_BT, 0.0) * advantage_BT).sum(), mask_BT.sum()
-
-
-@checked
 def bradley_terry(difference_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """``-log sigmoid(d)`` with d = r(chosen) - r(rejected) (Bradley & Terry 1952)."""
     return -F.logsigmoid(difference_P)

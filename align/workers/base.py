@@ -131,6 +131,19 @@ class TrainedWorker(Worker):
             export.write(self.model, self.tokenizer, state, folder)
 
 
+@dataclass(frozen=True)
+class After(Generic[U]):
+    """An answer that stands only when another call went well too."""
+
+    first: Future[Any]
+    then: Future[U]
+
+    def result(self) -> U:
+        """Wait for both."""
+        self.first.result()
+        return self.then.result()
+
+
 class Ranks(ABC):
     """The workers of a role, wherever they are."""
 
@@ -146,6 +159,11 @@ class Ranks(ABC):
     ) -> Future[U]:
         """Call ``method`` (of the worker class) on every rank with its own arguments; ``gather`` their values."""
 
+    @abstractmethod
+    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call ``method`` on every rank and fetch nothing: what comes back may be passed, as it is, as an argument to
+        a call of another role, which gets the `Answer`."""
+
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""
         return [arguments] * self.world_size
@@ -156,18 +174,20 @@ class Role:
 
     worker: type[Worker]
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, section: Model):
+        self.ranks, self.section = ranks, section
 
 
 class TrainedRole(Role):
     """The driver's side of `TrainedWorker`."""
 
+    update_phase = "update"
+
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
         """One optimizer step; every rank reports the same numbers."""
         rows = collate.split(batch.sequences, batch.unit, self.ranks.world_size)
         arguments = [(batch.select(index), loss) for index in rows]
-        return self.ranks.call("update", TrainedWorker.update, arguments, lambda parts: parts[0])
+        return self.ranks.call(self.update_phase, TrainedWorker.update, arguments, lambda parts: parts[0])
 
     def export(self, folder: Path) -> Future[None]:
         """Write the model in Hugging Face layout."""

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from align.roles import Ready
 from align.run import Clock
 from align.workers.base import Answer, Ranks, Spec, Worker
 
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-@dataclass(frozen=True)
-class Ready(Generic[U]):
-    """An answer that is there."""
-
-    value: U
-
-    def result(self) -> U:
-        """The answer."""
-        return self.value
 
 
 class LocalRanks(Ranks):
@@ -41,9 +30,13 @@ class LocalRanks(Ranks):
     ) -> Ready[U]:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
-        answer = getattr(self.worker, method.__name__)(*arguments[0])  # by name: the worker's own override counts
+        (answer,) = self.start(method, arguments)
         self.clock.record(phase, [answer.span])
         return Ready(gather([answer.value]))
+
+    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
+        """See `align.workers.base.Ranks`."""
+        return [getattr(self.worker, method.__name__)(*arguments[0])]  # by name: the worker's own override counts
 
 
 def bring_up(worker: type[Worker], spec: Spec, clock: Clock) -> LocalRanks:

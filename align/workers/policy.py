@@ -1,20 +1,35 @@
-"""Policy and reference: causal language models that sample, score tokens and, for the policy, learn."""
+"""Policy, sampler and reference: causal language models that sample, score tokens and, for the policy, learn."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.data import collate
 from align.engines import generation
 from align.engines.deepspeed import Engine
-from align.models import heads, load
-from align.roles import Future
+from align.errors import ModelError
+from align.models import export, heads, load
+from align.roles import Future, LossFunction, Metrics, Ready
+from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
-from align.sections import Sampling
-from align.types import Batch, Packed, Prompts, Rollouts, Sequences
-from align.workers.base import Role, TrainedRole, TrainedWorker, Worker, answered, by_rank, merged
+from align.sections import Sampler as SamplerSection
+from align.types import Batch, Packed, Prompts, Rollouts, Sequences, Weights
+from align.workers.base import (
+    After,
+    Answer,
+    Ranks,
+    Role,
+    TrainedRole,
+    TrainedWorker,
+    Worker,
+    answered,
+    by_rank,
+    merged,
+)
 
 
 class ReferenceWorker(Worker):
@@ -57,6 +72,47 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
         with self.engine.full(self.model.parameters()):
             return generation.generate(self.model, prompts, sampling, seed, section.generation_slots)
 
+    @answered
+    def weights(self) -> Weights:
+        """All weights as they are now, for a sampler; every rank takes part, only rank 0 has them."""
+        return Weights(export.state_dict(self.model, self.engine.full, keep=self.spec.rank == 0))
+
+
+class SamplerWorker(Worker):
+    """Samples for the policy on a copy of its weights."""
+
+    def load(self) -> None:
+        spec = self.spec
+        self.model = load.causal_lm(spec.section, len(self.tokenizer), spec.seed).eval()
+        nn.Module.to(self.model, self.device)
+
+    @answered
+    def receive(self, sent: Answer[Weights]) -> None:
+        """Take over the policy's weights, every one of them."""
+        tensors, own = sent.value.tensors, dict(self.model.named_parameters())
+        if tensors.keys() != own.keys():
+            raise ModelError(f"policy and sampler differ in weights: {sorted(tensors.keys() ^ own.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    @answered
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Responses to this rank's prompts on the weights received last."""
+        section = self.spec.section
+        assert isinstance(section, SamplerSection)
+        return generation.generate(self.model, prompts, sampling, self.spec.seed, section.generation_slots)
+
+
+class Sampler(Role):
+    """The driver's side of `SamplerWorker`; the policy's role calls it."""
+
+    worker = SamplerWorker
+
+    def receive(self, sent: Any) -> Future[None]:
+        """Renew the weights. ``sent`` is what `Ranks.start` gave for the policy's rank 0."""
+        return self.ranks.call("sync", SamplerWorker.receive, self.ranks.everywhere(sent), lambda parts: None)
+
 
 class Reference(Role):
     """The driver's side of `ReferenceWorker`."""
@@ -76,20 +132,55 @@ class Reference(Role):
 
 
 class Policy(TrainedRole, Reference):
-    """The driver's side of `PolicyWorker`."""
+    """The driver's side of `PolicyWorker`.
+
+    It counts its updates, so that rollouts are known to come from the weights as they are now or from older ones.
+    """
 
     worker = PolicyWorker
     phase = "logprobs"
 
+    def __init__(self, ranks: Ranks, section: Model):
+        super().__init__(ranks, section)
+        self._sampler: Sampler | None = None
+        self._version, self._sent = 0, -1
+        self._version_at: dict[int, int] = {}  # by step of the rollout
+
+    def sampled_by(self, sampler: Sampler) -> None:
+        """Have ``sampler`` generate, on weights that are sent to it before each rollout where they have changed."""
+        self._sampler = sampler
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """See `align.roles.Policy`."""
+        self._version += 1
+        return super().update(batch, loss)
+
     def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
         """See `align.roles.Policy`."""
-        index = by_rank(len(prompts), self.ranks.world_size)
-        return self.ranks.call(
-            "generate",
-            PolicyWorker.generate,
-            [(prompts.select(part), sampling) for part in index],
-            lambda parts: _merged_rollouts(prompts, parts, index, sampling.num_samples),
-        )
+        self._version_at.setdefault(prompts.step, self._version)  # a greedy baseline comes after its samples
+        if self._sampler is None:
+            return _generate(self.ranks, PolicyWorker.generate, prompts, sampling)
+        renewed: Future[None] = Ready(None)
+        if self._sent != self._version:
+            self._sent = self._version
+            renewed = self._sampler.receive(self.ranks.start(PolicyWorker.weights, self.ranks.everywhere())[0])
+        return After(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
+
+    def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
+        """See `align.roles.Policy`."""
+        if self._version_at[rollouts.step] == self._version:
+            return Ready(rollouts.logprob_BT)
+        return self.logprobs(rollouts.sequences, rollouts.temperature)
+
+
+def _generate(ranks: Ranks, method: Any, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+    index = by_rank(len(prompts), ranks.world_size)
+    return ranks.call(
+        "generate",
+        method,
+        [(prompts.select(part), sampling) for part in index],
+        lambda parts: _merged_rollouts(prompts, parts, index, sampling.num_samples),
+    )
 
 
 def _merged_rollouts(prompts: Prompts, parts: list[Rollouts], index: list[Tensor], num_samples: int) -> Rollouts:

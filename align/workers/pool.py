@@ -79,6 +79,10 @@ class RayRanks(Ranks):
         self.clock.begin(phase)
         return RayFuture(self, phase, self.ask(method.__name__, arguments), gather)
 
+    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `align.workers.base.Ranks`."""
+        return self.ask(method.__name__, arguments)
+
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """References to what each rank will answer."""
         return [h.call.remote(method, *own) for h, own in zip(self.handles, arguments, strict=True)]

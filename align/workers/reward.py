@@ -52,12 +52,22 @@ class Reward(Role):
     """The driver's side of `RewardWorker`."""
 
     worker = RewardWorker
+    phase = "score"
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
-        """See `align.roles.Reward`. A score that is not finite stops the run; it is never replaced by a number."""
+        """See `align.roles.Reward`. A score that is not finite stops the run, or stays as it is for the algorithm to
+        drop (``failed: drop``); it is never replaced by a number."""
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
-        return self.ranks.call("score", RewardWorker.score, arguments, lambda parts: _finite(merged(parts, rows)))
+        passed = isinstance(self.section, RewardSection) and self.section.failed == "drop"
+        whole = (lambda parts: merged(parts, rows)) if passed else (lambda parts: _finite(merged(parts, rows)))
+        return self.ranks.call(self.phase, RewardWorker.score, arguments, whole)
+
+
+class SecondReward(Reward):
+    """A second opinion."""
+
+    phase = "second_score"
 
 
 class TrainedReward(TrainedRole, Reward):

@@ -64,3 +64,69 @@ def test_reductions_differ_by_the_length_and_do_not_see_masked_tokens():
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
     assert kl.per_sequence(values, mask, "sum").tolist() == [9.0, 4.0, 0.0]
     assert kl.per_sequence(values, mask, "mean").tolist() == [3.0, 4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slope"),
+    [("k2", lambda x: x), ("k3", lambda x: 1 - math.exp(-x)), ("abs", lambda x: math.copysign(1, x))],
+)
+def test_gradients_in_the_loss_by_hand_and_by_finite_differences(estimator: kl.Estimator, slope):
+    torch.manual_seed(0)
+    logprob, reference = torch.randn(2, 3, 4, dtype=torch.float64) * 3
+    logprob.requires_grad_()
+    kl.per_token(logprob, reference, estimator).sum().backward()
+    h = 1e-6
+    low, high = (kl.per_token(logprob.detach() + step, reference, estimator) for step in (-h, h))
+    torch.testing.assert_close(logprob.grad, (high - low) / (2 * h), atol=1e-7, rtol=1e-6)
+    expected = (logprob - reference).detach().clone().apply_(slope)
+    torch.testing.assert_close(logprob.grad, expected)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_in_the_loss_a_masked_token_has_no_gradient(estimator: kl.Estimator, reduction: kl.Reduction):
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    gradients = []
+    for junk in (0.0, NAN, math.inf):
+        logprob = torch.where(mask, torch.tensor([[-1.0, -2.0, 0], [0, 0, 0]]), junk).requires_grad_()
+        reference = torch.where(mask, torch.tensor([[-1.5, -1.0, 0], [0, 0, 0]]), junk)
+        kl.per_sequence(kl.per_token(logprob, reference, estimator), mask, reduction).sum().backward()
+        gradients.append(logprob.grad)
+    assert gradients[1].isfinite().all()
+    assert gradients[1].equal(gradients[0])
+    assert gradients[2].equal(gradients[0])
+    assert (gradients[0] != 0).equal(mask)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_a_difference_that_is_not_finite_is_not_hidden(estimator: kl.Estimator):
+    estimate = kl.per_token(torch.tensor([[NAN, math.inf, 0.0]]), torch.tensor([[0.0, 0.0, NAN]]), estimator)[0]
+    assert estimate.isnan().tolist() == [True, False, True]
+    assert estimate[1].item() == math.inf
+
+
+@pytest.mark.parametrize(
+    ("divergence", "coefficient"),
+    [
+        # Target 6, 100 sequences of a horizon of 1000: the error counts a tenth.
+        (6.0, 0.5),
+        (6.6, 0.505),  # error 0.1
+        (5.4, 0.495),
+        (60.0, 0.51),  # error 9, limited to 0.2
+        (0.0, 0.49),  # error -1, limited to -0.2
+        (-3.0, 0.49),  # the mean of k1 may be negative
+        (NAN, 0.5),
+        (math.inf, 0.5),
+        (-math.inf, 0.5),
+    ],
+)
+def test_adaptive_coefficient_by_hand(divergence: float, coefficient: float):
+    assert kl.adapted(0.5, divergence, 6.0, 1000, 100) == pytest.approx(coefficient, abs=1e-12)
+
+
+def test_the_adaptive_coefficient_settles_where_the_divergence_is_the_target():
+    # A policy whose divergence is 3 / coefficient meets the target 6 at 0.5.
+    coefficient = 0.1
+    for _ in range(400):
+        coefficient = kl.adapted(coefficient, 3.0 / coefficient, 6.0, 1000, 100)
+    assert coefficient == pytest.approx(0.5, rel=1e-6)

@@ -69,10 +69,76 @@ def test_gradient_is_one_hot_minus_probability_over_temperature():
     torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_entropy_carries_no_gradient():
-    logprob, entropy = logprobs.of_tokens(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]), 1.0)
-    assert logprob.requires_grad
-    assert not entropy.requires_grad
+def naive_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    every = (logits / temperature).log_softmax(-1)
+    return -(every.exp() * every).sum(-1)
+
+
+def test_entropy_gradient_by_hand():
+    # Two tokens of probability 1/4 and 3/4: dH/dz_0 = -p_0 p_1 log(p_0 / p_1) = 3/16 log 3, and the opposite for z_1.
+    logits = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
+    logprobs.of_tokens(logits, torch.tensor([0]), 1.0)[1].sum().backward()
+    expected = 3 / 16 * math.log(3)
+    torch.testing.assert_close(logits.grad, torch.tensor([[expected, -expected]]), atol=1e-6, rtol=0)
+
+
+def test_entropy_gradient_by_finite_differences():
+    torch.manual_seed(4)
+    scaled = (torch.randn(3, 7, dtype=torch.float64) * 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: logprobs._Entropy.apply(z, z.logsumexp(-1).detach()), scaled)
+
+
+def test_both_gradients_against_automatic_differentiation():
+    torch.manual_seed(5)
+    logits, ids, temperature = (torch.randn(6, 50) * 4).requires_grad_(), torch.randint(50, (6,)), 0.7
+    weight = torch.randn(2, 6)
+    logprob, entropy = logprobs.of_tokens(logits, ids, temperature)
+    (weight[0] * logprob + weight[1] * entropy).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    every = (exact / temperature).log_softmax(-1)[range(6), ids]
+    (weight[0] * every + weight[1] * naive_entropy(exact, temperature)).sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(logits.grad, exact.grad.float(), atol=2e-6, rtol=1e-4)
+
+
+def test_entropy_gradient_of_a_certain_and_of_an_even_distribution_is_zero():
+    logits = torch.tensor([[1e4, 0.0, -1e4], [2.0, 2.0, 2.0]], requires_grad=True)
+    logprobs.of_tokens(logits, torch.tensor([0, 0]), 1.0)[1].sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def test_the_value_of_the_entropy_does_not_depend_on_whether_gradients_are_kept():
+    torch.manual_seed(6)
+    logits, ids = torch.randn(5, 33) * 5, torch.randint(33, (5,))
+    plain = logprobs.of_tokens(logits, ids, 0.7)[1]
+    scaled = logits / 0.7
+    every = scaled - scaled.logsumexp(-1)[:, None]
+    assert plain.equal(-(every.exp() * every).sum(-1))
+    assert plain.equal(logprobs.of_tokens(logits.requires_grad_(), ids, 0.7)[1])
+    assert not plain.requires_grad
+
+
+def kept_matrices(function, logits: torch.Tensor) -> int:
+    """How many different (N, V) matrices the backward pass of ``function`` of fresh logits keeps."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == logits.numel():
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function(logits.clone().requires_grad_())
+    assert all(part.requires_grad for part in result)
+    return len(kept)
+
+
+def test_a_differentiable_entropy_keeps_nothing_more_than_the_log_probability_does():
+    logits, ids = torch.randn(4, 9), torch.tensor([1, 2, 3, 4])
+    assert kept_matrices(lambda z: (z.div(0.7).logsumexp(-1),), logits) == 1
+    assert kept_matrices(lambda z: logprobs.of_tokens(z, ids, 0.7), logits) == 1
+    assert kept_matrices(lambda z: (naive_entropy(z, 0.7),), logits) > 1
 
 
 def test_to_padded_places_row_after_row():

@@ -36,34 +36,9 @@ def test_cross_entropy_gradient_is_minus_one_at_tokens_and_zero_elsewhere():
     assert logprob.grad.tolist() == (-MASK.float()).tolist()
 
 
-def test_reinforce_by_hand():
-    # -(2 (-1 - 2) + (-3)(-0.5 - 1.5 - 4)) = -(-6 + 18); the third response has no token, so its advantage is not seen.
-    total, count = losses.reinforce(LOGPROB, torch.tensor([2.0, -3.0, NAN]), MASK)
-    assert total.item() == -12.0
-    assert count.item() == 5
-
-
-def test_reinforce_gradient_is_minus_the_advantage_at_tokens():
-    logprob = LOGPROB.clone().requires_grad_()
-    advantage = torch.tensor([2.0, -3.0, NAN], requires_grad=True)
-    losses.reinforce(logprob, advantage, MASK)[0].backward()
-    assert logprob.grad is not None
-    assert logprob.grad.tolist() == [[-2, -2, 0], [3, 3, 3], [0, 0, 0]]
-    assert advantage.grad is None  # the gradient does not pass through the advantage
-
-
-def test_reinforce_raises_the_probability_of_what_was_better():
-    logits = torch.zeros(1, 2, requires_grad=True)
-    logprob = logits.log_softmax(-1)[:, :1]
-    losses.reinforce(logprob, torch.tensor([1.5]), torch.ones(1, 1, dtype=torch.bool))[0].backward()
-    # d/dz0 of -1.5 log p0 = -1.5 (1 - 1/2): descent raises z0.
-    torch.testing.assert_close(logits.grad, torch.tensor([[-0.75, 0.75]]))
-
-
 def test_sums_add_up_over_any_split_of_the_rows():
-    advantage = torch.tensor([2.0, -3.0, NAN])
-    whole = losses.reinforce(LOGPROB, advantage, MASK)
-    parts = [losses.reinforce(LOGPROB[i : i + 1], advantage[i : i + 1], MASK[i : i + 1]) for i in range(3)]
+    whole = losses.cross_entropy(LOGPROB, MASK)
+    parts = [losses.cross_entropy(LOGPROB[i : i + 1], MASK[i : i + 1]) for i in range(3)]
     assert sum(total.item() for total, _ in parts) == whole[0].item()
     assert sum(count.item() for _, count in parts) == whole[1].item()
 

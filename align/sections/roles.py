@@ -1,9 +1,4 @@
-"""Sections of a recipe that algorithms share. Importing this module loads no torch.
-
-Every field is followed by a docstring with its unit and the origin of its default. ``MISSING`` marks
-what a recipe must give. Role sections (`Policy`, `Reference`, `Reward`, `TrainedReward`) are also the
-cast list: the launcher starts one role for each field of a recipe whose type is a role section.
-"""
+"""Sections that become roles: where weights come from, how they are held and trained."""
 
 from __future__ import annotations
 
@@ -130,6 +125,30 @@ class Policy(Trained):
 
 
 @dataclass(frozen=True)
+class Sampler(Model):
+    """Processes that sample for the policy on slots of their own, from a copy of its weights that is renewed before
+    each rollout. There when ``placement`` names slots for it; it needs whole weights on each slot."""
+
+    path: str = "${policy.path}"
+    """Follows the policy, as do the next four. Only tokenizer and architecture are read: the weights are sent."""
+    revision: str | None = "${policy.revision}"
+    """Follows the policy."""
+    init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - a reference to another key
+    """Follows the policy."""
+    dtype: DType = "${policy.dtype}"  # type: ignore[assignment]
+    """Follows the policy."""
+    trust_remote_code: bool = "${policy.trust_remote_code}"  # type: ignore[assignment]
+    """Follows the policy."""
+    generation_slots: int = 64
+    """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_stage != 0:
+            raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
+
+
+@dataclass(frozen=True)
 class Reference(Model):
     """The frozen policy to which the KL divergence is measured."""
 
@@ -156,6 +175,18 @@ class Reward(Model):
     """How the score is read. ``sequence_classification``: the one-label head at the last token. ``lm_head_row0``: the
     logit of vocabulary id 0 at the last token (Llama-3.x-Nemotron-70B-Reward). ``auto``: by the architecture
     that the checkpoint names."""
+    failed: Literal["fail", "drop"] = "fail"
+    """A score that is not finite stops the run, or takes all responses to that prompt out of the step, counted. It is
+    never replaced by a number."""
+
+
+@dataclass(frozen=True)
+class SecondReward(Reward):
+    """A second reward model that is never learned from: it tells gains that the first would not share from its
+    mistakes. Absent unless ``path`` is given."""
+
+    path: str = ""
+    """Folder in Hugging Face layout, or a hub id; empty for no such role."""
 
 
 @dataclass(frozen=True)
@@ -164,107 +195,28 @@ class TrainedReward(Trained):
 
 
 @dataclass(frozen=True)
-class Data:
-    """HelpSteer3-Preference, from the hub or from a folder of the same layout."""
+class Critic(Trained):
+    """A value function in training: a transformer body whose scalar head is read at every response token."""
 
-    path: str = MISSING
-    """Hub id (``nvidia/HelpSteer3``) or a folder that holds ``preference/train.jsonl.gz`` and
-    ``validation.jsonl.gz``."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    max_rows: int | None = None
-    """Read only the first rows of each split; None reads all."""
-    domains: list[str] = field(default_factory=list)
-    """Keep these values of ``domain`` (general, stem, code, multilingual); empty keeps all."""
-    max_prompt_tokens: int = 2048
-    """Longer prompts are dropped and counted, never cut."""
-    max_response_tokens: int = 2048
-    """Longer responses (pairs, demonstrations) are dropped and counted, never cut."""
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """A row that breaks the schema stops the run with file, line and field, or is skipped and counted."""
-    chat_template: str | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own."""
-    date: str | None = None
-    """Text passed to the template as ``date_string``. A template that writes today's date is refused without it."""
+    kind: Literal["auto", "sequence_classification", "lm_head_row0"] = "auto"
+    """How the reward model that it starts from gives its score, as ``reward.kind``. Not read with ``head: new``."""
+    head: Literal["trained", "new"] = "trained"
+    """``trained``: values start as the scores of a reward model; a checkpoint without such a head is refused.
+    ``new``: a head that the checkpoint lacks is drawn from ``run.seed``, so that a critic can start from the policy."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn. Order of the filters: temperature, top-k, top-p, min-p (as in transformers)."""
+class StartingCritic(Critic):
+    """The critic that a recipe gets when it says nothing: it starts from the reward model (InstructGPT, arXiv
+    2203.02155; HelpSteer2, arXiv 2406.08673)."""
 
-    num_samples: int = 1
-    """K, responses per prompt."""
-    max_tokens: int = 1024
-    """T, longest response in tokens; a response that reaches it without an end token is unfinished."""
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this sum."""
-    min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the most likely one."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.max_tokens < 1:
-            raise ValueError(f"num_samples and max_tokens must be positive: {self.num_samples}, {self.max_tokens}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(f"temperature and top_k must not be negative: {self.temperature}, {self.top_k}")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"top_p lies in (0, 1] and min_p in [0, 1]: {self.top_p}, {self.min_p}")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where Ray runs. Not read by ``executor: local``."""
-
-    address: str | None = None
-    """``host:port`` of a running Ray cluster; None starts one on 127.0.0.1 for this run and stops it at the end."""
-    slots_per_core: int = 2
-    """Worker processes that one CPU core offers on a cluster without GPUs that this run starts. Threads are shared out,
-    so more slots than cores cost memory rather than speed while only some roles are busy."""
-    start_timeout_s: float = 180.0
-    """Seconds for slots to be granted and for each role to come up."""
-    call_timeout_s: float = 3600.0
-    """Seconds that one call to a role may take before the run stops and names it."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run folder and what is written there."""
-
-    dir: str = MISSING
-    """Folder of this run. It must be new or empty."""
-    steps: int = MISSING
-    """Optimizer steps."""
-    seed: int = 0
-    """Seed of data order, weight initialisation and sampling."""
-    logged_samples: int = 4
-    """Responses written to ``samples.jsonl`` each step."""
-    tensorboard: bool = True
-    """Write event files to ``tensorboard/``."""
-    progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What every recipe has; the ``Config`` of an algorithm extends it."""
-
-    algorithm: str = MISSING
-    """Module of ``align.algorithms``."""
-    run: Run = field(default_factory=Run)
-    """The run folder."""
-    data: Data = field(default_factory=Data)
-    """The data source."""
-    executor: Literal["ray", "local"] = "ray"
-    """``ray``: each role in worker processes of its own. ``local``: every role in this process, for debugging."""
-    placement: dict[str, str] = field(default_factory=dict)
-    """Slots of each role, as ``0``, ``0-3`` or ``0,2``. A slot is a GPU, or a worker process on a CPU cluster. Roles
-    that share a slot share its device."""
-    cluster: Cluster = field(default_factory=Cluster)
-    """Where Ray runs."""
-
-    def notes(self) -> list[str]:
-        """What a reader of the configuration should know beside its values."""
-        return []
+    path: str = "${reward.path}"
+    """Follows the reward model."""
+    revision: str | None = "${reward.revision}"
+    """Follows the reward model."""
+    dtype: DType = "${reward.dtype}"  # type: ignore[assignment]
+    """Follows the reward model."""
+    trust_remote_code: bool = "${reward.trust_remote_code}"  # type: ignore[assignment]
+    """Follows the reward model."""
+    kind: Literal["auto", "sequence_classification", "lm_head_row0"] = "${reward.kind}"  # type: ignore[assignment]
+    """Follows the reward model."""

@@ -1,0 +1,141 @@
+"""Held-out evaluation during training: the policy answers prompts it never learns from and is judged.
+
+Greedy answers, and sampled ones whose noise is the same each time, are scored by the reward role, by the second reward
+model where there is one, and by the rule of the bundled task where the prompts are of it. Greedy answers are compared
+with those of the starting policy: win rate = (wins + ties / 2) / prompts, with a 95 % interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from align import data, ops, roles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import PreferenceData
+    from align.data.rows import Message
+    from align.run import Run
+    from align.sections import Data, Evaluation, Sampling
+    from align.types import Prompts, Rollouts
+
+NOISE = -1
+"""The step in the name of the noise; training counts from 1."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts of the validation split."""
+
+    prompts: Prompts
+    messages: list[tuple[Message, ...]]
+
+
+def prepare(evaluation: Evaluation, source: PreferenceData, renderer: Renderer, data_section: Data) -> HeldOut | None:
+    """The first prompts of the validation split; None where nothing is to be measured."""
+    if not evaluation.every:
+        return None
+    found = data.helpsteer.prompts(source.validation, renderer, data_section.max_prompt_tokens)
+    return HeldOut(
+        data.prompts.first(found.tokens, evaluation.prompts, renderer.stop_ids, NOISE),
+        found.messages[: evaluation.prompts],
+    )
+
+
+class Cast(Protocol):
+    """Roles that a measurement needs."""
+
+    @property
+    def policy(self) -> roles.Policy:
+        """Answers."""
+        ...
+
+    @property
+    def reward(self) -> roles.Reward | None:
+        """Judges; there whenever something is measured."""
+        ...
+
+    @property
+    def second_reward(self) -> roles.Reward | None:
+        """Judges too."""
+        ...
+
+
+class Evaluator:
+    """Measures the policy when it is due, and remembers how the starting policy did."""
+
+    def __init__(self, evaluation: Evaluation, sampling: Sampling, held_out: HeldOut | None, cast: Cast, run: Run):
+        """Measures the policy as it is now, before its first step."""
+        self.evaluation, self.held_out, self.cast, self.run = evaluation, held_out, cast, run
+        self.kinds = {
+            "greedy": replace(sampling, num_samples=1, temperature=0.0),
+            "sampled": replace(sampling, num_samples=1),
+        }
+        self.start: dict[str, Tensor] = {}
+        if held_out is not None:
+            self._measure(run.first_step - 1)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metrics ``heldout/...`` of the policy after ``step``; none where no measurement is due."""
+        due = self.held_out is not None and (step % self.evaluation.every == 0 or self.run.is_last(step))
+        return self._measure(step) if due else {}
+
+    def _measure(self, step: int) -> dict[str, float]:
+        assert self.held_out is not None
+        metrics: dict[str, float] = {}
+        answers: list[dict[str, object]] = []
+        for kind, sampling in self.kinds.items():
+            rollouts = self.cast.policy.generate(self.held_out.prompts, sampling).result()
+            texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
+            judged = self._judge(rollouts, texts)
+            metrics |= {f"heldout/{kind}/{name}": float(score_P.double().mean()) for name, score_P in judged.items()}
+            metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
+            metrics[f"heldout/{kind}/unfinished"] = 1.0 - float(rollouts.finished_B.double().mean())
+            if kind == "greedy":
+                metrics |= self._against_start(judged)
+            answers += self._written(kind, texts, judged)
+        self.run.evaluated(step, metrics, answers)
+        score = metrics["heldout/greedy/reward"]
+        if self.evaluation.keep_best and score > self.run.state.get("best_score", float("-inf")):
+            self.run.keep_best(step, self.cast.policy)
+            self.run.state["best_score"] = score
+        return metrics
+
+    def _judge(self, rollouts: Rollouts, texts: list[str]) -> dict[str, Tensor]:
+        """Scores of every answer by each judge."""
+        assert self.held_out is not None
+        judges = {"reward": self.cast.reward, "second_reward": self.cast.second_reward}
+        asked = {name: judge.score(rollouts.sequences) for name, judge in judges.items() if judge is not None}
+        judged = dict(zip(asked, roles.together(*asked.values()), strict=True))
+        truth_P = data.toy.ground_truth(self.held_out.messages, texts)
+        return judged if truth_P is None else judged | {"ground_truth": truth_P}
+
+    def _against_start(self, judged: dict[str, Tensor]) -> dict[str, float]:
+        self.start = self.start or judged
+        metrics = {}
+        for name, own_P in judged.items():
+            judged_P = own_P.isfinite() & self.start[name].isfinite()
+            if not judged_P.any():
+                continue
+            rate = ops.diagnostics.win_rate(own_P[judged_P].double(), self.start[name][judged_P].double())
+            metrics |= {
+                f"heldout/win_rate/{name}": rate.rate,
+                f"heldout/win_rate/{name}/low": rate.low,
+                f"heldout/win_rate/{name}/high": rate.high,
+            }
+        return metrics
+
+    def _written(self, kind: str, texts: list[str], judged: dict[str, Tensor]) -> list[dict[str, object]]:
+        assert self.held_out is not None
+        return [
+            {
+                "kind": kind,
+                "prompt": messages[-1].content,
+                "answer": text,
+                **{name: float(score_P[i]) for name, score_P in judged.items()},
+            }
+            for i, (messages, text) in enumerate(zip(self.held_out.messages, texts, strict=True))
+        ]

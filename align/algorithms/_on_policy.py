@@ -1,0 +1,154 @@
+"""What recipes share whose policy samples: prompts, what the roles say of a rollout, and minibatches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from align import data, ops, roles
+from align.algorithms import _heldout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import PreferenceData
+    from align.data.prompts import PromptStream
+    from align.sections import OnPolicy
+    from align.types import Batch, Rollouts
+
+
+@dataclass(frozen=True)
+class Material:
+    """Prompts to learn from, and held-out ones."""
+
+    prompts: PromptStream
+    held_out: _heldout.HeldOut | None
+
+
+class Cast(Protocol):
+    """Roles of a policy gradient; the critic's is in `align.algorithms.ppo`."""
+
+    policy: roles.Policy
+    reference: roles.Reference
+    reward: roles.Reward
+    second_reward: roles.Reward | None
+
+
+class Learner(Protocol):
+    """A role that learns from batches."""
+
+    def update(self, batch: Batch, loss: roles.LossFunction) -> roles.Future[roles.Metrics]:
+        """One optimizer step."""
+        ...
+
+
+def prepare(
+    config: OnPolicy, source: PreferenceData, renderer: Renderer, attempts: int = 1
+) -> tuple[Material, dict[str, int]]:
+    """The prompts of the training split, each once, the held-out ones, and what became of the rows."""
+    found = data.helpsteer.prompts(source.train, renderer, config.data.max_prompt_tokens)
+    stream = data.prompts.PromptStream(
+        found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids, attempts
+    )
+    held_out = _heldout.prepare(config.evaluation, source, renderer, config.data)
+    return Material(stream, held_out), dict(found.counts)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the roles say of a rollout."""
+
+    rollouts: Rollouts
+    score_B: Tensor
+    second_B: Tensor | None
+    reference_BT: Tensor
+    old_BT: Tensor
+    """Log-probabilities under the policy as it is now; the rollout's own unless it lags."""
+
+
+class Judges(Protocol):
+    """Roles that score."""
+
+    reward: roles.Reward
+    second_reward: roles.Reward | None
+
+
+def opinions(cast: Judges, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
+    """Scores of the reward model, and of the second one where there is one."""
+    second = cast.second_reward.score(rollouts.sequences) if cast.second_reward else roles.Ready(None)
+    return roles.together(cast.reward.score(rollouts.sequences), second)
+
+
+def comparable(config: OnPolicy, rollouts: Rollouts, score_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (P, K) to choose by, and which responses may be chosen: those with a score, and with an end where that is
+    asked for."""
+    score_B, usable_B = ops.rewards.treat_unfinished(
+        score_B, rollouts.finished_B, config.unfinished, config.unfinished_penalty
+    )
+    K = config.sampling.num_samples
+    return score_B.view(-1, K), (usable_B & score_B.isfinite()).view(-1, K)
+
+
+def look(cast: Cast, rollouts: Rollouts, score: roles.Future[Tensor] | None = None) -> Seen:
+    """Ask reward models, reference and policy at the same time. ``score`` is given where it is known already."""
+    sequences = rollouts.sequences
+    score = score or cast.reward.score(sequences)
+    second = cast.second_reward.score(sequences) if cast.second_reward else roles.Ready(None)
+    reference = cast.reference.logprobs(sequences, rollouts.temperature)
+    return Seen(rollouts, *roles.together(score, second, reference, cast.policy.proximal(rollouts)))
+
+
+def batch(seen: Seen, advantage_BT: Tensor, learnable_B: Tensor) -> Batch:
+    """All sequences with the columns that `align.algorithms._policy_loss.loss` reads."""
+    return seen.rollouts.batch(
+        advantage_BT=advantage_BT,
+        learnable_B=learnable_B,
+        old_BT=seen.old_BT,
+        rollout_BT=seen.rollouts.logprob_BT,
+        reference_BT=seen.reference_BT,
+    )
+
+
+Lesson = tuple[Learner, "Batch", roles.LossFunction]
+"""Who learns, from what, by which loss."""
+
+
+def learn(
+    config: OnPolicy, step: int, group: int, lessons: Mapping[str, Lesson], target_kl: float | None = None
+) -> roles.Metrics:
+    """``epochs`` times ``minibatches`` optimizer steps on one rollout batch, all learners at the same time.
+
+    ``group`` adjacent sequences stay together. A learner whose ``policy_kl`` (nats a token) exceeds ``target_kl`` stops
+    for the rest of the step. Metrics get the learner's name in front and are means over its optimizer steps, numbers of
+    tokens and skipped steps their sums.
+    """
+    every: dict[str, list[roles.Metrics]] = {name: [] for name in lessons}
+    going = dict(lessons)
+    num_groups = len(next(iter(lessons.values()))[1].sequences) // group
+    parts = data.prompts.minibatches(num_groups, config.minibatches, config.epochs, config.run.seed, step)
+    for groups in parts:
+        rows = data.prompts.members(groups, group)
+        asked = {name: one.update(batch.select(rows), loss) for name, (one, batch, loss) in going.items()}
+        for name, metrics in zip(asked, roles.together(*asked.values()), strict=True):
+            every[name].append(metrics)
+            if target_kl is not None and metrics.get("policy_kl", 0.0) > target_kl:
+                del going[name]
+    return {
+        f"{name}{key}": value
+        for name, metrics in every.items()
+        for key, value in {**_over_updates(metrics), "updates": float(len(metrics))}.items()
+    }
+
+
+def _over_updates(updates: list[roles.Metrics]) -> roles.Metrics:
+    values: dict[str, list[float]] = defaultdict(list)
+    for metrics in updates:
+        for key, value in metrics.items():
+            values[key].append(value)
+    return {
+        key: sum(found) if key in ("trained_tokens", "skipped_steps") else sum(found) / len(found)
+        for key, found in values.items()
+    }

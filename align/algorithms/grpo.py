@@ -1,0 +1,136 @@
+"""GRPO (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300), Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) and DAPO (Yu et
+al. 2025, arXiv 2503.14476), which differ by options.
+
+For K responses to a prompt with rewards R_i, on every token t of response i:
+
+    A_i = (R_i - mean R) / (std R + 1e-6)                                        std with K - 1
+    L   = mean over tokens of max(-A_i rho_it, -A_i clip(rho_it, 1 - low, 1 + high)) + kl_coef * k3_it
+
+GRPO: mean over each response's tokens, then over responses. Dr. GRPO: ``normalise: false``, ``loss.aggregation:
+constant``. DAPO: ``loss: {clip_high: 0.28, aggregation: token_mean}``, ``kl_coef: 0``, ``shaping.overlong_buffer`` and
+``max_attempts`` above 1: prompts whose responses all have one reward teach nothing, so more prompts are sampled until
+``prompts_per_step`` groups with spread are there.
+
+Left out: DAPO's rule-based rewards, and its filter by accuracy (spread of the reward takes its place).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from align import data, ops, roles, sections
+from align.algorithms import _on_policy, _policy_loss, _rewards
+from align.algorithms._heldout import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import PreferenceData
+    from align.data.prompts import PromptStream
+    from align.run import Run
+    from align.types import Batch, Rollouts
+
+
+@dataclass(frozen=True)
+class Config(sections.PolicyGradient):
+    """Recipe of GRPO and its kin."""
+
+    sampling: sections.Sampling = field(default_factory=lambda: sections.Sampling(num_samples=8))
+    """``num_samples`` is K, at least 2. 8: TRL; DeepSeekMath takes 64."""
+    kl_coef: float = 0.04
+    """Weight of the KL divergence. 0.04: DeepSeekMath; DAPO and Dr. GRPO take 0."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """Estimate at a token. k3: DeepSeekMath, equation 4."""
+    kl_placement: Literal["reward", "loss"] = "loss"
+    """``loss``: DeepSeekMath."""
+    kl_reduction: Literal["mean", "sum"] = "sum"
+    """KL of a response where it is in the reward: of all its tokens or of the mean one. Not read with ``loss``."""
+    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    """``keep``: DeepSeekMath. DAPO shapes by length or excludes (its overlong filtering)."""
+    loss: sections.PolicyLoss = field(
+        default_factory=lambda: sections.PolicyLoss(kind="clipped", aggregation="sequence_mean_token_mean")
+    )
+    """The policy's loss."""
+    normalise: bool = True
+    """Divide by the group's standard deviation; false is Dr. GRPO."""
+    max_attempts: int = 1
+    """Batches of prompts that a step may sample to find ``prompts_per_step`` groups with spread; 1 takes the first
+    batch as it is (DAPO's dynamic sampling above that)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_varied()
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be positive: {self.max_attempts}")
+        if self.max_attempts > 1 and self.lag:
+            raise ValueError(f"max_attempts {self.max_attempts} samples within the step, lag {self.lag} before it")
+
+    def notes(self) -> list[str]:
+        """See `align.sections.Recipe.notes`."""
+        return [sections.kl_note(self.kl_coef, self.kl_reduction, self.sampling.max_tokens)]
+
+
+def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[_on_policy.Material, dict[str, int]]:
+    """See `align.algorithms._on_policy.prepare`."""
+    return _on_policy.prepare(config, source, renderer, config.max_attempts)
+
+
+def with_spread(
+    config: Config, prompts: PromptStream, rollouts: Rollouts, cast: _on_policy.Cast
+) -> tuple[Rollouts, Tensor, int]:
+    """DAPO's dynamic sampling (section 3.2): rollouts and scores of the first ``prompts_per_step`` groups whose scores
+    are not all alike, and the batches that were sampled.
+
+    Fewer where ``max_attempts`` batches did not hold so many; the last batch as it is where none of them held one.
+    """
+    K, missing = config.sampling.num_samples, config.prompts_per_step
+    score_B = cast.reward.score(rollouts.sequences).result()
+    if config.max_attempts == 1:
+        return rollouts, score_B, 1
+    attempt, kept = 1, list[tuple["Rollouts", "Tensor"]]()
+    while True:
+        groups = ops.groups.with_spread(score_B.view(-1, K))[:missing]
+        if len(groups):
+            rows = data.prompts.members(groups, K)
+            kept.append((rollouts.select(rows), score_B[rows]))
+            missing -= len(groups)
+        if not missing or attempt == config.max_attempts:
+            break
+        rollouts = cast.policy.generate(prompts.batch(rollouts.step, attempt), config.sampling).result()
+        score_B = cast.reward.score(rollouts.sequences).result()
+        attempt += 1
+    parts, scores = zip(*(kept or [(rollouts, score_B)]), strict=True)
+    return type(rollouts).concatenate(parts), ops.groups.joined(scores), attempt
+
+
+def learn_from(config: Config, seen: _on_policy.Seen, judged: _rewards.Judged) -> tuple[Batch, dict[str, float]]:
+    """From rewards to advantages, and what is worth knowing."""
+    rollouts, K = seen.rollouts, config.sampling.num_samples
+    kl_B = ops.kl.per_sequence(judged.kl_BT, rollouts.mask_BT, config.kl_reduction)
+    reward_PK = ops.rewards.subtract_kl(judged.reward_B, kl_B, judged.kl_in_reward).view(-1, K)
+    compare = ops.advantages.group_standardised if config.normalise else ops.advantages.group_centred
+    advantage_PK, learnable_PK = compare(reward_PK, judged.usable_B.view(-1, K))
+    advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
+    spread_P = ops.groups.with_spread(reward_PK)
+    statistics = judged.statistics | {
+        "learnable": float(learnable_PK.double().mean()),
+        "groups_without_spread": 1.0 - len(spread_P) / len(reward_PK),
+    }
+    return _on_policy.batch(seen, advantage_BT, learnable_PK.flatten()), statistics
+
+
+def train(config: Config, material: _on_policy.Material, cast: _on_policy.Cast, run: Run) -> None:
+    """Sample, judge, compare within groups, step."""
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    for step, first in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+        rollouts, score_B, batches = with_spread(config, material.prompts, first, cast)
+        seen = _on_policy.look(cast, rollouts, roles.Ready(score_B))
+        judged = _rewards.judge(config, seen, run.state)
+        batch, statistics = learn_from(config, seen, judged)
+        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
+        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        statistics["sampled_batches"] = float(batches)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
+    cast.policy.export(run.final).result()

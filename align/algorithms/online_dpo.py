@@ -1,0 +1,87 @@
+"""Online and iterative DPO: pairs of the policy's own best and worst response by a reward model (Guo et al. 2024, arXiv
+2402.04792; HelpSteer2's iterative DPO, arXiv 2406.08673, section 4: 10 samples at temperature 0.7 and top-p 0.9).
+
+    y_c = argmax_k r(x, y_k), y_r = argmin_k r(x, y_k) of n samples; then the loss of `align.algorithms.dpo`
+
+The strength of a pair is the difference of its scores, and so is the gold difference of ``rpo_*``. A prompt teaches
+nothing where fewer than two responses are usable, or where all scores are equal. Iterative DPO samples
+many prompts at a time (``prompts_per_step: 20000``) and learns from their pairs in ``epochs`` passes.
+
+Left out: more than one pair of a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from align import ops, roles, sections
+from align.algorithms import _diagnose, _direct_loss, _on_policy
+from align.algorithms._heldout import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.run import Run
+    from align.types import Pairs, Rollouts
+
+prepare = _on_policy.prepare
+
+
+@dataclass(frozen=True)
+class Config(sections.OnPolicy):
+    """Recipe of online DPO."""
+
+    reference: sections.Reference = field(default_factory=lambda: sections.StartingPolicy())
+    """The frozen policy in d; by default what the policy starts from. Absent where the loss reads none."""
+    sampling: sections.Sampling = field(
+        default_factory=lambda: sections.Sampling(num_samples=10, temperature=0.7, top_p=0.9)
+    )
+    """``num_samples`` is n, at least 2. 10 samples at temperature 0.7 and top-p 0.9: HelpSteer2."""
+    loss: sections.DirectLoss = field(default_factory=sections.DirectLoss)
+    """The loss of a pair."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_varied()
+
+    def absent(self) -> set[str]:
+        """See `align.sections.Recipe.absent`."""
+        return super().absent() | (set() if self.loss.needs_reference else {"reference"})
+
+
+class Cast(Protocol):
+    """Roles of this algorithm."""
+
+    policy: roles.Policy
+    reference: roles.Reference | None
+    reward: roles.Reward
+    second_reward: roles.Reward | None
+
+
+def choose(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, Tensor, dict[str, float]]:
+    """Pairs of best and worst, and the scores of their responses."""
+    num_samples = config.sampling.num_samples
+    score_PK, usable_PK = _on_policy.comparable(config, rollouts, score_B)
+    best_P, worst_P, gap_P = ops.groups.best_and_worst(score_PK, usable_PK)
+    prompts = (gap_P > 0).nonzero().squeeze(1)
+    chosen, rejected = (ops.groups.rows(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
+    pairs = rollouts.pairs(chosen, rejected, gap_P[prompts])
+    gold_B = ops.groups.interleaved(score_B[chosen], score_B[rejected])
+    statistics = {"learnable": len(prompts) / len(gap_P), "gap": float(gap_P[prompts].mean()) if len(prompts) else 0.0}
+    return pairs, gold_B, statistics
+
+
+def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -> None:
+    """Sample, pair the best with the worst, prefer it."""
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    loss = partial(_direct_loss.loss, how=config.loss)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+        score_B, second_B = _on_policy.opinions(cast, rollouts)
+        pairs, gold_B, statistics = choose(config, rollouts, score_B)
+        batch = pairs.batch(reference_B=_direct_loss.reference_sums(cast.reference, pairs), gold_B=gold_B)
+        statistics |= _diagnose.describe(rollouts, score_B, second_B, None, run.state)
+        metrics = _on_policy.learn(config, step, 2, {"": (cast.policy, batch, loss)})
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
+    cast.policy.export(run.final).result()

@@ -1,0 +1,121 @@
+"""PPO with a critic of its own (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv
+1909.08593, and Ouyang et al. 2022, arXiv 2203.02155; HelpSteer2, arXiv 2406.08673, and HelpSteer2-Preference).
+
+With r the shaped score on the last token, kl the estimate at each token and V_t the value before token t is chosen:
+
+    r_t     = [t is the last token] r - kl_coef * kl_t
+    delta_t = r_t + gamma V_{t+1} - V_t                        V after the last token is 0
+    A_t     = delta_t + gamma lambda A_{t+1}                   returns R_t = A_t + V_t, before A is whitened
+    policy  : max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)), mean over tokens
+    critic  : 1/2 max((V - R)^2, (V_old + clip(V - V_old, -e, e) - R)^2), mean over tokens
+
+``epochs`` times ``minibatches`` optimizer steps of both on each rollout batch, at the same time where they have slots
+of their own. The critic starts from the reward model, in each round anew.
+
+Left out: one network for both roles, and values of the prompt's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from align import ops, roles, sections
+from align.algorithms import _on_policy, _policy_loss, _rewards
+from align.algorithms._heldout import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.run import Run
+    from align.types import Batch
+
+prepare = _on_policy.prepare
+
+
+@dataclass(frozen=True)
+class Config(sections.PolicyGradient):
+    """Recipe of PPO."""
+
+    critic: sections.Critic = field(default_factory=lambda: sections.StartingCritic())
+    """The value function; by default it starts from the reward model."""
+    prompts_per_step: int = 512
+    """Prompts of a rollout batch, P. 512: NeMo-Aligner; HelpSteer2 takes 128 and one optimizer step for each."""
+    minibatches: int = 8
+    """Optimizer steps of a pass; each sees a part of the prompts. 8: NeMo-Aligner, 512 rollouts by 64."""
+    loss: sections.PolicyLoss = field(default_factory=lambda: sections.PolicyLoss(kind="clipped"))
+    """The policy's loss."""
+    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    """``keep``: InstructGPT and NeMo-Aligner's PPO."""
+    gamma: float = 1.0
+    """Discount of a later token's reward. 1: NeMo-Aligner, TRL."""
+    gae_lambda: float = 0.95
+    """Weight of later temporal differences (arXiv 1506.02438). 0.95: NeMo-Aligner, TRL."""
+    whiten: bool = True
+    """Bring advantages of all tokens of the batch to mean 0 and variance 1."""
+    value_clip: float = 0.2
+    """Distance e from the rollout's value beyond which the critic gains nothing; 0 for no limit. 0.2: NeMo-Aligner."""
+    critic_warmup_steps: int = 0
+    """Steps of each round in which only the critic learns."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss.kind.startswith("sequence"):
+            raise ValueError(f"loss.kind {self.loss.kind} needs one advantage a response; here each token has its own")
+        if not 0 <= self.gamma <= 1 or not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gamma and gae_lambda lie in [0, 1]: {self.gamma}, {self.gae_lambda}")
+
+
+class Cast(_on_policy.Cast, Protocol):
+    """Roles of this algorithm."""
+
+    critic: roles.Critic
+
+
+def learn_from(
+    config: Config, seen: _on_policy.Seen, judged: _rewards.Judged, value_BT: Tensor
+) -> tuple[Batch, Batch, dict[str, float]]:
+    """Batches of policy and critic, and what is worth knowing."""
+    mask_BT = seen.rollouts.mask_BT
+    reward_BT = ops.rewards.per_token(judged.reward_B, judged.kl_BT, mask_BT, judged.kl_in_reward)
+    advantage_BT, return_BT = ops.advantages.gae(reward_BT, value_BT, mask_BT, config.gamma, config.gae_lambda)
+    learn_BT = mask_BT & judged.usable_B[:, None]
+    statistics = judged.statistics | {
+        "learnable": float(judged.usable_B.double().mean()),
+        "return": float(return_BT[learn_BT].mean()) if bool(learn_BT.any()) else 0.0,
+        "explained_variance": ops.diagnostics.explained_variance(value_BT, return_BT, learn_BT),
+    }
+    if config.whiten:
+        advantage_BT = ops.advantages.whiten(advantage_BT, learn_BT)
+    values = seen.rollouts.batch(old_BT=value_BT, return_BT=return_BT, learnable_B=judged.usable_B)
+    return _on_policy.batch(seen, advantage_BT, judged.usable_B), values, statistics
+
+
+def value_loss(
+    *, value_BT: Tensor, mask_BT: Tensor, old_BT: Tensor, return_BT: Tensor, learnable_B: Tensor, clip: float
+) -> roles.Loss:
+    """Clipped squared error of the critic, mean over tokens of responses that are learned from."""
+    learn_BT = mask_BT & learnable_B[:, None]
+    loss_BT = ops.policy_losses.value(value_BT, old_BT, return_BT, learn_BT, clip)
+    total, count = ops.policy_losses.aggregate(loss_BT, learn_BT, "token_mean", max_tokens=1)
+    mean = ops.logprobs.masked_sum(value_BT, learn_BT).sum()
+    return roles.Loss(total, count, {"value": (mean, count)})
+
+
+def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -> None:
+    """Sample, judge and value, estimate advantages, step both."""
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+        values = cast.critic.values(rollouts.sequences)
+        seen = _on_policy.look(cast, rollouts)
+        judged = _rewards.judge(config, seen, run.state)
+        batch, value_batch, statistics = learn_from(config, seen, judged, values.result())
+        lessons: dict[str, _on_policy.Lesson] = {
+            "critic/": (cast.critic, value_batch, partial(value_loss, clip=config.value_clip))
+        }
+        if step - run.first_step >= config.critic_warmup_steps:
+            lessons[""] = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
+        metrics = _on_policy.learn(config, step, config.sampling.num_samples, lessons, config.target_kl)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
+    cast.policy.export(run.final).result()

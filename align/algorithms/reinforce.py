@@ -1,0 +1,100 @@
+"""REINFORCE with the baselines of REINFORCE++ (Hu et al. 2025, arXiv 2501.03262) and ReMax (Li et al. 2023, arXiv
+2310.10505).
+
+With r the shaped score, on the last token of response i, and kl the estimate at each token:
+
+    r_it = [t is the last token] (r(x, y_i) - b_i) - kl_coef * kl_it
+    A_it = sum_{u >= t} gamma^(u - t) r_iu,  then (A - mean A) / std A over all tokens of the batch with ``whiten``
+
+- ``baseline: none``    REINFORCE++: b = 0, the whitening alone reduces variance
+- ``baseline: group``   REINFORCE++-baseline: b is the mean of the K samples of the prompt
+- ``baseline: greedy``  ReMax: b is the score of the greedy response, one rollout more; ``whiten: false`` and
+  ``loss: {kind: reinforce, aggregation: sequence_mean}`` as its paper has them
+
+Left out: REINFORCE++'s reward clipping is ``shaping.clip`` and off by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from align import ops, sections
+from align.algorithms import _on_policy, _policy_loss, _rewards
+from align.algorithms._heldout import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.run import Run
+    from align.types import Batch, Prompts
+
+prepare = _on_policy.prepare
+
+
+@dataclass(frozen=True)
+class Config(sections.PolicyGradient):
+    """Recipe of REINFORCE++, its variant with a baseline, and ReMax."""
+
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    """Estimate at a token. k1: REINFORCE++, equation 4; its variant with a baseline takes k2 in the loss."""
+    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    """``keep``: the papers do not treat responses that are cut off."""
+    loss: sections.PolicyLoss = field(default_factory=lambda: sections.PolicyLoss(kind="clipped"))
+    """The policy's loss. ``clipped``: REINFORCE++."""
+    baseline: Literal["none", "group", "greedy"] = "none"
+    """What is subtracted from a response's score."""
+    whiten: bool = True
+    """Bring advantages of all tokens of the batch to mean 0 and variance 1."""
+    gamma: float = 1.0
+    """Discount of a later token's reward. 1: both papers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline == "group":
+            self.require_varied()
+        if self.loss.kind.startswith("sequence"):
+            raise ValueError(f"loss.kind {self.loss.kind} needs one advantage a response; here each token has its own")
+
+
+def greedy_rewards(config: Config, prompts: Prompts, cast: _on_policy.Cast, state: dict[str, float]) -> Tensor:
+    """ReMax's baseline of each sequence: the shaped score of the greedy response of the policy as it is now."""
+    sampling = replace(config.sampling, num_samples=1, temperature=0.0)
+    rollouts = cast.policy.generate(prompts, sampling).result()
+    reward_P, _ = _rewards.shaped(config, rollouts, cast.reward.score(rollouts.sequences).result(), state)
+    return reward_P.repeat_interleave(config.sampling.num_samples)
+
+
+def learn_from(
+    config: Config, seen: _on_policy.Seen, judged: _rewards.Judged, greedy_B: Tensor | None
+) -> tuple[Batch, dict[str, float]]:
+    """From rewards to advantages, and what is worth knowing."""
+    mask_BT, K = seen.rollouts.mask_BT, config.sampling.num_samples
+    above_B, learnable_B = judged.reward_B, judged.usable_B
+    if config.baseline == "group":
+        above_PK, learnable_PK = ops.advantages.group_centred(above_B.view(-1, K), learnable_B.view(-1, K))
+        above_B, learnable_B = above_PK.flatten(), learnable_PK.flatten()
+    if greedy_B is not None:
+        learnable_B = learnable_B & greedy_B.isfinite()
+        above_B = above_B - greedy_B
+    reward_BT = ops.rewards.per_token(above_B, judged.kl_BT, mask_BT, judged.kl_in_reward)
+    advantage_BT = ops.advantages.returns_to_go(reward_BT, mask_BT, config.gamma)
+    if config.whiten:
+        advantage_BT = ops.advantages.whiten(advantage_BT, mask_BT & learnable_B[:, None])
+    statistics = judged.statistics | {"learnable": float(learnable_B.double().mean())}
+    return _on_policy.batch(seen, advantage_BT, learnable_B), statistics
+
+
+def train(config: Config, material: _on_policy.Material, cast: _on_policy.Cast, run: Run) -> None:
+    """Sample, judge, subtract the baseline, step."""
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+        seen = _on_policy.look(cast, rollouts)
+        judged = _rewards.judge(config, seen, run.state)
+        greedy = config.baseline == "greedy"
+        greedy_B = greedy_rewards(config, material.prompts.batch(step), cast, run.state) if greedy else None
+        batch, statistics = learn_from(config, seen, judged, greedy_B)
+        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
+        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
+    cast.policy.export(run.final).result()

@@ -1,0 +1,130 @@
+"""One row of preference data, and the checks that all formats share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.chat import Message
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one conversation and which of them people preferred."""
+
+    context: tuple[Message, ...]
+    response1: str
+    response2: str
+    preference: int
+    """-3 to 3: negative where response 1 is better, 0 for a tie."""
+    domain: str
+    language: str
+    spread: int = 0
+    """Highest minus lowest strength among the annotators; 0 where the format does not say."""
+
+    @property
+    def key(self) -> tuple[tuple[Message, ...], str, str]:
+        """What makes two rows duplicates."""
+        return self.context, self.response1, self.response2
+
+    @property
+    def chosen(self) -> str:
+        """The preferred response; means nothing for a tie."""
+        return self.response1 if self.preference < 0 else self.response2
+
+    @property
+    def rejected(self) -> str:
+        """The other response; means nothing for a tie."""
+        return self.response2 if self.preference < 0 else self.response1
+
+    @property
+    def strength(self) -> int:
+        """How much better, 1 to 3; 0 for a tie."""
+        return abs(self.preference)
+
+
+class BadRow(Exception):
+    """A row that breaks the schema: which field, what is wrong, and the value."""
+
+    where: str | None = None
+    """Its line, when a row is made of several."""
+
+    def __init__(self, field: str, problem: str, value: object = None):
+        self.reason = f"{field} {problem}"
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        super().__init__(self.reason if value is None else f"{self.reason}: {shown}")
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Name the line ``where`` in a `BadRow` that the block raises."""
+    try:
+        yield
+    except BadRow as error:
+        error.where = where
+        raise
+
+
+def decoded(raw: Any) -> dict[str, Any]:
+    """The JSON object of a line (bytes), or a row of the hub as it is. Raises `BadRow`."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise BadRow("row", "is not UTF-8", raw) from None
+        except (ValueError, RecursionError):
+            raise BadRow("row", "is not JSON", raw.decode("utf-8")) from None
+    if not isinstance(raw, dict):
+        raise BadRow("row", "is not a JSON object", raw)
+    return raw
+
+
+def require(row: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Raise `BadRow` for the first of ``fields`` that ``row`` lacks."""
+    for field in fields:
+        if field not in row:
+            raise BadRow(field, "is missing")
+
+
+def integer(field: str, value: object, low: int, high: int) -> int:
+    """``value``, when it is a whole number from ``low`` to ``high``. Raises `BadRow`."""
+    if type(value) is not int:  # bool is an int to isinstance
+        raise BadRow(field, "is not an integer", value)
+    if not low <= value <= high:
+        raise BadRow(field, f"is outside {low} to {high}", value)
+    return value
+
+
+def text(field: str, value: object) -> str:
+    """``value``, when it is text that UTF-8 can hold. Raises `BadRow`."""
+    if not isinstance(value, str):
+        raise BadRow(field, f"is {type(value).__name__}, not text", value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(field, "holds half a surrogate pair", value) from None
+    return value
+
+
+def conversation(field: str, messages: list[Message]) -> tuple[Message, ...]:
+    """An optional system turn, then user and assistant in turn, the last one a user with something to say.
+
+    Raises `BadRow` for any other order of roles and for an empty last turn.
+    """
+    roles = [message.role for message in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+        raise BadRow(field, "roles do not alternate from user to user", roles)
+    if not messages[-1].content.strip():
+        raise BadRow(field, "ends with an empty user turn", messages[-1].content)
+    return tuple(messages)
+
+
+def require_spoken(field: str, preferred: str) -> None:
+    """Raise `BadRow` when the preferred response is empty."""
+    if not preferred.strip():
+        raise BadRow(field, "is preferred but empty", preferred)

@@ -1,0 +1,55 @@
+"""Sections of a recipe that algorithms share. Importing this package loads no torch.
+
+Every field is followed by a docstring with its unit and the origin of its default. ``MISSING`` marks
+what a recipe must give. Role sections (`Model` and what extends it) are also the cast list: the launcher
+starts one role for each field of a recipe whose type is a role section, but for those the recipe calls absent.
+"""
+
+from align.sections.losses import DirectLoss, PolicyLoss
+from align.sections.roles import (
+    Critic,
+    DType,
+    Lora,
+    Model,
+    Optimizer,
+    Policy,
+    Reference,
+    Reward,
+    Sampler,
+    SecondReward,
+    StartingCritic,
+    StartingPolicy,
+    Trained,
+    TrainedReward,
+)
+from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping, kl_note
+from align.sections.runs import Cluster, Data, Recipe, Run, Sampling
+
+__all__ = [
+    "Cluster",
+    "Critic",
+    "DType",
+    "Data",
+    "DirectLoss",
+    "Evaluation",
+    "Lora",
+    "Model",
+    "OnPolicy",
+    "Optimizer",
+    "Policy",
+    "PolicyGradient",
+    "PolicyLoss",
+    "Recipe",
+    "Reference",
+    "Reward",
+    "Run",
+    "Sampler",
+    "Sampling",
+    "SecondReward",
+    "Shaping",
+    "StartingCritic",
+    "StartingPolicy",
+    "Trained",
+    "TrainedReward",
+    "kl_note",
+]

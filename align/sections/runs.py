@@ -1,0 +1,153 @@
+"""Sections about a run: data, sampling, cluster, folder; and what every recipe has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from align.sections.roles import Model, Sampler, SecondReward
+
+
+@dataclass(frozen=True)
+class Data:
+    """Preference data of the HelpSteer family, from the hub or from a folder of the same layout."""
+
+    path: str = MISSING
+    """Hub id (``nvidia/HelpSteer3``) or a folder that holds ``preference/train.jsonl.gz`` and
+    ``validation.jsonl.gz``."""
+    format: Literal["helpsteer3", "helpsteer2", "helpsteer2_preference"] = "helpsteer3"
+    """``helpsteer3``: HelpSteer3-Preference. ``helpsteer2``: ``train.jsonl.gz`` and ``validation.jsonl.gz`` of
+    ``nvidia/HelpSteer2``; two rows in succession become a pair by their helpfulness. ``helpsteer2_preference``: its
+    ``preference/preference.jsonl.gz``."""
+    max_spread: int | None = 2
+    """Drop rows whose annotators' strengths lie further apart than this; None keeps all. Read with format
+    ``helpsteer2_preference`` only. 2: HelpSteer2-Preference (arXiv 2410.01257)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    max_rows: int | None = None
+    """Read only the first rows of each split; None reads all."""
+    domains: list[str] = field(default_factory=list)
+    """Keep these values of ``domain`` (general, stem, code, multilingual); empty keeps all."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are dropped and counted, never cut."""
+    max_response_tokens: int = 2048
+    """Longer responses (pairs, demonstrations) are dropped and counted, never cut."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that breaks the schema stops the run with file, line and field, or is skipped and counted."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own."""
+    date: str | None = None
+    """Text passed to the template as ``date_string``. A template that writes today's date is refused without it."""
+
+    def __post_init__(self) -> None:
+        if self.domains and self.format != "helpsteer3":
+            raise ValueError(f"domains needs format helpsteer3: rows of {self.format} have no domain")
+        if self.format == "helpsteer2" and self.max_rows is not None and self.max_rows % 2:
+            raise ValueError(f"max_rows is even with format helpsteer2, where two rows make a pair: {self.max_rows}")
+        if self.max_spread is not None and self.max_spread < 0:
+            raise ValueError(f"max_spread must not be negative: {self.max_spread}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Order of the filters: temperature, top-k, top-p, min-p (as in transformers)."""
+
+    num_samples: int = 1
+    """K, responses per prompt."""
+    max_tokens: int = 1024
+    """T, longest response in tokens; a response that reaches it without an end token is unfinished."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this sum."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.max_tokens < 1:
+            raise ValueError(f"num_samples and max_tokens must be positive: {self.num_samples}, {self.max_tokens}")
+        if self.temperature < 0 or self.top_k < 0:
+            raise ValueError(f"temperature and top_k must not be negative: {self.temperature}, {self.top_k}")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"top_p lies in (0, 1] and min_p in [0, 1]: {self.top_p}, {self.min_p}")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where Ray runs. Not read by ``executor: local``."""
+
+    address: str | None = None
+    """``host:port`` of a running Ray cluster; None starts one on 127.0.0.1 for this run and stops it at the end."""
+    slots_per_core: int = 2
+    """Worker processes that one CPU core offers on a cluster without GPUs that this run starts. Threads are shared out,
+    so more slots than cores cost memory rather than speed while only some roles are busy."""
+    start_timeout_s: float = 180.0
+    """Seconds for slots to be granted and for each role to come up."""
+    call_timeout_s: float = 3600.0
+    """Seconds that one call to a role may take before the run stops and names it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run folder and what is written there."""
+
+    dir: str = MISSING
+    """Folder of this run. It must be new or empty."""
+    steps: int = MISSING
+    """Steps of the algorithm's loop: optimizer steps, or rollout batches where responses are sampled (``epochs`` times
+    ``minibatches`` optimizer steps each)."""
+    seed: int = 0
+    """Seed of data order, weight initialisation and sampling."""
+    logged_samples: int = 4
+    """Responses written to ``samples.jsonl`` each step."""
+    tensorboard: bool = True
+    """Write event files to ``tensorboard/``."""
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every recipe has; the ``Config`` of an algorithm extends it."""
+
+    algorithm: str = MISSING
+    """Module of ``align.algorithms``."""
+    run: Run = field(default_factory=Run)
+    """The run folder."""
+    data: Data = field(default_factory=Data)
+    """The data source."""
+    executor: Literal["ray", "local"] = "ray"
+    """``ray``: each role in worker processes of its own. ``local``: every role in this process, for debugging."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Slots of each role, as ``0``, ``0-3`` or ``0,2``. A slot is a GPU, or a worker process on a CPU cluster. Roles
+    that share a slot share its device."""
+    cluster: Cluster = field(default_factory=Cluster)
+    """Where Ray runs."""
+
+    def absent(self) -> set[str]:
+        """Names of role sections that this recipe does without; no worker is started for them."""
+        found = {name: section for name, section in vars(self).items() if isinstance(section, Model)}
+        unnamed = {name for name, one in found.items() if isinstance(one, SecondReward) and not one.path}
+        return unnamed | {
+            name for name, one in found.items() if isinstance(one, Sampler) and name not in self.placement
+        }
+
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
+        return 1
+
+    def num_rounds(self) -> int:
+        """How often the roles are brought up, each time for ``run.steps``."""
+        return 1
+
+    def in_round(self, start: str) -> Recipe:
+        """The recipe of a later round, whose policy starts from the folder ``start``."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What a reader of the configuration should know beside its values."""
+        return []
