@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICKSTART := runs/quickstart
 RECIPES := recipes/quickstart
+# Which recipe of $(RECIPES) the quickstart aligns with.
+ALGORITHM ?= rloo
 
 .PHONY: install quickstart test check format clean
 
@@ -19,12 +21,13 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 quickstart: $(STAMP)
+	@test -f $(RECIPES)/$(ALGORITHM).yaml || { echo "ALGORITHM=$(ALGORITHM): no such recipe; there are" $(filter-out sft reward_model,$(notdir $(basename $(wildcard $(RECIPES)/*.yaml)))); exit 2; }
 	rm -rf $(QUICKSTART)
 	$(BIN)/align toy $(QUICKSTART)/data --train 12000
 	$(BIN)/align train $(RECIPES)/sft.yaml
 	$(BIN)/align train $(RECIPES)/reward_model.yaml
-	$(BIN)/align train $(RECIPES)/rloo.yaml
-	$(BIN)/align compare $(QUICKSTART)/sft/final $(QUICKSTART)/rloo/final \
+	$(BIN)/align train $(RECIPES)/$(ALGORITHM).yaml
+	$(BIN)/align compare $(QUICKSTART)/sft/final $(QUICKSTART)/$(ALGORITHM)/final \
 		--reward $(QUICKSTART)/reward_model/final --data $(QUICKSTART)/data --json $(QUICKSTART)/verdict.json
 
 test: $(STAMP)

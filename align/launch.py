@@ -30,6 +30,7 @@ ROLES: dict[type[Model], type[Role]] = {
     sections.Critic: critic.Critic,
     sections.Reference: policy.Reference,
     sections.Reward: reward.Reward,
+    sections.OptionalReward: reward.Reward,
     sections.SecondReward: reward.SecondReward,
     sections.TrainedReward: reward.TrainedReward,
 }

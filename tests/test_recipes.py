@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 
-from align import config, sections
-from align.algorithms import reward_model, rloo, sft
+from align import algorithms, config, sections
 from align.launch import ROLES, cast_sections, check
 
 ROOT = Path(__file__).parents[1]
@@ -17,10 +20,8 @@ SOURCE = {path: path.read_text() for path in (ROOT / "align").rglob("*.py")}
 
 def load(path: Path) -> config.Loaded:
     """The recipe, with a value for what it leaves to the command line."""
-    given = ["run.dir=runs/x"]
-    if "reward.path=FOLDER" in path.read_text():
-        given.append("reward.path=rewards/x")
-    return config.load(path, given)
+    folders = sorted(set(re.findall(r"([\w.]+)=FOLDER", path.read_text())))
+    return config.load(path, ["run.dir=runs/x", *[f"{key}=models/{key}" for key in folders]])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -45,11 +46,15 @@ def test_shipped_recipes_are_there():
     }
 
 
+ALGORITHMS = sorted(module.name for module in pkgutil.iter_modules(algorithms.__path__) if module.name[0] != "_")
+
+
 def _sections() -> list[type]:
     found = [value for value in vars(sections).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
-    return [*found, sft.Config, reward_model.Config, rloo.Config]
+    return [*found, *(importlib.import_module(f"align.algorithms.{name}").Config for name in ALGORITHMS)]
 
 
+@functools.cache
 def _attributes_read() -> set[str]:
     """Names read as attributes anywhere but in the range checks of the schemas themselves."""
     read = set()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from align.types import Batch, Packed, Pairs, Prompts, Record, Rollouts, Sequences
+from align.types import Batch, Packed, Pairs, Prompts, Record, Rollouts, Sequences, Weights
 
 ROWS = [[5], [], [7, 8, 9], [1, 2]]
 
@@ -143,6 +143,68 @@ def test_batch_select_cuts_padded_columns_to_the_longest_response_left():
     assert batch.select(torch.tensor([], dtype=torch.int64)).columns["value_BT"].shape == (0, 0)
 
 
+def test_sequences_concatenate():
+    other = Sequences(Packed.from_lists([[1, 2]]), Packed.from_lists([[13, 14, 15]]), torch.tensor([0]))
+    whole = Sequences.concatenate([sequences(), other, sequences()])
+    assert whole.responses.lists() == [[10], [11, 12], [], [13, 14, 15], [10], [11, 12], []]
+    assert whole.prompts.lists() == [[1, 2], [3], [4, 5, 6], [1, 2], [1, 2], [3], [4, 5, 6]]  # equal ones stay apart
+    assert whole.prompt_B.tolist() == [0, 0, 2, 3, 4, 4, 6]
+    assert whole.mask_BT.shape == (7, 3)
+    alone = Sequences.concatenate([other])
+    assert (alone.prompts.lists(), alone.responses.lists()) == ([[1, 2]], [[13, 14, 15]])
+
+
+def test_rollouts_select_cuts_to_the_longest_response_left():
+    short = rollouts().select(torch.tensor([0, 2]))
+    assert short.sequences.responses.lists() == [[10], []]
+    assert short.logprob_BT.tolist() == [[-1], [0]]
+    assert short.untempered_logprob_BT.tolist() == [[-2], [0]]
+    assert short.finished_B.tolist() == [True, True]
+    assert (short.temperature, short.step, len(short)) == (0.5, 7, 2)
+    turned = rollouts().select(torch.tensor([2, 1]))
+    assert turned.sequences.responses.lists() == [[], [11, 12]]
+    assert turned.logprob_BT.tolist() == [[0, 0], [-2, -3]]
+    assert turned.finished_B.tolist() == [True, False]
+    none = rollouts().select(torch.tensor([], dtype=torch.int64))
+    assert (len(none), none.logprob_BT.shape) == (0, (0, 0))
+
+
+def test_rollouts_concatenate_pads_to_the_longest():
+    parts = [rollouts().select(torch.tensor(rows)) for rows in ([0], [1, 2], [0])]
+    whole = Rollouts.concatenate(parts)
+    assert whole.sequences.responses.lists() == [[10], [11, 12], [], [10]]
+    assert whole.sequences.prompts.lists() == [[1, 2], [1, 2], [4, 5, 6], [1, 2]]
+    assert whole.sequences.prompt_B.tolist() == [0, 1, 2, 3]  # groups are by index: equal prompts do not merge
+    assert whole.logprob_BT.tolist() == [[-1, 0], [-2, -3], [0, 0], [-1, 0]]
+    assert whole.untempered_logprob_BT.tolist() == [[-2, 0], [-4, -6], [0, 0], [-2, 0]]
+    assert whole.finished_B.tolist() == [True, False, True, True]
+    assert (whole.temperature, whole.step) == (0.5, 7)
+
+
+def test_rollouts_pairs():
+    prompts, responses = Packed.from_lists([[1], [2]]), Packed.from_lists([[10], [11, 11], [12], [13, 13, 13]])
+    drawn = Sequences(prompts, responses, torch.tensor([0, 0, 1, 1]))
+    zeros = torch.zeros(4, 3)
+    whole = Rollouts(drawn, zeros, zeros, torch.ones(4, dtype=torch.bool), 0.5, 1)
+    made = whole.pairs(torch.tensor([3, 0]), torch.tensor([2, 1]), torch.tensor([0.5, 2.0]))
+    assert made.sequences.responses.lists() == [[13, 13, 13], [12], [10], [11, 11]]
+    assert [made.sequences.prompts.row(int(p)).tolist() for p in made.sequences.prompt_B] == [[2], [2], [1], [1]]
+    assert made.strength_P.tolist() == [0.5, 2.0]
+    none = torch.tensor([], dtype=torch.int64)
+    assert len(whole.pairs(none, none, torch.zeros(0)).sequences) == 0
+
+
+def test_pairs_come_with_their_strength_and_other_columns():
+    batch = pairs().batch(reference_B=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert batch.columns["strength_B"].tolist() == [3, 3, 1, 1]
+    assert batch.columns["reference_B"].tolist() == [1, 2, 3, 4]
+    part = batch.select(torch.tensor([2, 3]))
+    assert {name: column.tolist() for name, column in part.columns.items()} == {
+        "strength_B": [1, 1],
+        "reference_B": [3, 4],
+    }
+
+
 # Refusals
 
 
@@ -199,6 +261,7 @@ RECORDS = [
     Prompts(Packed.from_lists(ROWS), torch.arange(4), (0, 2), 5),
     rollouts(),
     pairs(),
+    Weights({"half": torch.tensor([[1.5, -2.0], [3e38, 1e-40]], dtype=torch.bfloat16), "whole": torch.tensor([0.1])}),
     Batch(sequences(), {"b_B": torch.tensor([True, False, True]), "x_BT": torch.ones(3, 2).double()}, 1, 0.5),
 ]
 
@@ -228,6 +291,17 @@ def test_buffers_travel_beside_the_pickle():
     back.ids_N[0] = -1  # a copy of its own, though the buffers cannot be written
     assert back.ids_N[1:].equal(packed.ids_N[1:])
     assert pickle.loads(header, buffers=read_only).ids_N.equal(packed.ids_N)
+
+
+def test_bfloat16_weights_travel_as_their_bits():
+    # numpy has no such type: every one of the 2^16 patterns, numbers that are none included.
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    sent = Weights({"w": bits.view(torch.bfloat16).view(256, 256).T})  # not contiguous
+    back = pickle.loads(pickle.dumps(sent)).tensors["w"]
+    assert (back.dtype, back.shape) == (torch.bfloat16, (256, 256))
+    assert back.T.contiguous().view(torch.int16).flatten().equal(bits)
+    back.zero_()  # a copy of its own
+    assert pickle.loads(pickle.dumps(sent)).tensors["w"].view(torch.int16).ne(0).any()
 
 
 def test_a_slice_and_a_tensor_with_gradient_pickle_as_their_values():

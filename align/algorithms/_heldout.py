@@ -2,7 +2,8 @@
 
 Greedy answers, and sampled ones whose noise is the same each time, are scored by the reward role, by the second reward
 model where there is one, and by the rule of the bundled task where the prompts are of it. Greedy answers are compared
-with those of the starting policy: win rate = (wins + ties / 2) / prompts, with a 95 % interval.
+with greedy ones of the policy that the round started from, sampled ones with sampled ones: win rate = (wins + ties / 2) /
+prompts, with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Evaluator:
             "greedy": replace(sampling, num_samples=1, temperature=0.0),
             "sampled": replace(sampling, num_samples=1),
         }
-        self.start: dict[str, Tensor] = {}
+        self.start: dict[str, dict[str, Tensor]] = {}
         if held_out is not None:
             self._measure(run.first_step - 1)
 
@@ -94,11 +95,10 @@ class Evaluator:
             metrics |= {f"heldout/{kind}/{name}": float(score_P.double().mean()) for name, score_P in judged.items()}
             metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
             metrics[f"heldout/{kind}/unfinished"] = 1.0 - float(rollouts.finished_B.double().mean())
-            if kind == "greedy":
-                metrics |= self._against_start(judged)
+            metrics |= self._against_start(kind, judged)
             answers += self._written(kind, texts, judged)
         self.run.evaluated(step, metrics, answers)
-        score = metrics["heldout/greedy/reward"]
+        score = metrics[f"heldout/{self.evaluation.best_by}/reward"]
         if self.evaluation.keep_best and score > self.run.state.get("best_score", float("-inf")):
             self.run.keep_best(step, self.cast.policy)
             self.run.state["best_score"] = score
@@ -113,19 +113,16 @@ class Evaluator:
         truth_P = data.toy.ground_truth(self.held_out.messages, texts)
         return judged if truth_P is None else judged | {"ground_truth": truth_P}
 
-    def _against_start(self, judged: dict[str, Tensor]) -> dict[str, float]:
-        self.start = self.start or judged
+    def _against_start(self, kind: str, judged: dict[str, Tensor]) -> dict[str, float]:
+        start = self.start.setdefault(kind, judged)
         metrics = {}
         for name, own_P in judged.items():
-            judged_P = own_P.isfinite() & self.start[name].isfinite()
-            if not judged_P.any():
+            both_P = own_P.isfinite() & start[name].isfinite()
+            if not both_P.any():
                 continue
-            rate = ops.diagnostics.win_rate(own_P[judged_P].double(), self.start[name][judged_P].double())
-            metrics |= {
-                f"heldout/win_rate/{name}": rate.rate,
-                f"heldout/win_rate/{name}/low": rate.low,
-                f"heldout/win_rate/{name}/high": rate.high,
-            }
+            rate = ops.diagnostics.win_rate(own_P[both_P].double(), start[name][both_P].double())
+            key = f"heldout/{kind}/win_rate/{name}"
+            metrics |= {key: rate.rate, f"{key}/low": rate.low, f"{key}/high": rate.high}
         return metrics
 
     def _written(self, kind: str, texts: list[str], judged: dict[str, Tensor]) -> list[dict[str, object]]:

@@ -78,5 +78,6 @@ def _policy_gradient(
             return ops.policy_losses.clipped(logprob_BT, old_BT, advantage_BT, learn_BT, clip, how.dual_clip)
         case "sequence_clipped" | "sequence_mean_clipped":
             reduction = "sum" if how.kind == "sequence_clipped" else "mean"
-            # An advantage of a response is the same on each of its tokens, the first included.
-            return ops.policy_losses.sequence_clipped(logprob_BT, old_BT, advantage_BT[:, 0], learn_BT, clip, reduction)
+            # An advantage of a response is the same on each of its tokens; a rank without work has no column.
+            advantage_B = advantage_BT[:, :1].sum(1)
+            return ops.policy_losses.sequence_clipped(logprob_BT, old_BT, advantage_B, learn_BT, clip, reduction)

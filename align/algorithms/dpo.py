@@ -44,7 +44,7 @@ class Config(sections.Recipe):
     reference_cache: str = ""
     """Folder for log-probabilities of the starting policy, computed once before the first step and found again under
     the fingerprints of model and pairs; empty for reference workers, which compute them in each step."""
-    reward: sections.SecondReward = field(default_factory=sections.SecondReward)
+    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
     """A reward model for ``gold: reward`` and for held-out evaluation; absent unless ``path`` is given."""
     second_reward: sections.SecondReward = field(default_factory=sections.SecondReward)
     """Judges held-out answers beside the first."""
@@ -64,6 +64,8 @@ class Config(sections.Recipe):
             raise ValueError("gold: reward and evaluation.every need a reward model: give reward.path")
         if self.gold == "reward" and not self.loss.reads_gold:
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
+        if self.reference_cache and not self.loss.needs_reference:
+            raise ValueError(f"reference_cache is of no use to loss.kind {self.loss.kind}: leave it out")
         if self.reference_cache and self.reference.path != self.policy.path:
             raise ValueError(
                 "reference_cache holds log-probabilities of the starting policy: leave reference.path to follow "

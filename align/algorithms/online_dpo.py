@@ -68,7 +68,7 @@ def choose(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, 
     prompts = (gap_P > 0).nonzero().squeeze(1)
     chosen, rejected = (ops.groups.rows(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
     pairs = rollouts.pairs(chosen, rejected, gap_P[prompts])
-    gold_B = ops.groups.interleaved(score_B[chosen], score_B[rejected])
+    gold_B = ops.groups.interleaved(score_PK.flatten()[chosen], score_PK.flatten()[rejected])
     statistics = {"learnable": len(prompts) / len(gap_P), "gap": float(gap_P[prompts].mean()) if len(prompts) else 0.0}
     return pairs, gold_B, statistics
 

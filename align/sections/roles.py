@@ -181,12 +181,16 @@ class Reward(Model):
 
 
 @dataclass(frozen=True)
-class SecondReward(Reward):
-    """A second reward model that is never learned from: it tells gains that the first would not share from its
-    mistakes. Absent unless ``path`` is given."""
+class OptionalReward(Reward):
+    """A frozen reward model that is absent unless ``path`` is given."""
 
     path: str = ""
     """Folder in Hugging Face layout, or a hub id; empty for no such role."""
+
+
+@dataclass(frozen=True)
+class SecondReward(OptionalReward):
+    """A second reward model that is never learned from: a gain that it does not share is the first one's mistake."""
 
 
 @dataclass(frozen=True)

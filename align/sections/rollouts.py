@@ -20,7 +20,9 @@ class Evaluation:
     prompts: int = 64
     """Prompts, the first of the validation split."""
     keep_best: bool = False
-    """Write the policy to ``best/`` each time the reward of its greedy answers is the highest so far."""
+    """Write the policy to ``best/`` each time the mean reward of its answers is the highest so far."""
+    best_by: Literal["greedy", "sampled"] = "greedy"
+    """Which answers ``keep_best`` goes by."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 1:

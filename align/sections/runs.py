@@ -7,7 +7,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from align.sections.roles import Model, Sampler, SecondReward
+from align.sections.roles import Model, OptionalReward, Sampler
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Recipe:
     def absent(self) -> set[str]:
         """Names of role sections that this recipe does without; no worker is started for them."""
         found = {name: section for name, section in vars(self).items() if isinstance(section, Model)}
-        unnamed = {name for name, one in found.items() if isinstance(one, SecondReward) and not one.path}
+        unnamed = {name for name, one in found.items() if isinstance(one, OptionalReward) and not one.path}
         return unnamed | {
             name for name, one in found.items() if isinstance(one, Sampler) and name not in self.placement
         }

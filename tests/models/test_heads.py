@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.data import collate
 from align.errors import ModelError
-from align.models.heads import LastTokenScore, RowZeroLogit, TokenLogprobs, lm_head
+from align.models.heads import LastTokenScore, RowZeroLogit, TokenLogprobs, TokenValues, lm_head
 from align.types import Packed, Sequences
 
 EOS = 2
@@ -131,10 +131,78 @@ def test_token_logprobs_and_entropy_at_a_temperature():
                 assert got == pytest.approx([float(at[response[t]]), float(-(at.exp() * at).sum())], abs=1e-5)
 
 
-def test_entropy_carries_no_gradient_and_logprobs_do():
-    outputs = TokenLogprobs(build(AutoModelForCausalLM, "packed"))(layouts(ROWS)["packed"], temperature=1.0)
-    assert outputs["logprob_BT"].requires_grad
-    assert not outputs["entropy_BT"].requires_grad
+def test_gradients_reach_the_weights_through_logprobs_and_entropy():
+    temperature = 0.6
+    weight_2BT = torch.randn(2, *ROWS.mask_BT.shape, generator=torch.Generator().manual_seed(3))
+    causal = build(AutoModelForCausalLM, "eager")
+    for i, (prompt, response) in enumerate(zip(ROWS.prompt_B.tolist(), ROWS.responses.lists(), strict=True)):
+        row = ROWS.prompts.lists()[prompt] + response
+        at = (causal(torch.tensor([row])).logits[0, -len(response) - 1 : -1] / temperature).log_softmax(-1)
+        logprob, entropy = at[range(len(response)), response], -(at.exp() * at).sum(-1)
+        (weight_2BT[0, i, : len(response)] @ logprob + weight_2BT[1, i, : len(response)] @ entropy).backward()
+    for name, layout in layouts(ROWS).items():
+        model = build(AutoModelForCausalLM, "packed" if name == "packed" else "sdpa")
+        outputs = TokenLogprobs(model)(layout, temperature)
+        (weight_2BT[0] * outputs["logprob_BT"] + weight_2BT[1] * outputs["entropy_BT"]).sum().backward()
+        for (key, own), theirs in zip(model.named_parameters(), causal.parameters(), strict=True):
+            torch.testing.assert_close(
+                own.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+def token_values(model: Any, rows: Sequences, after: bool) -> torch.Tensor:
+    """The score head at the state before each response token, or at the one after it; one row at a time."""
+    value_BT = torch.zeros(rows.mask_BT.shape)
+    for i, (prompt, response) in enumerate(zip(rows.prompt_B.tolist(), rows.responses.lists(), strict=True)):
+        given = rows.prompts.lists()[prompt]
+        states = model.model(torch.tensor([given + response])).last_hidden_state[0]
+        first = len(given) if after else len(given) - 1
+        value_BT[i, : len(response)] = model.score(states[first : first + len(response)])[:, 0]
+    return value_BT
+
+
+@pytest.mark.parametrize("layout", ["packed", "right", "left"])
+@torch.no_grad()
+def test_values_are_read_before_their_tokens(layout):
+    plain = build(AutoModelForSequenceClassification, "eager", num_labels=1)
+    model = build(AutoModelForSequenceClassification, "packed" if layout == "packed" else "sdpa", num_labels=1)
+    ours = TokenValues(model)(layouts(ROWS)[layout])["value_BT"]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, token_values(plain, ROWS, after=False), rtol=0, atol=1e-6)  # 0 where no token is
+    mutant = token_values(plain, ROWS, after=True)
+    assert float((ours - mutant)[ROWS.mask_BT].abs().min()) > 1e-4  # one later would show at every token
+
+
+@torch.no_grad()
+def test_a_value_does_not_see_its_token():
+    # Another last token in each response: no value changes, since there is none after it. Another first one: all but
+    # the first.
+    head = TokenValues(build(AutoModelForSequenceClassification, "packed", num_labels=1))
+    before = head(collate.packed(ROWS))["value_BT"]
+    changed = {"last": [[*row[:-1], 20] for row in ROWS.responses.lists()]}
+    changed["first"] = [[20, *row[1:]] for row in ROWS.responses.lists()]
+    moved = {
+        name: (
+            head(collate.packed(Sequences(ROWS.prompts, Packed.from_lists(rows), ROWS.prompt_B)))["value_BT"] - before
+        )
+        for name, rows in changed.items()
+    }
+    assert float(moved["last"].abs().max()) < 1e-6
+    assert float(moved["first"][:, 0].abs().max()) < 1e-6
+    assert float(moved["first"][:, 1:][ROWS.mask_BT[:, 1:]].abs().min()) > 1e-4
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+@torch.no_grad()
+def test_values_of_responses_that_share_a_prompt(attention):
+    head = TokenValues(build(AutoModelForSequenceClassification, attention, num_labels=1))
+    lay = collate.packed if attention == "packed" else collate.padded
+    apart = Sequences(ROWS.prompts.select(ROWS.prompt_B), ROWS.responses, torch.arange(len(ROWS)))
+    shared, alone = (head(lay(rows))["value_BT"] for rows in (ROWS, apart))
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-6)
+    first_B = shared[:, 0]  # the state before the first token is that of the prompt
+    torch.testing.assert_close(first_B, first_B[[0, 0, 0, 3, 3, 3]], rtol=0, atol=1e-6)
+    assert abs(float(first_B[0] - first_B[3])) > 1e-3
 
 
 @torch.no_grad()
@@ -151,9 +219,10 @@ def test_an_architecture_that_cannot_be_packed():
 
 
 @torch.no_grad()
-def test_bfloat16_scores_and_logprobs_come_as_float32():
+def test_bfloat16_scores_values_and_logprobs_come_as_float32():
     for auto, head, arguments in (
         (AutoModelForSequenceClassification, LastTokenScore, {}),
+        (AutoModelForSequenceClassification, TokenValues, {}),
         (AutoModelForCausalLM, RowZeroLogit, {}),
         (AutoModelForCausalLM, TokenLogprobs, {"temperature": 1.0}),
     ):

@@ -1,0 +1,215 @@
+"""Every check of a schema stops a recipe with a message that names the key and its value."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align import algorithms, config
+from align.errors import ConfigError
+from align.launch import ROLES, cast_sections, check
+from align.sections import (
+    Critic,
+    Data,
+    DirectLoss,
+    Evaluation,
+    Optimizer,
+    Policy,
+    PolicyLoss,
+    Reference,
+    Reward,
+    Sampling,
+    Shaping,
+)
+
+ALGORITHMS = sorted(module.name for module in pkgutil.iter_modules(algorithms.__path__) if module.name[0] != "_")
+ROOT = Path(config.__file__).parent
+
+LEAST = {"run.dir": "runs/x", "run.steps": 3, "data.path": "d"}
+POLICY = {**LEAST, "policy.path": "p", "policy.optimizer.lr": 1e-6}
+SCORED = {**POLICY, "reward.path": "r"}
+NEEDED = {
+    **dict.fromkeys(("rloo", "grpo", "reinforce", "best_of_n", "online_dpo"), SCORED),
+    "ppo": {**SCORED, "critic.optimizer.lr": 1e-6},
+    "dpo": POLICY,
+    "sft": POLICY,
+    "reward_model": {**LEAST, "reward.path": "r", "reward.optimizer.lr": 1e-6},
+}
+
+
+def write(folder: Path, algorithm: str, needed: dict[str, object]) -> Path:
+    tree: dict[str, Any] = {"algorithm": algorithm}
+    for key, value in needed.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "r.yaml"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
+    loaded = config.load(write(tmp_path, algorithm, NEEDED[algorithm]))
+    roles = cast_sections(loaded.config)
+    assert set(check(loaded.config)) == set(roles)
+    assert {type(section) for section in roles.values()} <= set(ROLES)
+    config.dump(loaded.config, tmp_path / "again.yaml")
+    assert config.load(tmp_path / "again.yaml").config == loaded.config
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, algorithm, {}))
+    missing = {line.split(": ")[1] for line in str(caught.value).splitlines() if line.endswith("has no value")}
+    assert missing == set(NEEDED[algorithm])
+
+
+SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean"
+CASES = [
+    # losses
+    (PolicyLoss, "clip_low=0", ["clip_low = 0.0", "clip_high = 0.2"]),
+    (PolicyLoss, "clip_low=1", ["clip_low = 1.0"]),
+    (PolicyLoss, "clip_high=0", ["clip_high = 0.0"]),
+    (PolicyLoss, "kind=clipped dual_clip=1", ["dual_clip = 1.0", "kind = 'clipped'"]),
+    (PolicyLoss, "dual_clip=2", ["dual_clip = 2.0", "kind = 'reinforce'"]),
+    (PolicyLoss, "kind=sequence_clipped", ["kind = 'sequence_clipped'", "aggregation = 'token_mean'"]),
+    (PolicyLoss, "importance_cap=0.5", ["importance_cap = 0.5"]),
+    (DirectLoss, "beta=0", ["beta = 0.0"]),
+    (DirectLoss, "kind=cdpo smoothing=0.5", ["smoothing = 0.5", "kind = 'cdpo'"]),
+    (DirectLoss, "kind=robust smoothing=-0.1", ["smoothing = -0.1"]),
+    (DirectLoss, "smoothing=0.1", ["smoothing = 0.1", "kind = 'dpo'"]),
+    # roles
+    (Optimizer, "lr=-1", ["lr = -1.0"]),
+    (Optimizer, "lr=1 betas=[0.9,1]", ["betas = (0.9, 1.0)"]),
+    (Reference, "path=p zero_stage=4", ["zero_stage = 4"]),
+    (Reward, "path=p micro_batch_tokens=0", ["micro_batch_tokens = 0"]),
+    (Reference, "path=p offload_parameters=true", ["offload_parameters = True", "zero_stage = 0"]),
+    (Policy, "path=p optimizer.lr=1 zero_stage=0", ["zero_stage = 0"]),
+    (
+        Critic,
+        "path=p optimizer.lr=1 zero_stage=0 dtype=float32 offload_optimizer=true",
+        ["offload_optimizer = True", "zero_stage = 0"],
+    ),
+    ("rloo", "sampler.zero_stage=1", ["sampler.zero_stage = 1"]),
+    # rollouts
+    (Evaluation, "every=-1", ["every = -1"]),
+    (Evaluation, "prompts=0", ["prompts = 0"]),
+    (Evaluation, "keep_best=true", ["keep_best = True", "every = 0"]),
+    (Shaping, "std=0", ["std = 0.0"]),
+    (Shaping, "clip=-1", ["clip = -1.0"]),
+    (Shaping, "running=true mean=2", ["running = True", "mean = 2.0", "std = 1.0"]),
+    ("rloo", "prompts_per_step=0", ["prompts_per_step = 0"]),
+    ("rloo", "lag=-1", ["lag = -1"]),
+    ("rloo", "rounds=0", ["rounds = 0"]),
+    ("ppo", "epochs=0", ["epochs = 0"]),
+    ("ppo", "minibatches=0", ["minibatches = 0"]),
+    ("ppo", "minibatches=513", ["minibatches = 513", "prompts_per_step = 512"]),
+    ("rloo", "sampling.num_samples=1", ["sampling.num_samples = 1"]),
+    ("grpo", "sampling.num_samples=1", ["sampling.num_samples = 1"]),
+    ("best_of_n", "sampling.num_samples=1", ["sampling.num_samples = 1"]),
+    ("online_dpo", "sampling.temperature=0", ["sampling.temperature = 0.0"]),
+    ("reinforce", "baseline=group sampling.num_samples=1", ["sampling.num_samples = 1"]),
+    ("rloo", "kl_placement=loss kl_estimator=k1", ["kl_placement = 'loss'", "kl_estimator = 'k1'"]),
+    ("rloo", "epochs=2", ["loss.kind = 'reinforce'", "epochs = 2", "minibatches = 1"]),
+    ("rloo", "minibatches=2", ["loss.kind = 'reinforce'", "minibatches = 2"]),
+    ("rloo", "kl_target=0", ["kl_target = 0.0"]),
+    ("rloo", "kl_target=1 kl_horizon=255", ["kl_horizon = 255"]),  # 64 prompts times 4 samples are 256
+    # runs
+    (Data, "path=d domains=[code] format=helpsteer2", ["domains = ['code']", "format = 'helpsteer2'"]),
+    (Data, "path=d max_rows=3 format=helpsteer2", ["max_rows = 3", "format = 'helpsteer2'"]),
+    (Data, "path=d max_spread=-1", ["max_spread = -1"]),
+    (Sampling, "num_samples=0", ["num_samples = 0"]),
+    (Sampling, "max_tokens=0", ["max_tokens = 0"]),
+    (Sampling, "temperature=-1", ["temperature = -1.0"]),
+    (Sampling, "top_k=-1", ["top_k = -1"]),
+    (Sampling, "top_p=0", ["top_p = 0.0"]),
+    (Sampling, "min_p=1.5", ["min_p = 1.5"]),
+    # algorithms
+    ("ppo", f"loss.kind={SEQUENCE}", ["loss.kind = 'sequence_clipped'"]),
+    ("ppo", "gamma=1.5", ["gamma = 1.5", "gae_lambda = 0.95"]),
+    ("ppo", "gae_lambda=-0.1", ["gae_lambda = -0.1"]),
+    ("reinforce", f"loss.kind={SEQUENCE}", ["loss.kind = 'sequence_clipped'"]),
+    ("grpo", "max_attempts=0", ["max_attempts = 0"]),
+    ("grpo", "max_attempts=2 lag=1", ["max_attempts = 2", "lag = 1"]),
+    ("dpo", "gold=reward loss.kind=rpo_sq", ["gold = 'reward'", "reward.path = ''"]),
+    ("dpo", "evaluation.every=2", ["evaluation.every = 2", "reward.path = ''"]),
+    ("dpo", "gold=reward reward.path=r", ["gold = 'reward'", "loss.kind = 'dpo'"]),
+    (
+        "dpo",
+        "reference_cache=c reference.path=q",
+        ["reference_cache = 'c'", "reference.path = 'q'", "policy.path = 'p'"],
+    ),
+    ("dpo", "reference_cache=c loss.kind=simpo", ["reference_cache = 'c'", "loss.kind = 'simpo'"]),
+]
+"""Schema or algorithm, what is given on the command line, and what the remedy must name."""
+
+
+def called(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "__name__", "")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, str], str]:
+    """The message of each case."""
+    messages, folder = {}, tmp_path_factory.mktemp("recipes")
+    for schema, text, _ in CASES:
+        if isinstance(schema, str):
+            recipe = write(folder, schema, NEEDED[schema])
+            build = partial(config.load, recipe, text.split())
+        else:
+            recipe = folder / "section.yaml"
+            recipe.write_text("{}")
+            build = partial(config.build, schema, recipe, text.split())
+        with pytest.raises(ConfigError) as caught:
+            build()
+        messages[schema, text] = str(caught.value)
+    return messages
+
+
+@pytest.mark.parametrize(("schema", "text", "named"), CASES, ids=called)
+def test_a_check_names_key_and_value(schema: Any, text: str, named: list[str], said: dict[tuple[Any, str], str]):
+    problem, _, remedy = said[schema, text].partition("\n  remedy: change ")
+    assert "(command line)" in remedy  # where a value that is wrong was given
+    for setting in named:
+        assert setting in remedy
+    assert "\n" not in problem + remedy  # one fault
+
+
+def _checks() -> list[tuple[str, list[str]]]:
+    """Place and fixed words of every ValueError that a schema raises."""
+    files = [*sorted((ROOT / "sections").glob("*.py")), *sorted((ROOT / "algorithms").glob("*.py"))]
+    found = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Raise)
+                and isinstance(node.exc, ast.Call)
+                and ast.unparse(node.exc.func) == "ValueError"
+            ):
+                message = node.exc.args[0]
+                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+                words = [part.value for part in parts if isinstance(part, ast.Constant)]
+                found.append((f"{path.stem}:{node.lineno}", words))
+    return found
+
+
+def test_every_check_was_tried(said: dict[tuple[Any, str], str]):
+    checks = _checks()
+    assert len(checks) >= 30
+    untried = [
+        place for place, words in checks if not any(all(word in text for word in words) for text in said.values())
+    ]
+    assert untried == []
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_is_read_without_torch(algorithm: str):
+    source = Path(importlib.import_module(f"align.algorithms.{algorithm}").__file__ or "").read_text()
+    imported = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not any("torch" in ast.unparse(node) for node in imported)  # only where types are checked
