@@ -2,8 +2,8 @@
 
 Greedy answers, and sampled ones whose noise is the same each time, are scored by the reward role, by the second reward
 model where there is one, and by the rule of the bundled task where the prompts are of it. Greedy answers are compared
-with greedy ones of the policy that the round started from, sampled ones with sampled ones: win rate = (wins + ties / 2) /
-prompts, with a 95 % interval.
+with greedy ones of the policy that the round started from, sampled ones with sampled ones: win rate = (wins + ties / 2)
+/ prompts, with a 95 % interval.
 """
 
 from __future__ import annotations

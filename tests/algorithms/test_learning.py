@@ -141,47 +141,46 @@ def test_rloo_learns_to_end_its_responses(tmp_path, toy_data, tiny_policy):
         ("rloo", ["kl_coef=1.0", "kl_placement=loss", "kl_estimator=k3"]),
         ("grpo", ["kl_coef=1.0"]),
         ("reinforce", ["kl_coef=0.5", "baseline=group"]),
-        ("ppo", ["kl_coef=2.0", "critic.optimizer.lr=5e-3", "critic.head=new", "whiten=false", "minibatches=2"]),
-        ("rloo", ["kl_coef=0.1", "kl_reduction=sum", "kl_target=0.3", "kl_horizon=200"]),
+        ("ppo", ["kl_coef=1.0", "kl_estimator=k1", "critic.optimizer.lr=5e-3", "critic.head=new", "minibatches=1"]),
+        ("rloo", ["kl_coef=0.1", "kl_reduction=sum", "kl_target=0.2", "kl_horizon=64"]),
     ],
     ids=["rloo", "rloo in the loss", "grpo", "reinforce++-baseline", "ppo", "adaptive"],
 )
 def test_kl_holds_the_policy_back(tmp_path, toy_data, tiny_policy, algorithm, overrides):
-    """Free policies end 10 nats and more from the reference."""
+    """A free policy ends more than 15 nats from the reference (RLOO, 40 steps)."""
     held = learn(tmp_path, recipe(tmp_path, toy_data, tiny_policy, algorithm, steps=40), *overrides)
-    assert 0.0 < held[-1]["kl"] < 2.5
     assert held[0]["kl"] == pytest.approx(0.0, abs=1e-4)
-    if "kl_target=0.3" in overrides:
+    assert abs(held[-1]["kl"]) < 4.0  # the mean of an estimate that may be negative
+    if "kl_target=0.2" in overrides:
         assert held[-1]["kl_coef"] > held[0]["kl_coef"] == 0.1
 
 
 def write_pairs(folder: Path, liked: str) -> Path:
-    """Every preferred response is the liked word, every other one another word."""
-    words = [word for word in toy.WORDS if word != liked]
+    """One word is preferred to each other text of the vocabulary, to an instruction of its own."""
+    texts = [*toy.WORDS, *toy.FILLER, *{word for request in toy.OPERATIONS for word in request.split()}, ":"]
+    others = sorted(set(texts) - {liked})
     (folder / "preference").mkdir(parents=True)
-    for split, count in (("train", 200), ("validation", 8)):
+    for split, start in (("train", 0), ("validation", 1)):
         rows = []
-        for i in range(count):
-            context = [{"role": "user", "content": f"say the first word : {words[i % 30]} {words[(i // 30 + i) % 39]}"}]
-            row = {
-                "domain": "general",
-                "language": "english",
-                "context": context,
-                "overall_preference": 1 - 2 * (i % 2),
-            }
-            responses = [words[(7 * i) % 39], liked]
-            rows.append(row | dict(zip(("response1", "response2"), responses[:: 1 if i % 2 == 0 else -1], strict=True)))
+        for i in range(4 * len(others)):
+            words = [toy.WORDS[(i // 3 + start) % 40], toy.WORDS[(7 * i) % 40], toy.WORDS[(11 * i + start) % 40]]
+            content = f"say the first word : {' '.join(words)} {toy.FILLER[start]}"
+            row = {"domain": "general", "language": "english", "context": content}
+            first = i % 2 == 0
+            pair = (liked, others[i % len(others)])[:: 1 if first else -1]
+            rows.append(row | {"response1": pair[0], "response2": pair[1], "overall_preference": -1 if first else 1})
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "preference" / f"{split}.jsonl").write_text(lines)
     return folder
 
 
-def share_said(folder: Path, policy: Path, prompts: int = 32) -> float:
-    """Share of greedy-free first words of a trained policy that are the liked one."""
-    settings = config.load(folder / "recipe.yaml", [f"run.dir={folder / 'judge'}", f"policy.path={policy}"]).config
+def share_said(folder: Path, policy: Path) -> float:
+    """Share of a trained policy's first words that are the liked one."""
+    recipe = policy.parents[1] / "recipe.yaml"
+    settings = config.load(recipe, [f"run.dir={folder / 'judge'}", f"policy.path={policy}"]).config
     renderer = load_renderer(settings)
     found = helpsteer.prompts(helpsteer.load(settings.data).train, renderer, 100)
-    asked = PromptStream(found.tokens, prompts, 0, renderer.stop_ids).batch(1)
+    asked = PromptStream(found.tokens, 32, 0, renderer.stop_ids).batch(1)
     with cast(settings, Run(settings, renderer.text)) as roles:
         rollouts = roles.policy.generate(asked, Sampling(num_samples=4, max_tokens=1)).result()
     token = renderer.tokenizer.convert_tokens_to_ids(LIKED)
@@ -190,32 +189,44 @@ def share_said(folder: Path, policy: Path, prompts: int = 32) -> float:
 
 KINDS = {
     "dpo": "{kind: dpo}",
-    "cdpo": "{kind: cdpo, smoothing: 0.1}",
+    "cdpo": "{kind: cdpo, smoothing: 0.01}",
     "robust": "{kind: robust, smoothing: 0.1}",
     "ipo": "{kind: ipo}",
     "ipo of sums": "{kind: ipo, average: false}",
     "hinge": "{kind: hinge}",
     "margin": "{kind: margin}",
     "scaled": "{kind: scaled}",
-    "rpo_sq": "{kind: rpo_sq, eta: 3}",
-    "rpo_fwd_kl": "{kind: rpo_fwd_kl, eta: 3}",
-    "rpo_bwd_kl": "{kind: rpo_bwd_kl, eta: 3}",
-    "simpo": "{kind: simpo, beta: 2}",
+    "rpo_sq": "{kind: rpo_sq, eta: 1}",
+    "rpo_fwd_kl": "{kind: rpo_fwd_kl, eta: 1}",
+    "rpo_bwd_kl": "{kind: rpo_bwd_kl, eta: 1}",
+    "simpo": "{kind: simpo}",
     "dpo and sft": "{kind: dpo, sft_coef: 0.2}",
 }
 
 
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> tuple[Path, Path]:
+    """Pairs, and a policy that says both answers of a pair alike: what preferences are learned from."""
+    folder = tmp_path_factory.mktemp("spoken")
+    data = write_pairs(folder / "data", LIKED)
+    text = COMMON.format(algorithm="sft", run=folder / "run", steps=60, data=data, policy=tiny_policy, lr="1e-2")
+    learn(folder, text + "batch_size: 64\nresponses: all\n")
+    return data, folder / "run" / "final"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_direct_preference_learns_what_is_preferred(tmp_path, tiny_policy, kind):
-    """From pairs alone: the preferred word comes to be said, and every pair is ordered right."""
-    data = write_pairs(tmp_path / "data", LIKED)
-    text = COMMON.format(algorithm="dpo", run=tmp_path / "run", steps=60, data=data, policy=tiny_policy, lr="5e-3")
-    text += "batch_size: 32\nreference: {dtype: float32}\n"
-    metrics = learn(tmp_path, text, f"loss={KINDS[kind]}", "loss.beta=0.3" if kind != "simpo" else "loss.beta=2.0")
+def test_direct_preference_learns_what_is_preferred(tmp_path, spoken, kind):
+    """From pairs alone: the preferred word, said every other time at first, comes to be said more than nine in ten."""
+    data, policy = spoken
+    text = COMMON.format(algorithm="dpo", run=tmp_path / "run", steps=40, data=data, policy=policy, lr="2e-3")
+    text += "batch_size: 60\nreference: {dtype: float32}\n"
+    metrics = learn(tmp_path, text, f"loss={KINDS[kind]}", f"loss.beta={0.5 if kind == 'simpo' else 0.05}")
+    before, after = share_said(tmp_path, policy), share_said(tmp_path / "x", tmp_path / "run" / "final")
+    print(kind, before, after, metrics[-1]["accuracy"])
+    assert before < 0.65
+    assert after > 0.9
     assert metrics[-1]["accuracy"] == 1.0
-    assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert share_said(tmp_path, tmp_path / "run" / "final") > 0.9
 
 
 @pytest.mark.slow

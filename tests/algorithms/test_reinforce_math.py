@@ -2,11 +2,11 @@
 
 gamma = 1, kl_coef = 1/2 with k1, log pi = -1 at every token. Two prompts of two responses:
 
-    prompt  score  x = log pi - log pi_ref   r without baseline    return to go     group mean  return with it
-    0         2    1 -1                      -0.5  0.5 + 2           2  2.5             3          -1  -0.5
-    0         4    2                         -1 + 4                  3                  3           0
-    1         1    0 0 2                     0  0  -1 + 1            0  0  0            0           -1 -1 -1
-    1        -1    -2                        1 - 1                   0                  0           0
+    prompt  score  x = log pi - log pi_ref   r                return to go  mean score  return above it
+    0         2    1 -1                      -0.5  0.5 + 2        2  2.5        3          -1  -0.5
+    0         4    2                         -1 + 4               3             3           0
+    1         1    0 0 2                     0  0  -1 + 1         0  0  0       0           0  0  0
+    1        -1    -2                        1 - 1                0             0           0
 """
 
 from __future__ import annotations

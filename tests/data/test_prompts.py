@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from align.data.prompts import Order, PromptStream
+from align.data.prompts import Order, PromptStream, first, members, minibatches
 from align.errors import DataError
 from align.types import Packed
 
@@ -63,6 +63,77 @@ def test_stream_numbers_prompts_within_the_step():
     assert batch.index_P.tolist() == [0, 1]
     assert batch.step == 2
     assert batch.stop_ids == (7,)
+
+
+TEXTS = [[n] * (n + 1) for n in range(7)]
+
+
+def test_attempts_of_a_step_are_batches_of_their_own():
+    stream = PromptStream(Packed.from_lists(TEXTS), batch_size=2, seed=1, stop_ids=(7,), attempts=3)
+    seen = []
+    for step in (1, 2):
+        for attempt in range(3):
+            batch = stream.batch(step, attempt)
+            # Numbers go on within the step, so that no two prompts of it share their noise.
+            assert batch.index_P.tolist() == [2 * attempt, 2 * attempt + 1]
+            assert (batch.step, batch.stop_ids) == (step, (7,))
+            seen += [row[0] for row in batch.tokens.lists()]
+    # Six batches in a row of the one order: no row twice before every other was seen.
+    assert seen == torch.cat([stream.order.indices(n) for n in range(1, 7)]).tolist()
+    assert sorted(seen[:7]) == list(range(7))
+
+
+def test_an_attempt_does_not_depend_on_what_was_asked_before():
+    make = lambda attempts: PromptStream(Packed.from_lists(TEXTS), 2, 1, (7,), attempts)  # noqa: E731
+    whole = make(2).batch(3, 1)
+    assert whole.tokens.lists() == make(2).batch(3, 1).tokens.lists() == make(1).batch(6).tokens.lists()
+    assert make(1).batch(3).tokens.lists() == make(1).batch(3, 0).tokens.lists()
+
+
+def test_the_first_prompts():
+    held_out = first(Packed.from_lists(TEXTS), 3, (7, 8), -1)
+    assert held_out.tokens.lists() == TEXTS[:3]
+    assert held_out.index_P.tolist() == [0, 1, 2]
+    assert (held_out.stop_ids, held_out.step) == ((7, 8), -1)
+    assert first(Packed.from_lists(TEXTS[:2]), 3, (7,), -1).tokens.lists() == TEXTS[:2]  # all where there are fewer
+
+
+@pytest.mark.parametrize(("groups", "count"), [(10, 3), (8, 4), (5, 5), (64, 8), (7, 1)])
+def test_minibatches_are_a_partition_of_each_epoch(groups: int, count: int):
+    parts = list(minibatches(groups, count, epochs=3, seed=5, step=2))
+    assert len(parts) == 3 * count
+    for epoch in range(3):
+        rows = [part.tolist() for part in parts[epoch * count : (epoch + 1) * count]]
+        assert sorted(row for part in rows for row in part) == list(range(groups))
+        assert all(part == sorted(part) for part in rows)
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def test_minibatches_are_shuffled_by_seed_step_and_epoch():
+    of = lambda seed, step: [part.tolist() for part in minibatches(12, 3, 2, seed, step)]  # noqa: E731
+    assert of(0, 1) == of(0, 1)
+    assert len({str(parts) for parts in (of(0, 1)[:3], of(0, 1)[3:], of(0, 2)[:3], of(1, 1)[:3])}) == 4
+    # Step 1 and epoch 1 differ from step 2 and epoch 0, which a sum of the two would not.
+    assert of(0, 1)[3:] != of(0, 2)[:3]
+
+
+def test_minibatches_are_pinned():
+    assert [part.tolist() for part in minibatches(6, 2, 1, seed=0, step=1)] == [[0, 3, 5], [1, 2, 4]]
+
+
+def test_a_single_minibatch_keeps_the_order():
+    assert [part.tolist() for part in minibatches(4, 1, 2, seed=9, step=3)] == [[0, 1, 2, 3]] * 2
+
+
+def test_fewer_groups_than_minibatches_leave_some_empty():
+    assert sorted(len(part) for part in minibatches(2, 4, 1, seed=0, step=1)) == [0, 0, 1, 1]
+    assert [len(part) for part in minibatches(0, 2, 1, seed=0, step=1)] == [0, 0]
+
+
+def test_members_of_groups():
+    assert members(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    assert members(torch.tensor([1]), 1).tolist() == [1]
+    assert members(torch.tensor([], dtype=torch.int64), 3).tolist() == []
 
 
 def test_the_package_loads_no_torch_and_names_its_submodules():

@@ -365,7 +365,7 @@ NOTHING = torch.empty(0, dtype=torch.int64)
 def on_two_ranks() -> dict[str, Any]:
     """Gradients of all runs, metrics of steps without a sequence, and shares of the batches that are few."""
     runs = [(name, setting) for name in CASES for setting in on_two(name)]
-    gradients_of = {run: tuple(by_engine(CASES[run[0]], run[1])) for run in runs}
+    gradients_of = {(name, tuple(setting)): tuple(by_engine(CASES[name], setting)) for name, setting in runs}
     empty = {
         (name, stage): by_engine(CASES[name], Setting(stage, "packed", 12, False), CASES[name].many.select(NOTHING))[1]
         for name in ("sequence-sequence_mean", "direct-dpo-sft", "value-0.2", "reward-bt", "sft")

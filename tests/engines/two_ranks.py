@@ -192,7 +192,7 @@ def by_hand_logprobs(model: Any, rows: Sequences, temperature: float) -> tuple[T
         for t, token in enumerate(response):
             at = table[i, start + t - 1]
             logprob_BT[i, t] = at[token]
-            entropy_BT[i, t] = -(at.exp() * at).sum().detach()
+            entropy_BT[i, t] = -(at.exp() * at).sum()
     return logprob_BT, entropy_BT
 
 

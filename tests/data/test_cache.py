@@ -1,0 +1,215 @@
+"""Numbers kept on disk: found again only for the same model and the same pairs, and never half written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.data import cache
+from align.data.cache import fingerprint, remembered
+from align.errors import DataError
+from align.sections import Model, Policy
+from align.types import Packed, Sequences
+
+
+def sequences(responses: list[list[int]] | None = None, prompts: list[list[int]] | None = None) -> Sequences:
+    responses = responses or [[7], [8, 8], [9, 9, 9], [10]]
+    return Sequences(
+        Packed.from_lists(prompts or [[1, 2], [3]]), Packed.from_lists(responses), torch.tensor([0, 0, 1, 1])
+    )
+
+
+class Counting:
+    """Gives each response the sum of its ids, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, asked: Sequences) -> Tensor:
+        self.sizes.append(len(asked))
+        return torch.tensor([float(sum(row)) for row in asked.responses.lists()])
+
+
+# Fingerprint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model of two weight files."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for number in (1, 2):
+        save_file({"w": torch.full((4,), float(number))}, tmp_path / "model" / f"model-{number}-of-2.safetensors")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"an older format")
+    (tmp_path / "model" / "README.md").write_text("hello")
+    return tmp_path / "model"
+
+
+def test_the_same_model_and_pairs_have_one_key(folder: Path):
+    key = fingerprint(Model(path=str(folder)), sequences(), 0)
+    assert len(key) == 64
+    assert key == fingerprint(Model(path=str(folder)), sequences(), 0)
+    # What the numbers do not depend on: the file's date, how the model is run, other files, the seed of a run.
+    os.utime(folder / "config.json", (0, 0))
+    (folder / "README.md").write_text("another")
+    assert key == fingerprint(Model(path=str(folder), micro_batch_tokens=7, zero_stage=3), sequences(), 1)
+    copy = folder.with_name("copy")
+    folder.rename(copy)
+    assert key == fingerprint(Model(path=str(copy)), sequences(), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "pytorch_model.bin"]
+)
+def test_other_weights_have_another_key(folder: Path, name: str):
+    before = fingerprint(Model(path=str(folder)), sequences(), 0)
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    assert fingerprint(Model(path=str(folder)), sequences(), 0) != before
+
+
+def test_weights_under_another_name_have_another_key(folder: Path):
+    before = fingerprint(Model(path=str(folder)), sequences(), 0)
+    (folder / "model-2-of-2.safetensors").rename(folder / "other.safetensors")
+    assert fingerprint(Model(path=str(folder)), sequences(), 0) != before
+
+
+def test_another_dtype_has_another_key(folder: Path):
+    keys = {fingerprint(Model(path=str(folder), dtype=dtype), sequences(), 0) for dtype in ("float32", "bfloat16")}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sequences([[7], [8, 8], [9, 9, 9], [11]]),  # another token
+        sequences([[7], [8], [8, 9, 9, 9], [10]]),  # the same tokens, cut elsewhere
+        sequences([[8, 8], [7], [9, 9, 9], [10]]),  # another order
+        sequences(prompts=[[1], [2, 3]]),
+        Sequences(sequences().prompts, sequences().responses, torch.tensor([0, 1, 1, 1])),  # another prompt
+        sequences().select(torch.tensor([0, 1])),
+    ],
+    ids=["token", "cut", "order", "prompts", "prompt of a response", "fewer"],
+)
+def test_other_pairs_have_another_key(folder: Path, other: Sequences):
+    assert fingerprint(Model(path=str(folder)), other, 0) != fingerprint(Model(path=str(folder)), sequences(), 0)
+
+
+def test_random_weights_are_known_by_their_architecture_and_seed(folder: Path):
+    init = {"model_type": "llama", "hidden_size": 32}
+    key = fingerprint(Model(path=str(folder), init=init), sequences(), 0)
+    assert key == fingerprint(Model(path="elsewhere", init=dict(reversed(init.items()))), sequences(), 0)
+    others = [
+        fingerprint(Model(path=str(folder), init=init), sequences(), 1),
+        fingerprint(Model(path=str(folder), init=init | {"hidden_size": 64}), sequences(), 0),
+        fingerprint(Model(path=str(folder)), sequences(), 0),
+    ]
+    assert len({key, *others}) == 4
+
+
+def test_a_hub_id_is_known_by_the_commit_it_resolves_to(monkeypatch: pytest.MonkeyPatch):
+    commits = {None: "aaa", "v1": "aaa", "v2": "bbb"}
+    monkeypatch.setattr(
+        cache, "cached_file", lambda path, name, revision: f"/hub/models--x/snapshots/{commits[revision]}/{name}"
+    )
+    keys = {rev: fingerprint(Model(path="x/y", revision=rev), sequences(), 0) for rev in commits}
+    assert keys[None] == keys["v1"] != keys["v2"]
+    assert fingerprint(Model(path="x/z"), sequences(), 0) != keys[None]
+
+
+def test_a_policy_is_known_by_its_weights_and_not_by_how_it_is_trained(folder: Path):
+    assert fingerprint(Policy(path=str(folder)), sequences(), 0) == fingerprint(Model(path=str(folder)), sequences(), 0)
+
+
+# What is remembered
+
+
+def test_a_miss_computes_and_a_hit_reads(tmp_path: Path):
+    model, place = Counting(), str(tmp_path / "deep" / "cache")
+    first = remembered(place, "key", sequences(), model)
+    assert first.tolist() == [7, 16, 27, 10]
+    second = remembered(place, "key", sequences(), model)
+    assert second.equal(first)
+    assert model.sizes == [4]
+    assert [path.name for path in (tmp_path / "deep" / "cache").iterdir()] == ["key.safetensors"]
+    assert load_file(tmp_path / "deep" / "cache" / "key.safetensors")["logprob_B"].equal(first)
+    assert remembered(place, "other", sequences(), model).equal(first)
+    assert model.sizes == [4, 4]
+
+
+def test_every_bit_comes_back(tmp_path: Path):
+    numbers = torch.randn(4) * 100
+    for _ in range(2):
+        assert remembered(str(tmp_path), "key", sequences(), lambda _: numbers).equal(numbers)
+
+
+def test_the_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    remembered("~/cache", "key", sequences(), Counting())
+    assert (tmp_path / "cache" / "key.safetensors").is_file()
+
+
+def test_large_data_is_asked_for_in_parts_that_part_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert cache.CHUNK % 2 == 0
+    monkeypatch.setattr(cache, "CHUNK", 2)
+    model = Counting()
+    assert remembered(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
+    assert model.sizes == [2, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of numbers", None])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes | None):
+    model, file = Counting(), tmp_path / "key.safetensors"
+    remembered(str(tmp_path), "key", sequences(), model)
+    file.write_bytes(file.read_bytes()[:-4] if content is None else content)  # cut off, or something else
+    with pytest.raises(DataError, match="the cache is damaged") as caught:
+        remembered(str(tmp_path), "key", sequences(), model)
+    assert str(file) in str(caught.value)
+    assert "delete the file" in str(caught.value)
+    assert model.sizes == [4]
+    file.unlink()
+    remembered(str(tmp_path), "key", sequences(), model)
+    assert model.sizes == [4, 4]
+
+
+def test_a_file_of_another_content_is_an_error(tmp_path: Path):
+    save_file({"something": torch.zeros(4)}, tmp_path / "key.safetensors")
+    with pytest.raises(DataError, match="damaged"):
+        remembered(str(tmp_path), "key", sequences(), Counting())
+    save_file({"logprob_B": torch.zeros(3)}, tmp_path / "short.safetensors")
+    with pytest.raises(DataError, match="3 numbers for 4"):
+        remembered(str(tmp_path), "short", sequences(), Counting())
+
+
+def test_a_computation_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "CHUNK", 2)
+
+    def fail_in_the_second_part(asked: Sequences) -> Tensor:
+        if asked.responses.lists()[0] == [9, 9, 9]:
+            raise RuntimeError("killed")
+        return torch.zeros(len(asked))
+
+    with pytest.raises(RuntimeError, match="killed"):
+        remembered(str(tmp_path), "key", sequences(), fail_in_the_second_part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_is_cut_short_is_not_taken_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def half(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "save_file", half)
+        with pytest.raises(OSError, match="disk full"):
+            remembered(str(tmp_path), "key", sequences(), Counting())
+    assert not (tmp_path / "key.safetensors").exists()
+    model = Counting()
+    assert remembered(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
+    assert model.sizes == [4]
