@@ -141,7 +141,7 @@ def test_an_unknown_key_stops_before_anything(tmp_path, toy_data, tiny_policy, t
         ("data.path=/nowhere", ["/nowhere"]),
         ("reward.path=/nowhere", ["/nowhere", "tokenizer"]),
         ("placement.policy=0-x", ["placement.policy", "'0-x'", "write 0, 0-3 or 0,2"]),
-        ("placement.critic=0", ["no role is called critic", "policy, reference, reward"]),
+        ("placement.critic=0", ["no role is called critic", "policy, reward, reference"]),
         ("sampling.num_samples=1", ["sampling.num_samples", "at least 2"]),
         ("policy.dtype=bfloat16 policy.zero_stage=0", ["zero_stage 1, 2 or 3"]),
         ("data.max_prompt_tokens=2", ["no prompts are left", "too_long 300"]),

@@ -70,7 +70,7 @@ def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
     assert missing == set(NEEDED[algorithm])
 
 
-SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean"
+SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean_token_mean"
 CASES = [
     # losses
     (PolicyLoss, "clip_low=0", ["clip_low = 0.0", "clip_high = 0.2"]),
@@ -144,6 +144,11 @@ CASES = [
         "dpo",
         "reference_cache=c reference.path=q",
         ["reference_cache = 'c'", "reference.path = 'q'", "policy.path = 'p'"],
+    ),
+    (
+        "dpo",
+        "gold=reward loss.kind=rpo_sq reward.path=r reward.failed=drop",
+        ["gold = 'reward'", "reward.failed = 'drop'"],
     ),
     ("dpo", "reference_cache=c loss.kind=simpo", ["reference_cache = 'c'", "loss.kind = 'simpo'"]),
 ]

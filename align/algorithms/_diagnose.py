@@ -47,5 +47,9 @@ def describe(
     if second_B is not None:
         K = len(rollouts) // int(rollouts.sequences.prompt_B[-1] + 1)
         pair = score_B.view(-1, K), second_B.view(-1, K)
-        found |= {"second_score": float(second_B.mean()), "disagreement": ops.diagnostics.disagreement(*pair)}
+        known_B = second_B[second_B.isfinite()]
+        found |= {
+            "second_score": float(known_B.mean()) if len(known_B) else 0.0,
+            "disagreement": ops.diagnostics.disagreement(*pair),
+        }
     return found

@@ -92,7 +92,8 @@ class Evaluator:
             rollouts = self.cast.policy.generate(self.held_out.prompts, sampling).result()
             texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
             judged = self._judge(rollouts, texts)
-            metrics |= {f"heldout/{kind}/{name}": float(score_P.double().mean()) for name, score_P in judged.items()}
+            for name, score_P in judged.items():
+                metrics[f"heldout/{kind}/{name}"] = float(score_P[score_P.isfinite()].double().mean())
             metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
             metrics[f"heldout/{kind}/unfinished"] = 1.0 - float(rollouts.finished_B.double().mean())
             metrics |= self._against_start(kind, judged)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from align import data, ops, roles
+from align import data, roles
 from align.algorithms import _heldout
 
 if TYPE_CHECKING:
@@ -67,29 +67,6 @@ class Seen:
     reference_BT: Tensor
     old_BT: Tensor
     """Log-probabilities under the policy as it is now; the rollout's own unless it lags."""
-
-
-class Judges(Protocol):
-    """Roles that score."""
-
-    reward: roles.Reward
-    second_reward: roles.Reward | None
-
-
-def opinions(cast: Judges, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
-    """Scores of the reward model, and of the second one where there is one."""
-    second = cast.second_reward.score(rollouts.sequences) if cast.second_reward else roles.Ready(None)
-    return roles.together(cast.reward.score(rollouts.sequences), second)
-
-
-def comparable(config: OnPolicy, rollouts: Rollouts, score_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (P, K) to choose by, and which responses may be chosen: those with a score, and with an end where that is
-    asked for."""
-    score_B, usable_B = ops.rewards.treat_unfinished(
-        score_B, rollouts.finished_B, config.unfinished, config.unfinished_penalty
-    )
-    K = config.sampling.num_samples
-    return score_B.view(-1, K), (usable_B & score_B.isfinite()).view(-1, K)
 
 
 def look(cast: Cast, rollouts: Rollouts, score: roles.Future[Tensor] | None = None) -> Seen:

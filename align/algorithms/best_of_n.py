@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from align import ops, roles, sections
-from align.algorithms import _diagnose, _on_policy
+from align.algorithms import _candidates, _diagnose, _on_policy
 from align.algorithms._heldout import Evaluator
 from align.algorithms.sft import loss
 
@@ -51,7 +51,7 @@ class Cast(Protocol):
 def best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Batch, dict[str, float]]:
     """The best response to each prompt that has one, and its mean score."""
     num_samples = config.sampling.num_samples
-    score_PK, usable_PK = _on_policy.comparable(config, rollouts, score_B)
+    score_PK, usable_PK = _candidates.comparable(config, rollouts, score_B)
     best_P, _, _ = ops.groups.best_and_worst(score_PK, usable_PK)
     prompts = usable_PK.any(1).nonzero().squeeze(1)
     rows = ops.groups.rows(prompts, best_P[prompts], num_samples)
@@ -67,7 +67,7 @@ def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -
     """Sample, keep the best, imitate it."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        score_B, second_B = _on_policy.opinions(cast, rollouts)
+        score_B, second_B = _candidates.opinions(cast, rollouts)
         batch, statistics = best(config, rollouts, score_B)
         statistics |= _diagnose.describe(rollouts, score_B, second_B, None, run.state)
         metrics = _on_policy.learn(config, step, 1, {"": (cast.policy, batch, loss)})

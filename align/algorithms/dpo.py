@@ -66,11 +66,14 @@ class Config(sections.Recipe):
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
         if self.reference_cache and not self.loss.needs_reference:
             raise ValueError(f"reference_cache is of no use to loss.kind {self.loss.kind}: leave it out")
-        if self.reference_cache and self.reference.path != self.policy.path:
+        start, own = ((one.path, one.revision, one.dtype) for one in (self.policy, self.reference))
+        if self.reference_cache and start != own:
             raise ValueError(
-                "reference_cache holds log-probabilities of the starting policy: leave reference.path to follow "
-                f"policy.path, or give no cache ({self.reference.path}, {self.policy.path})"
+                "reference_cache holds log-probabilities of the starting policy: reference.path, reference.revision and "
+                f"reference.dtype must be those of policy.path, or give no cache ({own}, {start})"
             )
+        if self.gold == "reward" and self.reward.failed == "drop":
+            raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")
 
     def absent(self) -> set[str]:
         """See `align.sections.Recipe.absent`."""

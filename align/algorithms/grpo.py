@@ -4,9 +4,9 @@ al. 2025, arXiv 2503.14476), which differ by options.
 For K responses to a prompt with rewards R_i, on every token t of response i:
 
     A_i = (R_i - mean R) / (std R + 1e-6)                                        std with K - 1
-    L   = mean over tokens of max(-A_i rho_it, -A_i clip(rho_it, 1 - low, 1 + high)) + kl_coef * k3_it
+    L   = mean of max(-A_i rho_it, -A_i clip(rho_it, 1 - low, 1 + high)) + kl_coef * k3_it
 
-GRPO: mean over each response's tokens, then over responses. Dr. GRPO: ``normalise: false``, ``loss.aggregation:
+GRPO: the mean is over each response's tokens, then over responses. Dr. GRPO: ``normalise: false``, ``loss.aggregation:
 constant``. DAPO: ``loss: {clip_high: 0.28, aggregation: token_mean}``, ``kl_coef: 0``, ``shaping.overlong_buffer`` and
 ``max_attempts`` above 1: prompts whose responses all have one reward teach nothing, so more prompts are sampled until
 ``prompts_per_step`` groups with spread are there.
@@ -69,7 +69,7 @@ class Config(sections.PolicyGradient):
 
     def notes(self) -> list[str]:
         """See `align.sections.Recipe.notes`."""
-        return [sections.kl_note(self.kl_coef, self.kl_reduction, self.sampling.max_tokens)]
+        return self.kl_notes(self.kl_reduction)
 
 
 def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[_on_policy.Material, dict[str, int]]:
@@ -81,7 +81,7 @@ def with_spread(
     config: Config, prompts: PromptStream, rollouts: Rollouts, cast: _on_policy.Cast
 ) -> tuple[Rollouts, Tensor, int]:
     """DAPO's dynamic sampling (section 3.2): rollouts and scores of the first ``prompts_per_step`` groups whose scores
-    are not all alike, and the batches that were sampled.
+    are not all alike, and the batches that were sampled. Scores are taken as they are, before any shaping.
 
     Fewer where ``max_attempts`` batches did not hold so many; the last batch as it is where none of them held one.
     """
@@ -113,10 +113,9 @@ def learn_from(config: Config, seen: _on_policy.Seen, judged: _rewards.Judged) -
     compare = ops.advantages.group_standardised if config.normalise else ops.advantages.group_centred
     advantage_PK, learnable_PK = compare(reward_PK, judged.usable_B.view(-1, K))
     advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
-    spread_P = ops.groups.with_spread(reward_PK)
     statistics = judged.statistics | {
         "learnable": float(learnable_PK.double().mean()),
-        "groups_without_spread": 1.0 - len(spread_P) / len(reward_PK),
+        "groups_without_spread": 1.0 - float((advantage_PK != 0).any(1).double().mean()),
     }
     return _on_policy.batch(seen, advantage_BT, learnable_PK.flatten()), statistics
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from align import ops, roles, sections
-from align.algorithms import _diagnose, _direct_loss, _on_policy
+from align.algorithms import _candidates, _diagnose, _direct_loss, _on_policy
 from align.algorithms._heldout import Evaluator
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Cast(Protocol):
 def choose(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, Tensor, dict[str, float]]:
     """Pairs of best and worst, and the scores of their responses."""
     num_samples = config.sampling.num_samples
-    score_PK, usable_PK = _on_policy.comparable(config, rollouts, score_B)
+    score_PK, usable_PK = _candidates.comparable(config, rollouts, score_B)
     best_P, worst_P, gap_P = ops.groups.best_and_worst(score_PK, usable_PK)
     prompts = (gap_P > 0).nonzero().squeeze(1)
     chosen, rejected = (ops.groups.rows(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
@@ -78,7 +78,7 @@ def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     loss = partial(_direct_loss.loss, how=config.loss)
     for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        score_B, second_B = _on_policy.opinions(cast, rollouts)
+        score_B, second_B = _candidates.opinions(cast, rollouts)
         pairs, gold_B, statistics = choose(config, rollouts, score_B)
         batch = pairs.batch(reference_B=_direct_loss.reference_sums(cast.reference, pairs), gold_B=gold_B)
         statistics |= _diagnose.describe(rollouts, score_B, second_B, None, run.state)

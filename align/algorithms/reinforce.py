@@ -51,8 +51,11 @@ class Config(sections.PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline == "group":
-            self.require_varied()
+        if self.baseline == "group" and (self.sampling.num_samples < 2 or self.sampling.temperature <= 0):
+            raise ValueError(
+                "baseline group needs sampling.num_samples of at least 2 at a positive sampling.temperature: "
+                f"{self.sampling.num_samples}, {self.sampling.temperature}"
+            )
         if self.loss.kind.startswith("sequence"):
             raise ValueError(f"loss.kind {self.loss.kind} needs one advantage a response; here each token has its own")
 

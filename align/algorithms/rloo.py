@@ -10,7 +10,7 @@ For K responses y_i to a prompt x, with r the shaped score and pi_ref the refere
 All log-probabilities are taken at the sampling temperature. The defaults are those of NeMo-Aligner's REINFORCE, with
 which Llama-3.1-Nemotron-70B-Instruct was aligned (HelpSteer2-Preference, arXiv 2410.01257): one optimizer step for each
 batch of rollouts, so no ratio to an older policy. TRL's RLOO is ``loss: {kind: sequence_clipped, aggregation:
-sequence_mean}`` with ``kl_reduction: sum``, ``kl_estimator: k1`` and ``unfinished: keep``.
+sequence_mean_token_mean}`` with ``kl_reduction: sum``, ``kl_estimator: k1`` and ``unfinished: keep``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Config(sections.PolicyGradient):
 
     def notes(self) -> list[str]:
         """See `align.sections.Recipe.notes`."""
-        return [sections.kl_note(self.kl_coef, self.kl_reduction, self.sampling.max_tokens)]
+        return self.kl_notes(self.kl_reduction)
 
 
 def learn_from(config: Config, seen: _on_policy.Seen, judged: _rewards.Judged) -> tuple[Batch, dict[str, float]]:

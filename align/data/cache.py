@@ -33,7 +33,7 @@ def fingerprint(model: Model, sequences: Sequences, seed: int) -> str:
     if model.init:
         digest.update(json.dumps([model.init, seed], sort_keys=True).encode())
     elif folder.is_dir():
-        for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

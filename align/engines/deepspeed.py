@@ -169,7 +169,8 @@ class Engine:
         """
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
-        probes = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]
+        probed = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]
+        probes, read = [value for value, _ in probed], probed[0][1]
         names, num_terms = list(probes[0].metrics), len(probes[0].terms)
         own_tokens = len(batch.sequences.prompts.ids_N) + len(batch.sequences.responses.ids_N)
         own = [own_tokens, *map(sum, zip(*map(_counts, probes), strict=True))]
@@ -181,10 +182,10 @@ class Engine:
         self._module.train()
         for i in range(num_rounds):
             self._module.set_gradient_accumulation_boundary(i == num_rounds - 1)
-            value = self._forward(parts[i] if i < len(parts) else None, loss, arguments)
             if i >= len(parts):
-                self._module.backward(value.sum)
+                self._module.backward(self._nothing(read, arguments))
                 continue
+            value = self._forward(parts[i], loss, arguments)
             if _counts(value) != _counts(probes[i]):
                 raise ValueError("a loss's count must not depend on model outputs (see align.roles.Loss)")
             terms = [s * (dist.get_world_size() / n) for (s, _), n in zip(value.terms, shared, strict=True) if n]
@@ -222,23 +223,33 @@ class Engine:
             raise DivergedError(f"the gradient's norm is {norm} at optimizer step {self.step}: the weights are lost")
         return {"grad_norm": norm, "lr": rate}
 
-    def _forward(self, part: Batch | None, loss: LossFunction, arguments: dict[str, float]) -> Loss:
-        sequences = _FILLER if part is None else part.sequences
+    def _forward(self, part: Batch, loss: LossFunction, arguments: dict[str, float]) -> Loss:
+        sequences = part.sequences
         outputs = self._module(self._layout(sequences).to(self.device), **arguments)
-        if part is None:
-            nothing = torch.stack([value.sum() for value in outputs.values() if value.requires_grad]).sum() * 0.0
-            return Loss(nothing, torch.zeros((), device=self.device), {})
         columns = {name: column.to(self.device) for name, column in part.columns.items()}
         return loss(mask_BT=sequences.mask_BT.to(self.device), **outputs, **columns)
+
+    def _nothing(self, read: list[str], arguments: dict[str, float]) -> Tensor:
+        """An empty micro-batch: 0, with a gradient through the outputs ``read``.
+
+        Through these only: at ZeRO 3 DeepSpeed notes a backward pass once for each output of the model that has a
+        gradient, and stops when the notes of two ranks differ.
+        """
+        outputs = self._module(self._layout(_FILLER).to(self.device), **arguments)
+        return torch.stack([outputs[name].sum() for name in read]).sum() * 0.0
 
     def _shapes(self, sequences: Sequences) -> dict[str, tuple[int, ...]]:
         B_T = tuple(sequences.mask_BT.shape)
         return {name: B_T if name.endswith("_BT") else B_T[:1] for name in self.head.outputs}
 
-    def _probe(self, part: Batch, loss: LossFunction) -> Loss:
-        """Counts and metric names of a micro-batch, without the model."""
-        zeros = {name: torch.zeros(shape) for name, shape in self._shapes(part.sequences).items()}
-        return loss(mask_BT=part.sequences.mask_BT, **zeros, **part.columns)
+    def _probe(self, part: Batch, loss: LossFunction) -> tuple[Loss, list[str]]:
+        """Counts and metric names of a micro-batch, without the model, and the outputs of the model through which the
+        loss has a gradient; these are the same for every micro-batch."""
+        zeros = {name: torch.zeros(shape).requires_grad_() for name, shape in self._shapes(part.sequences).items()}
+        value = loss(mask_BT=part.sequences.mask_BT, **zeros, **part.columns)
+        total = torch.stack([s.float() for s, _ in value.terms]).sum()
+        slopes = torch.autograd.grad(total, list(zeros.values()), allow_unused=True)
+        return value, [name for name, slope in zip(zeros, slopes, strict=True) if slope is not None]
 
     def _sum(self, values: Tensor) -> Tensor:
         """The sum over ranks."""

@@ -65,16 +65,14 @@ def sequence_clipped(
     """PPO's loss with one ratio a sequence, ``rho_i = exp(sum_t or mean_t log pi / pi_old)``.
 
     ``sum`` is the ratio of the responses' probabilities (TRL's RLOO), ``mean`` its geometric mean over tokens (GSPO,
-    Zheng et al. 2025, arXiv 2507.18071, section 4.1). A sequence's loss is spread evenly over its n tokens, loss_i / n
-    on each, so that `aggregate` by ``sequence_mean`` gives the mean of loss_i. Also returns the tokens of the
-    sequences whose gradient a clip has made 0.
+    Zheng et al. 2025, arXiv 2507.18071, section 4.1). Each token carries its sequence's loss, so that `aggregate` by
+    ``sequence_mean_token_mean`` gives the mean of loss_i. Also returns the tokens of the sequences whose gradient a
+    clip has made 0.
     """
-    num_tokens_B = mask_BT.sum(1)
     reduce = masked_sum if reduction == "sum" else masked_mean
     log_ratio_B = reduce(logprob_BT - old_BT.detach(), mask_BT)
     loss_B, clipped_B = _surrogate(log_ratio_B, advantage_B.detach(), clip, None)
-    share_B = loss_B / num_tokens_B.clamp(min=1)
-    return torch.where(mask_BT, share_B[:, None], 0.0), mask_BT & clipped_B[:, None]
+    return torch.where(mask_BT, loss_B[:, None], 0.0), mask_BT & clipped_B[:, None]
 
 
 def _surrogate(

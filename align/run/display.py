@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 SHOWN = {
     "reward": "reward {:.3f}",
+    "heldout/greedy/reward": "held-out {:.3f}",
     "kl": "KL {:.3f}",
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.3f}",

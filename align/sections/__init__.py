@@ -23,7 +23,7 @@ from align.sections.roles import (
     Trained,
     TrainedReward,
 )
-from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping, kl_note
+from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping
 from align.sections.runs import Cluster, Data, Recipe, Run, Sampling
 
 __all__ = [
@@ -53,5 +53,4 @@ __all__ = [
     "StartingPolicy",
     "Trained",
     "TrainedReward",
-    "kl_note",
 ]

@@ -33,8 +33,8 @@ class PolicyLoss:
             raise ValueError(f"clip_low lies in (0, 1), clip_high above 0: {self.clip_low}, {self.clip_high}")
         if self.dual_clip is not None and (self.dual_clip <= 1 or self.kind != "clipped"):
             raise ValueError(f"dual_clip is above 1 and belongs to kind clipped: {self.dual_clip}, {self.kind}")
-        if self.kind.startswith("sequence") and self.aggregation != "sequence_mean":
-            raise ValueError(f"kind {self.kind} needs aggregation sequence_mean, not {self.aggregation}")
+        if self.kind.startswith("sequence") and self.aggregation != "sequence_mean_token_mean":
+            raise ValueError(f"kind {self.kind} needs aggregation sequence_mean_token_mean, not {self.aggregation}")
         if self.importance_cap < 1:
             raise ValueError(f"importance_cap must be at least 1: {self.importance_cap}")
 

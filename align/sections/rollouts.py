@@ -137,8 +137,8 @@ class PolicyGradient(OnPolicy):
     reference: Reference = field(default_factory=lambda: StartingPolicy())
     """The frozen policy that KL is measured to; by default what the policy starts from."""
     kl_coef: float = 0.01
-    """Weight of the KL divergence. Its unit depends on ``kl_reduction`` where there is such a key, else it is that of
-    the sum. 0.01: NeMo-Aligner."""
+    """Weight of the KL divergence. In the reward its unit follows ``kl_reduction`` where there is such a key and else is
+    that of the sum; in the loss it follows ``loss.aggregation``. 0.01: NeMo-Aligner."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "abs"
     """Estimate at a token, see `align.ops.kl`. ``abs``: NeMo-Aligner; TRL takes k1."""
     kl_placement: Literal["reward", "loss"] = "reward"
@@ -175,12 +175,12 @@ class PolicyGradient(OnPolicy):
                 f"kl_horizon {self.kl_horizon} is below the {responses} responses of a step, the controller would swing"
             )
 
-
-def kl_note(coefficient: float, reduction: str, length: int) -> str:
-    """The coefficient in both units, so that one is not taken for the other."""
-    mean = reduction == "mean"
-    other, converted = ("sum", coefficient / length) if mean else ("mean", coefficient * length)
-    return (
-        f"kl_coef {coefficient:g} on the {reduction} over tokens equals {converted:.3g} on the {other} "
-        f"for a response of {length} tokens (sampling.max_tokens)"
-    )
+    def kl_notes(self, reduction: str) -> list[str]:
+        """The coefficient in both units, so that one is not taken for the other; none where KL is in the loss."""
+        length, mean = self.sampling.max_tokens, reduction == "mean"
+        other, converted = ("sum", self.kl_coef / length) if mean else ("mean", self.kl_coef * length)
+        note = (
+            f"kl_coef {self.kl_coef:g} on the {reduction} over tokens equals {converted:.3g} on the {other} "
+            f"for a response of {length} tokens (sampling.max_tokens)"
+        )
+        return [note] if self.kl_placement == "reward" else []

@@ -15,12 +15,12 @@ class Data:
     """Preference data of the HelpSteer family, from the hub or from a folder of the same layout."""
 
     path: str = MISSING
-    """Hub id (``nvidia/HelpSteer3``) or a folder that holds ``preference/train.jsonl.gz`` and
-    ``validation.jsonl.gz``."""
+    """Hub id (``nvidia/HelpSteer3``, ``nvidia/HelpSteer2``), or a folder that holds the files of ``format`` as the hub
+    has them."""
     format: Literal["helpsteer3", "helpsteer2", "helpsteer2_preference"] = "helpsteer3"
-    """``helpsteer3``: HelpSteer3-Preference. ``helpsteer2``: ``train.jsonl.gz`` and ``validation.jsonl.gz`` of
-    ``nvidia/HelpSteer2``; two rows in succession become a pair by their helpfulness. ``helpsteer2_preference``: its
-    ``preference/preference.jsonl.gz``."""
+    """``helpsteer3``: HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``.
+    ``helpsteer2``: ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession
+    become a pair by their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``."""
     max_spread: int | None = 2
     """Drop rows whose annotators' strengths lie further apart than this; None keeps all. Read with format
     ``helpsteer2_preference`` only. 2: HelpSteer2-Preference (arXiv 2410.01257)."""

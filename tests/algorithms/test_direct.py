@@ -252,17 +252,17 @@ def names(sequences: Sequences) -> list[tuple[int, int]]:
     return [(prompts[p][1] - 10, response[0] - 100) for p, response in pairs]
 
 
-# Prompt 0: 3 is best and unfinished, NAN failed. Prompt 1: a tie at both ends. Prompt 2: all equal. Prompt 3: one is
-# usable. Prompt 4: none.
-SCORES = [2.0, 3.0, NAN, -1.0, 4.0, 1.0, 4.0, 1.0, 5.0, 5.0, 5.0, 5.0, NAN, -INF, 2.0, INF, NAN, NAN, NAN, NAN]
+# Prompt 0: 3 is best and unfinished. Prompt 1: a tie at both ends. Prompt 2: all equal. Prompt 3: some scores failed, so
+# the whole group is dropped. Prompt 4: all failed.
+SCORES = [2.0, 3.0, -0.5, -1.0, 4.0, 1.0, 4.0, 1.0, 5.0, 5.0, 5.0, 5.0, NAN, -INF, 2.0, INF, NAN, NAN, NAN, NAN]
 CUT_OFF = {1}
 CHOICES = [
     # treatment, penalty, pairs as (prompt, best, worst), gaps, best of each prompt
-    ("exclude", 0.0, [(0, 0, 3), (1, 4, 5)], [3.0, 3.0], [(0, 0), (1, 4), (2, 8), (3, 14)]),
-    ("keep", 0.0, [(0, 1, 3), (1, 4, 5)], [4.0, 3.0], [(0, 1), (1, 4), (2, 8), (3, 14)]),
-    ("penalise", 0.5, [(0, 1, 3), (1, 4, 5)], [3.5, 3.0], [(0, 1), (1, 4), (2, 8), (3, 14)]),
-    ("penalise", 1.5, [(0, 0, 3), (1, 4, 5)], [3.0, 3.0], [(0, 0), (1, 4), (2, 8), (3, 14)]),
-    ("penalise", 9.0, [(0, 0, 1), (1, 4, 5)], [8.0, 3.0], [(0, 0), (1, 4), (2, 8), (3, 14)]),  # 3 - 9 is the worst
+    ("exclude", 0.0, [(0, 0, 3), (1, 4, 5)], [3.0, 3.0], [(0, 0), (1, 4), (2, 8)]),
+    ("keep", 0.0, [(0, 1, 3), (1, 4, 5)], [4.0, 3.0], [(0, 1), (1, 4), (2, 8)]),
+    ("penalise", 0.5, [(0, 1, 3), (1, 4, 5)], [3.5, 3.0], [(0, 1), (1, 4), (2, 8)]),
+    ("penalise", 1.5, [(0, 0, 3), (1, 4, 5)], [3.0, 3.0], [(0, 0), (1, 4), (2, 8)]),
+    ("penalise", 9.0, [(0, 0, 1), (1, 4, 5)], [8.0, 3.0], [(0, 0), (1, 4), (2, 8)]),  # 3 - 9 is the worst
 ]
 
 

@@ -158,7 +158,7 @@ def test_k3_in_the_loss_by_hand(seen):
 @pytest.mark.parametrize("kind", ["sequence_clipped", "sequence_mean_clipped"])
 def test_one_ratio_a_response(seen, kind):
     # Log-ratios 0.1, 0.1 of the better response: by sum rho = exp(0.2) > 1.2, clipped; by mean exp(0.1) is not.
-    settings = config(2, normalise=False, loss=PolicyLoss(kind=kind, aggregation="sequence_mean"))
+    settings = config(2, normalise=False, loss=PolicyLoss(kind=kind, aggregation="sequence_mean_token_mean"))
     batch, _ = learn(settings, seen([[0, 0], [0]], [3.0, 1.0], K=2))
     logprob = torch.tensor([[-0.9, -0.9], [-1.0, 0.0]], requires_grad=True)
     loss = loss_of(settings, batch, logprob)
@@ -173,7 +173,7 @@ def test_one_ratio_a_response(seen, kind):
 
 @pytest.mark.parametrize("kind", ["reinforce", "clipped", "sequence_clipped", "sequence_mean_clipped"])
 def test_a_rank_without_work_has_a_loss_of_nothing(seen, kind):
-    aggregation = "sequence_mean" if kind.startswith("sequence") else "token_mean"
+    aggregation = "sequence_mean_token_mean" if kind.startswith("sequence") else "token_mean"
     settings = config(loss=PolicyLoss(kind=kind, aggregation=aggregation, entropy_coef=0.1))
     batch, _ = learn(settings, seen(X, SCORE, K=3))
     none = batch.select(torch.tensor([], dtype=torch.int64))

@@ -183,7 +183,7 @@ def test_the_controller_by_hand_over_three_steps_and_a_nan(seen):
     state: dict[str, float] = {}
     for x, used, following in (
         ([[8, 2], [6]], 0.1, 0.104),  # KL 8, limited to 1/5: 0.1 * 1.04
-        ([[9, -2.5], [0.5]], 0.104, 0.1014),  # signed sums 6.5 and 0.5, KL 3.5: 0.104 * (1 - 1/8 / 5)
+        ([[9.5, -0.5], [-2]], 0.104, 0.1014),  # signed sums 9 and -2, KL 3.5: 0.104 * (1 - 1/8 / 5)
         ([[0], [0]], 0.1014, 0.097344),  # limited to -1/5: 0.1014 * 0.96
         ([[NAN], [100]], 0.097344, 0.097344),  # what is not a number moves nothing
         ([[INF], [1]], 0.097344, 0.097344),
@@ -225,5 +225,8 @@ def test_the_mismatch_of_a_rollout_by_older_weights_by_hand(seen):
     logprob = [[-1.0, -1.0], [-2.0]]
     old = [[-1 - math.log(2), -1.0], [-2 - math.log(2)]]
     shown = seen([[0, 0], [0]], [1.0, 2.0], K=2, logprob=logprob, old=old, padding=NAN)
-    statistics = _rewards.judge(config(), shown, {}).statistics
-    assert statistics["mismatch_kl"] == pytest.approx(2 / 3 * (math.log(2) - 0.5), rel=1e-6)
+    judged = _rewards.judge(config(kl_estimator="k1"), shown, {})
+    assert judged.statistics["mismatch_kl"] == pytest.approx(2 / 3 * (math.log(2) - 0.5), rel=1e-6)
+    # KL to the reference is that of the policy that sampled, which here is the reference itself.
+    assert judged.kl_BT[shown.rollouts.mask_BT].tolist() == [0, 0, 0]
+    assert judged.statistics["kl"] == 0

@@ -215,8 +215,8 @@ def _policy_cases() -> Iterator[tuple[str, Case]]:
         ("reinforce", "reinforce", {}, every),
         ("clipped", "clipped", {}, every),
         ("dual", "clipped", {"dual_clip": 1.1, "clip_high": 0.28}, ("token_mean", "sequence_mean_token_mean")),
-        ("sequence", "sequence_clipped", {}, ("sequence_mean",)),
-        ("gspo", "sequence_mean_clipped", {"clip_low": 0.05, "clip_high": 0.05}, ("sequence_mean",)),
+        ("sequence", "sequence_clipped", {}, ("sequence_mean_token_mean",)),
+        ("gspo", "sequence_mean_clipped", {"clip_low": 0.05, "clip_high": 0.05}, ("sequence_mean_token_mean",)),
     ]
     estimators = itertools.cycle(["k2", "k3", "abs"])
     for label, kind, changes, aggregations in kinds:
@@ -368,7 +368,7 @@ def on_two_ranks() -> dict[str, Any]:
     gradients_of = {(name, tuple(setting)): tuple(by_engine(CASES[name], setting)) for name, setting in runs}
     empty = {
         (name, stage): by_engine(CASES[name], Setting(stage, "packed", 12, False), CASES[name].many.select(NOTHING))[1]
-        for name in ("sequence-sequence_mean", "direct-dpo-sft", "value-0.2", "reward-bt", "sft")
+        for name in ("sequence-sequence_mean_token_mean", "direct-dpo-sft", "value-0.2", "reward-bt", "sft")
         for stage in range(4)
     }
     few = {name: len(shared.share(case.few).sequences) for name, case in CASES.items()}

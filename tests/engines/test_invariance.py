@@ -164,7 +164,9 @@ def test_a_step_without_sequences_is_skipped(name: str):
     assert suite.by_engine(case, setting, case.many.select(suite.NOTHING)) == ({}, {"skipped_steps": 1.0})
 
 
-@pytest.mark.parametrize(("name", "group"), [("sequence-sequence_mean", 3), ("direct-dpo-sft", 2), ("sft", 1)])
+@pytest.mark.parametrize(
+    ("name", "group"), [("sequence-sequence_mean_token_mean", 3), ("direct-dpo-sft", 2), ("sft", 1)]
+)
 def test_more_minibatches_than_groups(name: str, group: int):
     # Best-of-n and online DPO leave out prompts, so there may be fewer groups than the recipe has minibatches.
     case, setting = suite.CASES[name], suite.Setting(2, "packed", 12, False)
@@ -209,7 +211,13 @@ def of_its_own_mean(loss: Any, **tensors: Tensor) -> Loss:
     return Loss(*terms[0], value.metrics, tuple(terms[1:]))
 
 
-ONE_OF_EACH = ["reinforce-constant", "clipped-token_mean", "sequence-sequence_mean", "direct-dpo-sft", "direct-simpo"]
+ONE_OF_EACH = [
+    "reinforce-constant",
+    "clipped-token_mean",
+    "sequence-sequence_mean_token_mean",
+    "direct-dpo-sft",
+    "direct-simpo",
+]
 ONE_OF_EACH += ["value-0.2", "reward-scaled", "sft"]
 
 
@@ -223,7 +231,9 @@ def test_means_of_micro_batches_are_caught(name: str):
         check(name, setting, suite.by_engine(mean, setting))
 
 
-@pytest.mark.parametrize("name", ["clipped-constant", "sequence-sequence_mean", "direct-margin", "value-0.0"])
+@pytest.mark.parametrize(
+    "name", ["clipped-constant", "sequence-sequence_mean_token_mean", "direct-margin", "value-0.0"]
+)
 def test_the_tolerance_is_that_of_rounding(name: str):
     case = suite.CASES[name]
     model = suite.model_of(case.kind, "eager").train()

@@ -198,10 +198,10 @@ def test_a_log_probability_that_is_nan_is_not_hidden():
 @pytest.mark.parametrize(
     ("reduction", "loss", "clipped"),
     [
-        # Ratios 1.1 * 1.1 = 1.21 > 1.2 with A = 2, and 0.9 * 1 * 1 with A = -3: -2.4 over two tokens, 2.7 over three.
-        ("sum", [[-1.2, -1.2, 0], [0.9, 0.9, 0.9], [0, 0, 0]], [[True, True, False], [False] * 3, [False] * 3]),
+        # Ratios 1.1 * 1.1 = 1.21 > 1.2 with A = 2, and 0.9 * 1 * 1 with A = -3: -2.4 and 2.7 on each token.
+        ("sum", [[-2.4, -2.4, 0], [2.7, 2.7, 2.7], [0, 0, 0]], [[True, True, False], [False] * 3, [False] * 3]),
         # Geometric means 1.1 and 0.9^(1/3).
-        ("mean", [[-1.1, -1.1, 0], [0.9 ** (1 / 3)] * 3, [0, 0, 0]], [[False] * 3] * 3),
+        ("mean", [[-2.2, -2.2, 0], [3 * 0.9 ** (1 / 3)] * 3, [0, 0, 0]], [[False] * 3] * 3),
     ],
 )
 def test_one_ratio_a_sequence_by_hand(reduction: policy_losses.RatioReduction, loss: list, clipped: list):
@@ -217,7 +217,7 @@ def test_one_ratio_a_sequence_by_hand(reduction: policy_losses.RatioReduction, l
 def test_sequence_mean_of_the_spread_loss_is_the_mean_of_the_sequences_losses(reduction: policy_losses.RatioReduction):
     mask, new, old, advantage = ragged(3)
     loss, clipped = policy_losses.sequence_clipped(new, old, advantage[:, 0], mask, (0.2, 0.2), reduction)
-    total, count = policy_losses.aggregate(loss, mask, "sequence_mean", 6)
+    total, count = policy_losses.aggregate(loss, mask, "sequence_mean_token_mean", 6)
     expected, flags = [], []
     for b, n in enumerate(LENGTHS):
         distance = sum((new[b, t] - old[b, t]).item() for t in range(n))

@@ -285,7 +285,7 @@ def test_rloo(failed: tuple[int, ...], attention: str, temperature: float, folde
         loss_BT, clipped_BT = policy_losses.sequence_clipped(
             logprob_BT, run.old_BT, advantage_B, run.mask_BT, clip, reduction="sum"
         )
-        total, count = policy_losses.aggregate(loss_BT, run.mask_BT, "sequence_mean", MAX_TOKENS)
+        total, count = policy_losses.aggregate(loss_BT, run.mask_BT, "sequence_mean_token_mean", MAX_TOKENS)
         assert_same(total / count, run.ours, answer)
         share = clipped_BT.any(1).float().mean().item()
         assert share == pytest.approx(clipped_share)
@@ -298,7 +298,7 @@ GROUP = {
     "bnpo": ("bnpo", "token", None, "token_mean"),
     "dapo": ("dapo", "token", None, "token_mean"),
     "dr_grpo": ("dr_grpo", "token", None, "constant"),
-    "gspo": ("grpo", "sequence", None, "sequence_mean"),
+    "gspo": ("grpo", "sequence", None, "sequence_mean_token_mean"),
     "dual_clip": ("dapo", "token", 1.2, "token_mean"),
 }
 
@@ -324,9 +324,7 @@ def test_group_losses(name: str, kl_coef: float, folder: Path):
     loss = total / count
     if kl_coef:
         k3_BT = kl.per_token(logprob_BT, run.reference_BT, "k3")
-        # A KL is a sum or mean over tokens; a sequence's ratio has no part in it.
-        by = "sequence_mean_token_mean" if level == "sequence" else aggregation
-        total, count = policy_losses.aggregate(k3_BT, run.mask_BT, by, MAX_TOKENS)
+        total, count = policy_losses.aggregate(k3_BT, run.mask_BT, aggregation, MAX_TOKENS)
         loss = loss + kl_coef * total / count
     assert_same(loss, run.ours, answer)
     assert 0 < clipped_share < 1
