@@ -20,7 +20,7 @@ responses: all
 batch_size: 128
 policy:
   path: {data}/tokenizer
-  init: {{model_type: llama, hidden_size: 64, intermediate_size: 192, num_hidden_layers: 3, num_attention_heads: 4,
+  init: {{model_type: llama, hidden_size: 64, intermediate_size: 192, num_hidden_layers: 2, num_attention_heads: 4,
          num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
   dtype: float32
   optimizer: {{lr: 3e-3, schedule: cosine, warmup_steps: 20}}
@@ -43,11 +43,15 @@ sampling: {{num_samples: {K}, max_tokens: 16}}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Data, a policy that imitates good and bad answers alike, and a reward model."""
+    """Data of three of the task's requests, a policy that imitates good and bad answers alike, and a reward model."""
     folder = tmp_path_factory.mktemp("toy-task")
-    data = toy.write(folder / "data", 6000, 120, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        few = ("repeat the words", "say the first word", "say the last word")
+        patch.setattr(toy, "OPERATIONS", {name: toy.OPERATIONS[name] for name in few})
+        patch.setattr(toy, "MAX_WORDS", 3)
+        data = toy.write(folder / "data", 6000, 120, seed=0)
     made = {"data": data, "sft": folder / "sft" / "final", "reward": folder / "reward" / "final"}
-    for name, algorithm, steps, text in (("sft", "sft", 300, SFT), ("reward", "reward_model", 200, REWARD)):
+    for name, algorithm, steps, text in (("sft", "sft", 250, SFT), ("reward", "reward_model", 200, REWARD)):
         recipe = folder / f"{name}.yaml"
         recipe.write_text((BASE + text).format(algorithm=algorithm, run=folder / name, steps=steps, **made))
         assert main(["train", str(recipe)]) == 0

@@ -69,8 +69,8 @@ class Config(sections.Recipe):
         start, own = ((one.path, one.revision, one.dtype) for one in (self.policy, self.reference))
         if self.reference_cache and start != own:
             raise ValueError(
-                "reference_cache holds log-probabilities of the starting policy: reference.path, reference.revision and "
-                f"reference.dtype must be those of policy.path, or give no cache ({own}, {start})"
+                "reference_cache holds log-probabilities of the starting policy: reference.path, its revision and "
+                f"dtype must be those of policy.path, or give no cache ({own}, {start})"
             )
         if self.gold == "reward" and self.reward.failed == "drop":
             raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")

@@ -137,8 +137,8 @@ class PolicyGradient(OnPolicy):
     reference: Reference = field(default_factory=lambda: StartingPolicy())
     """The frozen policy that KL is measured to; by default what the policy starts from."""
     kl_coef: float = 0.01
-    """Weight of the KL divergence. In the reward its unit follows ``kl_reduction`` where there is such a key and else is
-    that of the sum; in the loss it follows ``loss.aggregation``. 0.01: NeMo-Aligner."""
+    """Weight of the KL divergence. In the reward its unit follows ``kl_reduction`` where there is such a key, else it
+    is that of the sum; in the loss it follows ``loss.aggregation``. 0.01: NeMo-Aligner."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "abs"
     """Estimate at a token, see `align.ops.kl`. ``abs``: NeMo-Aligner; TRL takes k1."""
     kl_placement: Literal["reward", "loss"] = "reward"

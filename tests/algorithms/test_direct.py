@@ -252,8 +252,8 @@ def names(sequences: Sequences) -> list[tuple[int, int]]:
     return [(prompts[p][1] - 10, response[0] - 100) for p, response in pairs]
 
 
-# Prompt 0: 3 is best and unfinished. Prompt 1: a tie at both ends. Prompt 2: all equal. Prompt 3: some scores failed, so
-# the whole group is dropped. Prompt 4: all failed.
+# Prompt 0: 3 is best and unfinished. Prompt 1: a tie at both ends. Prompt 2: all equal. Prompt 3: some scores failed,
+# so the whole group is dropped. Prompt 4: all failed.
 SCORES = [2.0, 3.0, -0.5, -1.0, 4.0, 1.0, 4.0, 1.0, 5.0, 5.0, 5.0, 5.0, NAN, -INF, 2.0, INF, NAN, NAN, NAN, NAN]
 CUT_OFF = {1}
 CHOICES = [
@@ -285,8 +285,8 @@ def test_choices_by_hand(treatment, penalty: float, chosen, gaps: list[float], b
     batch, statistics = best_of_n.best(best_of_n.Config(**settings), drawn, score_B)
     assert names(batch.sequences) == best
     assert (batch.unit, batch.columns, batch.temperature) == (1, {}, 1.0)
-    expected = sum(SCORES[k] for _, k in best) / 4
-    assert statistics == {"learnable": 4 / 5, "best_reward": pytest.approx(expected)}
+    expected = sum(SCORES[k] for _, k in best) / 3
+    assert statistics == {"learnable": 3 / 5, "best_reward": pytest.approx(expected)}
 
 
 def test_nothing_to_choose():
