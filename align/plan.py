@@ -26,4 +26,5 @@ def describe(config: Recipe, console: Console) -> None:
     console.print(table)
     total = 1 + max(slot for role in slots.values() for slot in role)
     where = f"{total} slots of Ray" if config.executor == "ray" else "this process"
-    console.print(f"{config.run.steps} steps on {where}, into {config.run.dir}", highlight=False)
+    rounds = f" in each of {config.num_rounds()} rounds" if config.num_rounds() > 1 else ""
+    console.print(f"{config.run.steps} steps{rounds} on {where}, into {config.run.dir}", highlight=False)

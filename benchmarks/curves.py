@@ -4,7 +4,7 @@
 
 One SVG for each recipe: ground truth of held-out prompts (greedy and sampled) and the reward model's score of the
 rollouts or held-out answers, by step; a line is the mean over seeds, a band reaches from the lowest to the highest.
-Needs matplotlib (``pip install "align[docs]"``).
+Needs matplotlib: ``pip install -e ".[docs]"``.
 """
 
 from __future__ import annotations

@@ -150,6 +150,8 @@ CASES = [
         "gold=reward loss.kind=rpo_sq reward.path=r reward.failed=drop",
         ["gold = 'reward'", "reward.failed = 'drop'"],
     ),
+    ("dpo", "reward.path=r", ["reward.path = 'r'"]),
+    ("dpo", "second_reward.path=r", ["second_reward.path = 'r'"]),
     ("dpo", "reference_cache=c loss.kind=simpo", ["reference_cache = 'c'", "loss.kind = 'simpo'"]),
 ]
 """Schema or algorithm, what is given on the command line, and what the remedy must name."""

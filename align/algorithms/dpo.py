@@ -62,6 +62,10 @@ class Config(sections.Recipe):
     def __post_init__(self) -> None:
         if not self.reward.path and (self.gold == "reward" or self.evaluation.every):
             raise ValueError("gold: reward and evaluation.every need a reward model: give reward.path")
+        if self.reward.path and self.gold != "reward" and not self.evaluation.every:
+            raise ValueError("reward.path is read with gold reward or evaluation.every only")
+        if self.second_reward.path and not self.evaluation.every:
+            raise ValueError("second_reward.path judges held-out answers: set evaluation.every")
         if self.gold == "reward" and not self.loss.reads_gold:
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
         if self.reference_cache and not self.loss.needs_reference:

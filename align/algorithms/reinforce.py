@@ -11,7 +11,8 @@ With r the shaped score, on the last token of response i, and kl the estimate at
 - ``baseline: greedy``  ReMax: b is the score of the greedy response, one rollout more; ``whiten: false`` and
   ``loss: {kind: reinforce, aggregation: sequence_mean}`` as its paper has them
 
-Left out: REINFORCE++'s reward clipping is ``shaping.clip`` and off by default.
+REINFORCE++ clips and normalises rewards; here ``shaping`` does, and does not by default. Left out: PPO's epochs with a
+critic, which are `align.algorithms.ppo`.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Run:
         for phase, tokens in (("generate", "generated_tokens"), ("update", "trained_tokens")):
             if tokens in line and seconds.get(phase):
                 line[f"tokens_per_second/{phase}"] = line[tokens] / seconds[phase]
-        self._metrics.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+        self._metrics.write(json.dumps(_finite(line)) + "\n")
         if self._board:
             for name, value in line.items():
                 self._board.add_scalar(name, value, step)
@@ -188,7 +188,8 @@ class Run:
 
     def evaluated(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
         """Write a held-out evaluation: its numbers and the answers they were taken from, one line."""
-        self._evaluations.write(json.dumps({"step": step, **metrics, "answers": answers}, ensure_ascii=False) + "\n")
+        line = {"step": step, **_finite(metrics), "answers": [_finite(answer) for answer in answers]}
+        self._evaluations.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _log_samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> None:
         sequences = rollouts.sequences
@@ -201,4 +202,12 @@ class Run:
                 "finished": bool(rollouts.finished_B[i]),
                 "score": None if score_B is None else float(score_B[i]),
             }
-            self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            self._samples.write(json.dumps(_finite(sample), ensure_ascii=False) + "\n")
+
+
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as text, since JSON has no word for them."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }

@@ -130,7 +130,7 @@ class Sampler(Model):
     each rollout. There when ``placement`` names slots for it; it needs whole weights on each slot."""
 
     path: str = "${policy.path}"
-    """Follows the policy, as do the next four. Only tokenizer and architecture are read: the weights are sent."""
+    """Follows the policy, as do the next four. What is loaded gives way to the weights that are sent."""
     revision: str | None = "${policy.revision}"
     """Follows the policy."""
     init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - a reference to another key
@@ -146,6 +146,10 @@ class Sampler(Model):
         super().__post_init__()
         if self.zero_stage != 0:
             raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
+        if self.micro_batch_tokens != Model.micro_batch_tokens:
+            raise ValueError(
+                f"micro_batch_tokens means nothing to a sampler, set generation_slots: {self.micro_batch_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ class StartingPolicy(Reference):
     path: str = "${policy.path}"
     """Follows the policy."""
     revision: str | None = "${policy.revision}"
+    """Follows the policy."""
+    init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - random weights of one seed are the same
     """Follows the policy."""
     dtype: DType = "${policy.dtype}"  # type: ignore[assignment] - a reference to another key, which OmegaConf follows
     """Follows the policy."""

@@ -176,7 +176,7 @@ class Policy(TrainedRole, Reference):
 def _generate(ranks: Ranks, method: Any, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
     index = by_rank(len(prompts), ranks.world_size)
     return ranks.call(
-        "generate",
+        "generate" if prompts.step > 0 else "held_out",  # tokens a second are those of training's rollouts
         method,
         [(prompts.select(part), sampling) for part in index],
         lambda parts: _merged_rollouts(prompts, parts, index, sampling.num_samples),
