@@ -30,14 +30,17 @@ quickstart: $(STAMP)
 	$(BIN)/align compare $(QUICKSTART)/sft/final $(QUICKSTART)/$(ALGORITHM)/final \
 		--reward $(QUICKSTART)/reward_model/final --data $(QUICKSTART)/data --json $(QUICKSTART)/verdict.json
 
+# A test uses one thread, or few processes: two files at a time on two cores.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 format: $(STAMP)
 	$(BIN)/ruff format .

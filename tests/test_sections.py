@@ -97,6 +97,7 @@ CASES = [
         ["offload_optimizer = True", "zero_stage = 0"],
     ),
     ("rloo", "sampler.zero_stage=1", ["sampler.zero_stage = 1"]),
+    ("rloo", "sampler.micro_batch_tokens=9", ["sampler.micro_batch_tokens = 9"]),
     # rollouts
     (Evaluation, "every=-1", ["every = -1"]),
     (Evaluation, "prompts=0", ["prompts = 0"]),

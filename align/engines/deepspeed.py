@@ -37,8 +37,15 @@ _HOLDER = -1
 """Stands for `Engine.full` among the modules that use a parameter; DeepSpeed numbers modules from 0."""
 
 
-def _configuration(section: Model) -> dict[str, Any]:
+BUCKET = 500_000_000
+"""Gradients that are reduced at a time; DeepSpeed's default, which it allocates whatever the size of the model."""
+
+
+def _configuration(section: Model, head: nn.Module | None = None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": section.zero_stage}
+    if head is not None:
+        weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in head.parameters())
+        zero["reduce_bucket_size"] = max(1, min(BUCKET, weights))
     if isinstance(section, Trained) and section.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if section.offload_parameters:
@@ -113,7 +120,9 @@ class Engine:
         self.sharded = section.zero_stage == 3
         if self._optimizer is not None:
             adamw = _adamw(head, self._optimizer)
-            self._module: Any = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section))[0]
+            self._module: Any = deepspeed.initialize(model=head, optimizer=adamw, config=_configuration(section, head))[
+                0
+            ]
         elif self.sharded:
             self._module = deepspeed.initialize(model=head, config=_configuration(section))[0]
         else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from align import roles
 from align.algorithms import _direct_loss, best_of_n, dpo, online_dpo
-from align.sections import DirectLoss, Policy, Reference, Reward, Sampling
+from align.sections import DirectLoss, OptionalReward, Policy, Reference, Sampling
 from align.types import Packed, Pairs, Rollouts, Sequences
 
 NAN, INF = math.nan, math.inf
@@ -197,7 +197,8 @@ def test_reference_sums_are_taken_at_temperature_one():
 
 
 def configured(**values: Any) -> dpo.Config:
-    return dpo.Config(policy=Policy(path="m"), reference=Reference(path="m"), reward=Reward(path="r"), **values)
+    judge = OptionalReward(path="r" if values.get("gold") == "reward" else "")
+    return dpo.Config(policy=Policy(path="m"), reference=Reference(path="m"), reward=judge, **values)
 
 
 def test_gold_from_strength_and_from_a_reward_model():

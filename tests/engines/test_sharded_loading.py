@@ -34,8 +34,8 @@ def test_decay_and_gathering_see_whole_weights(tiny_policy, monkeypatch):
 def _without_persistence(original):
     """DeepSpeed never shards small parameters; here all are small."""
 
-    def configuration(section):
-        settings = original(section)
+    def configuration(section, head=None):
+        settings = original(section, head)
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return settings
 
