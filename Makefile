@@ -31,7 +31,7 @@ quickstart: $(STAMP)
 		--reward $(QUICKSTART)/reward_model/final --data $(QUICKSTART)/data --json $(QUICKSTART)/verdict.json
 
 # A test uses one thread, or few processes: two files at a time on two cores.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST)

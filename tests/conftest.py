@@ -31,6 +31,15 @@ LLAMA = {
 }
 
 
+LONGEST = ("test_toy_improves", "test_end_to_end_algorithms", "test_end_to_end", "test_learning")
+"""Files that take a minute and more each: with two processes they must not be what is left at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the rest in the order of their paths."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled task with 300 + 40 rows."""

@@ -60,7 +60,10 @@ def test_rloo_on_four_roles_equals_rloo_in_one_process(tmp_path, toy_data, tiny_
         assert there["score"] == pytest.approx(here["score"], abs=1e-5)
     for there, here in zip(lines(ray, "metrics.jsonl"), lines(local, "metrics.jsonl"), strict=True):
         assert there.keys() == here.keys()
-        for name in there.keys() - {n for n in there if n.startswith(("seconds/", "tokens_per_second/"))}:
+        noise = ("seconds/", "tokens_per_second/")
+        if there["step"] == 1:  # the policy still is the reference: what correlates with rounding is noise
+            noise += ("correlation/reward_kl", "gain_per_root_kl")
+        for name in there.keys() - {n for n in there if n.startswith(noise)}:
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-5), name
         phases = {"generate", "score", "reference", "update", "wait", "step"}
         assert {f"seconds/{phase}" for phase in phases} <= there.keys()

@@ -504,7 +504,7 @@ def the_dtype_is_that_of_the_recipe() -> None:
 
 def bf16_by_surprise(patch: Patch) -> None:
     honest = engine_module._configuration
-    patch.setattr(engine_module, "_configuration", lambda section: {**honest(section), "bf16": {"enabled": True}})
+    patch.setattr(engine_module, "_configuration", lambda *given: {**honest(*given), "bf16": {"enabled": True}})
 
 
 # HF Trainer with DeepSpeed on CPU silently runs plain data parallelism
