@@ -37,7 +37,9 @@ def series(folders: list[Path], name: str) -> dict[int, list[float]]:
 
 def draw(recipe: str, folders: list[Path], target: Path) -> None:
     """One figure with two panels."""
-    plt.rcParams.update({"font.size": 9, "svg.hashsalt": recipe, "axes.edgecolor": MUTED, "text.color": INK})
+    plt.rcParams.update(
+        {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": recipe, "axes.edgecolor": MUTED, "text.color": INK}
+    )
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     for axis, (metric, label) in zip(axes, LABELS.items(), strict=True):
         for kind, colour in COLOURS.items():
