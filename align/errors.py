@@ -6,8 +6,9 @@ from __future__ import annotations
 class AlignError(Exception):
     """Base of every error that is shown as a message, without a traceback of ours.
 
-    ``exit_status`` follows sysexits(3): 76 for a fault of the infrastructure (a retry may help),
-    78 for a fault of configuration or data (a retry cannot help), 79 for training that diverged.
+    ``exit_status`` tells a batch script what to do: 75 saved with more to do (run it again), 76 a fault of the
+    infrastructure (the last snapshot is good, a retry may help), 77 another process owns the run (leave it alone), 78 a
+    fault of configuration or data (a retry cannot help), 79 training that diverged. 75, 76 and 78 follow sysexits(3).
     """
 
     exit_status = 1
@@ -54,3 +55,21 @@ class WorkerError(AlignError):
     """A worker that died, raised or did not answer within its deadline."""
 
     exit_status = 76
+
+
+class SaveError(AlignError):
+    """A snapshot that could not be written; the ones before are untouched."""
+
+    exit_status = 76
+
+
+class LockError(AlignError):
+    """A run folder that another process owns, or that was taken over from this one."""
+
+    exit_status = 77
+
+
+class StoppedError(AlignError):
+    """A run that was asked to stop, has saved, and has more to do."""
+
+    exit_status = 75

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "errors"},
+    {"types", "config", "nodes", "sections", "errors", "faults"},
     {"ops", "data", "roles"},
-    {"models", "engines", "run"},
+    {"models", "engines", "checkpoint", "run"},
     {"algorithms", "workers"},
     {"launch", "plan", "evaluation", "cli"},
 ]
@@ -22,6 +22,8 @@ BESIDE = {
     ("config", "nodes"),
     ("config", "errors"),
     ("nodes", "errors"),
+    ("faults", "errors"),
+    ("run", "checkpoint"),
     ("engines", "models"),
     ("plan", "launch"),
 }
@@ -30,7 +32,7 @@ BESIDE = {
 ONLY = {"deepspeed": {"engines"}, "ray": {"workers"}, "peft": {"models"}}
 """Who may name a library."""
 
-TORCH_FREE = {"config", "nodes", "sections", "errors", "roles", "algorithms", "cli"}
+TORCH_FREE = {"config", "nodes", "sections", "errors", "faults", "roles", "algorithms", "cli"}
 """Units that load no torch when imported."""
 
 GIVEN_ELSEWHERE = {"packed_attention"}

@@ -15,6 +15,8 @@ class Clock:
 
     on_phase: Callable[[str], None] = lambda phase: None
     """Told when a phase begins."""
+    step: int = 0
+    """Number of the step that is under way; 0 before the first."""
     busy: dict[str, float] = field(default_factory=dict)
     """Time that the slowest rank worked, by phase."""
     spans: list[Span] = field(default_factory=list)

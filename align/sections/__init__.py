@@ -24,9 +24,10 @@ from align.sections.roles import (
     TrainedReward,
 )
 from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping
-from align.sections.runs import Cluster, Data, Recipe, Run, Sampling
+from align.sections.runs import Checkpoint, Cluster, Data, Recipe, Run, Sampling
 
 __all__ = [
+    "Checkpoint",
     "Cluster",
     "Critic",
     "DType",

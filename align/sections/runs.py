@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,15 +89,68 @@ class Cluster:
     start_timeout_s: float = 180.0
     """Seconds for slots to be granted and for each role to come up."""
     call_timeout_s: float = 3600.0
-    """Seconds that one call to a role may take before the run stops and names it."""
+    """Seconds that one call to a role may take before the run stops, dumps the stacks of all workers and names the
+    slowest."""
+    phase_timeout_s: dict[str, float] = field(default_factory=dict)
+    """The same for single phases, by the name they have under ``seconds/`` in ``metrics.jsonl``: ``{generate: 600}``.
+    Phases that are not named have ``call_timeout_s``."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Snapshots, from which a run goes on after it was stopped or killed."""
+
+    every: int = 20
+    """Steps between two snapshots. One is always written when the run is asked to stop and at the end of a round; 0
+    writes only those."""
+    keep_latest: int = 2
+    """The last snapshots that are kept, at least 1. Older ones are deleted when the new one is complete."""
+    keep_best: int = 0
+    """Keep as many more: those whose step did best by ``best_by``."""
+    best_by: str = "heldout/greedy/reward"
+    """Metric that ``keep_best`` goes by; steps without it are no candidates."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which values of ``best_by`` are better."""
+    keep_every: int = 0
+    """Keep for ever the snapshots of steps that this number divides; 0 keeps none so."""
+    overlap: bool = True
+    """Copy the state in memory, and write and publish the snapshot while the next step runs. Needs host memory for the
+    copy: 12 bytes for each weight that learns, over all ranks."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.keep_best, self.keep_every) < 0:
+            numbers = f"{self.every}, {self.keep_best}, {self.keep_every}"
+            raise ValueError(f"every, keep_best and keep_every must not be negative: {numbers}")
+        if self.keep_latest < 1:
+            raise ValueError(f"keep_latest must be at least 1: {self.keep_latest}")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The run folder and what is written there."""
+    """The run folder, what is written there, and when the run ends or goes on."""
 
     dir: str = MISSING
-    """Folder of this run. It must be new or empty."""
+    """Folder of this run."""
+    resume: str = "auto"
+    """``auto`` goes on from the newest sound snapshot of ``dir``, or starts where there is no run yet. ``never`` wants
+    ``dir`` new or empty. A path is a snapshot to go on from: the newest one of ``dir``, or, with a new ``dir``, one of
+    another run."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys of the recipe, sections included, that may differ from those of the snapshot beside the harmless ones; the
+    run is then no longer what one run would have given. ``data`` and ``model`` allow others of these."""
+    max_time: str | None = None
+    """Save and stop with status 75 in time for this, as ``3h50m``, ``45m`` or ``90s``, counted from the start of the
+    Slurm job where there is one, else of the process. Allows for the slowest step and save so far."""
+    max_restarts: int = 2
+    """How often a run that lost workers brings up all roles again by itself and goes on from its last snapshot. Frozen
+    roles, which have no state, are first brought up again alone, as often."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or a gradient that is not finite, before any weight changes: ``stop`` ends the run with a
+    bundle for ``align replay``, ``skip`` leaves the optimizer step out and counts it."""
+    max_non_finite: int = 5
+    """With ``skip``: optimizer steps left out in a row that end the run all the same."""
+    bundle_steps: list[int] = field(default_factory=list)
+    """Steps of which a bundle for ``align replay`` is written though nothing went wrong."""
     steps: int = MISSING
     """Steps of the algorithm's loop: optimizer steps, or rollout batches where responses are sampled (``epochs`` times
     ``minibatches`` optimizer steps each)."""
@@ -109,6 +163,23 @@ class Run:
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
 
+    def __post_init__(self) -> None:
+        if self.max_time is not None and not re.fullmatch(r"(?=.)(\d+h)?(\d+m)?(\d+s)?", self.max_time):
+            raise ValueError(f"max_time is written as 3h50m, 45m or 90s: {self.max_time!r}")
+        if self.max_restarts < 0 or self.max_non_finite < 1:
+            raise ValueError(
+                f"max_restarts must not be negative and max_non_finite must be positive: {self.max_restarts}, "
+                f"{self.max_non_finite}"
+            )
+
+    @property
+    def max_seconds(self) -> float | None:
+        """``max_time`` in seconds."""
+        if self.max_time is None:
+            return None
+        units = {"h": 3600, "m": 60, "s": 1}
+        return float(sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", self.max_time)))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,6 +189,8 @@ class Recipe:
     """Module of ``align.algorithms``."""
     run: Run = field(default_factory=Run)
     """The run folder."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Snapshots to go on from."""
     data: Data = field(default_factory=Data)
     """The data source."""
     executor: Literal["ray", "local"] = "ray"
