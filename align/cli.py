@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from rich.table import Table
 
 from align import __version__, config
 from align.errors import AlignError
+from align.redact import redact
 from align.workers.process import driver_environment
 
+FAILED = DIFFERS = 1
 INTERRUPTED = 130
 PIPE_WIDTH = 240
 """Columns of a table that goes to a file or a pipe, so that nothing is folded."""
@@ -39,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="check recipe and placement, print the plan, start nothing"
     )
+    replay = commands.add_parser("replay", help="run the step of a bundle again and compare")
+    replay.add_argument("bundle", type=Path, help="folder of the bundle, such as runs/x/bundles/step-000012")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     show = commands.add_parser("show", help="print a recipe resolved, with where each value came from")
     _recipe_arguments(show)
     toy = commands.add_parser("toy", help="write the bundled task as a data folder in HelpSteer3's layout")
@@ -66,7 +72,7 @@ def _show(loaded: config.Loaded, console: Console) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> None:
+def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.command in ("train", "show"):
         loaded = config.load(arguments.recipe, arguments.overrides)
         if arguments.command == "show":
@@ -76,6 +82,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             importlib.import_module("align.plan").describe(loaded.config, console)
         else:
             importlib.import_module("align.launch").train(loaded, console)
+    elif arguments.command == "replay":
+        launch = importlib.import_module("align.launch")
+        if not launch.replay(arguments.bundle, arguments.overrides, console):
+            return DIFFERS
     elif arguments.command == "toy":
         toy = importlib.import_module("align.data.toy")
         folder = toy.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
@@ -84,22 +94,28 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         )
     else:
         importlib.import_module("align.evaluation.compare").main(arguments, console)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Errors a user can act on are printed as one message; the exit status is that of the error."""
+    """Entry point. Errors a user can act on are printed as one message; the exit status is that of the error.
+
+    Any other error is printed with its traceback and ends with 1. Neither shows a secret of the environment.
+    """
     for name, value in driver_environment().items():
         os.environ.setdefault(name, value)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
-        _run(_parser().parse_args(argv), console)
+        return _run(_parser().parse_args(argv), console)
     except AlignError as error:
-        print(f"align: {error}", file=sys.stderr)
+        print(redact(f"align: {error}"), file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("align: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        return interrupt.args[0] if interrupt.args else INTERRUPTED
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        return FAILED
 
 
 if __name__ == "__main__":

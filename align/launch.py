@@ -1,24 +1,30 @@
-"""From a loaded recipe to a finished run: check, prepare, start the cast, train."""
+"""From a loaded recipe to a finished run: check, prepare, start the cast, train; go on, and replay."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
-from align import sections
+from align import faults, sections
 from align.config import Loaded
+from align.config import load as load_recipe
 from align.data import chat, helpsteer
 from align.data.chat import Renderer
-from align.errors import ConfigError
-from align.run import Run
+from align.errors import ConfigError, DivergedError, StoppedError, WorkerError
+from align.models.identity import fingerprint as model_fingerprint
+from align.models.load import check as check_model
+from align.run import Identity, Run, Stopping, bundle
 from align.sections import Model, Recipe
 from align.workers import critic, local, placement, policy, reward
 from align.workers.base import Ranks, Role, Spec
@@ -63,6 +69,8 @@ def load_renderer(config: Recipe) -> Renderer:
     (first, tokenizer), *others = loaded.items()
     for name, other in others:
         chat.require_same(tokenizer, other, first, name)
+    for section in cast_sections(config).values():
+        check_model(section, len(tokenizer))
     return Renderer(tokenizer, config.data.chat_template, config.data.date)
 
 
@@ -72,68 +80,163 @@ def _located(section: Model) -> Model:
     return replace(section, path=str(folder.absolute())) if folder.is_dir() else section
 
 
+def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+    """How each role is split over processes: what a snapshot says of it."""
+    return {
+        name: {"world_size": len(slots[name]) if config.executor == "ray" else 1, "zero_stage": section.zero_stage}
+        for name, section in cast_sections(config).items()
+    }
+
+
 @contextmanager
 def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
     """The roles of a recipe, brought up on its executor and ended with the context."""
     slots = check(config)
     named = {name: _located(section) for name, section in cast_sections(config).items()}
-    world = {name: len(slots[name]) if config.executor == "ray" else 1 for name in named}
+    worlds = _worlds(config, slots)
     num_updates = config.run.steps * config.updates_per_step()
+    cluster_section, skip = config.cluster, config.run.non_finite == "skip"
     specs = {
         name: [
-            Spec(name, rank, world[name], section, config.run.seed, num_updates, config.cluster.call_timeout_s)
-            for rank in range(world[name])
+            Spec(name, rank, size, section, config.run.seed, num_updates, cluster_section.call_timeout_s, skip)
+            for rank in range(size)
         ]
         for name, section in named.items()
+        for size in [worlds[name]["world_size"]]
     }
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     if config.executor == "local":
         ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock) for name, side in sides.items()}
-        yield _company(config, sides, ranks)
+        yield _attached(config, sides, ranks, run)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
-    with RayCluster(config.cluster, num_slots) as cluster:
+    with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, config.run.max_restarts) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
-        yield _company(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock))
+        run.stopping.install()  # Ray has set a handler of its own
+        yield _attached(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock), run)
 
 
-def _company(config: Recipe, sides: Mapping[str, type[Role]], ranks: Mapping[str, Ranks]) -> SimpleNamespace:
-    """The driver's side of every role; one that is absent is None."""
+def _attached(config: Recipe, sides: Mapping[str, type[Role]], ranks: Mapping[str, Ranks], run: Run) -> SimpleNamespace:
+    """The driver's side of every role, known to the run; one that is absent is None."""
     company = SimpleNamespace(**dict.fromkeys(config.absent()))
     for name, side in sides.items():
         setattr(company, name, side(ranks[name], getattr(config, name)))
     if getattr(company, "sampler", None) is not None:
         company.policy.sampled_by(company.sampler)
+    run.attach(company, _worlds(config, check(config)))
     return company
 
 
-def train(loaded: Loaded, console: Console) -> None:
-    """Run a recipe to its end. Data and tokenizers are checked before the run folder is made and any worker starts."""
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose data, tokenizers and models have been looked at, before anything is started."""
+
+    config: Any
+    algorithm: ModuleType
+    material: Any
+    counts: dict[str, int]
+    renderer: Renderer
+    description: dict[str, Any]
+    identity: Identity
+
+
+def prepare(loaded: Loaded) -> Prepared:
+    """Check data, tokenizers and models of a recipe."""
     config: Any = loaded.config
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
     check(config)
     renderer = load_renderer(config)
     source = helpsteer.load(config.data)
     material, counts = algorithm.prepare(config, source, renderer)
-    run = Run(config, renderer.text)
-    run.write_json(
-        "data.json",
-        {
-            "source": {name: asdict(split) for name, split in source.counts.items()},
-            "prepared": counts,
-            "fingerprint": source.fingerprint,
-            "renderer_fingerprint": renderer.fingerprint,
-        },
-    )
-    console.print(f"{config.algorithm}: {', '.join(f'{n} {name}' for name, n in counts.items())}", highlight=False)
-    startup = []
-    with run:
-        for number in range(1, config.num_rounds() + 1):
-            current = config if number == 1 else config.in_round(str(run.best or run.final))
-            run.begin_round(number)
-            begun = time.perf_counter()
-            with cast(current, run) as roles:
-                startup.append(time.perf_counter() - begun)
-                run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
-                algorithm.train(current, material, roles, run)
+    description = {
+        "source": {name: asdict(split) for name, split in source.counts.items()},
+        "prepared": counts,
+        "fingerprint": source.fingerprint,
+        "renderer_fingerprint": renderer.fingerprint,
+    }
+    read = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
+    models = {name: model_fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
+    return Prepared(config, algorithm, material, counts, renderer, description, Identity.of(config, read, models))
+
+
+def train(loaded: Loaded, console: Console) -> None:
+    """Run a recipe to its end, or go on with it. Data and tokenizers are checked before the run folder is made and any
+    worker starts. Raises `StoppedError` when it was asked to stop and has saved."""
+    section = loaded.config.run
+    faults.arm(os.environ.get("ALIGN_FAULT"))
+    with Stopping(Path(section.dir).expanduser().absolute(), section.max_seconds) as stopping:
+        prepared = prepare(loaded)
+        run = Run(prepared.config, prepared.renderer.text, prepared.identity, stopping)
+        with run:
+            if run.finished:
+                console.print(f"done before: {run.final}", highlight=False)
+                return
+            run.write_json("data.json", prepared.description)
+            counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
+            console.print(f"{prepared.config.algorithm}: {counts}", highlight=False)
+            if run.progress.step:
+                console.print(f"going on after step {run.progress.step}", highlight=False)
+            carry_out(prepared, run)
     console.print(f"done: {run.final}", highlight=False)
+
+
+def carry_out(prepared: Prepared, run: Run) -> None:
+    """All rounds of a run. When workers are lost, the roles are brought up again and go on from the last snapshot."""
+    for attempt in count(1):
+        try:
+            _rounds(prepared, run)
+            return
+        except WorkerError as error:
+            run.recover(error, attempt)
+        except DivergedError as error:
+            raise run.diverged(error) from None
+
+
+def _rounds(prepared: Prepared, run: Run) -> None:
+    config, startup = prepared.config, []
+    for number in range(run.round, config.num_rounds() + 1):
+        start = run.start_of(number)
+        current = config if start is None else config.in_round(str(start))
+        if not run.begin_round(number, start):
+            continue
+        begun = time.perf_counter()
+        with cast(current, run) as roles:
+            startup.append(time.perf_counter() - begun)
+            run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
+            prepared.algorithm.train(current, prepared.material, roles, run)
+
+
+def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:
+    """Run the step of a bundle again in a folder that is deleted afterwards; returns whether it went the same way."""
+    faults.arm(os.environ.get("ALIGN_FAULT"))
+    found = bundle.read(folder)
+    with tempfile.TemporaryDirectory(prefix="align-replay-") as temporary:
+        own = [
+            f"run.dir={temporary}/run",
+            f"run.resume={found.snapshot or 'auto'}",
+            "run.bundle_steps=[]",
+            "run.max_restarts=0",
+            "run.max_time=null",
+            "checkpoint.every=0",
+        ]
+        prepared = prepare(load_recipe(folder / "config.yaml", [*own, *overrides]))
+        run = Run(prepared.config, prepared.renderer.text, prepared.identity)
+        run.stop_after = found.step
+        outcome = "ended"
+        with run:
+            begun = run.progress.step
+            console.print(f"step {found.step}, bundled because: {found.reason}", highlight=False)
+            console.print(f"running steps {begun + 1} to {found.step} again", highlight=False)
+            try:
+                _rounds(prepared, run)
+            except StoppedError:
+                pass  # where it should
+            except DivergedError as error:
+                outcome = error.message
+            lines = bundle.differences(found, run.metrics if found.metrics else None, run.sampled)
+        if found.metrics is None and outcome != found.reason:
+            lines.append(f"outcome: {found.reason!r} then, {outcome!r} now")
+        elif found.metrics is not None and outcome != "ended":
+            lines.append(f"outcome: ended then, {outcome!r} now")
+    console.print("\n".join(lines) or "the same, number by number", highlight=False)
+    return not lines

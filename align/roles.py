@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from align.checkpoint import FileRecord
     from align.sections import Sampling
     from align.types import Batch, Prompts, Rollouts, Sequences
 
@@ -75,6 +76,43 @@ class Ready(Generic[T]):
 def together(*futures: Future[Any]) -> tuple[Any, ...]:
     """Wait for several answers that are computed at the same time."""
     return tuple(future.result() for future in futures)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A role in training: what it must keep for a run to go on from here as if it had never stopped."""
+
+    def save(self, folder: Path, overlap: bool) -> Future[list[FileRecord]]:
+        """Copy weights, optimizer state and random numbers of all ranks, and write them below ``folder``.
+
+        With ``overlap`` the answer comes as soon as they are copied, without records; `saved` has these. One save at a
+        time. Raises `align.errors.SaveError`, which names the file.
+        """
+        ...
+
+    def saved(self) -> Future[list[FileRecord]]:
+        """Wait until what `save` began is on the disk: records of all ranks, names relative to the folder, given once.
+        Raises `align.errors.SaveError`."""
+        ...
+
+    def restore(self, folder: Path) -> Future[None]:
+        """Go back to what `save` wrote there, whatever the number of ranks and the ZeRO stage were and are.
+
+        Raises `align.errors.ModelError` where files or parameters are missing, or there are others.
+        """
+        ...
+
+    def state_bytes(self) -> Future[int]:
+        """About what `save` would write, in bytes, all ranks together."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """What the driver's side counts, for a snapshot; JSON."""
+        ...
+
+    def go_on(self, counters: Mapping[str, Any]) -> None:
+        """Count on from what `counters` gave."""
+        ...
 
 
 class Policy(Protocol):

@@ -90,6 +90,11 @@ CASES = [
     (Reference, "path=p zero_stage=4", ["zero_stage = 4"]),
     (Reward, "path=p micro_batch_tokens=0", ["micro_batch_tokens = 0"]),
     (Reference, "path=p offload_parameters=true", ["offload_parameters = True", "zero_stage = 0"]),
+    (
+        Reference,
+        "path=a/b trust_remote_code=true revision=main",
+        ["trust_remote_code = True", "path = 'a/b'", "revision = 'main'"],
+    ),
     (Policy, "path=p optimizer.lr=1 zero_stage=0", ["zero_stage = 0"]),
     (
         Critic,

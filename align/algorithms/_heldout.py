@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from align.sections import Data, Evaluation, Sampling
     from align.types import Prompts, Rollouts
 
+START = "heldout/start/"
+"""Scores of the starting policy are carried from step to step under names that begin so."""
+
 NOISE = -1
 """The step in the name of the noise; training counts from 1."""
 
@@ -69,14 +72,13 @@ class Evaluator:
     """Measures the policy when it is due, and remembers how the starting policy did."""
 
     def __init__(self, evaluation: Evaluation, sampling: Sampling, held_out: HeldOut | None, cast: Cast, run: Run):
-        """Measures the policy as it is now, before its first step."""
+        """Measures the policy as it is now, before its first step, unless a run that is gone on with has done so."""
         self.evaluation, self.held_out, self.cast, self.run = evaluation, held_out, cast, run
         self.kinds = {
             "greedy": replace(sampling, num_samples=1, temperature=0.0),
             "sampled": replace(sampling, num_samples=1),
         }
-        self.start: dict[str, dict[str, Tensor]] = {}
-        if held_out is not None:
+        if held_out is not None and not any(name.startswith(START) for name in run.tensors):
             self._measure(run.first_step - 1)
 
     def measure(self, step: int) -> dict[str, float]:
@@ -115,13 +117,13 @@ class Evaluator:
         return judged if truth_P is None else judged | {"ground_truth": truth_P}
 
     def _against_start(self, kind: str, judged: dict[str, Tensor]) -> dict[str, float]:
-        start = self.start.setdefault(kind, judged)
         metrics = {}
         for name, own_P in judged.items():
-            both_P = own_P.isfinite() & start[name].isfinite()
+            start_P = self.run.tensors.setdefault(f"{START}{kind}/{name}", own_P)
+            both_P = own_P.isfinite() & start_P.isfinite()
             if not both_P.any():
                 continue
-            rate = ops.diagnostics.win_rate(own_P[both_P].double(), start[name][both_P].double())
+            rate = ops.diagnostics.win_rate(own_P[both_P].double(), start_P[both_P].double())
             key = f"heldout/{kind}/win_rate/{name}"
             metrics |= {key: rate.rate, f"{key}/low": rate.low, f"{key}/high": rate.high}
         return metrics

@@ -126,6 +126,6 @@ def _over_updates(updates: list[roles.Metrics]) -> roles.Metrics:
         for key, value in metrics.items():
             values[key].append(value)
     return {
-        key: sum(found) if key in ("trained_tokens", "skipped_steps") else sum(found) / len(found)
+        key: sum(found) if key in ("trained_tokens", "skipped_steps", "non_finite") else sum(found) / len(found)
         for key, found in values.items()
     }

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
@@ -20,6 +19,11 @@ from transformers.utils.hub import cached_file
 from align.errors import DataError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+TRUST = (
+    "read that code; then set trust_remote_code=true and, for a hub id, revision to the 40-digit commit you have read"
+)
+"""What to do about a checkpoint that needs code of its own."""
 
 _PROBE = "Hello  world's end.\n\n\tdef f(x): return x+1  # 123456 caf\u00e9 \u4e2d\u6587 \U0001f600 </s>"
 
@@ -56,8 +60,10 @@ def load_tokenizer(
             where=path,
             remedy="save the tokenizer beside the weights: tokenizer.save_pretrained(folder)",
         )
+    branch: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if trust_remote_code:
+        _require_own_code(path, branch)
     try:
-        branch: dict[str, Any] = {} if revision is None else {"revision": revision}
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **branch)
         file = cached_file(path, "tokenizer.json", **branch, _raise_exceptions_for_missing_entries=False)
         if isinstance(tokenizer, PreTrainedTokenizerFast) and file and _cuts_differently(tokenizer, file):
@@ -66,9 +72,27 @@ def load_tokenizer(
         raise DataError(
             f"no tokenizer could be loaded: {_first_line(error)}",
             where=path,
-            remedy="give a folder with tokenizer.json and tokenizer_config.json, or a hub id that can be reached",
+            remedy=TRUST
+            if "trust_remote_code" in str(error)
+            else "give a folder with tokenizer.json and tokenizer_config.json, or a hub id that can be reached",
         ) from error
     return tokenizer
+
+
+def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
+    """Refuse code that lies in another repository: transformers would fetch its newest commit, whatever is pinned."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = cached_file(path, name, **branch, _raise_exceptions_for_missing_entries=False)
+        try:
+            code = json.loads(Path(file).read_text(encoding="utf-8")).get("auto_map") if file else None
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{name} cannot be read: {_first_line(error)}", where=path) from error
+        if "--" in json.dumps(code):
+            raise DataError(
+                f"{name} takes code from another repository, which no revision pins: {code}",
+                where=path,
+                remedy="download model and code into one folder, name the files in auto_map, and give the folder",
+            )
 
 
 def _cuts_differently(tokenizer: PreTrainedTokenizerFast, file: str) -> bool:
@@ -178,7 +202,7 @@ class Renderer:
                 **date,
             )
             return cast(str, text)
-        except TemplateError as error:
+        except Exception as error:  # an expression of a template may raise anything
             if str(error) != _ASKED_FOR_TODAY:
                 raise DataError(f"the template fails: {_first_line(error)}", where=self._name) from error
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def decoded(raw: Any) -> dict[str, Any]:
     """The JSON object of a line (bytes), or a row of the hub as it is. Raises `BadRow`."""
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode("utf-8"))
+            raw = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         except UnicodeDecodeError:
             raise BadRow("row", "is not UTF-8", raw) from None
         except (ValueError, RecursionError):
@@ -81,6 +82,15 @@ def decoded(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BadRow("row", "is not a JSON object", raw)
     return raw
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of two values under one name ``json`` would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise BadRow("row", "has two values under one key", name)
+    return found
 
 
 def require(row: Mapping[str, Any], fields: Iterable[str]) -> None:

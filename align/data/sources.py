@@ -9,6 +9,7 @@ type or a missing field in one row is cast in silence or fails without a line nu
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import zlib
@@ -72,6 +73,8 @@ def _lines(file: Path) -> Rows:
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # as RFC 8259, section 8.1, allows
                 if line.strip():
                     yield f"{file}:{number}", line
     except (OSError, EOFError, zlib.error) as error:

@@ -6,13 +6,19 @@ the total is known beforehand because a loss's count depends on the batch alone 
 
 Every rank makes the same number of forward and backward passes, so that sharded weights are gathered in step: ranks
 with fewer micro-batches add empty ones, whose loss is zero.
+
+A step is taken by all ranks or by none. The loss is summed over ranks before the last backward pass; where it is not
+finite, that pass gives gradients that are not. A gradient that is not finite, whatever its cause, makes the global norm
+so on every rank, and then DeepSpeed (ZeRO 1 to 3) or `Engine._take_step` (0) drops all gradients in place of a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,7 +28,9 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from align import faults
 from align.data import collate
+from align.engines import state
 from align.engines.schedule import learning_rate
 from align.errors import DivergedError
 from align.models.heads import Head
@@ -168,69 +176,138 @@ class Engine:
                     outputs[name][rows_of[i]] = value.float().cpu()
         return outputs
 
-    def update(self, batch: Batch, loss: LossFunction, **arguments: float) -> Metrics:
+    def update(self, batch: Batch, loss: LossFunction, *, skip_non_finite: bool = False, **arguments: float) -> Metrics:
         """One optimizer step on this rank's share of ``batch``.
 
         Returns ``loss`` (the sum of its terms), the loss's own metrics, ``grad_norm`` before clipping, ``lr`` and
         ``trained_tokens`` (prompts counted once), equal on every rank. A step whose counts are 0 on all ranks has
-        nothing to learn from and is left out (``skipped_steps`` is 1). Raises `DivergedError`, before any weight
-        changes, when the loss is not finite.
+        nothing to learn from and is left out (``skipped_steps`` is 1). Where the loss or a gradient of any rank is not
+        finite, no weight, no optimizer state and no count of steps changes on any rank: raises `DivergedError`, or
+        with ``skip_non_finite`` returns ``non_finite`` and ``skipped_steps`` as 1, and ``trained_tokens``.
         """
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
         probed = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]
         probes, read = [value for value, _ in probed], probed[0][1]
-        names, num_terms = list(probes[0].metrics), len(probes[0].terms)
         own_tokens = len(batch.sequences.prompts.ids_N) + len(batch.sequences.responses.ids_N)
         own = [own_tokens, *map(sum, zip(*map(_counts, probes), strict=True))]
         tokens, *shared = self._sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if not any(shared):
             return {"skipped_steps": 1.0}
-        totals = torch.zeros(num_terms + len(names), 2, dtype=torch.float64, device=self.device)
-        num_rounds = self.agree(len(parts))
         self._module.train()
-        for i in range(num_rounds):
-            self._module.set_gradient_accumulation_boundary(i == num_rounds - 1)
-            if i >= len(parts):
-                self._module.backward(self._nothing(read, arguments))
-                continue
-            value = self._forward(parts[i], loss, arguments)
-            if _counts(value) != _counts(probes[i]):
-                raise ValueError("a loss's count must not depend on model outputs (see align.roles.Loss)")
-            terms = [s * (dist.get_world_size() / n) for (s, _), n in zip(value.terms, shared, strict=True) if n]
-            self._module.backward(torch.stack(terms).sum())
-            for row, (s, n) in enumerate([*value.terms, *value.metrics.values()]):
-                totals[row] += torch.stack([s.detach().double(), n.double()])
-            del value, terms  # else the logits that metrics hang on live through the next forward pass
+        means = self._backpropagate(parts, probes, read, shared, loss, arguments)
         self._module.eval()
-        means = [s / n if n else 0.0 for s, n in self._sum(totals).tolist()]
-        total_loss = sum(means[:num_terms])
-        if not math.isfinite(total_loss):
-            self._module.zero_grad()
-            self._module.optimizer.zero_grad()  # at ZeRO 3 the next step would else add to the gradient of this one
+        total_loss, names = sum(means[: len(shared)]), list(probes[0].metrics)
+        taken = self._take_step()
+        if taken is None:
+            if skip_non_finite:
+                return {"non_finite": 1.0, "skipped_steps": 1.0, "trained_tokens": tokens}
+            finite = math.isfinite(total_loss)
             raise DivergedError(
-                f"the loss is {total_loss} at optimizer step {self.step + 1}; no weight was changed",
-                remedy="lower the learning rate, and look at the last lines of metrics.jsonl",
+                f"{'the norm of the gradient is not finite' if finite else f'the loss is {total_loss}'} at optimizer "
+                f"step {self.step + 1}; no weight was changed",
+                remedy="lower the learning rate, look at the last lines of metrics.jsonl, or set run.non_finite=skip",
             )
-        metrics = {"loss": total_loss, **dict(zip(names, means[num_terms:], strict=True))}
-        return metrics | self._take_step() | {"skipped_steps": 0.0, "trained_tokens": tokens}
+        metrics = {"loss": total_loss, **dict(zip(names, means[len(shared) :], strict=True))}
+        return metrics | taken | {"skipped_steps": 0.0, "trained_tokens": tokens}
 
-    def _take_step(self) -> Metrics:
+    def _backpropagate(
+        self,
+        parts: Sequence[Batch],
+        probes: Sequence[Loss],
+        read: list[str],
+        shared: Sequence[float],
+        loss: LossFunction,
+        arguments: dict[str, float],
+    ) -> list[float]:
+        """All forward and backward passes of a step; returns the means of terms and metrics over all ranks.
+
+        ``shared`` holds the counts of the terms over all ranks. Where the mean of a term is not finite, gradients are
+        not finite either.
+        """
+        num_rounds = self.agree(len(parts))
+        totals = torch.zeros(len(shared) + len(probes[0].metrics), 2, dtype=torch.float64, device=self.device)
+        means: list[float] = []
+        for i in range(num_rounds):
+            last = i == num_rounds - 1
+            self._module.set_gradient_accumulation_boundary(last)
+            if i < len(parts):
+                value = self._forward(parts[i], loss, arguments)
+                if _counts(value) != _counts(probes[i]):
+                    raise ValueError("a loss's count must not depend on model outputs (see align.roles.Loss)")
+                terms = [s * (dist.get_world_size() / n) for (s, _), n in zip(value.terms, shared, strict=True) if n]
+                objective = torch.stack(terms).sum()
+                for row, (s, n) in enumerate([*value.terms, *value.metrics.values()]):
+                    totals[row] += torch.stack([s.detach().double(), n.double()])
+                del value, terms  # else the logits that metrics hang on live through the next forward pass
+            else:
+                objective = self._nothing(read, arguments)
+            if last:
+                totals[0, 0] += faults.spoilt("loss") or 0.0
+                means = [s / n if n else 0.0 for s, n in self._sum(totals).tolist()]
+            with self._spoilt(last, means[: len(shared)]):
+                self._module.backward(objective)
+            del objective
+        return means
+
+    @contextmanager
+    def _spoilt(self, last: bool, terms: Sequence[float]) -> Iterator[None]:
+        """Within it, gradients of the ``last`` pass are not finite where the loss is not, or a fault is due."""
+        spoilt = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        number = None
+        if last and not math.isfinite(sum(terms)):
+            number = math.nan
+        elif last:
+            number, spoilt = faults.spoilt("gradient"), spoilt[:1]
+        hooks = [p.register_hook(partial(torch.full_like, fill_value=number)) for p in spoilt if number is not None]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_step(self) -> Metrics | None:
+        """Step on the gradients that are there, or drop them, on all ranks, where their norm is not finite: None."""
         assert self._optimizer is not None
-        self.step += 1
-        rate = learning_rate(self._optimizer, self.step, self.total_steps)
+        rate = learning_rate(self._optimizer, self.step + 1, self.total_steps)
         for group in self._module.optimizer.param_groups:
             group["lr"] = rate
         norm = None
         if self._section.zero_stage == 0:  # plain gradients, already averaged; DeepSpeed reports no norm for them
             grads = [p.grad for p in self.head.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads)) if grads else None
+            if norm is not None and not math.isfinite(norm):
+                self._module.zero_grad()
+                return None
         self._module.step()
         if norm is None:
             norm = float(self._module.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise DivergedError(f"the gradient's norm is {norm} at optimizer step {self.step}: the weights are lost")
+            if self._module.optimizer.overflow:
+                return None
+        self.step += 1
         return {"grad_norm": norm, "lr": rate}
+
+    @property
+    def training(self) -> state.TrainingState:
+        """What this rank holds of the state of training; only an engine with an optimizer has it."""
+        assert self._optimizer is not None
+        return state.TrainingState(self.head, self._module.optimizer, self._section.zero_stage)
+
+    def counters(self) -> dict[str, Any]:
+        """What `restore` needs to know beside the tensors of `training`, as JSON; equal on every rank."""
+        return {
+            "step": self.step,
+            "adam_steps": self.training.steps(),
+            "world_size": dist.get_world_size(),
+            "zero_stage": self._section.zero_stage,
+        }
+
+    def restore(self, folder: Path) -> None:
+        """Go back to what is stored in the folder of a role; every rank calls this. Raises `ModelError` where it does
+        not fit this model."""
+        stored = state.Stored(folder)
+        self.training.apply(stored)
+        self.step = int(stored.counters["step"])
 
     def _forward(self, part: Batch, loss: LossFunction, arguments: dict[str, float]) -> Loss:
         sequences = part.sequences

@@ -19,25 +19,101 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from align.data.chat import TRUST
 from align.errors import ModelError
 from align.models.attention import PACKED, is_plain
 from align.sections import Lora, Model, Trained
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where transformers looks for safetensors, in this order."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Number formats of safetensors that weights are read from."""
 _HEAD = re.compile(r"^score\.")
 
 
+def check(section: Model, vocab_size: int) -> None:
+    """What can be told of a role's checkpoint without reading its weights, before any worker starts.
+
+    Raises `ModelError` for a folder that is no whole model, a config that cannot be read or does not fit a tokenizer of
+    ``vocab_size`` entries, and for weight files of a folder that are missing, damaged or no safetensors. Of a hub id
+    only the config is fetched; `causal_lm` and `scorer` see to the rest.
+    """
+    _check_source(section)
+    _attention(section, _config(section, vocab_size))
+    if not section.init and Path(section.path).expanduser().is_dir():
+        for file in _weight_files(section):
+            _check_weights(file)
+
+
 def _check_source(section: Model) -> None:
-    """Refuse a folder that is not there, and remote code that is not pinned."""
-    path = Path(section.path).expanduser()
+    """Refuse a folder that is not there, and adapters, which transformers would put on whatever base they name."""
+    if section.init:
+        return
+    folder = Path(section.path).expanduser()
     looks_local = section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
-    if looks_local and not (path / "config.json").is_file() and not section.init:
-        raise ModelError(f"no model folder: {path / 'config.json'} does not exist", remedy="give a folder or a hub id")
-    if section.trust_remote_code and not path.is_dir() and not re.fullmatch(r"[0-9a-f]{40}", section.revision or ""):
+    missing = looks_local and not (folder / "config.json").is_file()
+    if missing and not (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{section.path}: trust_remote_code runs code of others and needs a pinned commit, "
-            f"got revision={section.revision}",
-            remedy="set revision to the 40-digit commit you have read",
+            f"no model folder: {folder / 'config.json'} does not exist", remedy="give a folder or a hub id"
         )
+    if adapter := _file(section, "adapter_config.json"):
+        base = _json(Path(adapter)).get("base_model_name_or_path")
+        raise ModelError(
+            f"{section.path}: holds adapters for {base}, not a whole model",
+            remedy="merge them into that model and save it (peft: merge_and_unload), then give the folder",
+        )
+
+
+def _weight_files(section: Model) -> list[Path]:
+    """The safetensors files of a checkpoint in a folder, all of them there."""
+    folder = Path(section.path).expanduser()
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise _no_safetensors(section, sorted(file.name for file in folder.glob("*.bin")))
+    weights = _json(folder / INDEX).get("weight_map")
+    shards = sorted({str(shard) for shard in weights.values()}) if isinstance(weights, dict) else []
+    if not shards:
+        raise ModelError(f"{folder / INDEX} has no weight_map", remedy="copy or download the checkpoint again")
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise ModelError(
+                f"{folder / INDEX} names {shard}, which is not in the folder",
+                remedy="copy or download the checkpoint again",
+            )
+    return [folder / shard for shard in shards]
+
+
+def _no_safetensors(section: Model, pickles: list[str]) -> ModelError:
+    others = f", but {', '.join(pickles[:3])}: pickles, which can run code when they are loaded" if pickles else ""
+    return ModelError(
+        f"{section.path}: there are no weights in {SINGLE} or {INDEX}{others}",
+        remedy="give a checkpoint in safetensors; where you trust a pickled one, load it elsewhere and save it again",
+    )
+
+
+def _check_weights(file: Path) -> None:
+    """Read the header of a file, and refuse numbers that would be cast to something else than what they mean."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} is damaged: {_first_line(error)}", remedy="copy or download it again") from error
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            raise ModelError(
+                f"{file}: {name} holds {kind} numbers, a quantised weight without its scale; readable: "
+                f"{', '.join(FLOATS)}",
+                remedy="give the checkpoint as it was before it was quantised",
+            )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig:
@@ -53,7 +129,13 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
     except KeyError as error:
         raise ModelError(f"init needs a model_type that transformers knows: {error}") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config of {section.path}: {_first_line(error)}") from error
+        remedy = TRUST if "trust_remote_code" in str(error) else None
+        raise ModelError(f"cannot read the config of {section.path}: {_first_line(error)}", remedy=remedy) from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{section.path}: the checkpoint is quantised, and dtype={section.dtype} asks for its plain weights",
+            remedy="give the checkpoint as it was before it was quantised",
+        )
     embedded = getattr(config.get_text_config(), "vocab_size", vocab_size)
     if vocab_size > embedded:
         raise ModelError(
@@ -87,6 +169,10 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
     common = {"attn_implementation": _attention(section, config), "dtype": dtype}
     if section.init:
         return auto.from_config(config, **common), set()
+    if Path(section.path).expanduser().is_dir():
+        _weight_files(section)
+    elif not (_file(section, SINGLE) or _file(section, INDEX)):
+        raise _no_safetensors(section, [])  # transformers would have a server of the hub convert pickled ones
     try:
         model, info = auto.from_pretrained(
             section.path,
@@ -142,8 +228,8 @@ def row_zero(section: Model) -> torch.Tensor:
     """Row 0 of a checkpoint's language-model head, (hidden,): what such a reward model scores with, alone."""
     name = "lm_head.weight"
     try:
-        index = _file(section, "model.safetensors.index.json")
-        shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else "model.safetensors"
+        index = _file(section, INDEX)
+        shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else SINGLE
         with safe_open(_file(section, shard) or shard, framework="pt") as tensors:
             return tensors.get_slice(name)[0]
     except (OSError, KeyError, SafetensorError) as error:
@@ -159,7 +245,9 @@ def _file(section: Model, name: str) -> str | None:
         str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,
         name,
         revision=section.revision,
+        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
 
 

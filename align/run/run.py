@@ -1,78 +1,78 @@
-"""The run folder: configuration, environment, metrics, samples."""
+"""A run: its folder, its steps, its numbers, and how it stops and goes on."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from align import config as configuration
+from align import faults
 from align.data.prompts import PromptStream
-from align.errors import ConfigError
-from align.roles import Future, Policy
-from align.run import display
+from align.errors import AlignError, DivergedError, StoppedError
+from align.roles import Future, Policy, Ready, Stateful
+from align.run import bundle, display
 from align.run.clock import Clock
+from align.run.folder import Folder
+from align.run.identity import Identity
+from align.run.saving import Content, Progress, Saver, read_content
+from align.run.stopping import Stopping
 from align.sections import Recipe, Sampling
 from align.types import Rollouts
 
-PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "datasets", "peft", "numpy")
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on beside its configuration."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        revision = ""
-    return {
-        "align": metadata.version("align"),
-        "python": sys.version.split()[0],
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "git_revision": revision or None,
-        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
 
 class Run:
-    """One training run. Use as a context manager; an algorithm iterates over `steps` and calls `log` in each."""
+    """One training run. Use as a context manager; an algorithm iterates over `steps` and calls `log` in each.
 
-    def __init__(self, recipe: Recipe, decode: Callable[[Sequence[int]], str]):
-        """Make the folder and write what is known before the start. ``decode`` turns token ids into text for
-        samples."""
+    Between two steps it takes snapshots and looks whether it was asked to stop. What an algorithm does before its first
+    step happens on the weights that the round starts from, in a resumed run too: the roles are brought back to the
+    snapshot when the first step is asked for.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        decode: Callable[[Sequence[int]], str],
+        identity: Identity | None = None,
+        stopping: Stopping | None = None,
+    ):
+        """``decode`` turns token ids into text for samples. Without ``stopping`` no signal is heard. Nothing is touched
+        before the context is entered."""
         self.recipe, self.section, self.decode = recipe, recipe.run, decode
-        self.folder = Path(self.section.dir).expanduser().absolute()
+        self.identity = identity or Identity.of(recipe, {}, {})
+        self.stopping = stopping or Stopping(self.folder, self.section.max_seconds)
         self.clock = Clock()
-        self.round = 1
-        self.state: dict[str, float] = {}
-        """Numbers that an algorithm carries from step to step: KL coefficient, moments of rewards, best score."""
-        self._create()
+        self.progress = Progress()
+        self.tensors: dict[str, Tensor] = {}
+        """Tensors that an algorithm carries from step to step, as `state` does with numbers."""
+        self.stop_after: int | None = None
+        """A step after which the run ends at once, without a snapshot: the end of a replay."""
+        self._roles: dict[str, Stateful] = {}
+        self._waiting: deque[Future[Rollouts]] = deque()
+        self.sampled: Rollouts | None = None
+        """The rollouts of the step under way."""
+        self.metrics: dict[str, float] = {}
+        """The numbers of the last step."""
 
-    def _create(self) -> None:
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ConfigError(
-                f"run.dir={self.folder} is not empty", remedy="choose another run.dir, or move the old run away"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise ConfigError(f"run.dir={self.folder} cannot be made: {error.strerror}") from error
-        configuration.dump(self.recipe, self.folder / "config.yaml")
-        self.write_json("environment.json", environment())
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.section.dir).expanduser().absolute()
+
+    @property
+    def state(self) -> dict[str, float]:
+        """Numbers that an algorithm carries from step to step: KL coefficient, moments of rewards, best score."""
+        return self.progress.state
+
+    @property
+    def round(self) -> int:
+        """Number of the round, from 1."""
+        return self.progress.round
 
     @property
     def _here(self) -> Path:
@@ -95,17 +95,11 @@ class Run:
         return self._here / "best" / f"step-{step:06d}"
 
     def keep_best(self, step: int, policy: Policy) -> None:
-        """Write the policy as the best one so far; the one before is deleted when the new one is complete."""
-        before, folder = self.best, self._best_at(step)
+        """Write the policy as the best one so far. Those before go when no snapshot speaks of them any more."""
+        folder = self._best_at(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
         policy.export(folder).result()
         self.state["best_step"] = step
-        if before is not None:
-            shutil.rmtree(before)
-
-    def begin_round(self, number: int) -> None:
-        """Round 1, 2, ...: steps go on counting, and the numbers that an algorithm carries start anew."""
-        self.round, self.state = number, {}
 
     @property
     def logs(self) -> Path:
@@ -114,30 +108,97 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a small file of the run folder."""
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        self.disk.write_json(name, content)
+
+    def report(self, line: str) -> None:
+        """Tell the user something at once."""
+        self.disk.report(line)
+
+    # Beginning, going on, ending
 
     def __enter__(self) -> Run:
-        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._samples = (self.folder / "samples.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._board = SummaryWriter(self.folder / "tensorboard") if self.section.tensorboard else None
-        self._evaluations = (self.folder / "evaluations.jsonl").open("a", buffering=1, encoding="utf-8")
-        total = self.section.steps * self.recipe.num_rounds()
-        self._display = display.make(self.section.progress, self.recipe.algorithm, total)
-        self.clock.on_phase = self._display.phase
+        self.disk = Folder(self.recipe, self.identity)
+        self.disk.open()
+        try:
+            self._rewind()
+            total = self.section.steps * self.recipe.num_rounds()
+            self._display = display.make(self.section.progress, self.recipe.algorithm, total)
+            self.clock.on_phase = self._display.phase
+        except BaseException:
+            self.disk.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._display.close()
-        self._metrics.close()
-        self._samples.close()
-        self._evaluations.close()
-        if self._board:
-            self._board.close()
+        self.disk.close()
 
-    def steps(self) -> Iterator[int]:
-        """1, 2, ..., ``run.steps``; in a later round on from there."""
-        self._begun = time.perf_counter()
-        yield from range(self.first_step, self.round * self.section.steps + 1)
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the run's final model already."""
+        return self.disk.finished
+
+    def _rewind(self) -> None:
+        """Stand where the snapshot to go on from was taken, or at the beginning."""
+        self.saver = Saver(self.disk.snapshots, self.disk.facts, self.recipe.checkpoint.overlap)
+        snapshot = self.disk.found
+        content = Content(Progress(), {}, []) if snapshot is None else read_content(snapshot)
+        self.progress, self.tensors = content.progress, dict(content.tensors)
+        self._waiting = deque(Ready(rollouts) for rollouts in content.waiting)
+        self.clock.step = self.progress.step
+        self.disk.cut_back(self.progress)
+
+    def start_of(self, number: int) -> Path | None:
+        """The model that a round starts from: the best of the one before, or its last; None for the recipe's own."""
+        if number == 1:
+            return None
+        known = self.progress.starts.get(str(number))
+        return self.folder / known if known else self.best or self.final
+
+    def begin_round(self, number: int, start: Path | None = None) -> bool:
+        """Round 1, 2, ...: steps go on counting, and the numbers that an algorithm carries start anew.
+
+        Returns whether anything is left to do: a resumed run has rounds behind it. ``start`` is the model that the
+        round starts from.
+        """
+        if number > self.round:
+            self.progress = Progress(
+                step=self.progress.step,
+                round=number,
+                starts=self.progress.starts
+                | ({} if start is None else {str(number): str(start.relative_to(self.folder))}),
+                totals=self.progress.totals,
+            )
+            self.tensors = {}
+        if not self.final.exists():
+            return True
+        if self.progress.step >= self.round * self.section.steps:
+            return False
+        self.disk.set_aside(self.final)
+        return True
+
+    def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
+        """The roles of this round are up: those with state are saved from now on. ``worlds`` tells how each role is
+        split over processes."""
+        self._roles = {name: role for name, role in vars(roles).items() if isinstance(role, Stateful)}
+        self.saver.roles = self._roles
+        self.saver.facts = {**self.disk.facts, "roles": {name: dict(worlds[name]) for name in self._roles}}
+
+    def recover(self, error: AlignError, attempt: int) -> None:
+        """Go back to the last snapshot after workers were lost, or raise ``error`` when that was done too often."""
+        self.saver.abandon()
+        if attempt > self.section.max_restarts:
+            raise error
+        self.report(f"{error}\nrestart {attempt} of {self.section.max_restarts}, from the last snapshot")
+        self.disk.search()
+        self._rewind()
+
+    def leave_if_told(self) -> None:
+        """Raises `KeyboardInterrupt` after a second signal; asked by whoever waits for workers."""
+        if self.stopping.now:
+            raise KeyboardInterrupt(self.stopping.status)
+
+    # Steps
 
     @property
     def first_step(self) -> int:
@@ -148,6 +209,85 @@ class Run:
         """Whether a step is the last of its round."""
         return step == self.round * self.section.steps
 
+    def steps(self) -> Iterator[int]:
+        """1, 2, ..., ``run.steps``; in a later round on from there, in a resumed run on from its snapshot.
+
+        Raises `StoppedError` between two steps when the run was asked to stop and has saved.
+        """
+        self._restore()
+        self._begun = time.perf_counter()
+        self._stop(self.stopping.asked())
+        for step in range(max(self.first_step, self.progress.step + 1), self.round * self.section.steps + 1):
+            self.clock.step = step
+            faults.strike("driver", 0, "step", step)
+            begun = time.monotonic()
+            yield step
+            self.stopping.note_step(time.monotonic() - begun)
+            self._between(step)
+        self.saver.settle()
+        self._prune_best()
+
+    def _restore(self) -> None:
+        snapshot = self.disk.found
+        if snapshot is None or snapshot.manifest.round != self.round:
+            return
+        self.saver.restore(snapshot)
+        for name, counters in self.progress.roles.items():
+            self._roles[name].go_on(counters)
+
+    def _stop(self, reason: str | None) -> None:
+        if reason is not None:
+            raise StoppedError(f"stopped by {reason} at step {self.progress.step}", remedy="run it again to go on")
+
+    def _between(self, step: int) -> None:
+        """After a step: publish what was begun before, take a snapshot where one is due, stop where that is asked."""
+        self.progress.step = step
+        if step == self.stop_after:
+            raise StoppedError(f"replayed to step {step}")
+        self.saver.settle()
+        self._prune_best()
+        if step in self.section.bundle_steps:
+            self._bundle(step, "asked for by run.bundle_steps", self.metrics)
+        every, asked = self.recipe.checkpoint.every, self.stopping.asked()  # once: a stop needs the save that it led to
+        must = asked is not None or self.is_last(step) or step + 1 in self.section.bundle_steps
+        if must or (every and step % every == 0):
+            begun = time.monotonic()
+            self._save(must)
+            if asked:
+                self.saver.settle()
+            self.stopping.note_save(time.monotonic() - begun)
+        if not (self.is_last(step) and self.round == self.recipe.num_rounds()):
+            self._stop(asked)
+
+    def _save(self, must: bool) -> None:
+        waiting = [future.result() for future in self._waiting]
+        self._waiting = deque(Ready(rollouts) for rollouts in waiting)
+        self.progress.waiting = len(waiting)
+        self.progress.roles = {name: role.counters() for name, role in self._roles.items()}
+        self.progress.ends = self.disk.ends()
+        self.saver.begin(Content(replace(self.progress), dict(self.tensors), waiting), self.metrics, must)
+
+    def _prune_best(self) -> None:
+        if self.best is None:
+            return
+        spoken_of = {self.best.name, *self.disk.best_of_snapshots()}
+        for folder in self.best.parent.iterdir():
+            if folder.name not in spoken_of:
+                shutil.rmtree(folder)
+
+    def _bundle(self, step: int, reason: str, metrics: Mapping[str, float] | None) -> Path:
+        """Write what `align replay` needs to run a step again."""
+        return bundle.write(self.disk, self.recipe, step, reason, metrics, self.sampled)
+
+    def diverged(self, error: DivergedError) -> DivergedError:
+        """The error of the step under way, with a bundle to replay it."""
+        self.saver.settle()
+        folder = self._bundle(self.clock.step, error.message, None)
+        remedy = f"{error.remedy}; " if error.remedy else ""
+        return DivergedError(
+            error.message, where=error.where, remedy=f"{remedy}run the step again: align replay {folder}"
+        )
+
     def rollouts(
         self, prompts: PromptStream, policy: Policy, sampling: Sampling, lag: int
     ) -> Iterator[tuple[int, Rollouts]]:
@@ -156,19 +296,22 @@ class Run:
         Those of step s + lag are asked for before step s trains, so they come from the weights after step s - 1 and
         meet a policy that is ``lag`` updates further. With ``lag`` 0 a step asks for its own rollouts and waits.
         """
-        waiting: deque[Future[Rollouts]] = deque()
         last = self.round * self.section.steps
         for step in self.steps():
-            while len(waiting) <= min(lag, last - step):
-                waiting.append(policy.generate(prompts.batch(step + len(waiting)), sampling))
-            yield step, waiting.popleft().result()
+            while len(self._waiting) <= min(lag, last - step):
+                self._waiting.append(policy.generate(prompts.batch(step + len(self._waiting)), sampling))
+            self.sampled = self._waiting.popleft().result()
+            yield step, self.sampled
+
+    # Numbers
 
     def log(
         self, step: int, metrics: Mapping[str, float], rollouts: Rollouts | None = None, score_B: Tensor | None = None
     ) -> None:
-        """End a step: add seconds by phase and tokens per second, and write everything where it belongs.
+        """End a step: add seconds by phase, tokens per second and totals, and write everything where it belongs.
 
-        ``rollouts`` and their ``score_B`` give a few samples in readable form.
+        ``rollouts`` and their ``score_B`` give a few samples in readable form. Raises `DivergedError` when
+        ``run.max_non_finite`` optimizer steps in a row had to be left out.
         """
         now = time.perf_counter()
         seconds = self.clock.drain(now - self._begun)
@@ -180,16 +323,35 @@ class Run:
         for phase, tokens in (("generate", "generated_tokens"), ("update", "trained_tokens")):
             if tokens in line and seconds.get(phase):
                 line[f"tokens_per_second/{phase}"] = line[tokens] / seconds[phase]
-        self._metrics.write(json.dumps(_finite(line)) + "\n")
-        if self._board:
-            for name, value in line.items():
-                self._board.add_scalar(name, value, step)
+        line |= self._totals(line, rollouts)
+        self.metrics = line
+        self.disk.log(step, line)
         self._display.step(step, line)
+        self._count_not_finite(metrics)
+
+    def _totals(self, line: Mapping[str, float], rollouts: Rollouts | None) -> dict[str, float]:
+        totals = self.progress.totals
+        more = {
+            "total/generated_tokens": line.get("generated_tokens"),
+            "total/trained_tokens": line.get("trained_tokens"),
+            "total/rollouts": None if rollouts is None else float(len(rollouts)),
+            "seconds/total": line["seconds/step"],
+        }
+        for name, value in more.items():
+            if value is not None:
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def _count_not_finite(self, metrics: Mapping[str, float]) -> None:
+        found = int(sum(value for name, value in metrics.items() if name.rpartition("/")[2] == "non_finite"))
+        self.progress.not_finite = self.progress.not_finite + found if found else 0
+        if self.progress.not_finite >= self.section.max_non_finite:
+            message = f"{self.progress.not_finite} optimizer steps in a row had a loss or gradient that is not finite"
+            raise DivergedError(message, remedy="lower the learning rate, and look at the last rollouts")
 
     def evaluated(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
         """Write a held-out evaluation: its numbers and the answers they were taken from, one line."""
-        line = {"step": step, **_finite(metrics), "answers": [_finite(answer) for answer in answers]}
-        self._evaluations.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.disk.evaluations.append({"step": step, **metrics, "answers": list(answers)}, step)
 
     def _log_samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> None:
         sequences = rollouts.sequences
@@ -202,12 +364,4 @@ class Run:
                 "finished": bool(rollouts.finished_B[i]),
                 "score": None if score_B is None else float(score_B[i]),
             }
-            self._samples.write(json.dumps(_finite(sample), ensure_ascii=False) + "\n")
-
-
-def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that are not finite as text, since JSON has no word for them."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in line.items()
-    }
+            self.disk.samples.append(sample, step)

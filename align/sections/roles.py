@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -85,6 +87,12 @@ class Model:
             raise ValueError(f"micro_batch_tokens must be positive: {self.micro_batch_tokens}")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3, which shards them")
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") or Path(self.path).expanduser().is_dir()
+        if self.trust_remote_code is True and not pinned:  # a string is a reference that is not followed yet
+            raise ValueError(
+                f"trust_remote_code runs code of others: path {self.path} is no folder here, so revision must be the "
+                f"40-digit commit that you have read, not {self.revision}"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align import faults
+from align.checkpoint import FileRecord, write_json, write_tensors
 from align.data import chat, collate
-from align.engines import distributed
+from align.engines import distributed, state
 from align.engines.deepspeed import Engine, sharded_loading
+from align.errors import SaveError
 from align.models import export, load
 from align.roles import Future, LossFunction, Metrics
 from align.run.clock import Span
@@ -40,6 +44,8 @@ class Spec:
     total_steps: int
     timeout_s: float
     """Seconds after which a collective operation is given up."""
+    skip_non_finite: bool = False
+    """Leave out an optimizer step whose loss or gradient is not finite, in place of `DivergedError`."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,34 @@ class Answer(Record, Generic[T]):
 
 
 def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], Answer[T]]:
-    """Make a worker's method report how long it was busy."""
+    """Make a worker's method report how long it was busy. A fault on purpose may spoil the value."""
 
     @functools.wraps(method)
     def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
         begin = time.time()
-        return Answer(method(self, *args, **kwargs), (begin, time.time()))
+        value = method(self, *args, **kwargs)
+        number = faults.spoilt("answer")
+        return Answer(value if number is None else _spoilt(value, number), (begin, time.time()))
 
     return timed
+
+
+def _spoilt(value: Any, number: float) -> Any:
+    """``value`` with ``number`` as first element of its tensors of floats."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        value = value.clone(memory_format=torch.contiguous_format)
+        value.view(-1)[0] = number
+    elif is_dataclass(value) and not isinstance(value, type):
+        tensors = {f.name: getattr(value, f.name) for f in fields(value)}
+        value = replace(value, **{name: _spoilt(one, number) for name, one in tensors.items()})
+    return value
 
 
 class Worker:
     """One rank. ``start`` joins the process group of the role and then `load` brings up the model."""
 
+    stateless = False
+    """Whether a fresh process answers as the one before did, so that one that died may be brought up anew."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
@@ -92,7 +113,7 @@ class Worker:
     def _prepare(self) -> None:
         section = self.spec.section
         self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-        torch.manual_seed(self.spec.seed)
+        state.seed_generators(self.spec.seed)
         with sharded_loading(section):
             self.load()
 
@@ -103,6 +124,10 @@ class Worker:
 
 class TrainedWorker(Worker):
     """A rank whose model learns."""
+
+    stateless = False
+    _writing: futures.Future[list[FileRecord]] | None = None
+    """Files that are being written, or were and have not been asked for."""
 
     def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
         """Adapters and activation checkpoints, as the recipe says."""
@@ -120,7 +145,51 @@ class TrainedWorker(Worker):
     @answered
     def update(self, batch: Batch, loss: LossFunction) -> Metrics:
         """One optimizer step on this rank's share."""
-        return self.engine.update(batch, loss, **self._forward_arguments(batch))
+        arguments = self._forward_arguments(batch)
+        return self.engine.update(batch, loss, skip_non_finite=self.spec.skip_non_finite, **arguments)
+
+    @functools.cached_property
+    def _writer(self) -> futures.Executor:
+        return futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+
+    @answered
+    def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
+        """Write what this rank holds of the state of training below ``folder / role``; see `align.engines.state`.
+
+        Memory is copied before this returns; with ``overlap`` the copy is written by a thread, and `saved` has the
+        records. A save that nobody asked about is waited for, and its outcome dropped. Raises `SaveError`.
+        """
+        if self._writing is not None:
+            futures.wait([self._writing])
+        role, rank = self.spec.role, self.spec.rank
+        files = {
+            state.tensors_file(rank): self.engine.training.collect(),
+            state.random_file(rank): state.random_state(),
+        }
+        counters = self.engine.counters() if rank == 0 else None
+        self._writing = self._writer.submit(_write, folder, role, files, counters)
+        return [] if overlap else self._written()
+
+    @answered
+    def saved(self) -> list[FileRecord]:
+        """Wait for a save that overlaps and return its records, once; none without one. Raises `SaveError`."""
+        return self._written()
+
+    def _written(self) -> list[FileRecord]:
+        writing, self._writing = self._writing, None
+        return [] if writing is None else writing.result()
+
+    @answered
+    def restore(self, folder: Path) -> None:
+        """Go back to what `save` wrote, on any number of ranks and at any ZeRO stage. Raises `ModelError`."""
+        own = folder / self.spec.role
+        self.engine.restore(own)
+        state.restore_random_state(own, self.spec.seed, self.engine.step)
+
+    @answered
+    def state_bytes(self) -> int:
+        """About what this rank would write."""
+        return self.engine.training.num_bytes() + sum(one.nbytes for one in state.random_state().values())
 
     @answered
     def export(self, folder: Path) -> None:
@@ -129,6 +198,21 @@ class TrainedWorker(Worker):
         state = export.state_dict(self.model, self.engine.full, keep=first)
         if first:
             export.write(self.model, self.tokenizer, state, folder)
+
+
+def _write(
+    folder: Path, role: str, files: Mapping[str, Mapping[str, torch.Tensor]], counters: Mapping[str, Any] | None
+) -> list[FileRecord]:
+    try:
+        records = [write_tensors(folder, f"{role}/{name}", tensors) for name, tensors in files.items()]
+        if counters is not None:
+            records.append(write_json(folder, f"{role}/{state.COUNTERS}", counters))
+    except SaveError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise SaveError(f"the state of training cannot be written: {what}", where=str(folder / role)) from error
+    return records
 
 
 @dataclass(frozen=True)
@@ -162,7 +246,7 @@ class Ranks(ABC):
     @abstractmethod
     def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call ``method`` on every rank and fetch nothing: what comes back may be passed, as it is, as an argument to
-        a call of another role, which gets the `Answer`."""
+        a call of another role, which gets the `Answer`. For faults and messages its phase is ``sync``."""
 
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""
@@ -189,9 +273,36 @@ class TrainedRole(Role):
         arguments = [(batch.select(index), loss) for index in rows]
         return self.ranks.call(self.update_phase, TrainedWorker.update, arguments, lambda parts: parts[0])
 
+    def save(self, folder: Path, overlap: bool) -> Future[list[FileRecord]]:
+        """See `align.roles.Stateful`."""
+        return self.ranks.call("save", TrainedWorker.save, self.ranks.everywhere(folder, overlap), _all)
+
+    def saved(self) -> Future[list[FileRecord]]:
+        """See `align.roles.Stateful`."""
+        return self.ranks.call("save_wait", TrainedWorker.saved, self.ranks.everywhere(), _all)
+
+    def restore(self, folder: Path) -> Future[None]:
+        """See `align.roles.Stateful`."""
+        return self.ranks.call("load", TrainedWorker.restore, self.ranks.everywhere(folder), lambda parts: None)
+
+    def state_bytes(self) -> Future[int]:
+        """See `align.roles.Stateful`."""
+        return self.ranks.call("save", TrainedWorker.state_bytes, self.ranks.everywhere(), sum)
+
+    def counters(self) -> dict[str, Any]:
+        """What the driver's side counts, for a snapshot; JSON."""
+        return {}
+
+    def go_on(self, counters: Mapping[str, Any]) -> None:
+        """Count on from what `counters` gave."""
+
     def export(self, folder: Path) -> Future[None]:
         """Write the model in Hugging Face layout."""
         return self.ranks.call("export", TrainedWorker.export, self.ranks.everywhere(folder), lambda parts: None)
+
+
+def _all(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:
+    return [record for part in parts for record in part]
 
 
 def by_rank(total: int, world_size: int) -> list[torch.Tensor]:

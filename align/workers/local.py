@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
+from align import faults
+from align.errors import WorkerError
 from align.roles import Ready
 from align.run import Clock
 from align.workers.base import Answer, Ranks, Spec, Worker
@@ -30,17 +34,30 @@ class LocalRanks(Ranks):
     ) -> Ready[U]:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
-        (answer,) = self.start(method, arguments)
+        answer = self._run(phase, method, arguments)
         self.clock.record(phase, [answer.span])
         return Ready(gather([answer.value]))
 
     def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
         """See `align.workers.base.Ranks`."""
-        return [getattr(self.worker, method.__name__)(*arguments[0])]  # by name: the worker's own override counts
+        return [self._run("sync", method, arguments)]
+
+    def _run(self, phase: str, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> Answer[T]:
+        role, step = self.worker.spec.role, self.clock.step
+        try:
+            faults.strike(role, 0, phase, step)
+            return getattr(self.worker, method.__name__)(*arguments[0])  # by name: the worker's own override counts
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise WorkerError(
+                f"{role} ran out of memory in {phase}, step {step}: {type(error).__name__}: {error}",
+                remedy=f"lower {role}.micro_batch_tokens, or {role}.generation_slots while it samples",
+            ) from error
 
 
 def bring_up(worker: type[Worker], spec: Spec, clock: Clock) -> LocalRanks:
     """Start the role in this process."""
+    faults.strike(spec.role, spec.rank, "start", clock.step)
     instance = worker(spec)
+    faults.strike(spec.role, spec.rank, "load", clock.step)
     instance.start_alone()
     return LocalRanks(instance, clock)

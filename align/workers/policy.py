@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,8 +33,14 @@ from align.workers.base import (
 )
 
 
+MOST_LAG = 1000
+"""Rollouts that may be under way at a time, far above any lag."""
+
+
 class ReferenceWorker(Worker):
     """A causal language model that answers with log-probabilities."""
+
+    stateless = True
 
     def load(self) -> None:
         spec = self.spec
@@ -149,6 +156,17 @@ class Policy(TrainedRole, Reference):
     def sampled_by(self, sampler: Sampler) -> None:
         """Have ``sampler`` generate, on weights that are sent to it before each rollout where they have changed."""
         self._sampler = sampler
+
+    def counters(self) -> dict[str, Any]:
+        """Updates so far, and at which of them the rollouts were asked for that no step has learned from yet."""
+        newest = max(self._version_at, default=0)
+        ahead = {step: version for step, version in self._version_at.items() if step > newest - MOST_LAG}
+        return {"version": self._version, "version_at": {str(step): version for step, version in ahead.items()}}
+
+    def go_on(self, counters: Mapping[str, Any]) -> None:
+        """See `counters`. A sampler gets the weights anew."""
+        self._version, self._sent = counters["version"], -1
+        self._version_at = {int(step): version for step, version in counters["version_at"].items()}
 
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
         """See `align.roles.Policy`."""

@@ -1,72 +1,86 @@
 """The cast on Ray: slots, worker processes, and calls that end with an answer or with a cause.
 
 A slot is a bundle of one placement group: a GPU with a CPU, or a CPU where the cluster has no GPU. Roles that share a
-slot share its device. Workers are never restarted by Ray: a fresh process would silently have base weights.
+slot share its device. Ray itself never restarts a worker: a fresh process would silently have base weights. Only roles
+without state are brought up anew, by `RayCluster.renew`.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import pickle
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align.errors import AlignError, PlacementError, WorkerError
+from align import faults
+from align.errors import PlacementError, WorkerError
 from align.run import Clock
 from align.sections import Cluster
+from align.workers.actors import Member, Place, Process, signal_all
 from align.workers.base import Answer, Ranks, Spec, Worker
-from align.workers.process import open_log, worker_environment
+from align.workers.evidence import Call, DiedError
+from align.workers.process import worker_environment
+from align.workers.session import LOOPBACK, Session
+from align.workers.watch import Watch
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-LOOPBACK = "127.0.0.1"
-TAIL_LINES = 15
+NODE_POLL_S = 1.0
 
 
-class _Process:
-    """The Ray actor around a `Worker`: its log file first, then calls by method name."""
+@dataclass(frozen=True)
+class Cast:
+    """How a role is brought up."""
 
-    def __init__(self, worker: type[Worker], spec: Spec, log: Path):
-        open_log(log)
-        self._worker = worker(spec)
-
-    def address(self) -> str:
-        """IP address of this node, as other nodes reach it."""
-        return ray.util.get_node_ip_address()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Run a method of the worker; what it prints goes to the log."""
-        return getattr(self._worker, method)(*arguments)
+    worker: type[Worker]
+    specs: list[Spec]
+    """Of each rank."""
+    slots: tuple[int, ...]
+    """Of each rank."""
+    environments: list[dict[str, str]]
+    """Variables of each rank's process."""
+    shares: list[float]
+    """Part of its slot that each rank takes."""
+    logs: list[Path]
+    """Of each rank."""
 
 
 class RayFuture(Generic[U]):
     """Answers under way from every rank of a role."""
 
-    def __init__(self, ranks: RayRanks, phase: str, references: Sequence[Any], gather: Callable[[list[Any]], U]):
-        self._ranks, self._phase, self._references, self._gather = ranks, phase, references, gather
+    def __init__(self, ranks: RayRanks, call: Call, gather: Callable[[list[Any]], U]):
+        self._ranks, self._call, self._gather = ranks, call, gather
 
     def result(self) -> U:
         """Wait; see `align.roles.Future`."""
-        answers = self._ranks.wait(self._references, self._phase, self._ranks.timeout_s)
-        self._ranks.clock.record(self._phase, [answer.span for answer in answers])
+        answers = self._ranks.answers(self._call)
+        self._ranks.clock.record(self._call.phase, [answer.span for answer in answers])
         return self._gather([answer.value for answer in answers])
 
 
 class RayRanks(Ranks):
     """The worker processes of one role."""
 
-    def __init__(self, role: str, handles: Sequence[Any], logs: Sequence[Path], clock: Clock, timeout_s: float):
-        self.role, self.handles, self.logs, self.clock, self.timeout_s = role, handles, logs, clock, timeout_s
-        self.world_size = len(handles)
+    def __init__(self, role: str, cast: Cast, clock: Clock, cluster: RayCluster):
+        self.role, self.cast, self.clock, self.cluster = role, cast, clock, cluster
+        self.world_size = len(cast.specs)
+
+    @property
+    def members(self) -> list[Member]:
+        """The processes as they are now."""
+        return self.cluster.watch.members[self.role]
 
     def call(
         self,
@@ -77,109 +91,122 @@ class RayRanks(Ranks):
     ) -> RayFuture[U]:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
-        return RayFuture(self, phase, self.ask(method.__name__, arguments), gather)
+        return RayFuture(self, self.ask(Call(phase, self.clock.step, method.__name__, arguments)), gather)
 
     def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `align.workers.base.Ranks`."""
-        return self.ask(method.__name__, arguments)
+        call = self.ask(Call("sync", self.clock.step, method.__name__, arguments))
+        self.cluster.started.append((self.role, call))
+        return call.references
 
-    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """References to what each rank will answer."""
-        return [h.call.remote(method, *own) for h, own in zip(self.handles, arguments, strict=True)]
-
-    def wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
-        """Answers in rank order. The first rank that fails ends the wait, though its peers may hang in a collective."""
-        deadline, pending, answers = time.monotonic() + timeout_s, list(references), {}
-        while pending:
-            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                late = ", ".join(f"{self.role}-{references.index(reference)}" for reference in pending)
-                raise WorkerError(
-                    f"{late}: no answer to {what} within {timeout_s:.0f} s",
-                    remedy=f"read {self.logs[references.index(pending[0])]}, or raise cluster.call_timeout_s",
-                )
-            rank = references.index(done[0])
-            answers[rank] = self._get(done[0], rank, what)
-        return [answers[rank] for rank in range(len(references))]
-
-    def _get(self, reference: Any, rank: int, what: str) -> Any:
-        name, log = f"{self.role}-{rank}", self.logs[rank]
+    def ask(self, call: Call) -> Call:
+        """Send a call to its ranks, with the fault that is due there."""
+        members = self.members[call.first : call.first + len(call.arguments)]
+        kinds = [faults.due(self.role, one.rank, call.phase, call.step) for one in members]
         try:
-            return ray.get(reference, timeout=self.timeout_s)
-        except RayTaskError as error:
-            if isinstance(error.cause, AlignError):
-                raise error.cause from None
-            raise WorkerError(f"{name} failed in {what}\n{str(error).strip()}\n  log: {log}") from None
-        except RayActorError as error:
+            call.references = [
+                member.handle.call.remote(call.method, kind, *own)
+                for member, kind, own in zip(members, kinds, call.arguments, strict=True)
+            ]
+        except (RayError, TypeError, pickle.PicklingError) as error:
             cause = str(error).strip().splitlines()[0]
-            raise WorkerError(f"{name} died in {what}: {cause}\n{_tail(log)}\n  log: {log}") from None
-        except GetTimeoutError:
-            raise WorkerError(f"{name}: its answer to {what} could not be fetched\n  log: {log}") from None
+            raise WorkerError(
+                f"{self.role}: {call.place} cannot be sent to its workers: {type(error).__name__}: {cause}; remedy: "
+                "losses and their arguments must be picklable, and fit into Ray's object store (/dev/shm)"
+            ) from error
+        self.cluster.watch.calls.append((self.role, call))
+        return call
 
+    def answers(self, call: Call) -> list[Any]:
+        """Wait for a call, within the time its phase has. A role without state is renewed and asked again."""
+        while True:
+            try:
+                found = self.wait(call)
+                self.cluster.forget((self.role, call))
+                return found
+            except DiedError as error:
+                self.cluster.renew(self, error)
 
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if log.exists() else []
-    return "\n".join(f"  | {line}" for line in lines) or "  | (its log is empty)"
+    def wait(self, call: Call) -> list[Any]:
+        """Wait for a call, within the time its phase has."""
+        section = self.cluster.section
+        if call.phase in section.phase_timeout_s:
+            key, seconds = f"cluster.phase_timeout_s.{call.phase}", section.phase_timeout_s[call.phase]
+        else:
+            key, seconds = "cluster.call_timeout_s", section.call_timeout_s
+        return self.cluster.watch.wait(self.role, call, seconds, key)
 
 
 class RayCluster:
     """A Ray cluster for the time of a run, and one placement group on it. Use as a context manager."""
 
-    def __init__(self, section: Cluster, num_slots: int):
-        self.section, self.num_slots = section, num_slots
-        self._temporary: Path | None = None
-        self._handles: list[Any] = []
+    def __init__(
+        self,
+        section: Cluster,
+        num_slots: int,
+        interrupted: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        max_restarts: int = 0,
+    ):
+        """``interrupted`` is called at least once a second while workers are waited for; what it raises ends the wait.
+        ``max_restarts``: how often roles without state are brought up anew, each time with a line to ``report``."""
+        self.section, self.num_slots, self.report = section, num_slots, report
+        self.restarts_left = max_restarts
+        self.session = Session(section)
+        self.watch = Watch(interrupted)
+        self.started: list[tuple[str, Call]] = []
+        """Calls that nobody waits for."""
 
     def __enter__(self) -> RayCluster:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+        self.session.open()
         try:
-            if self.section.address is None:
-                self._temporary = Path(tempfile.mkdtemp(prefix="align-ray-", dir="/tmp"))
-                num_cpus = (os.cpu_count() or 1) * self.section.slots_per_core
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    _node_ip_address=LOOPBACK,
-                    _temp_dir=str(self._temporary),
-                    **common,
-                )
-            else:
-                ray.init(address=self.section.address, **common)
             self._reserve()
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except BaseException as error:
             self.__exit__()
-            raise WorkerError(
-                f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",
-                remedy="check cluster.address=HOST:PORT, and that its Ray has this version",
-            ) from error
-        except BaseException:
-            self.__exit__()
+            if isinstance(error, (RayError, ConnectionError)):
+                raise WorkerError(f"Ray failed while slots were taken: {error}", remedy="run again") from error
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end_workers()
-        if ray.is_initialized():
-            ray.shutdown()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self.session.close()
 
     def end_workers(self) -> None:
-        """Kill every worker process; their slots become free."""
-        for handle in self._handles:
-            ray.kill(handle)
-        self._handles.clear()
+        """Kill every worker process; their slots become free. Does not raise."""
+        members = [one for members in self.watch.members.values() for one in members]
+        self.watch.members.clear()
+        self.watch.calls.clear()
+        self.started.clear()
+        self._kill(members)
+
+    def _kill(self, members: Sequence[Member]) -> None:
+        """Ray first, so that it knows that it is meant; then the system, for a stopped process does not hear Ray."""
+        if not members or not ray.is_initialized():  # or Ray would start itself, to answer
+            return
+        with suppress(Exception):
+            for member in members:
+                if not self.watch.broken:
+                    ray.kill(member.handle)
+            signal_all(members, signal.SIGKILL, elsewhere=self.watch.hung and not self.watch.broken)
+
+    def forget(self, done: tuple[str, Call]) -> None:
+        """A call was answered, and with it all calls that nobody waits for and that are through."""
+        self.watch.calls.remove(done)
+        for one in list(self.started):
+            ready, _ = ray.wait(one[1].references, num_returns=len(one[1].references), timeout=0, fetch_local=False)
+            if len(ready) == len(one[1].references):
+                self.started.remove(one)
+                self.watch.calls.remove(one)
 
     def _reserve(self) -> None:
         """Get the slots, or say what was asked, what is there and what is missing."""
         deadline = time.monotonic() + self.section.start_timeout_s
         kind = "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
         while (there := int(ray.cluster_resources().get(kind, 0))) < self.num_slots:
-            if self.section.address is None or time.monotonic() > deadline:
+            if self.session.own or time.monotonic() > deadline:
                 raise self._refusal(kind, there)
-            time.sleep(1.0)  # nodes of a running cluster may still be joining
+            time.sleep(NODE_POLL_S)  # nodes of a running cluster may still be joining
         self.on_gpu = kind == "GPU"
         bundle = {"CPU": 1.0, "GPU": 1.0} if self.on_gpu else {"CPU": 1.0}
         self._group: PlacementGroup = placement_group([bundle] * self.num_slots, strategy="PACK")
@@ -203,47 +230,94 @@ class RayCluster:
     def bring_up(
         self, roles: Mapping[str, tuple[type[Worker], list[Spec], tuple[int, ...]]], log_dir: Path, clock: Clock
     ) -> dict[str, RayRanks]:
-        """Start every role: worker class, one spec a rank, and the slots of its ranks. All come up at the same time."""
+        """Start every role: worker class, one spec a rank, and the slots of its ranks. All come up at the same time.
+
+        Faults on purpose strike in phase ``start`` as the worker is made, in ``load`` as it joins its peers and loads.
+        """
         sharing = [sum(slot in slots for _, _, slots in roles.values()) for slot in range(self.num_slots)]
         on_node = dict.fromkeys(self._node_of_slot, 0)
         for slot, count in enumerate(sharing):
             on_node[self._node_of_slot[slot]] += count
         pools = {}
         for name, (worker, specs, slots) in roles.items():
-            handles, logs = [], []
-            for spec, slot in zip(specs, slots, strict=True):
-                logs.append(log_dir / f"{name}-{spec.rank}.log")
-                share = 1.0 / sharing[slot]
-                actor = ray.remote(_Process).options(
-                    num_cpus=share,
-                    num_gpus=share if self.on_gpu else 0,
-                    max_restarts=0,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._order[slot]),
-                    runtime_env={"env_vars": self._environment(self._node_of_slot[slot], on_node)},
-                )
-                handles.append(actor.remote(worker, spec, logs[-1]))
-            self._handles += handles
-            pools[name] = RayRanks(name, handles, logs, clock, self.section.call_timeout_s)
-        self._rendezvous(pools)
+            environments = [self._environment(self._node_of_slot[slot], on_node) for slot in slots]
+            shares = [1.0 / sharing[slot] for slot in slots]
+            logs = [log_dir / f"{name}-{spec.rank}.log" for spec in specs]
+            pools[name] = RayRanks(name, Cast(worker, specs, slots, environments, shares, logs), clock, self)
+        self._come_up(list(pools.values()))
+        self.watch.look_after_daemons()
         return pools
 
     def _environment(self, node: str, workers_on: Mapping[str, int]) -> dict[str, str]:
         cores = {one["NodeID"]: int(one["Resources"].get("CPU", 1)) for one in ray.nodes()}
-        own = (os.cpu_count() or 1) if self._loopback else cores[node]  # our own cluster counts slots, not cores
-        return worker_environment(own, workers_on[node], self._loopback)
+        own = (os.cpu_count() or 1) if self.session.own else cores[node]  # our own cluster counts slots, not cores
+        return worker_environment(own, workers_on[node], self.session.own)
 
-    @property
-    def _loopback(self) -> bool:
-        return self.section.address is None
+    def _processes(self, role: str, cast: Cast) -> list[Member]:
+        """New processes in the slots of a role."""
+        members = []
+        for rank, slot in enumerate(cast.slots):
+            actor = ray.remote(Process).options(
+                num_cpus=cast.shares[rank],
+                num_gpus=cast.shares[rank] if self.on_gpu else 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._order[slot]),
+                runtime_env={"env_vars": cast.environments[rank]},
+            )
+            handle = actor.remote(cast.logs[rank])
+            members.append(Member(role, rank, handle, cast.logs[rank], cast.worker.stateless))
+        return members
 
-    def _rendezvous(self, pools: Mapping[str, RayRanks]) -> None:
+    def _come_up(self, pools: Sequence[RayRanks]) -> None:
+        """New processes for some roles, all at the same time, until their models are loaded."""
         deadline = time.monotonic() + self.section.start_timeout_s
-        starting = []
-        for pool in pools.values():
-            left = deadline - time.monotonic()
-            first = pool.handles[0]
-            host = LOOPBACK if self._loopback else pool.wait([first.address.remote()], "its address", left)[0]
-            port = pool.wait([first.call.remote("open_store", host)], "its meeting point", left)[0]
-            starting.append((pool, pool.ask("start", pool.everywhere(host, port))))
-        for pool, references in starting:
-            pool.wait(references, "coming up", deadline - time.monotonic())
+        made, loading = [], []
+        for pool in pools:
+            self.watch.members[pool.role] = self._processes(pool.role, pool.cast)
+            made.append(self._ask(pool, "start", "come_up", [(pool.cast.worker, spec) for spec in pool.cast.specs]))
+        for pool, call in zip(pools, made, strict=True):
+            places: list[Place] = self._answers(pool, call, deadline)
+            members = [replace(member, place=place) for member, place in zip(pool.members, places, strict=True)]
+            self.watch.members[pool.role] = members
+        for pool in pools:
+            place = pool.members[0].place
+            host = LOOPBACK if self.session.own or place is None else place.host
+            (port,) = self._answers(pool, self._ask(pool, "meet", "open_store", [(host,)]), deadline)
+            loading.append(self._ask(pool, "load", "start", pool.everywhere(host, port)))
+        for pool, call in zip(pools, loading, strict=True):
+            self._answers(pool, call, deadline)
+
+    def _ask(self, pool: RayRanks, phase: str, method: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
+        return pool.ask(Call(phase, pool.clock.step, method, arguments))
+
+    def _answers(self, pool: RayRanks, call: Call, deadline: float) -> list[Any]:
+        """Wait while roles come up: a process that dies here is not renewed."""
+        left = max(0.0, deadline - time.monotonic())
+        found = self.watch.wait(pool.role, call, left, "cluster.start_timeout_s")
+        self.forget((pool.role, call))
+        return found
+
+    def renew(self, ranks: RayRanks, error: DiedError) -> None:
+        """Bring up a role without state anew in its slots, and ask it again what it has not answered.
+
+        Raises ``error`` for a role with state, for the death of another role's worker, and when it was often enough.
+        """
+        if error.role != ranks.role or not ranks.cast.worker.stateless or self.restarts_left < 1:
+            raise error
+        self.restarts_left -= 1
+        line = str(error).splitlines()[0]
+        self.report(
+            f"{line}; {ranks.role} has no state and is brought up anew, {self.restarts_left} more times at most"
+        )
+        unanswered = [call for role, call in self.watch.calls if role == ranks.role]
+        self.watch.calls = [one for one in self.watch.calls if one[0] != ranks.role]
+        self._kill(ranks.members)
+        try:
+            self._come_up([ranks])
+        except DiedError as again:
+            self.watch.calls = [one for one in self.watch.calls if one[0] != ranks.role]
+            self.watch.calls += [(ranks.role, call) for call in unanswered]
+            self.renew(ranks, again)
+            return
+        for call in unanswered:
+            ranks.ask(call)

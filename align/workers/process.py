@@ -1,11 +1,33 @@
-"""The surroundings of a worker process: its threads, its log, and silence towards telemetry."""
+"""The surroundings of a worker process: its environment, its threads, its log, its end."""
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
+import re
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+INHERITED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|TMPDIR|PWD|LANG|LC_.*|VIRTUAL_ENV|CONDA_.*|PYTHON.*|LD_LIBRARY_PATH|LD_PRELOAD"
+    r"|(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|GOMP|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|DS|DEEPSPEED)_.*"
+    r"|(HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|SAFETENSORS|RAY|SLURM|XDG)_.*"
+    r"|SSL_CERT_.*|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(http|https|no|all|HTTP|HTTPS|NO|ALL)_(proxy|PROXY)"
+)
+"""Names of variables that Ray and its workers get from the driver; no others, for they may hold secrets of other
+programs. ``HF_TOKEN`` is among them, because workers read models from the hub. ``SLURM_JOB_ID`` is, because jobs find
+what is left of them by it."""
+STACKS = signal.SIGUSR2
+"""Signal on which a worker writes the stacks of all its threads into its log."""
+PR_SET_PDEATHSIG = 1
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of the driver's environment that Ray and its workers get."""
+    return {name: value for name, value in environment.items() if INHERITED.fullmatch(name)}
 
 
 def worker_environment(num_cores: int, num_workers: int, loopback: bool) -> dict[str, str]:
@@ -48,10 +70,45 @@ def quiet() -> dict[str, str]:
 
 
 def open_log(path: Path) -> None:
-    """Send everything this process writes to ``path``, stacks of fatal signals included."""
+    """Send everything this process writes to ``path``, stacks of fatal signals and of `STACKS` included.
+
+    The stacks are written by the signal's handler itself, so they come also while the interpreter's lock is held.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", buffering=1)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log.fileno(), stream.fileno())
     faulthandler.enable(log)
+    faulthandler.register(STACKS, log, all_threads=True)
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, however it ends.
+
+    A worker that is stopped or holds the interpreter's lock cannot see that its raylet is gone.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def state(pid: int) -> str:
+    """State letter of a process of this machine as in proc(5): R, S, D, T (stopped), Z; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def signal_workers(pids: list[int], number: int) -> dict[int, str]:
+    """Send a signal to those of ``pids`` that are workers of Ray; returns the state of each before."""
+    states = {pid: state(pid) for pid in pids}
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):  # the number may have been given anew
+                os.kill(pid, number)
+        except OSError:
+            continue  # gone meanwhile
+    return states

@@ -19,6 +19,8 @@ from align.workers.base import Role, TrainedRole, TrainedWorker, Worker, answere
 class RewardWorker(Worker):
     """A model that gives a sequence one number."""
 
+    stateless = True
+
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
         assert isinstance(section, RewardSection)

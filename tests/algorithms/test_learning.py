@@ -61,7 +61,7 @@ def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     renderer = load_renderer(settings)
     material, _ = algorithm.prepare(settings, helpsteer.load(settings.data), renderer)
     run = Run(settings, renderer.text)
-    with cast(settings, run) as roles, run:
+    with run, cast(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))
         algorithm.train(settings, material, SimpleNamespace(**{**vars(roles), "reward": liked}), run)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +181,7 @@ def share_said(folder: Path, policy: Path) -> float:
     renderer = load_renderer(settings)
     found = helpsteer.prompts(helpsteer.load(settings.data).train, renderer, 100)
     asked = PromptStream(found.tokens, 32, 0, renderer.stop_ids).batch(1)
-    with cast(settings, Run(settings, renderer.text)) as roles:
+    with Run(settings, renderer.text) as run, cast(settings, run) as roles:
         rollouts = roles.policy.generate(asked, Sampling(num_samples=4, max_tokens=1)).result()
     token = renderer.tokenizer.convert_tokens_to_ids(LIKED)
     return float((rollouts.sequences.responses.ids_N == token).double().mean())
@@ -240,7 +240,7 @@ def test_sft_learns_the_answers(tmp_path, toy_data, tiny_policy):
     material, counts = sft.prepare(settings, source, renderer)
     assert counts["kept"] == counts["rows"] - counts["ties"]
     run = Run(settings, renderer.text)
-    with cast(settings, run) as roles, run:
+    with run, cast(settings, run) as roles:
         sft.train(settings, material, roles, run)
         found = helpsteer.prompts([row for row in source.train if row.preference], renderer, 100)
         stream = PromptStream(found.tokens, len(found.tokens), 0, renderer.stop_ids)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from align import sections
 from align.data.prompts import PromptStream
@@ -54,14 +55,18 @@ def learn(run: Run, actor: Actor, lag: int) -> list[tuple[int, int, int]]:
 
 def test_on_policy_each_rollout_comes_from_the_weights_that_learn_from_it(tmp_path: Path):
     actor = Actor()
-    assert learn(started(tmp_path), actor, 0) == [(1, 0, 0), (2, 1, 1), (3, 2, 2)]
+    with started(tmp_path) as run:
+        seen = learn(run, actor, 0)
+    assert seen == [(1, 0, 0), (2, 1, 1), (3, 2, 2)]
     assert actor.events == ["generate 1", "update 1", "generate 2", "update 2", "generate 3", "update 3"]
 
 
 def test_with_a_lag_of_one_the_next_rollout_is_asked_for_before_a_step_trains(tmp_path: Path):
     actor = Actor()
     # Those of step 1 and 2 both come from the start; that of step 4 from after step 2, and meets the weights of step 3.
-    assert learn(started(tmp_path, steps=4), actor, 1) == [(1, 0, 0), (2, 0, 1), (3, 1, 2), (4, 2, 3)]
+    with started(tmp_path, steps=4) as run:
+        seen = learn(run, actor, 1)
+    assert seen == [(1, 0, 0), (2, 0, 1), (3, 1, 2), (4, 2, 3)]
     assert actor.events == [
         "generate 1", "generate 2", "update 1", "generate 3", "update 2", "generate 4", "update 3", "update 4"
     ]  # fmt: skip
@@ -69,7 +74,9 @@ def test_with_a_lag_of_one_the_next_rollout_is_asked_for_before_a_step_trains(tm
 
 def test_with_a_lag_of_three(tmp_path: Path):
     actor = Actor()
-    assert learn(started(tmp_path, steps=6), actor, 3) == [
+    with started(tmp_path, steps=6) as run:
+        seen = learn(run, actor, 3)
+    assert seen == [
         (1, 0, 0), (2, 0, 1), (3, 0, 2), (4, 0, 3), (5, 1, 4), (6, 2, 5)
     ]  # fmt: skip
     assert actor.events[:5] == ["generate 1", "generate 2", "generate 3", "generate 4", "update 1"]
@@ -79,7 +86,8 @@ def test_with_a_lag_of_three(tmp_path: Path):
 @pytest.mark.parametrize("lag", [0, 1, 3, 99])
 def test_every_step_is_sampled_once_and_no_rollout_is_older_than_the_lag(tmp_path: Path, lag: int):
     actor = Actor()
-    seen = learn(started(tmp_path, steps=5), actor, lag)
+    with started(tmp_path, steps=5) as run:
+        seen = learn(run, actor, lag)
     assert [event for event in actor.events if event.startswith("generate")] == [f"generate {n}" for n in range(1, 6)]
     assert [now - version for _, version, now in seen] == [min(step - 1, lag) for step in range(1, 6)]
 
@@ -104,15 +112,20 @@ def test_steps_go_on_counting_through_rounds(tmp_path: Path):
 
 
 def test_each_round_has_its_folders_and_starts_without_memory(tmp_path: Path):
-    run = started(tmp_path, 2, 2)
-    run.begin_round(1)
-    run.state |= {"kl_coef": 0.5, "best_step": 1.0}
-    assert (run.final, run.best) == (tmp_path / "round-1" / "final", tmp_path / "round-1" / "best" / "step-000001")
-    run.begin_round(2)
-    assert (run.state, run.best, run.final) == ({}, None, tmp_path / "final")  # the last round's model is the run's
-    alone = started(tmp_path / "alone")
-    alone.begin_round(1)
-    assert alone.final == tmp_path / "alone" / "final"
+    with started(tmp_path, 2, 2) as run:
+        run.begin_round(1)
+        run.state |= {"kl_coef": 0.5, "best_step": 1.0}
+        run.tensors["heldout/start/greedy/reward"] = torch.zeros(1)
+        best = tmp_path / "round-1" / "best" / "step-000001"
+        assert (run.final, run.best) == (tmp_path / "round-1" / "final", best)
+        assert run.start_of(2) == best  # where none was kept, the last
+        run.begin_round(2, best)
+        assert (run.state, run.tensors, run.best) == ({}, {}, None)
+        assert run.final == tmp_path / "final"  # the last round's model is the run's
+        assert run.start_of(2) == best
+    with started(tmp_path / "alone") as alone:
+        alone.begin_round(1)
+        assert alone.final == tmp_path / "alone" / "final"
 
 
 def test_the_display_counts_the_steps_of_all_rounds(tmp_path: Path, capsys):
@@ -141,21 +154,25 @@ class Writer:
         return Ready(None)
 
 
-def test_a_better_policy_replaces_the_one_before_when_it_is_complete(tmp_path: Path):
-    run, policy = started(tmp_path), Writer()
-    assert run.best is None
-    for step in (0, 10, 20):
-        run.keep_best(step, policy)  # type: ignore[arg-type]
-        assert run.best == tmp_path / "best" / f"step-{step:06d}"
-        assert [path.name for path in (tmp_path / "best").iterdir()] == [f"step-{step:06d}"]
-        assert (run.best / "model.safetensors").is_file()
-    assert policy.beside == [[], ["step-000000"], ["step-000010"]]  # the one before was there while this was written
+def test_a_better_policy_replaces_the_one_before_when_no_snapshot_speaks_of_it(tmp_path: Path):
+    policy = Writer()
+    with started(tmp_path, steps=40) as run:
+        assert run.best is None
+        for step in run.steps():
+            if step in (10, 15, 25, 30):  # snapshots are taken after 20 and 40
+                run.keep_best(step, policy)  # type: ignore[arg-type]
+                assert run.best == tmp_path / "best" / f"step-{step:06d}"
+                assert (run.best / "model.safetensors").is_file()
+    # The snapshot after 20 speaks of 15 and is published before 25 comes; nothing speaks of 10, 25 any more.
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["step-000015", "step-000030"]
+    assert policy.beside[-1] == ["step-000015"]  # 25 went as soon as 30
 
 
 def test_a_better_policy_that_could_not_be_written_leaves_the_one_before(tmp_path: Path):
-    run, policy = started(tmp_path), Writer(fails_at=2)
-    run.keep_best(1, policy)  # type: ignore[arg-type]
-    with pytest.raises(OSError, match="disk full"):
-        run.keep_best(2, policy)  # type: ignore[arg-type]
-    assert run.best == tmp_path / "best" / "step-000001"
-    assert (run.best / "model.safetensors").read_text() == "weights"
+    policy = Writer(fails_at=2)
+    with started(tmp_path) as run:
+        run.keep_best(1, policy)  # type: ignore[arg-type]
+        with pytest.raises(OSError, match="disk full"):
+            run.keep_best(2, policy)  # type: ignore[arg-type]
+        assert run.best == tmp_path / "best" / "step-000001"
+        assert (run.best / "model.safetensors").read_text() == "weights"

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from align import sections
 from align.errors import ConfigError
 from align.run import Clock, Run, display
+from align.run import environment as surroundings
 from align.run import run as module
 from align.types import Packed, Rollouts, Sequences
 
@@ -61,7 +62,12 @@ def time(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_a_new_folder_holds_what_is_known_before_the_start(tmp_path: Path):
     folder = tmp_path / "runs" / "first"
     run = Run(recipe(folder, seed=7), decode)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert not folder.exists()
+    with run:
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.yaml", "environment.json", "evaluations.jsonl", "identity.json", "lock", "metrics.jsonl",
+            "samples.jsonl", "starts.jsonl",
+        ]  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["algorithm"], config["run"]["seed"], config["run"]["steps"]) == ("rloo", 7, 3)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -69,37 +75,38 @@ def test_a_new_folder_holds_what_is_known_before_the_start(tmp_path: Path):
 
 
 def test_the_environment(tmp_path: Path):
-    Run(recipe(tmp_path), decode)
+    with Run(recipe(tmp_path), decode):
+        pass
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(environment["packages"]) == set(module.PACKAGES)
+    assert set(environment["packages"]) == set(surroundings.PACKAGES)
     assert set(environment["machine"]) == {"node", "system", "cores"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", environment["started"])
 
 
 def test_the_revision_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = str(Path(module.__file__).parent)
+    source = str(Path(surroundings.__file__).parent)
 
     def git(command: list[str], **_: object) -> SimpleNamespace:
         assert command == ["git", "-C", source, "rev-parse", "HEAD"]
         return SimpleNamespace(stdout="0123abc\n")
 
     monkeypatch.setattr(subprocess, "run", git)
-    assert module.environment()["git_revision"] == "0123abc"
+    assert surroundings.environment()["git_revision"] == "0123abc"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))  # not a repository
-    assert module.environment()["git_revision"] is None
+    assert surroundings.environment()["git_revision"] is None
 
 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert module.environment()["git_revision"] is None
+    assert surroundings.environment()["git_revision"] is None
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("old\n")
-    with pytest.raises(ConfigError, match="is not empty") as caught:
-        Run(recipe(tmp_path), decode)
+    with pytest.raises(ConfigError, match="is not empty") as caught, Run(recipe(tmp_path), decode):
+        pass
     assert str(tmp_path) in str(caught.value)
     assert "another run.dir" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -109,8 +116,8 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"file.* cannot be made"):
-            Run(recipe(place), decode)
+        with pytest.raises(ConfigError, match=r"file.* cannot be made"), Run(recipe(place), decode):
+            pass
 
 
 # Metrics
@@ -142,6 +149,10 @@ def test_metrics_by_hand(tmp_path: Path, time: SimpleNamespace):
             "generated_tokens": 6.0,  # 1 + 2 + 3
             "tokens_per_second/generate": 3.0,  # 6 / 2
             "tokens_per_second/update": 4.0,  # 20 / 5
+            "total/generated_tokens": 6.0,
+            "total/trained_tokens": 20.0,
+            "total/rollouts": 3.0,
+            "seconds/total": 8.0,
         },
         {
             "step": 2,
@@ -150,6 +161,10 @@ def test_metrics_by_hand(tmp_path: Path, time: SimpleNamespace):
             "trained_tokens": 8.0,
             "seconds/wait": 1.5,  # each step starts afresh, and nobody worked in this one
             "seconds/step": 1.5,
+            "total/generated_tokens": 6.0,  # nothing was sampled in this one
+            "total/trained_tokens": 28.0,
+            "total/rollouts": 3.0,
+            "seconds/total": 9.5,
         },
     ]
 

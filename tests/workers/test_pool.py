@@ -46,7 +46,7 @@ class Toy(Worker):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-SECTION = Cluster(start_timeout_s=60.0, call_timeout_s=20.0)
+SECTION = Cluster(start_timeout_s=120.0, call_timeout_s=60.0, phase_timeout_s={"late": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,9 @@ def test_an_exception_comes_with_its_traceback_and_log(ranks):
 
 
 def test_a_late_answer_names_who_and_what(ranks):
-    patience, ranks.timeout_s = ranks.timeout_s, 1.0
-    with pytest.raises(WorkerError, match="toy-1: no answer to sleep within 1 s"):
-        ranks.call("sleep", Toy.sleep, [(0.0,), (3.0,), (0.0,)], list).result()
-    ranks.timeout_s = patience
+    with pytest.raises(WorkerError, match="toy-1: no answer to late within 1 s, step 0: in sleep") as caught:
+        ranks.call("late", Toy.sleep, [(0.0,), (6.0,), (0.0,)], list).result()
+    assert "raise cluster.phase_timeout_s.late" in str(caught.value)
 
 
 def test_a_dead_rank_ends_the_wait_at_once_though_its_peer_hangs(ranks):
@@ -106,7 +105,7 @@ def test_a_dead_rank_ends_the_wait_at_once_though_its_peer_hangs(ranks):
     message = str(caught.value)
     assert message.startswith("toy-1 died in die")
     assert "last words" in message
-    assert str(ranks.logs[1]) in message
+    assert str(ranks.members[1].log) in message
 
 
 def test_a_placement_that_does_not_fit_is_refused_at_once(cluster):

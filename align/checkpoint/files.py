@@ -1,0 +1,161 @@
+"""Files of a snapshot: hashed while they are written, and on the disk before anything names them.
+
+Tensors go to the safetensors format, which can carry no code: 8 bytes with the length of a JSON header, the header
+with dtype, shape and offsets of each tensor, then the tensors themselves, little-endian and without gaps.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align import faults
+from align.errors import SaveError
+
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 2**20
+"""Hashed and then written while it is still in the processor's cache."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of the safetensors format."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written. ``name`` is a POSIX path relative to the snapshot's folder, ``size`` is in bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is a relative POSIX path that stays below its folder, in its one spelling, and free for use."""
+    path = PurePosixPath(name)
+    below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts
+    return below and name.isprintable() and name not in (".", MANIFEST)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn an OSError into a `SaveError` that names the file, what the system said and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "check the file system; snapshots published before are untouched"
+        if error.errno in FULL:
+            remedy = (
+                "free space or inodes there, or keep fewer snapshots (checkpoint.keep_latest, keep_best, keep_every)"
+            )
+        elif error.errno in PROTECTED:
+            remedy = "let this user write there"
+        where = error.filename or path
+        raise SaveError(f"cannot be written: {error.strerror or error}", where=str(where), remedy=remedy) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file that is not there yet, for this user alone, and bring it to the disk; returns size and sha256.
+    Raises OSError."""
+    size, digest = 0, hashlib.sha256()
+    with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
+        for part in parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                chunk = part[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def write_bytes(folder: Path, name: str, content: bytes) -> FileRecord:
+    """Write ``content`` to the new file ``name`` of a snapshot that `Snapshots.begin` has begun.
+
+    Raises `SaveError` where the system refuses, ValueError for a name that leaves the folder or is the manifest's.
+    """
+    return _write(folder, name, [content])
+
+
+def write_json(folder: Path, name: str, value: Any) -> FileRecord:
+    """The same with ``value`` as JSON. Floats read back bit for bit; NaN and infinities are written as Python reads
+    them."""
+    return _write(folder, name, [json.dumps(value).encode() + b"\n"])
+
+
+def write_tensors(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = {}
+) -> FileRecord:
+    """The same with CPU tensors of the dtypes in `DTYPES`, as a safetensors file with ``metadata`` in its header.
+
+    Bytes go from the tensors to the file without a second copy, but for tensors that are not contiguous: these are
+    copied one at a time. Raises ValueError for a tensor of another dtype or device.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            kind = f"{tensor.layout}, {tensor.dtype}, on {tensor.device}"
+            raise ValueError(f"{name}: tensor {key!r} ({kind}) is no dense CPU tensor of a dtype that is stored")
+    # Largest elements first, so that each tensor begins at a multiple of its element size, as readers in place need it.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    if "__metadata__" in tensors or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{name}: metadata is text by name, and no tensor is called __metadata__")
+    end = 0
+    for key in order:
+        start, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        shape = list(tensors[key].shape)
+        header[key] = {"dtype": DTYPES[tensors[key].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(folder, name, _file(text, (tensors[key] for key in order)))
+
+
+def _file(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in tensors:
+        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    if not is_plain(name):
+        raise ValueError(f"{name!r} is no name for a file of a snapshot")
+    path = folder / name
+    with saving(path):
+        step = re.search(r"step-([0-9]+)", folder.name)
+        faults.strike("driver", 0, "shard", int(step[1]) if step else 0)
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            (folder / parent).mkdir(mode=0o700, exist_ok=True)
+        size, sha256 = write_new(path, parts)
+    return FileRecord(name, size, sha256)

@@ -1,0 +1,204 @@
+"""The manifest of a snapshot, and the proof that a folder is what its manifest says.
+
+``manifest.json`` is the one file without a record. It carries the sha256 of its own content, and is read only in the
+exact text in which it was written, so that no change to it goes unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from align.checkpoint.files import MANIFEST, FileRecord, is_plain
+from align.errors import ConfigError
+
+SCHEMA = 1
+"""Version of the manifest and of what a snapshot holds."""
+KEYS = {"schema": int, "step": int, "round": int, "epoch": int, "files": list, "facts": dict, "metrics": dict}
+RECORD_KEYS = {"name": str, "size": int, "sha256": str}
+READERS = 4
+"""Files that are hashed at the same time."""
+
+
+class UnsoundError(Exception):
+    """A folder that is not what a snapshot must be: which file, and why."""
+
+    def __init__(self, file: str, reason: str):
+        super().__init__(f"{file}: {reason}")
+        self.file, self.reason = file, reason
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot holds, and of when it is."""
+
+    schema: int
+    """`SCHEMA` of the version that wrote it."""
+    step: int
+    """Steps that were done."""
+    round: int
+    """Round that this step belongs to."""
+    epoch: int
+    """Number of the owner of the run folder who wrote it."""
+    files: tuple[FileRecord, ...]
+    """Every file but the manifest."""
+    facts: dict[str, Any]
+    """JSON that a resume compares: versions, world sizes and ZeRO stages by role, fingerprints."""
+    metrics: dict[str, float]
+    """Numbers of the step, for `sections.Checkpoint.best_by`."""
+
+    def text(self) -> str:
+        """The text of ``manifest.json``."""
+        files = sorted((asdict(record) for record in self.files), key=lambda record: record["name"])
+        metrics = {name: float(value) for name, value in self.metrics.items()}
+        facts = json.loads(json.dumps(self.facts))  # as they read back: names are text, tuples are lists
+        return _sealed({**vars(self), "files": files, "facts": facts, "metrics": metrics})
+
+    @classmethod
+    def read(cls, text: bytes, where: Path) -> Manifest:
+        """The manifest of the text of the file ``where``. Raises ValueError for one that is damaged, `ConfigError` for
+        one that is whole but of another schema."""
+        content = _unsealed(text)
+        if content.get("schema") != SCHEMA:
+            message = f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}"
+            raise ConfigError(message, where=str(where), remedy="go on with the version of align that wrote it")
+        if content.keys() != KEYS.keys():
+            raise ValueError(f"has the keys {', '.join(content)}, not {', '.join(KEYS)}")
+        if wrong := [key for key, kind in KEYS.items() if type(content[key]) is not kind]:
+            raise ValueError(f"{wrong[0]} is {content[wrong[0]]!r}, not of type {KEYS[wrong[0]].__name__}")
+        if not all(type(value) is float for value in content["metrics"].values()):
+            raise ValueError("metrics holds what is not a number with a point")
+        files = tuple(_record(entry) for entry in content["files"])
+        if len({record.name for record in files}) < len(files):
+            raise ValueError("names a file twice")
+        return cls(**{**content, "files": files})
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    body = json.dumps(content, sort_keys=True)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**content, "sha256": seal}, sort_keys=True, indent=2) + "\n"
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """The content, as it was sealed. Raises ValueError."""
+    try:
+        content = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ValueError("is not a manifest: it has no sha256")
+    del content["sha256"]
+    if _sealed(content).encode() != text:
+        raise ValueError("was changed after it was written: its sha256 does not fit")
+    return content
+
+
+def _record(entry: Any) -> FileRecord:
+    if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != RECORD_KEYS:
+        raise ValueError(f"has a file without name, size and sha256: {entry!r}")
+    if not is_plain(entry["name"]):
+        raise ValueError(f"names a file outside the snapshot: {entry['name']!r}")
+    return FileRecord(**entry)
+
+
+def name_of(step: int) -> str:
+    """The folder's name of a step."""
+    return f"step-{step:06d}"
+
+
+def survey(folder: Path) -> tuple[dict[str, int], list[Path]]:
+    """Sizes of all files below ``folder`` by name, and all folders, the deepest first.
+
+    Raises `UnsoundError` for symbolic links, what is neither file nor folder, and what another user owns or may write.
+    """
+    sizes: dict[str, int] = {}
+    folders: list[Path] = []
+    check_owner(folder, ".")
+    try:
+        for place, below, files in os.walk(folder, onerror=_raise):
+            folders.insert(0, Path(place))
+            for path in (Path(place, name) for name in (*below, *files)):
+                name = path.relative_to(folder).as_posix()
+                found = check_owner(path, name)
+                if not stat.S_ISDIR(found.st_mode):
+                    sizes[name] = found.st_size
+    except OSError as error:
+        raise UnsoundError(str(error.filename), f"cannot be looked at: {error.strerror}") from error
+    return sizes, folders
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def check_owner(path: Path, name: str) -> os.stat_result:
+    """Raise `UnsoundError` unless ``path`` is a file or folder that only this user, or root, can have written."""
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise UnsoundError(name, f"cannot be looked at: {error.strerror}") from error
+    if stat.S_ISLNK(found.st_mode):
+        raise UnsoundError(name, "is a symbolic link")
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise UnsoundError(name, "is neither a file nor a folder")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise UnsoundError(name, f"belongs to user {found.st_uid}, not to user {os.geteuid()} or root")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UnsoundError(name, f"may be written by other users (mode {stat.S_IMODE(found.st_mode):04o})")
+    return found
+
+
+def compare(manifest: Manifest, sizes: Mapping[str, int]) -> None:
+    """Raise `UnsoundError` unless these are the manifest's files and no others, in their sizes."""
+    for record in manifest.files:
+        if record.name not in sizes:
+            raise UnsoundError(record.name, "is missing")
+        if sizes[record.name] != record.size:
+            raise UnsoundError(record.name, f"has {sizes[record.name]} bytes, the manifest says {record.size}")
+    if extra := sizes.keys() - {record.name for record in manifest.files}:
+        raise UnsoundError(min(extra), "is not in the manifest")
+
+
+def inspect(folder: Path) -> Manifest:
+    """The manifest of a published snapshot whose files are there in their sizes. Raises `UnsoundError`.
+
+    A manifest that is whole but of another version is no damage: `ConfigError`.
+    """
+    sizes, _ = survey(folder)
+    if sizes.pop(MANIFEST, None) is None:
+        raise UnsoundError(MANIFEST, "is missing")
+    try:
+        manifest = Manifest.read((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise UnsoundError(MANIFEST, str(error)) from error
+    compare(manifest, sizes)
+    if folder.name != name_of(manifest.step):
+        raise UnsoundError(MANIFEST, f"is that of step {manifest.step}")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The same, with every file's content compared with its sha256."""
+    manifest = inspect(folder)
+    with ThreadPoolExecutor(READERS) as pool:  # hashing lets other threads run
+        found = pool.map(lambda record: _sha256(folder, record.name), manifest.files)
+        for record, sha256 in zip(manifest.files, found, strict=True):
+            if sha256 != record.sha256:
+                raise UnsoundError(record.name, "its sha256 is not that of the manifest")
+    return manifest
+
+
+def _sha256(folder: Path, name: str) -> str:
+    try:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UnsoundError(name, f"cannot be read: {error.strerror}") from error

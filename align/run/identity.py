@@ -1,0 +1,85 @@
+"""What a run is, so that a snapshot is only gone on from by the run that it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from align import config as configuration
+from align.errors import ConfigError
+from align.sections import Recipe
+
+HARMLESS = (
+    r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|tensorboard|progress|bundle_steps)",
+    r"run\.(non_finite|max_non_finite)",
+    r"(checkpoint|cluster|placement)\..*",
+    r"placement|executor",
+    r"\w+\.(zero_stage|micro_batch_tokens|offload_optimizer|offload_parameters|gradient_checkpointing)",
+    r"\w+\.(generation_slots|gather_for_rollouts)",
+    r"data\.(path|revision)|\w+\.(path|revision)|reference_cache",
+)
+"""Keys that a resumed run may change: where things lie, how work is split, what is shown. Data and models are compared
+by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is computed."""
+
+_HARMLESS = re.compile("|".join(f"(?:{pattern})" for pattern in HARMLESS))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a snapshot must agree with."""
+
+    recipe: dict[str, Any]
+    """Values by dotted key, harmless ones left out."""
+    data: dict[str, str]
+    """Fingerprints of the rows, and of vocabulary, template and date."""
+    models: dict[str, str]
+    """Fingerprint of what each role starts from."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: Mapping[str, str], models: Mapping[str, str]) -> Identity:
+        """The identity of a run that is about to begin or to go on."""
+        leaves = configuration.flatten(recipe)
+        kept = {key: value for key, value in leaves.items() if not _HARMLESS.fullmatch(key)}
+        return cls(_plain(kept), dict(data), dict(models))
+
+    def require(self, facts: Mapping[str, Any], allowed: list[str], where: str) -> None:
+        """Raises `ConfigError` with every difference to what a snapshot's manifest says."""
+        differences = [
+            *_differences(facts["recipe"], self.recipe, ""),
+            *_differences(facts["data"], self.data, "data: "),
+            *_differences(facts["models"], self.models, "model: "),
+        ]
+        refused = [(key, line) for key, line in differences if not _allowed(key, allowed)]
+        if refused:
+            lines = "\n".join(f"    {line}" for _, line in refused)
+            keys = ",".join(dict.fromkeys(key.split(":")[0] for key, _ in refused))
+            raise ConfigError(
+                f"this is not the run that the snapshot belongs to:\n{lines}",
+                where=where,
+                remedy=f"undo the change, or choose another run.dir, or allow it: run.allow_change=[{keys}]",
+            )
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    """(key, line) of what differs; fingerprints are cut short."""
+    absent = "(not there)"
+    found = []
+    for key in [*then, *(key for key in now if key not in then)]:
+        old, new = then.get(key, absent), now.get(key, absent)
+        if old != new:
+            short = (str(old)[:12], str(new)[:12]) if prefix else (repr(old), repr(new))
+            found.append((f"{prefix}{key}", f"{prefix}{key}: {short[0]} in the snapshot, {short[1]} now"))
+    return found
+
+
+def _allowed(key: str, allowed: list[str]) -> bool:
+    return any(key == one or key.startswith((f"{one}.", f"{one}:")) for one in allowed)

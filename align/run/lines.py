@@ -1,0 +1,120 @@
+"""Files that grow by a line at a time, and that a resumed run cuts back to where its snapshot was taken."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align import faults
+from align.errors import SaveError
+
+CHUNK = 1 << 20
+
+
+class Lines:
+    """One JSON object a line, appended whole or not at all.
+
+    A line that the disk does not take stays in memory and is tried again with the next one, so that a full disk costs
+    no line while the run lives; `sync`, which a snapshot needs, raises.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None]):
+        self.path, self._report = path, report
+        self._waiting: list[bytes] = []
+
+    def open(self, end: int | None = None, source: Path | None = None) -> None:
+        """Begin to append after the first ``end`` bytes of ``source``; None keeps what the file itself holds.
+
+        The file is written anew, so that a process which still has the old one open cannot spoil it.
+        """
+        source = source or self.path
+        if end is not None and (source.exists() or end):
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            with partial.open("wb") as new:
+                if source.exists():
+                    with source.open("rb") as old:
+                        _copy(old, new, end)
+                if new.tell() < end:
+                    self._report(f"{source} is shorter than it was at the snapshot; its last lines are lost")
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(partial, self.path)
+        self._waiting.clear()
+        self._file = self.path.open("ab", buffering=0)
+        self._end = os.fstat(self._file.fileno()).st_size
+
+    def append(self, line: Mapping[str, Any], step: int) -> None:
+        """Write one line, and those that wait."""
+        self._waiting.append((json.dumps(finite(line), ensure_ascii=False) + "\n").encode())
+        try:
+            faults.strike("driver", 0, "metrics", step)
+            self._flush()
+        except OSError as error:
+            self._report(f"{self.path}: {error.strerror}; {len(self._waiting)} lines wait in memory")
+
+    def _flush(self) -> None:
+        while self._waiting:
+            line, done = self._waiting[0], 0
+            try:
+                while done < len(line):  # a disk that is nearly full takes a part first
+                    done += self._file.write(line[done:])
+            except OSError:
+                self._file.truncate(self._end)
+                raise
+            self._end += done
+            self._waiting.pop(0)
+
+    def sync(self) -> int:
+        """Bring everything to the disk; returns the length in bytes. Raises `SaveError`."""
+        try:
+            self._flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SaveError(
+                f"cannot be written: {error.strerror}", where=str(self.path), remedy="make room on that disk"
+            ) from error
+        return self._end
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        try:
+            self._flush()
+        except OSError as error:
+            self._report(f"{self.path}: {error.strerror}; {len(self._waiting)} lines are lost")
+        self._file.close()
+
+
+def _copy(old: Any, new: Any, end: int) -> None:
+    left = end
+    while left and (piece := old.read(min(CHUNK, left))):
+        new.write(piece)
+        left -= len(piece)
+
+
+def finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as text, since JSON has no word for them; within lists of mappings too."""
+    return {name: _word(value) for name, value in line.items()}
+
+
+def _word(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [finite(item) if isinstance(item, Mapping) else _word(item) for item in value]
+    return value
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """A copy of a folder beside a name, renamed when it is whole; nothing where there is no source."""
+    if not source.is_dir() or target.exists():
+        return
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial)
+    os.rename(partial, target)

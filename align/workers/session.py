@@ -1,0 +1,133 @@
+"""A session of Ray: one of our own on the loopback interface, or one that runs already."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] - compiled
+from ray.exceptions import RayError
+
+from align.errors import WorkerError
+from align.sections import Cluster
+from align.workers.process import inherited
+
+LOOPBACK = "127.0.0.1"
+FOLDERS = Path("/tmp")
+"""Short, because paths of sockets hold at most 107 characters."""
+PREFIX = "align-ray-"
+TOKEN = "token"
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+
+
+class Session:
+    """Ray for the time of a context.
+
+    Our own has a folder that only this user may enter, with a token of 256 bits without which nobody may ask anything
+    of it. Ray knows two switches for that, an environment variable each; and one that keeps it on 127.0.0.1, made for
+    other systems, without which it would listen on every interface.
+    """
+
+    def __init__(self, section: Cluster):
+        self.section = section
+        self._folder: Path | None = None
+        self._lock: int | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether this process starts and stops Ray."""
+        return self.section.address is None
+
+    def open(self) -> None:
+        """Start or join. Raises `WorkerError` when that fails."""
+        try:
+            if self.own:
+                remove_abandoned()
+                self._open_own()
+            else:
+                ray.init(address=self.section.address, **QUIET)
+        except (RayError, ConnectionError, ValueError, RuntimeError, OSError) as error:
+            self.close()
+            raise WorkerError(
+                f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",
+                remedy="check cluster.address=HOST:PORT, that its Ray has this version, and RAY_AUTH_TOKEN_PATH if it "
+                "wants a token",
+            ) from error
+
+    def _open_own(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=FOLDERS))
+        token = self._folder / TOKEN
+        self._lock = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # held as long as this process lives, see `remove_abandoned`
+        os.write(self._lock, secrets.token_hex(32).encode())
+        with _surroundings(token):
+            ray.init(
+                address="local",
+                num_cpus=(os.cpu_count() or 1) * self.section.slots_per_core,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(self._folder),
+                **QUIET,
+            )
+        self._folder.chmod(0o700)  # Ray opens it to everybody
+
+    def close(self) -> None:
+        """End Ray, or leave the one that runs, and remove what lies in /tmp. Does not raise."""
+        if ray.is_initialized():
+            with suppress(Exception):
+                ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+@contextmanager
+def _surroundings(token: Path) -> Iterator[None]:
+    """The environment in which Ray's processes and all workers are started, and what Ray keeps of it in memory."""
+    before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        _set_environment({**inherited(before), **mine})
+        ray_constants.ENABLE_RAY_CLUSTER = False  # nodes of other machines cannot join, so 127.0.0.1 is address enough
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    for name in os.environ.keys() - values.keys():
+        del os.environ[name]
+    os.environ.update(values)
+
+
+def remove_abandoned() -> None:
+    """Remove folders of drivers that were killed: those of this user whose token file nobody holds locked.
+
+    A lock and not the number in the name decides: numbers are given anew, and mean nothing in another container that
+    shares the file system.
+    """
+    for folder in FOLDERS.glob(f"{PREFIX}*-*"):
+        with suppress(OSError):
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
+            lock = os.open(folder / TOKEN, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

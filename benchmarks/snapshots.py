@@ -1,0 +1,118 @@
+"""Seconds to write and to verify the tensors of a snapshot, beside what the libraries take to write and read them.
+
+    python benchmarks/snapshots.py FOLDER [--megabytes 500] [--repeats 5] [--json FILE]
+
+Writes float32 tensors of 8 MB (one in ten is small) to FOLDER, on the disk that is meant, in turns: ours, which hashes
+and syncs; `safetensors.torch.save_file` and `torch.save`, which do neither, and the same with a sync after. Then reads
+them, from the page cache: our verification of a published snapshot in 4 files, `safetensors.torch.load_file`,
+`torch.load`. Reports medians, and ratios to ours within each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align import checkpoint
+from align.sections import Checkpoint
+
+FILES = 4
+"""Of the snapshot that is verified, as of four ranks."""
+
+
+def tensors(megabytes: int) -> dict[str, Tensor]:
+    """As many numbers, in tensors as a model has them."""
+    found: dict[str, Tensor] = {}
+    left = megabytes * 10**6 // 4
+    while left > 0:
+        size = min(left, 2_000_000 if len(found) % 10 else 2_000)
+        found[f"layers.{len(found)}.weight|master|0"] = torch.randn(size)
+        left -= size
+    return found
+
+
+def synced(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def written(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Seconds of each way to write."""
+    ours, theirs, pickled = folder / "ours", folder / "theirs", folder / "pickled"
+    found = {"write_tensors": seconds(lambda: checkpoint.write_tensors(folder, ours.name, numbers))}
+    ours.unlink()
+    for name, path, write in (
+        ("safetensors.save_file", theirs, lambda: save_file(numbers, theirs)),
+        ("torch.save", pickled, lambda: torch.save(numbers, pickled)),
+    ):
+        found[name] = seconds(write)
+        found[f"{name} + fsync"] = found[name] + seconds(lambda path=path: synced(path))
+        path.unlink()
+    return found
+
+
+def read(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Seconds of each way to read."""
+    store = checkpoint.Snapshots(folder / "checkpoints", Checkpoint())
+    partial = store.begin(1, sum(tensor.nbytes for tensor in numbers.values()))
+    names = list(numbers)
+    shares = [{name: numbers[name] for name in names[rank::FILES]} for rank in range(FILES)]
+    files = [checkpoint.write_tensors(partial, f"rank-{rank}", share) for rank, share in enumerate(shares)]
+    store.publish(partial, checkpoint.Manifest(checkpoint.SCHEMA, 1, 1, 0, tuple(files), {}, {}))
+    save_file(numbers, folder / "theirs")
+    torch.save(numbers, folder / "pickled")
+    found = {
+        "verify": seconds(store.newest),
+        "safetensors.load_file": seconds(lambda: [tensor.sum() for tensor in load_file(folder / "theirs").values()]),
+        "torch.load": seconds(lambda: torch.load(folder / "pickled")),
+    }
+    for name in ("checkpoints", "theirs", "pickled"):
+        shutil.rmtree(folder / name) if name == "checkpoints" else (folder / name).unlink()
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    numbers = tensors(given.megabytes)
+    size = sum(tensor.nbytes for tensor in numbers.values())
+    report: dict[str, dict[str, float]] = {}
+    for ours, measure in (("write_tensors", written), ("verify", read)):
+        turns = [measure(given.folder, numbers) for _ in range(given.repeats)]
+        for name in turns[0]:
+            times = [turn[name] for turn in turns]
+            ratio = median(turn[name] / turn[ours] for turn in turns)
+            report[name] = {"seconds": median(times), "GB/s": size / median(times) / 1e9, "to ours": ratio}
+    for name, row in report.items():
+        print(f"{name:32}" + "".join(f"{key} {value:8.3f}   " for key, value in row.items()))
+    if given.json:
+        content = {"bytes": size, "tensors": len(numbers), "cores": os.cpu_count(), "results": report}
+        given.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a job needs before it is submitted: a recipe that can be run, with its paths in full, and a copy of the code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import align
+from align import config
+from align.errors import ConfigError
+from align.launch import check
+from align.private import require_private
+from align.run.stopping import check_no_stop_file
+from align.sections import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS_PATHS = ("run.dir", "data.chat_template", "reference_cache")
+"""Keys of recipes that are files or folders wherever they have a value."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that can be run, its paths in full."""
+
+    config: Recipe
+    num_slots: int
+    """Slots of the cluster that its placement asks for: the highest number plus one."""
+    folder: Path
+    """The run folder."""
+
+
+def validate(recipe: Path, overrides: Sequence[str], suffix: str = "") -> Checked:
+    """Load a recipe, check its placement and its run folder, to whose name ``suffix`` is added. Raises `ConfigError`.
+
+    Paths of what exists here are written in full, because the run begins in the folder of its code.
+    """
+    found: Any = config.load(recipe, overrides).config
+    slots = check(found)
+    found = replace(found, run=replace(found.run, dir=f"{found.run.dir}{suffix}"))
+    for key, value in config.flatten(found).items():
+        if isinstance(value, str) and _is_path(key, value):
+            found = _changed(found, key.split("."), str(Path(value).expanduser().absolute()))
+    folder = Path(found.run.dir)
+    if any(not character.isprintable() or character == "\\" for character in found.run.dir):
+        raise ConfigError(f"run.dir={found.run.dir!r} has characters that Slurm cannot write a log to")
+    check_no_stop_file(folder)
+    require_private(folder)
+    return Checked(found, 1 + max(slot for role in slots.values() for slot in role), folder)
+
+
+def _is_path(key: str, value: str) -> bool:
+    if key == "run.resume":
+        return value not in ("auto", "never")
+    return bool(value) and (key in ALWAYS_PATHS or (key.endswith(".path") and Path(value).expanduser().exists()))
+
+
+def _changed(section: Any, names: Sequence[str], value: str) -> Any:
+    """A section with one value replaced, however deep."""
+    first, *rest = names
+    return replace(section, **{first: _changed(getattr(section, first), rest, value) if rest else value})
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the package as it lies here, changes that are not committed included, and the files of the jobs.
+
+    ``revision.json`` beside them holds the git revision, null where there is none, and whether the copy differs.
+    """
+    package = Path(align.__path__[0])
+    shutil.copytree(package, folder / "align", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    revision = _git(package, "rev-parse", "HEAD")
+    status = _git(package, "status", "--porcelain", "--untracked-files=all", "--", ".")
+    facts = {"git_revision": revision or None, "changed": bool(status)}
+    (folder / "revision.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says, nothing where it or a repository is missing."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

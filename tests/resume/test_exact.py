@@ -1,0 +1,94 @@
+"""A run that was killed and resumed is the run that was never stopped, byte for byte."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import ALGORITHMS
+from harness import assert_same, metrics, snapshots, steps_done, until
+
+pytestmark = pytest.mark.slow
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def reference(runs, write_recipe, tmp_path_factory):
+    """The uninterrupted run of a recipe by name, made once; returns (recipe, folder)."""
+    made: dict[str, tuple[str, Path]] = {}
+
+    def get(name: str) -> tuple[str, Path]:
+        if name not in made:
+            recipe, folder = write_recipe(name), tmp_path_factory.mktemp("reference") / "run"
+            assert runs.run("train", recipe, f"run.dir={folder}", log="reference") == 0, runs.text("reference")
+            made[name] = recipe, folder
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_killed_between_and_in_steps_and_resumed(name, reference, runs, tmp_path):
+    """Killed twice: before the fourth step, and in the middle of the last but one."""
+    recipe, whole = reference(name)
+    train = ("train", recipe, f"run.dir={tmp_path / 'run'}")
+    last = metrics(whole)[-1]["step"]
+    assert runs.run(*train, fault="role=driver,phase=step,step=4,kind=sigkill") == KILLED
+    role = "reward" if name == "reward_model" else "policy"
+    assert runs.run(*train, fault=f"role={role},phase=update,step={last - 1},kind=sigkill") == KILLED
+    assert steps_done(tmp_path / "run") < last
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(tmp_path / "run", whole)
+
+
+PHASES = [
+    *((role, phase) for role, phase in (("policy", "held_out"), ("policy", "generate"), ("reward", "score"))),
+    *((role, phase) for role, phase in (("reference", "reference"), ("policy", "update"), ("policy", "save"))),
+    *(("driver", point) for point in ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain")),
+    ("policy", "save_wait"),
+    ("policy", "export"),
+]
+
+
+@pytest.mark.parametrize(("role", "phase"), PHASES)
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_killed_in_each_phase(name, role, phase, reference, runs, tmp_path):
+    """At the second time that a phase comes, so that there is something to lose."""
+    recipe, whole = reference(name)
+    train = ("train", recipe, f"run.dir={tmp_path / 'run'}")
+    assert runs.run(*train, fault=f"role={role},phase={phase},at=2,kind=sigkill") == KILLED
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("phase", ["values", "critic_update"])
+def test_killed_in_each_phase_of_the_critic(phase, reference, runs, tmp_path):
+    recipe, whole = reference("ppo")
+    train = ("train", recipe, f"run.dir={tmp_path / 'run'}")
+    assert runs.run(*train, fault=f"role=critic,phase={phase},step=5,kind=sigkill") == KILLED
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_fifty_kills_at_random_times(runs, write_recipe, tmp_path):
+    """Fifty cycles of SIGKILL and resume in one run equal the run that nobody disturbed. A cycle makes a step at least,
+    else a run that is killed ever faster would never end."""
+    recipe, whole, folder = write_recipe("rloo"), tmp_path / "whole", tmp_path / "run"
+    options = ("run.steps=60", "checkpoint.every=1", "evaluation.every=20")
+    assert runs.run("train", recipe, f"run.dir={whole}", *options) == 0, runs.text()
+    train, chance, kills = ("train", recipe, f"run.dir={folder}", *options), random.Random(0), 0
+    while kills < 50:
+        before = snapshots(folder)[-1:]
+        pid = runs.start(*train)
+        assert until(lambda: snapshots(folder)[-1:] != before), runs.text()  # noqa: B023
+        until(lambda: False, chance.uniform(0.0, 0.15))
+        runs.kill(pid)
+        status = runs.wait(pid)
+        if status == 0:
+            break
+        assert status == KILLED, runs.text()
+        kills += 1
+    assert kills == 50
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(folder, whole)

@@ -1,0 +1,34 @@
+"""Whether two runs are the same but for their times: compare.py RUN REFERENCE"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+TIMES = ("seconds/", "tokens_per_second/")
+
+
+def numbers(run: Path) -> list[dict[str, object]]:
+    """Lines of metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """What is not byte for byte the same."""
+    found = []
+    ours, theirs = numbers(run), numbers(reference)
+    if [line["step"] for line in ours] != [line["step"] for line in theirs]:
+        found.append(f"steps {[line['step'] for line in ours]}, not {[line['step'] for line in theirs]}")
+    for one, other in zip(ours, theirs, strict=False):
+        found += [f"step {one['step']}: {key}" for key in {*one, *other} if one.get(key) != other.get(key)]
+    files = [Path("samples.jsonl"), *(path.relative_to(reference) for path in reference.glob("final/*.safetensors"))]
+    found += [str(file) for file in files if (run / file).read_bytes() != (reference / file).read_bytes()]
+    return found
+
+
+if __name__ == "__main__":
+    different = differences(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("\n".join(different[:10]) or "the same")
+    sys.exit(bool(different))

@@ -1,0 +1,87 @@
+"""The cast in one process: the same faults, the same names for what goes wrong."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from align import faults
+from align.errors import WorkerError
+from align.run import Clock
+from align.sections import Model
+from align.workers import local
+from align.workers.base import Spec, Worker, answered
+from align.workers.critic import CriticWorker
+from align.workers.policy import PolicyWorker, ReferenceWorker, SamplerWorker
+from align.workers.reward import RewardWorker, TrainedRewardWorker
+
+
+class Echo(Worker):
+    """Says what it hears."""
+
+    def start_alone(self) -> None:
+        self.up = True
+
+    @answered
+    def echo(self, number: torch.Tensor) -> torch.Tensor:
+        """The same tensor."""
+        if number.isnan().any():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return number
+
+
+@pytest.fixture(autouse=True)
+def _no_fault() -> Iterator[None]:
+    yield
+    faults.arm(None)
+
+
+@pytest.fixture
+def ranks() -> local.LocalRanks:
+    return local.bring_up(Echo, Spec("reward", 0, 1, Model(path="-"), 0, 1, 1.0), Clock(step=3))
+
+
+def score(ranks: local.LocalRanks, number: torch.Tensor) -> torch.Tensor:
+    return ranks.call("score", Echo.echo, [(number,)], lambda parts: parts[0]).result()
+
+
+@pytest.mark.parametrize("phase", ["start", "load"])
+def test_a_fault_strikes_as_the_role_comes_up(phase: str):
+    faults.arm(f"role=reward,phase={phase},step=0,kind=error")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        local.bring_up(Echo, Spec("reward", 0, 1, Model(path="-"), 0, 1, 1.0), Clock())
+
+
+def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):
+    faults.arm("role=reward,phase=score,step=4,kind=error")
+    assert score(ranks, torch.ones(1)) == 1
+    ranks.clock.step = 4
+    with pytest.raises(RuntimeError, match="on purpose"):
+        score(ranks, torch.ones(1))
+    assert score(ranks, torch.ones(1)) == 1
+
+
+def test_the_first_number_of_an_answer_is_spoilt_once_and_its_source_is_not(ranks: local.LocalRanks):
+    faults.arm("role=reward,phase=score,kind=nan_answer")
+    whole = torch.ones(2, 2).T
+    spoilt = score(ranks, whole)
+    assert spoilt.isnan().tolist() == [[True, False], [False, False]]
+    assert whole.tolist() == [[1, 1], [1, 1]]
+    assert score(ranks, whole).tolist() == [[1, 1], [1, 1]]
+
+
+def test_memory_that_ran_out_is_named_with_its_remedy(ranks: local.LocalRanks):
+    with pytest.raises(WorkerError) as caught:
+        score(ranks, torch.tensor([torch.nan]))
+    assert "reward ran out of memory in score, step 3: OutOfMemoryError: CUDA" in str(caught.value)
+    assert "lower reward.micro_batch_tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize("worker", [PolicyWorker, SamplerWorker, CriticWorker, TrainedRewardWorker])
+def test_workers_with_weights_of_their_own_are_never_brought_up_anew(worker: type[Worker]):
+    assert not worker.stateless
+
+
+@pytest.mark.parametrize("worker", [ReferenceWorker, RewardWorker])
+def test_frozen_workers_are_without_state(worker: type[Worker]):
+    assert worker.stateless

@@ -1,0 +1,256 @@
+"""Our own Ray: who can reach it, what it inherits, and that nothing of it is left, however it ends."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from align.errors import WorkerError
+from align.sections import Cluster
+from align.workers import session
+from align.workers.process import inherited
+from align.workers.session import Session, remove_abandoned
+
+HERE = Path(__file__).parent
+
+
+def processes_of(folder: str) -> dict[int, str]:
+    """Processes that were started by a Ray in this folder, with their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, command = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+            if f"{folder}/".encode() in environment + command and process.name != str(os.getpid()):
+                found[int(process.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile
+    return found
+
+
+def listening(pids: set[int]) -> set[str]:
+    """IP addresses, in hexadecimal, on which processes listen for TCP connections."""
+    sockets = set()
+    for pid in pids:
+        try:
+            sockets |= {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()}
+        except OSError:
+            continue
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:  # 0A: LISTEN
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+class Driver:
+    """A process that runs `driver.py`."""
+
+    def __init__(self, logs: Path, **environment: str):
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "driver.py"), str(logs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+        self.found = self.read()
+        self.folder = str(Path(self.found["environment"]["RAY_AUTH_TOKEN_PATH"]).parent)
+
+    def read(self):
+        """The next line of JSON that it prints."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(("{", "[")):
+                return json.loads(line)
+        raise AssertionError("the driver ended")
+
+    def tell(self, word: str) -> None:
+        """Give it something to do."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
+    def seconds_to_nothing(self) -> float:
+        """How long its processes take to be gone, at most ten seconds."""
+        begun = time.monotonic()
+        while processes_of(self.folder) and time.monotonic() < begun + 10.0:
+            time.sleep(0.05)
+        assert not processes_of(self.folder)
+        return time.monotonic() - begun
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    driver = Driver(tmp_path, ALIGN_FAULT="kind=error,role=nobody", MY_SECRET="canary", HF_TOKEN="for the hub")
+    yield driver
+    driver.process.kill()
+    driver.process.wait()
+    driver.seconds_to_nothing()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_killed_driver_leaves_no_process_and_the_next_one_takes_its_folder_away(driver: Driver, stop: bool):
+    """Also while its worker is stopped and cannot see that it should end."""
+    assert len(processes_of(driver.folder)) >= 4
+    if stop:
+        os.kill(driver.found["worker"], signal.SIGSTOP)
+    driver.tell("sleep")
+    driver.process.kill()
+    driver.process.wait()
+    print(f"\nall gone {driver.seconds_to_nothing():.2f} s after SIGKILL of the driver, worker stopped: {stop}")
+    assert Path(driver.folder).is_dir()
+    remove_abandoned()
+    assert not Path(driver.folder).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["/gcs_server ", "/raylet/raylet "])
+def test_the_end_of_a_daemon_of_ray_ends_the_wait(driver: Driver, daemon: str):
+    (pid,) = [pid for pid, command in processes_of(driver.folder).items() if daemon in command.partition("--")[0]]
+    driver.tell("sleep")
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    said = next(line for line in driver.process.stdout if line.startswith("align: "))  # type: ignore[union-attr]
+    print(f"\n{daemon.strip()}: told after {time.monotonic() - begun:.2f} s")
+    assert time.monotonic() - begun < 15.0
+    name = "Ray's control store (gcs_server) at 127.0.0.1:" if "gcs" in daemon else "the raylet at 127.0.0.1:"
+    assert said.startswith(f"align: {name}")
+    assert "is gone; policy was asked for sleep, step 0; remedy: run again" in said
+    assert driver.process.wait(timeout=30) == 76
+    driver.seconds_to_nothing()
+    assert not Path(driver.folder).exists()
+
+
+@pytest.mark.slow
+def test_two_side_by_side_listen_on_loopback_only_and_do_not_meet(driver: Driver, tmp_path: Path):
+    other = Driver(tmp_path / "other")
+    pids = {one.process.pid: one for one in (driver, other)}
+    folders = [one.folder for one in pids.values()]
+    assert folders[0] != folders[1]
+    tokens = [Path(folder) / "token" for folder in folders]
+    assert tokens[0].read_text() != tokens[1].read_text()
+    assert {token.stat().st_mode & 0o777 for token in tokens} == {0o600}
+    assert {Path(folder).stat().st_mode & 0o777 for folder in folders} == {0o700}
+    started = {pid for folder in folders for pid in processes_of(folder)}
+    heard = listening({*pids, *started})
+    assert heard
+    assert heard <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}  # loopback
+    for one in (driver, other):
+        one.tell("ask")
+    assert [one.read() for one in (driver, other)] == [[3.0], [3.0]]
+    other.process.stdin.close()  # type: ignore[union-attr]
+    assert other.process.wait(timeout=60) == 0
+    other.seconds_to_nothing()
+    assert not Path(other.folder).exists()
+    driver.tell("ask")
+    assert driver.read() == [4.0]
+
+
+@pytest.mark.slow
+def test_workers_inherit_what_is_listed_and_no_other_variable(driver: Driver):
+    environment = driver.found["environment"]
+    assert not {"ALIGN_FAULT", "MY_SECRET"} & environment.keys()
+    assert environment["HF_TOKEN"] == "for the hub"
+    assert environment["RAY_AUTH_MODE"] == "token"
+    for pid in processes_of(driver.folder):
+        if pid != driver.process.pid:
+            assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
+    token = (Path(driver.folder) / "token").read_text()
+    assert len(token) == 64
+    for pid, command in processes_of(driver.folder).items():
+        assert token not in command
+        assert token.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+INTRUDER = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    print("let in", ray.get(ray.remote(lambda: 7).remote()))
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", ["none", "wrong", "right"])
+def test_only_who_has_the_token_is_let_in(tmp_path: Path, driver: Driver, token: str):
+    address = next(
+        command.partition("--gcs-address=")[2].split()[0]
+        for command in processes_of(driver.folder).values()
+        if "--gcs-address=127" in command
+    )
+    file = tmp_path / "token"
+    file.write_text((Path(driver.folder) / "token").read_text() if token == "right" else "0" * 64)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    mode = (
+        {"RAY_AUTH_MODE": "disabled"}
+        if token == "none"
+        else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", INTRUDER, address],
+        capture_output=True,
+        text=True,
+        env={**environment, **mode},
+        check=False,
+    )
+    assert ("let in 7" in done.stdout) == (token == "right"), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_address_where_no_ray_is_gives_a_remedy_and_leaves_nothing():
+    with pytest.raises(WorkerError, match="Ray cannot be reached or started") as caught:
+        Session(Cluster(address="127.0.0.1:9")).open()
+    assert "check cluster.address=HOST:PORT" in str(caught.value)
+    assert not ray.is_initialized()
+
+
+def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "FOLDERS", tmp_path)
+    names = ("align-ray-1-dead", "align-ray-2-held", "align-ray-3-starting", "align-ray-4-foreign", "other-5-dead")
+    for name in names:
+        (tmp_path / name).mkdir()
+        if "starting" not in name:
+            (tmp_path / name / "token").touch()
+    if os.getuid() == 0:
+        os.chown(tmp_path / "align-ray-4-foreign", 12345, 12345)
+    (tmp_path / "align-ray-6-link").symlink_to(tmp_path / "other-5-dead")
+    with (tmp_path / "align-ray-2-held" / "token").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_abandoned()
+    left = {path.name for path in tmp_path.iterdir()}
+    gone = {"align-ray-1-dead"} | (set() if os.getuid() == 0 else {"align-ray-4-foreign"})
+    assert left == {*names, "align-ray-6-link"} - gone
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [
+        ("PATH", True),
+        ("CUDA_VISIBLE_DEVICES", True),
+        ("NCCL_SOCKET_IFNAME", True),
+        ("SLURM_JOB_ID", True),
+        ("HF_TOKEN", True),
+        ("https_proxy", True),
+        ("ALIGN_FAULT", False),
+        ("WANDB_API_KEY", False),
+        ("AWS_SECRET_ACCESS_KEY", False),
+        ("MY_PATH", False),
+    ],
+)
+def test_variables_are_inherited_by_name(name: str, passed: bool):
+    assert (inherited({name: "x"}) == {name: "x"}) == passed
