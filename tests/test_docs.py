@@ -34,6 +34,7 @@ ALGORITHMS = {
 HEADINGS = {
     sections.Recipe: "Every recipe",
     sections.Run: "`run`",
+    sections.Checkpoint: "`checkpoint`",
     sections.Data: "`data`",
     sections.Cluster: "`cluster`",
     sections.OnPolicy: "Recipes whose policy samples",

@@ -16,6 +16,7 @@ from align import algorithms, config
 from align.errors import ConfigError
 from align.launch import ROLES, cast_sections, check
 from align.sections import (
+    Checkpoint,
     Critic,
     Data,
     DirectLoss,
@@ -25,6 +26,7 @@ from align.sections import (
     PolicyLoss,
     Reference,
     Reward,
+    Run,
     Sampling,
     Shaping,
 )
@@ -127,6 +129,11 @@ CASES = [
     ("rloo", "kl_target=0", ["kl_target = 0.0"]),
     ("rloo", "kl_target=1 kl_horizon=255", ["kl_horizon = 255"]),  # 64 prompts times 4 samples are 256
     # runs
+    (Checkpoint, "every=-1", ["every = -1"]),
+    (Checkpoint, "keep_latest=0", ["keep_latest = 0"]),
+    (Run, "dir=d steps=1 max_time=3:50:00", ["max_time = '3:50:00'"]),
+    (Run, "dir=d steps=1 max_restarts=-1", ["max_restarts = -1"]),
+    (Run, "dir=d steps=1 max_non_finite=0", ["max_non_finite = 0"]),
     (Data, "path=d domains=[code] format=helpsteer2", ["domains = ['code']", "format = 'helpsteer2'"]),
     (Data, "path=d max_rows=3 format=helpsteer2", ["max_rows = 3", "format = 'helpsteer2'"]),
     (Data, "path=d max_spread=-1", ["max_spread = -1"]),

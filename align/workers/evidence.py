@@ -125,10 +125,9 @@ class Evidence:
 
 def judge(cause: RayError) -> Kind:
     """What an exception from Ray proves."""
-    if isinstance(cause, DEATHS) and not isinstance(cause, ActorUnavailableError):
-        return Kind.DIED
-    if not isinstance(cause, RayTaskError):
-        return Kind.CONSEQUENCE
+    if not isinstance(cause, RayTaskError):  # which Ray mixes with the class of what was raised, so it comes first
+        died = isinstance(cause, DEATHS) and not isinstance(cause, ActorUnavailableError)
+        return Kind.DIED if died else Kind.CONSEQUENCE
     inner = cause.cause
     if isinstance(inner, AlignError):
         return Kind.OURS

@@ -7,6 +7,7 @@ writes what it returns to ``<folder>/<rank>.pt``.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import random
@@ -97,6 +98,8 @@ class Case(NamedTuple):
 
 HELD = [*((stage, "float32") for stage in range(4)), *((stage, "bfloat16") for stage in (1, 2, 3))]
 CASES = [Case(kind, *held) for kind in KINDS for held in HELD if kind != "offload" or held[0]]
+ON_TWO = [case for case in CASES if case.kind == "policy" or (case.stage + len(case.kind)) % 2 == len(case.dtype) % 2]
+"""Two ranks take turns: a kind has one dtype at each stage."""
 
 
 class Trainee(TrainedWorker):
@@ -208,9 +211,15 @@ CROSSED = [*(Case("critic", stage, "float32") for stage in range(4))]
 CROSSED += [Case("lora", stage, "bfloat16") for stage in (1, 2, 3)]
 
 
-def same_kind(case: Case) -> list[Case]:
-    """The case with every stage."""
-    return [other for other in CROSSED if other.kind == case.kind]
+CROSSINGS = [
+    (case, there, other, here)
+    for case in CROSSED
+    for other in CROSSED
+    for there in (1, 2)
+    for here in (1, 2)
+    if case.kind == other.kind and (there != here or (case.stage != other.stage and case.dtype == "float32"))
+]
+"""What was left by how many ranks, and what takes it up on how many."""
 
 
 def leave(case: Case, folder: Path) -> None:
@@ -229,6 +238,14 @@ def take_up(case: Case, source: Path, folder: Path) -> None:
     worker.restore(source / "at")
     save(worker, folder / "at")
     go_on(worker, folder)
+
+
+def take_up_all(folder: Path) -> None:
+    """The crossings to this number of ranks."""
+    for case, there, other, here in CROSSINGS:
+        if here == dist.get_world_size():
+            left, taken = f"left-{there}", f"taken-{here}"
+            take_up(other, folder / left / case.name, folder / taken / f"{there}-{case.name}" / other.name)
 
 
 def go_on(worker: Trainee, folder: Path) -> None:
@@ -315,14 +332,10 @@ def spoilt(case: Case) -> dict[str, dict[str, Any]]:
 
 
 def _resumed_on_two(folder: Path) -> dict[Case, Any]:
-    found = {case: resumed(case, _new(folder / "exact" / case.name)) for case in CASES}
+    found = {case: resumed(case, _new(folder / "exact" / case.name)) for case in ON_TWO}
     for case in CROSSED:
         leave(case, folder / "left-2" / case.name)
-    for case in CROSSED:
-        for other in same_kind(case):
-            for world_size in (1, 2):
-                place = f"{world_size}-{case.name}"
-                take_up(other, folder / f"left-{world_size}" / case.name, folder / "taken-2" / place / other.name)
+    take_up_all(folder)
     return found
 
 
@@ -353,7 +366,7 @@ def on_two_ranks(part: str, folder: Path) -> list[Any]:
         for rank in (0, 1)
     ]
     try:
-        codes = [rank.wait(timeout=400) for rank in ranks]
+        codes = [rank.wait(timeout=500) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -365,6 +378,7 @@ def on_two_ranks(part: str, folder: Path) -> list[Any]:
 
 def main(rank: int, port: int, folder: Path, part: str) -> None:
     """Run a part on this rank."""
+    gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
     distributed.initialize(distributed.join_store("127.0.0.1", port, 60.0), rank, 2, timeout_s=60.0)
     found = {case.name: value for case, value in PARTS[part](folder).items()}
     torch.save(found, folder / f"{rank}.pt")

@@ -144,7 +144,11 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
     ("arguments", "error", "message"),
     [
         (["policy.optimizer.lrr=1"], ConfigError, "unknown key"),
-        (["placement.reward=0-4"], PlacementError, r"asks for 5 slots, the job has 4 \(2 nodes .* 2 GPUs each\), 1 are"),
+        (
+            ["placement.reward=0-4"],
+            PlacementError,
+            r"asks for 5 slots, the job has 4 \(2 nodes .* 2 GPUs each\), 1 are",
+        ),
         (["placement.actor=0"], ConfigError, "no role is called actor"),
         (["--time=tomorrow"], ConfigError, "--time='tomorrow'"),
         (["--partition=gpu\n#SBATCH --wrap=x"], ConfigError, "--partition"),

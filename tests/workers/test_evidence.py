@@ -24,7 +24,8 @@ from align.workers.evidence import Call, DiedError, Evidence, Kind, judge
 
 def raised(error: BaseException) -> RayTaskError:
     """As Ray hands on what a worker raised."""
-    return RayTaskError("call", f"Traceback ...\n{type(error).__name__}: {error}", error)  # type: ignore[arg-type]
+    text = f"Traceback ...\n{type(error).__name__}: {error}"
+    return RayTaskError("call", text, error).as_instanceof_cause()  # type: ignore[arg-type]
 
 
 GLOO = RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3829")

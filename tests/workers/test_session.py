@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,27 @@ class Driver:
         return time.monotonic() - begun
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Driver]:
-    driver = Driver(tmp_path, ALIGN_FAULT="kind=error,role=nobody", MY_SECRET="canary", HF_TOKEN="for the hub")
+@contextmanager
+def run(logs: Path) -> Iterator[Driver]:
+    driver = Driver(logs, ALIGN_FAULT="kind=error,role=nobody", MY_SECRET="canary", HF_TOKEN="for the hub")
     yield driver
     driver.process.kill()
     driver.process.wait()
     driver.seconds_to_nothing()
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    """One to be ended."""
+    with run(tmp_path) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """One that tests leave as it is."""
+    with run(tmp_path_factory.mktemp("logs")) as driver:
+        yield driver
 
 
 @pytest.mark.slow
@@ -135,9 +150,9 @@ def test_the_end_of_a_daemon_of_ray_ends_the_wait(driver: Driver, daemon: str):
 
 
 @pytest.mark.slow
-def test_two_side_by_side_listen_on_loopback_only_and_do_not_meet(driver: Driver, tmp_path: Path):
+def test_two_side_by_side_listen_on_loopback_only_and_do_not_meet(lasting: Driver, tmp_path: Path):
     other = Driver(tmp_path / "other")
-    pids = {one.process.pid: one for one in (driver, other)}
+    pids = {one.process.pid: one for one in (lasting, other)}
     folders = [one.folder for one in pids.values()]
     assert folders[0] != folders[1]
     tokens = [Path(folder) / "token" for folder in folders]
@@ -148,29 +163,29 @@ def test_two_side_by_side_listen_on_loopback_only_and_do_not_meet(driver: Driver
     heard = listening({*pids, *started})
     assert heard
     assert heard <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}  # loopback
-    for one in (driver, other):
+    for one in (lasting, other):
         one.tell("ask")
-    assert [one.read() for one in (driver, other)] == [[3.0], [3.0]]
+    assert [one.read() for one in (lasting, other)] == [[3.0], [3.0]]
     other.process.stdin.close()  # type: ignore[union-attr]
     assert other.process.wait(timeout=60) == 0
     other.seconds_to_nothing()
     assert not Path(other.folder).exists()
-    driver.tell("ask")
-    assert driver.read() == [4.0]
+    lasting.tell("ask")
+    assert lasting.read() == [4.0]
 
 
 @pytest.mark.slow
-def test_workers_inherit_what_is_listed_and_no_other_variable(driver: Driver):
-    environment = driver.found["environment"]
+def test_workers_inherit_what_is_listed_and_no_other_variable(lasting: Driver):
+    environment = lasting.found["environment"]
     assert not {"ALIGN_FAULT", "MY_SECRET"} & environment.keys()
     assert environment["HF_TOKEN"] == "for the hub"
     assert environment["RAY_AUTH_MODE"] == "token"
-    for pid in processes_of(driver.folder):
-        if pid != driver.process.pid:
+    for pid in processes_of(lasting.folder):
+        if pid != lasting.process.pid:
             assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
-    token = (Path(driver.folder) / "token").read_text()
+    token = (Path(lasting.folder) / "token").read_text()
     assert len(token) == 64
-    for pid, command in processes_of(driver.folder).items():
+    for pid, command in processes_of(lasting.folder).items():
         assert token not in command
         assert token.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
 
@@ -187,14 +202,14 @@ except Exception as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("token", ["none", "wrong", "right"])
-def test_only_who_has_the_token_is_let_in(tmp_path: Path, driver: Driver, token: str):
+def test_only_who_has_the_token_is_let_in(tmp_path: Path, lasting: Driver, token: str):
     address = next(
         command.partition("--gcs-address=")[2].split()[0]
-        for command in processes_of(driver.folder).values()
+        for command in processes_of(lasting.folder).values()
         if "--gcs-address=127" in command
     )
     file = tmp_path / "token"
-    file.write_text((Path(driver.folder) / "token").read_text() if token == "right" else "0" * 64)
+    file.write_text((Path(lasting.folder) / "token").read_text() if token == "right" else "0" * 64)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     mode = (
         {"RAY_AUTH_MODE": "disabled"}

@@ -15,7 +15,7 @@ from align.errors import DivergedError
 from align.sections import Model
 from align.workers.base import Answer, Spec, Worker, answered
 
-GROUP_TIMEOUT_S = 6.0
+GROUP_TIMEOUT_S = 4.0
 
 
 class Toy(Worker):
@@ -129,4 +129,4 @@ class NoLoad(Toy):
 
 def specs(role: str, world_size: int) -> list[Spec]:
     """One for each rank."""
-    return [Spec(role, rank, world_size, Model(path="-"), 0, 1, GROUP_TIMEOUT_S) for rank in range(world_size)]
+    return [Spec(role, rank, world_size, Model(path="-"), 0, 1, 60.0) for rank in range(world_size)]

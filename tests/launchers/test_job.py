@@ -1,0 +1,334 @@
+"""The job script and its functions, on stand-ins for Slurm's commands, Ray and the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMON = ROOT / "slurm" / "common.sh"
+JOB = "4194304"
+"""A number that no process of this machine carries."""
+
+SRUN = """\
+#!/bin/bash
+# Runs the step here, once, whatever nodes it asked for.
+while [[ $1 != bash ]]; do [[ $1 == --chdir=* ]] && cd "${1#*=}"; shift; done
+printf '%s\\n' "$*" >>"$STAND_INS/steps"
+exec env SLURM_STEP_ID=$(($(wc -l <"$STAND_INS/steps") - 1)) SLURMD_NODENAME=localhost "$@"
+"""
+PYTHON = """\
+#!/bin/bash
+# `ray start` listens where it was told to; a health check is content; `align train` does what the case says.
+case "$*" in
+  *health-check*) exit 0 ;;
+  *start*)
+    for word in "$@"; do [[ $word == --port=* ]] && port=${word#*=}; done
+    [[ -e $STAND_INS/no-ray ]] && exit 1
+    exec REAL -c "import socket, time; s = socket.create_server(('', ${port:-0})); time.sleep(60)" ;;
+esac
+printf '%s\\n' "$@" >"$STAND_INS/driver"
+stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND_INS/token"
+echo "$RAY_AUTH_MODE" >>"$STAND_INS/token"
+. "$STAND_INS/case"
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder of commands, and of what they were asked."""
+    folder = tmp_path / "stand-ins"
+    folder.mkdir()
+    scripts = {
+        "srun": SRUN,
+        "python": PYTHON.replace("REAL", sys.executable),
+        "squeue": "#!/bin/bash\ncat $STAND_INS/state\n",
+        "scontrol": '#!/bin/bash\nif [[ $1 == show ]]; then echo localhost; else echo "$*" >>$STAND_INS/requeued; fi\n',
+        "sleep": '#!/bin/bash\n[[ $1 == 600 ]] || exec /bin/sleep "$1"\n',
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "state").write_text("RUNNING\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder as the launcher leaves it, with a blank in its name."""
+    folder = tmp_path / "a run"
+    code = folder / "launch" / "code" / "slurm"
+    code.mkdir(parents=True)
+    for file in (ROOT / "slurm").iterdir():
+        shutil.copy(file, code)
+    (folder / "launch" / "runs").write_text(f"{folder}\n")
+    return folder
+
+
+def environment(stand_ins: Path, **more: str) -> dict[str, str]:
+    path = f"{stand_ins}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    return {**os.environ, "PATH": path, "STAND_INS": str(stand_ins), **job, **more}
+
+
+def start(run: Path, stand_ins: Path, case: str, settings: str = "", **more: str) -> subprocess.Popen[str]:
+    """Begin the job. ``case`` is what the driver does, ``settings`` replaces some of the script's."""
+    (stand_ins / "case").write_text(case)
+    text = (
+        (ROOT / "slurm" / "train.sbatch").read_text().replace(" #%settings", f"\nmax_restarts=20 retries=1 {settings}")
+    )
+    script = run / "launch" / "job.sbatch"
+    script.write_text(text)
+    command = ["bash", str(script), str(run / "launch"), str(stand_ins / "python")]
+    return subprocess.Popen(command, env=environment(stand_ins, **more), stdout=subprocess.PIPE, text=True)
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = job.communicate(timeout=60)
+    return job.returncode, said
+
+
+def requeues(stand_ins: Path) -> int:
+    file = stand_ins / "requeued"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "settings", "more", "status", "requeued", "ended"),
+    [
+        ("exit 0", "", {}, 0, 0, "0"),
+        ("exit 75", "", {}, 75, 1, None),
+        ("exit 75", "", {"SLURM_RESTART_COUNT": "19"}, 75, 1, None),
+        ("exit 75", "", {"SLURM_RESTART_COUNT": "20"}, 75, 0, None),
+        ("exit 75", "max_restarts=0", {}, 75, 0, None),
+        ("exit 76", "", {}, 76, 1, None),
+        ("exit 76", "retries=0", {}, 76, 0, None),
+        ("kill -KILL $$", "", {}, 76, 1, None),
+        ("exit 77", "", {}, 77, 0, None),
+        ("exit 78", "", {}, 78, 0, "78"),
+        ("exit 79", "", {}, 79, 0, "79"),
+        ("exit 1", "", {}, 1, 0, None),
+        ("exit 130", "", {}, 130, 0, None),
+    ],
+)
+def test_each_status_has_its_consequence(run, stand_ins, case, settings, more, status, requeued, ended):
+    assert finish(start(run, stand_ins, case, settings, **more))[0] == status
+    assert requeues(stand_ins) == requeued
+    file = run / "launch" / "ended"
+    assert (file.read_text().strip() if file.exists() else None) == ended
+    assert not list((run / "launch").glob("token-*"))
+    assert not Path(f"/tmp/ray/j{JOB}.{more.get('SLURM_RESTART_COUNT', 0)}").exists()
+
+
+@pytest.mark.slow
+def test_the_driver_is_told_where_ray_is_and_has_a_token_of_its_own(run, stand_ins):
+    assert finish(start(run, stand_ins, "exit 0"))[0] == 0
+    module, name, train, recipe, executor, address = (stand_ins / "driver").read_text().splitlines()
+    assert (module, name, train, recipe, executor) == (
+        "-m", "align.cli", "train", f"{run}/launch/config.yaml", "executor=ray",
+    )  # fmt: skip
+    host, port = address.removeprefix("cluster.address=").split(":")
+    assert not host.startswith("127.")
+    assert 20000 <= int(port) < 32000
+    assert (stand_ins / "token").read_text().split() == ["600", "token"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGUSR1, "USR1"), (signal.SIGTERM, "TERM")])
+def test_a_signal_to_the_script_reaches_the_driver_as_usr2(run, stand_ins, number, word):
+    job = start(run, stand_ins, "trap 'exit 75' USR2; touch $STAND_INS/ready; while :; do sleep 0.1; done")
+    wait_for(stand_ins / "ready")
+    job.send_signal(number)
+    status, said = finish(job)
+    assert (status, requeues(stand_ins)) == (75, 1)
+    assert f"{word}: asking the run to save and stop" in said
+
+
+@pytest.mark.slow
+def test_a_driver_that_had_not_begun_to_listen_is_requeued_without_being_a_fault(run, stand_ins):
+    """Its handler is not there yet, so USR2 kills it; there is nothing to lose."""
+    job = start(run, stand_ins, "touch $STAND_INS/ready; exec sleep 50")
+    wait_for(stand_ins / "ready")
+    job.send_signal(signal.SIGUSR1)
+    assert finish(job)[0] == 75
+    assert requeues(stand_ins) == 1
+    assert not (run / "launch" / "faults").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+def test_what_slurm_has_decided_is_left_alone(run, stand_ins, state):
+    (stand_ins / "state").write_text(state)
+    assert finish(start(run, stand_ins, "exit 75"))[0] == 75
+    assert requeues(stand_ins) == 0
+
+
+@pytest.mark.slow
+def test_a_file_stop_ends_the_job_for_good(run, stand_ins):
+    assert finish(start(run, stand_ins, f"touch '{run}/STOP'; exit 75"))[0] == 75
+    assert requeues(stand_ins) == 0
+    (stand_ins / "steps").unlink()
+    assert finish(start(run, stand_ins, "exit 0"))[0] == 75  # the next job of a chain
+    assert not (stand_ins / "steps").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [0, 78, 79])
+def test_a_job_whose_run_is_over_starts_nothing(run, stand_ins, status):
+    (run / "launch" / "ended").write_text(f"{status}\n")
+    assert finish(start(run, stand_ins, "exit 1"))[0] == status
+    assert not (stand_ins / "steps").exists()
+
+
+@pytest.mark.slow
+def test_faults_are_counted_over_the_starts_of_a_job(run, stand_ins):
+    """One is tried again; another job's do not count."""
+    (run / "launch" / "faults").write_text("7.0\n7.1\n")
+    assert finish(start(run, stand_ins, "exit 76"))[0] == 76
+    assert finish(start(run, stand_ins, "exit 76", SLURM_RESTART_COUNT="1"))[0] == 76
+    assert requeues(stand_ins) == 1
+    assert (run / "launch" / "faults").read_text().split() == ["7.0", "7.1", f"{JOB}.0", f"{JOB}.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resume", "snapshot", "added"),
+    [
+        ("auto", True, []),
+        ("never", False, ["run.resume=auto"]),
+        ("never", True, ["run.resume=auto"]),
+        ("snapshot", False, []),
+        ("snapshot", True, ["run.resume=auto"]),
+    ],
+)
+def test_a_second_start_goes_on_from_the_newest_snapshot_of_the_run(run, stand_ins, resume, snapshot, added):
+    if snapshot:
+        (run / "checkpoints" / "step-000002").mkdir(parents=True)
+    for more in ([], added):
+        finish(start(run, stand_ins, "exit 75", f"resume={resume}"))
+        assert (stand_ins / "driver").read_text().splitlines()[6:] == more
+
+
+@pytest.mark.slow
+def test_ray_that_does_not_start_is_a_fault(run, stand_ins):
+    (stand_ins / "no-ray").touch()
+    status, said = finish(start(run, stand_ins, "exit 0", "start_seconds=2"))
+    assert (status, requeues(stand_ins)) == (76, 1)
+    assert "a part of Ray has ended" in said
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_has_its_own_run(run, stand_ins, tmp_path):
+    other = tmp_path / "other"
+    (other / "launch").mkdir(parents=True)
+    (run / "launch" / "runs").write_text(f"{run}\n{other}\n")
+    assert finish(start(run, stand_ins, "exit 0", SLURM_ARRAY_TASK_ID="1"))[0] == 0
+    assert f"{other}/launch/config.yaml" in (stand_ins / "driver").read_text()
+    assert (other / "launch" / "ended").exists() and not (run / "launch" / "ended").exists()
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def function(name: str, *arguments: str, **variables: str) -> str:
+    command = ["bash", str(COMMON), name, *arguments]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("scope", "killed"),
+    [("job", ["other step", "other step before"]), ("step", ["this step"]), ("earlier", ["other step before"])],
+)
+def test_what_is_ended_carries_the_number_of_the_job(scope: str, killed: list[str]):
+    """Never the job script, which has no step, a stranger, or this step itself with the end of the job."""
+    victims = {
+        "this step": {"SLURM_JOB_ID": JOB, "SLURM_STEP_ID": "3", "SLURM_RESTART_COUNT": "1"},
+        "other step": {"SLURM_JOB_ID": JOB, "SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "1"},
+        "other step before": {"SLURM_JOB_ID": JOB, "SLURM_STEP_ID": "1"},
+        "job script": {"SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": "1"},
+        "stranger": {"SLURM_JOB_ID": f"{JOB}1", "SLURM_STEP_ID": "1"},
+        "nobody": {},
+    }
+    processes = {name: subprocess.Popen(["sleep", "60"], env={**os.environ, **own}) for name, own in victims.items()}
+    try:
+        function("reap", scope, SLURM_JOB_ID=JOB, SLURM_STEP_ID="3", SLURM_RESTART_COUNT="1")
+        time.sleep(0.1)
+        assert [name for name, process in processes.items() if process.poll() is not None] == killed
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def test_what_does_not_listen_to_sigterm_is_killed():
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    )
+    own = {**os.environ, "SLURM_JOB_ID": JOB, "SLURM_STEP_ID": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=own, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    function("reap", "job", SLURM_JOB_ID=JOB, SLURM_STEP_ID="3")
+    assert process.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_ports_differ_between_jobs_and_restarts_and_pass_over_what_is_taken():
+    ports = {
+        function("port_for", "127.0.0.1", SLURM_JOB_ID=str(job), SLURM_RESTART_COUNT=str(restart))
+        for job in (41, 42, 43)
+        for restart in range(3)
+    }
+    assert len(ports) == 9
+    with socket.create_server(("127.0.0.1", int(min(ports)))) as taken:
+        number = (taken.getsockname()[1] - 20000) // 10
+        job = next(job for job in range(1, 1200) if job * 13 % 1200 == number)
+        port = function("port_for", "127.0.0.1", SLURM_JOB_ID=str(job))
+    assert int(port) > taken.getsockname()[1] if number < 1199 else port == "20000"
+
+
+def test_the_address_of_this_machine_is_not_loopback():
+    """Whatever its name resolves to: Debian gives it 127.0.1.1."""
+    for name in ("localhost", "no-such-host.invalid", socket.gethostname()):
+        address = function("ip_of", name)
+        assert socket.inet_aton(address) and not address.startswith("127."), name
+        assert function("interface_of", address) not in ("", "lo")
+
+
+def test_a_folder_is_private_made_anew_and_never_through_a_link(tmp_path: Path):
+    folder = tmp_path / "shared" / "own"
+    function("own_folder", str(folder))
+    (folder / "left").touch()
+    function("own_folder", str(folder))
+    assert not list(folder.iterdir())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent.stat().st_mode & 0o7777 == 0o1777
+    link = tmp_path / "shared" / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        function("own_folder", str(link))
+    assert (tmp_path / "shared").is_dir()
+
+
+def test_arguments_stay_arguments(tmp_path: Path):
+    hostile = "$(touch owned) `touch owned`; touch owned '\"\\"
+    script = (
+        f'. {COMMON}; printf "%s" "$1" | {sys.executable} -c "import json, sys; print(json.dumps(sys.stdin.read()))"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script, "_", hostile], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert json.loads(done.stdout) == hostile and not list(tmp_path.iterdir())
