@@ -194,7 +194,7 @@ def render(given: argparse.Namespace, runs: Sequence[Checked]) -> str:
 
 
 def _seconds(time: str) -> int:
-    """A time limit as sbatch reads it: days and a dash make the first number after it one of hours, one colon minutes."""
+    """A time limit as sbatch reads it: after days and a dash come hours; one colon alone means minutes and seconds."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts, 0][:3]

@@ -67,9 +67,11 @@ wait_for_ray() { # ADDRESS:PORT PYTHON SECONDS
 ray_node() {
   local temp=$1 python=$2 address=$3 seconds=$4 own pid=
   shift 4
-  trap '[[ $pid ]] || { rm -rf "$temp"; exit 143; }; kill -TERM "$pid" 2>/dev/null' TERM
+  # Ray takes half a minute to leave on SIGTERM, and what comes from Slurm leaves less. There is nothing to lose.
+  trap '[[ $pid ]] || { rm -rf "$temp"; exit 143; }; kill -KILL "$pid" 2>/dev/null' TERM
   trap '' USR1 USR2
   reap earlier
+  rm -rf "${temp%.*}".*
   own_folder "$temp" || { echo "$temp belongs to somebody else"; return 1; }
   own=$(ip_of "${SLURMD_NODENAME:-}")
   # Collective operations over sockets listen on the address of the host's name, which may be a loopback address.
@@ -86,7 +88,7 @@ ray_node() {
   pid=$!
   wait_until_gone "$pid"
   local status=$?
-  reap step
+  reap step KILL
   rm -rf "$temp"
   return "$status"
 }
@@ -129,10 +131,10 @@ find_processes() {
 }
 
 # End what `find_processes` names: SIGTERM, after five seconds SIGKILL. By the job's number, never by name.
-reap() {
+reap() { # SCOPE [FIRST-SIGNAL]
   [[ $1 == earlier && -z ${SLURM_RESTART_COUNT:-} ]] && return
   local signal try pid
-  for signal in TERM KILL; do
+  for signal in "${2:-TERM}" KILL; do
     find_processes "$1"
     for pid in "${pids[@]}"; do
       kill -"$signal" "$pid" 2>/dev/null && echo "$(hostname): $signal to $pid $(cat "/proc/$pid/comm" 2>/dev/null)"

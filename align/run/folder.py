@@ -95,6 +95,9 @@ class Folder:
         self.found = own or given
         if self.found is not None:
             self._require(self.found.manifest.facts, self.found.folder)
+        elif (self.path / "checkpoints" / "latest").exists():
+            remedy = "bring them back, or begin in a new run.dir"
+            raise ConfigError("there were snapshots, and they are gone", where=str(self.snapshots.folder), remedy=remedy)
         elif self._known:
             self._require(json.loads((self.path / "identity.json").read_text()), self.path)
             self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")

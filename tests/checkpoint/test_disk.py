@@ -254,6 +254,15 @@ def test_every_fsync_refused(tmp_path, small, monkeypatch):
     assert found == [(1, 0)] * 14 + [(0, 1)] * 2 + [(0, 0)]
 
 
+def test_the_folder_of_snapshots_is_on_the_disk_before_its_first_snapshot(tmp_path, small, monkeypatch):
+    def refusing(descriptor: int) -> None:
+        raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} in {os.readlink(f'/proc/self/fd/{descriptor}')}")
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(SaveError, match=rf"Input/output error in {tmp_path}\n"):
+        small.make_store(tmp_path / "checkpoints").begin(10, 0)
+
+
 def test_a_folder_that_is_deleted_underneath(tmp_path, small):
     store = small.make_store(tmp_path / "run" / "checkpoints", keep_latest=1)
     store.folder.parent.mkdir()

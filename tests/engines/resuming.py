@@ -98,8 +98,12 @@ class Case(NamedTuple):
 
 HELD = [*((stage, "float32") for stage in range(4)), *((stage, "bfloat16") for stage in (1, 2, 3))]
 CASES = [Case(kind, *held) for kind in KINDS for held in HELD if kind != "offload" or held[0]]
-ON_TWO = [case for case in CASES if case.kind == "policy" or (case.stage + len(case.kind)) % 2 == len(case.dtype) % 2]
-"""Two ranks take turns: a kind has one dtype at each stage."""
+ON_TWO = [
+    case
+    for case in CASES
+    if case.kind == "policy" or not case.stage or (case.stage + list(KINDS).index(case.kind)) % 2 == len(case.dtype) % 2
+]
+"""For two ranks, one dtype at each stage of a kind: neighbours take turns."""
 
 
 class Trainee(TrainedWorker):

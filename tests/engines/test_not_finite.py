@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ QUICK = [
 @pytest.fixture(autouse=True, scope="module")
 def alone():
     distributed.initialize_alone()
+    gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

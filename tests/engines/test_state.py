@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import random
@@ -37,6 +38,9 @@ def by_name(case: Any) -> str:
 @pytest.fixture(autouse=True, scope="module")
 def alone():
     distributed.initialize_alone()
+    gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,17 @@ SRUN = """\
 # Runs the step here, once, whatever nodes it asked for.
 while [[ $1 != bash ]]; do [[ $1 == --chdir=* ]] && cd "${1#*=}"; shift; done
 printf '%s\\n' "$*" >>"$STAND_INS/steps"
-exec env SLURM_STEP_ID=$(($(wc -l <"$STAND_INS/steps") - 1)) SLURMD_NODENAME=localhost "$@"
+exec env SLURM_STEP_ID=$$ SLURMD_NODENAME=localhost "$@"
 """
 PYTHON = """\
 #!/bin/bash
 # `ray start` listens where it was told to; a health check is content; `align train` does what the case says.
 case "$*" in
   *health-check*) exit 0 ;;
-  *start*)
+  *'ray.scripts.scripts start '*)
     for word in "$@"; do [[ $word == --port=* ]] && port=${word#*=}; done
-    [[ -e $STAND_INS/no-ray ]] && exit 1
-    exec REAL -c "import socket, time; s = socket.create_server(('', ${port:-0})); time.sleep(60)" ;;
+    seconds=$(cat "$STAND_INS/ray-seconds")
+    exec REAL -c "import socket, time; s = $seconds and socket.create_server(('', ${port:-0})); time.sleep($seconds)" ;;
 esac
 printf '%s\\n' "$@" >"$STAND_INS/driver"
 stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND_INS/token"
@@ -59,6 +59,7 @@ def stand_ins(tmp_path: Path) -> Path:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "state").write_text("RUNNING\n")
+    (folder / "ray-seconds").write_text("60")
     return folder
 
 
@@ -83,9 +84,8 @@ def environment(stand_ins: Path, **more: str) -> dict[str, str]:
 def start(run: Path, stand_ins: Path, case: str, settings: str = "", **more: str) -> subprocess.Popen[str]:
     """Begin the job. ``case`` is what the driver does, ``settings`` replaces some of the script's."""
     (stand_ins / "case").write_text(case)
-    text = (
-        (ROOT / "slurm" / "train.sbatch").read_text().replace(" #%settings", f"\nmax_restarts=20 retries=1 {settings}")
-    )
+    text = (ROOT / "slurm" / "train.sbatch").read_text().replace("lost_seconds=30", "lost_seconds=1")
+    text = text.replace(" #%settings", f"\nmax_restarts=20 retries=1 {settings}")
     script = run / "launch" / "job.sbatch"
     script.write_text(text)
     command = ["bash", str(script), str(run / "launch"), str(stand_ins / "python")]
@@ -221,8 +221,16 @@ def test_a_second_start_goes_on_from_the_newest_snapshot_of_the_run(run, stand_i
 
 @pytest.mark.slow
 def test_ray_that_does_not_start_is_a_fault(run, stand_ins):
-    (stand_ins / "no-ray").touch()
-    status, said = finish(start(run, stand_ins, "exit 0", "start_seconds=2"))
+    (stand_ins / "ray-seconds").write_text("0")
+    assert finish(start(run, stand_ins, "exit 0", "start_seconds=2"))[0] == 76
+    assert requeues(stand_ins) == 1
+    assert not (stand_ins / "driver").exists()
+
+
+@pytest.mark.slow
+def test_a_driver_that_does_not_notice_the_end_of_ray_is_killed(run, stand_ins):
+    (stand_ins / "ray-seconds").write_text("5")
+    status, said = finish(start(run, stand_ins, "exec sleep 50"))
     assert (status, requeues(stand_ins)) == (76, 1)
     assert "a part of Ray has ended" in said
 
@@ -293,11 +301,11 @@ def test_ports_differ_between_jobs_and_restarts_and_pass_over_what_is_taken():
         for restart in range(3)
     }
     assert len(ports) == 9
-    with socket.create_server(("127.0.0.1", int(min(ports)))) as taken:
-        number = (taken.getsockname()[1] - 20000) // 10
-        job = next(job for job in range(1, 1200) if job * 13 % 1200 == number)
-        port = function("port_for", "127.0.0.1", SLURM_JOB_ID=str(job))
-    assert int(port) > taken.getsockname()[1] if number < 1199 else port == "20000"
+    first = int(min(ports))
+    job = next(job for job in range(1, 1200) if job * 13 % 1200 == (first - 20000) // 10)
+    with socket.create_server(("127.0.0.1", first)):
+        port = int(function("port_for", "127.0.0.1", SLURM_JOB_ID=str(job)))
+    assert port != first and port % 10 == 0 and 20000 <= port < 32000
 
 
 def test_the_address_of_this_machine_is_not_loopback():

@@ -160,6 +160,13 @@ def test_without_a_sound_snapshot_it_never_starts_afresh(runs, rloo, folder):
     assert steps_done(folder) == 5
 
 
+def test_snapshots_that_are_gone_are_missed(runs, rloo, folder):
+    for snapshot in snapshots(folder):
+        shutil.rmtree(snapshot)
+    assert runs.run("train", rloo, f"run.dir={folder}", log="gone") == 78
+    assert "they are gone" in runs.text("gone")
+
+
 def test_a_damaged_snapshot_that_was_named_is_refused_and_a_sound_one_offered(runs, rloo, folder, tmp_path):
     newest = folder / "checkpoints" / "step-000004"
     flip(newest / "policy" / "rank-00000.safetensors")

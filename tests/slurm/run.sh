@@ -156,7 +156,8 @@ case_killed() {
 }
 
 case_cancelled() {
-  under_way cancelled && scancel "$job" && ended_as "$job" CANCELLED 0:15 && clean "$job" || return
+  under_way cancelled && scancel "$job" && until_true 60 has_ended "$job" && clean "$job" || return
+  [[ $(state_of "$job") == CANCELLED ]] || fail "job $job: $(state_of "$job")" || return
   prefix=()
   submit cancelled && finish ten # the same line goes on with the run
 }
@@ -164,6 +165,7 @@ case_cancelled() {
 case_stopped() {
   under_way stopped && touch "$run/STOP" && ended_as "$job" FAILED 75:0 && clean "$job" || return
   (($(restarts_of "$job") == 0)) || fail "it was requeued" || return
+  prefix=()
   submit stopped
   (($? == 78)) || fail "a run with a file STOP was submitted"
 }

@@ -1,0 +1,90 @@
+"""Which changes a snapshot refuses, key by key."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from align import config, sections
+from align.algorithms import ppo
+from align.errors import ConfigError
+from align.run.identity import Identity
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "ppo.yaml"
+
+
+def identity(*overrides: str, rows: str = "r", policy: str = "p") -> Identity:
+    return Identity.of(config.load(RECIPE, overrides).config, {"rows": rows}, {"policy": policy})
+
+
+BEGUN = dataclasses.asdict(identity())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.dir=elsewhere", "run.resume=never", "run.max_time=1h", "run.max_restarts=9", "run.progress=none",
+        "run.tensorboard=false", "run.logged_samples=1", "run.bundle_steps=[1]", "run.non_finite=skip",
+        "run.max_non_finite=9", "run.allow_change=[x]", "checkpoint.every=1", "checkpoint.keep_best=3",
+        "cluster.call_timeout_s=5", "executor=local", "placement.policy=0", "policy.zero_stage=3",
+        "policy.micro_batch_tokens=64", "critic.gradient_checkpointing=true", "policy.generation_slots=2",
+        "policy.path=elsewhere", "data.path=elsewhere", "reward.path=elsewhere", "reference.micro_batch_tokens=8",
+        "cluster.phase_timeout_s={generate: 1}", "reward.zero_stage=3",
+    ],
+)  # fmt: skip
+def test_what_may_change(change: str):
+    identity(change).require(BEGUN, [], "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("run.seed=5", "run.seed"),
+        ("run.steps=5", "run.steps"),
+        ("critic.head=new", "critic.head"),
+        ("policy.optimizer.schedule=linear", "policy.optimizer.schedule"),
+        ("critic.optimizer.lr=1", "critic.optimizer.lr"),
+        ("reward.failed=drop", "reward.failed"),
+        ("sampling.top_p=0.5", "sampling.top_p"),
+        ("evaluation.every=1", "evaluation.every"),
+        ("gae_lambda=0.5", "gae_lambda"),
+        ("data.max_prompt_tokens=7", "data.max_prompt_tokens"),
+        ("lag=1", "lag"),
+    ],
+)
+def test_what_may_not(change: str, key: str):
+    with pytest.raises(ConfigError) as caught:
+        identity(change).require(BEGUN, [], "the snapshot's place")
+    assert f"    {key}: " in str(caught.value)
+    assert f"run.allow_change=[{key}]" in str(caught.value)
+    assert str(caught.value).startswith("the snapshot's place: ")
+    identity(change).require(BEGUN, [key], "x")
+    identity(change).require(BEGUN, [key.split(".")[0]], "x")  # a section stands for its keys
+    with pytest.raises(ConfigError):
+        identity(change).require(BEGUN, [key[:-1]], "x")
+
+
+def test_rows_and_models_are_compared_by_content():
+    with pytest.raises(ConfigError, match=r"data: rows: r in the snapshot, s now"):
+        identity(rows="s").require(BEGUN, [], "x")
+    with pytest.raises(ConfigError, match=r"model: policy: p in the snapshot, q now(?s:.*)allow_change=\[model\]"):
+        identity(policy="q").require(BEGUN, [], "x")
+    identity(rows="s", policy="q").require(BEGUN, ["data", "model"], "x")
+
+
+def test_a_key_that_is_new_or_gone_is_a_difference():
+    older = {**BEGUN, "recipe": {**BEGUN["recipe"], "old_key": 1}}
+    with pytest.raises(ConfigError, match=r"old_key: 1 in the snapshot, '\(not there\)' now"):
+        identity().require(older, [], "x")
+    del older["recipe"]["gamma"], older["recipe"]["old_key"]
+    with pytest.raises(ConfigError, match=r"gamma: '\(not there\)' in the snapshot, 1.0 now"):
+        identity().require(older, [], "x")
+
+
+def test_every_key_of_a_role_that_is_harmless_is_a_key_of_some_role():
+    """A pattern that fits no key would be a promise about nothing."""
+    keys = config.describe(ppo.Config).keys() | {f"policy.{key}" for key in config.describe(sections.Sampler)}
+    kept = identity().recipe
+    for name in ("zero_stage", "micro_batch_tokens", "offload_optimizer", "offload_parameters", "generation_slots"):
+        assert f"policy.{name}" in keys
+        assert f"policy.{name}" not in kept
