@@ -8,7 +8,7 @@ RECIPES := recipes/quickstart
 # Which recipe of $(RECIPES) the quickstart aligns with.
 ALGORITHM ?= rloo
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart test test-long test-faults test-slurm check format clean
 
 install: $(STAMP)
 
@@ -34,7 +34,16 @@ quickstart: $(STAMP)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) -m "not long and not full"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
+
+test-faults: $(STAMP)
+	$(PYTEST) -m full
+
+test-slurm: $(STAMP)
+	tests/slurm/run.sh
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

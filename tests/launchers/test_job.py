@@ -283,6 +283,7 @@ def test_what_is_ended_carries_the_number_of_the_job(scope: str, killed: list[st
             process.wait()
 
 
+@pytest.mark.slow
 def test_what_does_not_listen_to_sigterm_is_killed():
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
