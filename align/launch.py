@@ -60,6 +60,15 @@ def check(config: Recipe) -> dict[str, tuple[int, ...]]:
     return slots
 
 
+def remote_code(config: Recipe) -> list[str]:
+    """A line for each role that runs code which comes with its model."""
+    return [
+        f"{name} runs the Python code that comes with {section.path}{f' at {section.revision}' if section.revision else ''}"
+        for name, section in cast_sections(config).items()
+        if section.trust_remote_code
+    ]
+
+
 def load_renderer(config: Recipe) -> Renderer:
     """Tokenizer and template of the run; every role must read the same token ids."""
     loaded = {
@@ -174,6 +183,8 @@ def train(loaded: Loaded, console: Console) -> None:
             run.write_json("data.json", prepared.description)
             counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
             console.print(f"{prepared.config.algorithm}: {counts}", highlight=False)
+            for line in remote_code(prepared.config):
+                console.print(line, highlight=False)
             if run.progress.step:
                 console.print(f"going on after step {run.progress.step}", highlight=False)
             carry_out(prepared, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from align.launch import cast_sections, check
+from align.launch import cast_sections, check, remote_code
 from align.sections import Recipe, Trained
 
 
@@ -24,10 +24,8 @@ def describe(config: Recipe, console: Console) -> None:
             "random" if section.init else section.path,
         )
     console.print(table)
-    for name, section in roles.items():
-        if section.trust_remote_code:
-            commit = f" at {section.revision}" if section.revision else ""
-            console.print(f"{name} runs the Python code that comes with {section.path}{commit}", highlight=False)
+    for line in remote_code(config):
+        console.print(line, highlight=False)
     total = 1 + max(slot for role in slots.values() for slot in role)
     where = f"{total} slots of Ray" if config.executor == "ray" else "this process"
     rounds = f" in each of {config.num_rounds()} rounds" if config.num_rounds() > 1 else ""

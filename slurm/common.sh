@@ -88,7 +88,7 @@ ray_node() {
   pid=$!
   wait_until_gone "$pid"
   local status=$?
-  reap step KILL
+  reap step
   rm -rf "$temp"
   return "$status"
 }
@@ -99,6 +99,11 @@ drive() { # ADDRESS:PORT PYTHON SECONDS ARGUMENT...
   shift 3
   wait_for_ray "$address" "$python" "$seconds" || return
   exec "$python" -m align.cli "$@" # in the folder of the code: the first place where Python, and Ray's workers, look
+}
+
+# Step: the reward model as a service.
+serve() { # PYTHON CONFIG
+  exec "$1" -m align.cli serve reward "$2"
 }
 
 # `wait` comes back when a trap has run: wait again.
@@ -130,19 +135,18 @@ find_processes() {
   done
 }
 
-# End what `find_processes` names: SIGTERM, after five seconds SIGKILL. By the job's number, never by name.
-reap() { # SCOPE [FIRST-SIGNAL]
+# End what `find_processes` names, by the job's number, never by name. At once: what has state has saved it by then, and
+# between SIGTERM and the end of this script Slurm may leave a few seconds.
+reap() { # SCOPE
   [[ $1 == earlier && -z ${SLURM_RESTART_COUNT:-} ]] && return
-  local signal try pid
-  for signal in "${2:-TERM}" KILL; do
-    find_processes "$1"
-    for pid in "${pids[@]}"; do
-      kill -"$signal" "$pid" 2>/dev/null && echo "$(hostname): $signal to $pid $(cat "/proc/$pid/comm" 2>/dev/null)"
-    done
-    for ((try = 0; try < 50; try++)); do
-      any_lives "${pids[@]}" || break
-      sleep 0.1
-    done
+  local try pid
+  find_processes "$1"
+  for pid in "${pids[@]}"; do
+    kill -KILL "$pid" 2>/dev/null && echo "$(hostname): killed $pid $(cat "/proc/$pid/comm" 2>/dev/null)"
+  done
+  for ((try = 0; try < 50; try++)); do
+    any_lives "${pids[@]}" || break
+    sleep 0.1
   done
 }
 
@@ -164,6 +168,11 @@ sweep() { # TEMP
 everywhere() { # FUNCTION ARGUMENT...
   timeout --kill-after=5 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     --ntasks-per-node=1 bash "$common" "$@" || SLURM_STEP_ID=batch bash "$common" "$@"
+}
+
+# Whether Slurm has told this job to make room. Of that only the steps may hear.
+preempted() {
+  scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
 }
 
 # Put the job back into the queue, unless Slurm has decided already: after scancel, scontrol requeue and node failure

@@ -6,6 +6,8 @@ import fcntl
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from ray.exceptions import RayError
 
 from align.errors import WorkerError
 from align.sections import Cluster
+from align.workers import reaper
 from align.workers.process import inherited
 
 LOOPBACK = "127.0.0.1"
@@ -41,6 +44,7 @@ class Session:
         self.section = section
         self._folder: Path | None = None
         self._lock: int | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     @property
     def own(self) -> bool:
@@ -69,6 +73,14 @@ class Session:
         self._lock = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)  # held as long as this process lives, see `remove_abandoned`
         os.write(self._lock, secrets.token_hex(32).encode())
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", reaper.__file__, str(self._folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,  # a signal to the driver's group is not for it
+        )
         with _surroundings(token):
             ray.init(
                 address="local",
@@ -86,8 +98,11 @@ class Session:
             with suppress(Exception):
                 ray.shutdown()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            reaper.reap(self._folder)
             self._folder = None
+        if self._reaper is not None:
+            self._reaper.communicate()
+            self._reaper = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

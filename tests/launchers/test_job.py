@@ -26,6 +26,14 @@ while [[ $1 != bash ]]; do [[ $1 == --chdir=* ]] && cd "${1#*=}"; shift; done
 printf '%s\\n' "$*" >>"$STAND_INS/steps"
 exec env SLURM_STEP_ID=$$ SLURMD_NODENAME=localhost "$@"
 """
+SCONTROL = """\
+#!/bin/bash
+case "$1 $2" in
+  "show hostnames") echo localhost ;;
+  "show job") cat "$STAND_INS/job" ;;
+  *) echo "$*" >>"$STAND_INS/requeued" ;;
+esac
+"""
 PYTHON = """\
 #!/bin/bash
 # `ray start` listens where it was told to; a health check is content; `align train` does what the case says.
@@ -37,7 +45,7 @@ case "$*" in
     exec REAL -c "import socket, time; s = $seconds and socket.create_server(('', ${port:-0})); time.sleep($seconds)" ;;
 esac
 printf '%s\\n' "$@" >"$STAND_INS/driver"
-stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND_INS/token"
+[[ $RAY_AUTH_TOKEN_PATH ]] && stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND_INS/token"
 echo "$RAY_AUTH_MODE" >>"$STAND_INS/token"
 . "$STAND_INS/case"
 """
@@ -52,13 +60,14 @@ def stand_ins(tmp_path: Path) -> Path:
         "srun": SRUN,
         "python": PYTHON.replace("REAL", sys.executable),
         "squeue": "#!/bin/bash\ncat $STAND_INS/state\n",
-        "scontrol": '#!/bin/bash\nif [[ $1 == show ]]; then echo localhost; else echo "$*" >>$STAND_INS/requeued; fi\n',
+        "scontrol": SCONTROL,
         "sleep": '#!/bin/bash\n[[ $1 == 600 ]] || exec /bin/sleep "$1"\n',
     }
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "state").write_text("RUNNING\n")
+    (folder / "job").write_text("PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None\n")
     (folder / "ray-seconds").write_text("60")
     return folder
 
@@ -84,7 +93,11 @@ def environment(stand_ins: Path, **more: str) -> dict[str, str]:
 def start(run: Path, stand_ins: Path, case: str, settings: str = "", **more: str) -> subprocess.Popen[str]:
     """Begin the job. ``case`` is what the driver does, ``settings`` replaces some of the script's."""
     (stand_ins / "case").write_text(case)
-    text = (ROOT / "slurm" / "train.sbatch").read_text().replace("lost_seconds=30", "lost_seconds=1")
+    text = (
+        (ROOT / "slurm" / more.get("TEMPLATE", "train.sbatch"))
+        .read_text()
+        .replace("lost_seconds=30", "lost_seconds=${LOST:-1}")
+    )
     text = text.replace(" #%settings", f"\nmax_restarts=20 retries=1 {settings}")
     script = run / "launch" / "job.sbatch"
     script.write_text(text)
@@ -155,6 +168,17 @@ def test_a_signal_to_the_script_reaches_the_driver_as_usr2(run, stand_ins, numbe
 
 
 @pytest.mark.slow
+def test_after_sigterm_the_end_of_ray_is_the_end_of_the_driver(run, stand_ins):
+    """Slurm is ending all of it, and the script must clean up before it is killed itself."""
+    (stand_ins / "ray-seconds").write_text("8")
+    job = start(run, stand_ins, "trap '' USR2; touch $STAND_INS/ready; exec sleep 50", LOST="600")
+    wait_for(stand_ins / "ready")
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 75
+    assert not list((run / "launch").glob("token-*"))
+
+
+@pytest.mark.slow
 def test_a_driver_that_had_not_begun_to_listen_is_requeued_without_being_a_fault(run, stand_ins):
     """Its handler is not there yet, so USR2 kills it; there is nothing to lose."""
     job = start(run, stand_ins, "touch $STAND_INS/ready; exec sleep 50")
@@ -171,6 +195,15 @@ def test_what_slurm_has_decided_is_left_alone(run, stand_ins, state):
     (stand_ins / "state").write_text(state)
     assert finish(start(run, stand_ins, "exit 75"))[0] == 75
     assert requeues(stand_ins) == 0
+
+
+@pytest.mark.slow
+def test_a_preemption_is_no_fault(run, stand_ins):
+    """Slurm told the steps alone, which took Ray from the driver."""
+    (stand_ins / "job").write_text("PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=2026-01-01T00:10:00\n")
+    assert finish(start(run, stand_ins, "exit 76", "retries=0"))[0] == 75
+    assert requeues(stand_ins) == 1
+    assert not (run / "launch" / "faults").exists()
 
 
 @pytest.mark.slow
@@ -245,6 +278,26 @@ def test_a_task_of_an_array_has_its_own_run(run, stand_ins, tmp_path):
     assert (other / "launch" / "ended").exists() and not (run / "launch" / "ended").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "status", "requeued"), [("exit 0", 0, 0), ("exit 76", 76, 1), ("exit 78", 78, 0)])
+def test_a_service_is_tried_again_after_faults(run, stand_ins, case, status, requeued):
+    assert finish(start(run, stand_ins, case, TEMPLATE="reward_service.sbatch"))[0] == status
+    assert requeues(stand_ins) == requeued
+    arguments = ["-m", "align.cli", "serve", "reward", f"{run}/launch/config.yaml"]
+    assert (stand_ins / "driver").read_text().splitlines() == arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_a_service_is_asked_to_end_and_comes_back_after_a_time_limit_alone(run, stand_ins, number, requeued):
+    case = "trap 'exit 0' TERM; touch $STAND_INS/ready; while :; do sleep 0.1; done"
+    job = start(run, stand_ins, case, TEMPLATE="reward_service.sbatch")
+    wait_for(stand_ins / "ready")
+    job.send_signal(number)
+    assert finish(job)[0] == 0
+    assert requeues(stand_ins) == requeued
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 30
     while not path.exists():
@@ -281,18 +334,6 @@ def test_what_is_ended_carries_the_number_of_the_job(scope: str, killed: list[st
         for process in processes.values():
             process.kill()
             process.wait()
-
-
-@pytest.mark.slow
-def test_what_does_not_listen_to_sigterm_is_killed():
-    code = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
-    )
-    own = {**os.environ, "SLURM_JOB_ID": JOB, "SLURM_STEP_ID": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=own, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    function("reap", "job", SLURM_JOB_ID=JOB, SLURM_STEP_ID="3")
-    assert process.wait(timeout=5) == -signal.SIGKILL
 
 
 def test_ports_differ_between_jobs_and_restarts_and_pass_over_what_is_taken():

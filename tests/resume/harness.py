@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -110,6 +111,25 @@ def assert_same(one: Path, other: Path) -> None:
     skipped = {"driver.json"}
     assert {n: h for n, h in files.items() if n not in skipped} == {n: h for n, h in others.items() if n not in skipped}
     assert any("rank-" in name for name in files)
+
+
+def fifty_kills(runs: Runs, recipe: str, folder: Path, seed: int) -> None:
+    """Kill a run fifty times at random moments and compare it with one that nobody disturbed.
+
+    Each cycle lives until it has published a snapshot: a run that is killed ever faster would never end.
+    """
+    options = ("run.steps=110", "checkpoint.every=1", "evaluation.every=50")
+    assert runs.run("train", recipe, f"run.dir={folder / 'whole'}", *options) == 0, runs.text()
+    train, chance = ("train", recipe, f"run.dir={folder / 'run'}", *options), random.Random(seed)
+    for _ in range(50):
+        before = snapshots(folder / "run")[-1:]
+        pid = runs.start(*train)
+        assert until(lambda: snapshots(folder / "run")[-1:] != before), runs.text()  # noqa: B023
+        time.sleep(chance.uniform(0.0, 0.1))
+        runs.kill(pid)
+        assert runs.wait(pid) == -signal.SIGKILL, runs.text()
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(folder / "run", folder / "whole")
 
 
 def _files(snapshot: Path) -> list[dict]:

@@ -1,12 +1,11 @@
 """A run that was killed and resumed is the run that was never stopped, byte for byte."""
 
-import random
 import signal
 from pathlib import Path
 
 import pytest
 from conftest import ALGORITHMS
-from harness import assert_same, metrics, snapshots, steps_done, until
+from harness import assert_same, fifty_kills, metrics, steps_done
 
 pytestmark = pytest.mark.slow
 
@@ -72,23 +71,5 @@ def test_killed_in_each_phase_of_the_critic(phase, reference, runs, tmp_path):
 
 
 def test_fifty_kills_at_random_times(runs, write_recipe, tmp_path):
-    """Fifty cycles of SIGKILL and resume in one run equal the run that nobody disturbed. A cycle makes a step at least,
-    else a run that is killed ever faster would never end."""
-    recipe, whole, folder = write_recipe("rloo"), tmp_path / "whole", tmp_path / "run"
-    options = ("run.steps=60", "checkpoint.every=1", "evaluation.every=20")
-    assert runs.run("train", recipe, f"run.dir={whole}", *options) == 0, runs.text()
-    train, chance, kills = ("train", recipe, f"run.dir={folder}", *options), random.Random(0), 0
-    while kills < 50:
-        before = snapshots(folder)[-1:]
-        pid = runs.start(*train)
-        assert until(lambda: snapshots(folder)[-1:] != before), runs.text()  # noqa: B023
-        until(lambda: False, chance.uniform(0.0, 0.15))
-        runs.kill(pid)
-        status = runs.wait(pid)
-        if status == 0:
-            break
-        assert status == KILLED, runs.text()
-        kills += 1
-    assert kills == 50
-    assert runs.run(*train) == 0, runs.text()
-    assert_same(folder, whole)
+    """Fifty cycles of SIGKILL and resume in one run equal the run that nobody disturbed."""
+    fifty_kills(runs, write_recipe("rloo"), tmp_path, seed=0)

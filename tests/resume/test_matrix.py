@@ -5,12 +5,11 @@ other files here.
 """
 
 import json
-import random
 import re
 import signal
 
 import pytest
-from harness import assert_same, metrics, snapshots, until
+from harness import assert_same, fifty_kills, metrics, snapshots
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -103,20 +102,7 @@ def test_a_signal_in_a_phase(name, role, phase, reference, runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_fifty_kills(name, runs, write_recipe, tmp_path):
-    """See `test_exact.test_fifty_kills_at_random_times`."""
-    recipe, whole, folder = write_recipe(name), tmp_path / "whole", tmp_path / "run"
-    options = ("run.steps=110", "checkpoint.every=1", "evaluation.every=50")
-    assert runs.run("train", recipe, f"run.dir={whole}", *options) == 0, runs.text()
-    train, chance = ("train", recipe, f"run.dir={folder}", *options), random.Random(1)
-    for _ in range(50):
-        before = snapshots(folder)[-1:]
-        pid = runs.start(*train)
-        assert until(lambda: snapshots(folder)[-1:] != before), runs.text()  # noqa: B023
-        until(lambda: False, chance.uniform(0.0, 0.1))
-        runs.kill(pid)
-        assert runs.wait(pid) == KILLED, runs.text()
-    assert runs.run(*train) == 0, runs.text()
-    assert_same(folder, whole)
+    fifty_kills(runs, write_recipe(name), tmp_path, seed=1)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
