@@ -62,11 +62,9 @@ def check(config: Recipe) -> dict[str, tuple[int, ...]]:
 
 def remote_code(config: Recipe) -> list[str]:
     """A line for each role that runs code which comes with its model."""
-    return [
-        f"{name} runs the Python code that comes with {section.path}{f' at {section.revision}' if section.revision else ''}"
-        for name, section in cast_sections(config).items()
-        if section.trust_remote_code
-    ]
+    trusted = {name: one for name, one in cast_sections(config).items() if one.trust_remote_code}
+    commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
+    return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
 
 
 def load_renderer(config: Recipe) -> Renderer:

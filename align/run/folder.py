@@ -97,7 +97,8 @@ class Folder:
             self._require(self.found.manifest.facts, self.found.folder)
         elif (self.path / "checkpoints" / "latest").exists():
             remedy = "bring them back, or begin in a new run.dir"
-            raise ConfigError("there were snapshots, and they are gone", where=str(self.snapshots.folder), remedy=remedy)
+            where = str(self.snapshots.folder)
+            raise ConfigError("there were snapshots, and they are gone", where=where, remedy=remedy)
         elif self._known:
             self._require(json.loads((self.path / "identity.json").read_text()), self.path)
             self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")

@@ -32,7 +32,6 @@ from align.workers.base import (
     merged,
 )
 
-
 MOST_LAG = 1000
 """Rollouts that may be under way at a time, far above any lag."""
 

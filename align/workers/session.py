@@ -6,9 +6,11 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,7 @@ FOLDERS = Path("/tmp")
 """Short, because paths of sockets hold at most 107 characters."""
 PREFIX = "align-ray-"
 TOKEN = "token"
+KNOCK_S = 1.0
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
 
 
@@ -58,6 +61,7 @@ class Session:
                 remove_abandoned()
                 self._open_own()
             else:
+                self._knock(str(self.section.address))
                 ray.init(address=self.section.address, **QUIET)
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError) as error:
             self.close()
@@ -87,10 +91,22 @@ class Session:
                 num_cpus=(os.cpu_count() or 1) * self.section.slots_per_core,
                 include_dashboard=False,
                 _node_ip_address=LOOPBACK,
-                _temp_dir=str(self._folder),
+                _temp_dir=str(self._folder / "r"),  # which Ray opens to everybody; the folder around it stays closed
                 **QUIET,
             )
-        self._folder.chmod(0o700)  # Ray opens it to everybody
+
+    def _knock(self, address: str) -> None:
+        """Wait until something listens there: Ray itself would try for minutes."""
+        host, _, port = address.rpartition(":")
+        deadline = time.monotonic() + self.section.start_timeout_s
+        while True:
+            try:
+                socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(KNOCK_S)
 
     def close(self) -> None:
         """End Ray, or leave the one that runs, and remove what lies in /tmp. Does not raise."""
