@@ -96,7 +96,7 @@ def due(role: str, rank: int, phase: str, step: int) -> str | None:
     fits = (
         fault.role in (None, role)
         and fault.rank == rank
-        and fault.phase in (None, phase)
+        and fault.phase in (None, phase, phase.removeprefix(f"{role}_"))  # update of the critic is critic_update
         and fault.step in (None, step)
     )
     if not fits:

@@ -123,7 +123,7 @@ def plan(given: argparse.Namespace) -> Job:
     for run in runs:
         _require_slots(given, run)
     folder = validate(given.recipe, given.overrides).folder if given.array else runs[0].folder
-    return Job(runs, folder / "launch", render(given, runs), _script_arguments(given, folder, runs))
+    return Job(runs, folder / "launch", render(given, runs, folder.name), _script_arguments(given, folder, runs))
 
 
 def _can_serve() -> bool:
@@ -156,22 +156,22 @@ def _require_slots(given: argparse.Namespace, run: Checked) -> None:
         )
 
 
-def render(given: argparse.Namespace, runs: Sequence[Checked]) -> str:
+def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str:
     """The job script: the template with its directives and settings."""
     values = {
-        "job-name": re.sub(r"[^\w.-]", "_", runs[0].folder.name)[:60],
+        "job-name": re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:60],
         "nodes": given.nodes,
         "time": given.time,
         "cpus-per-task": _cpus(given),
         "signal": f"B:USR1@{given.signal_before}",
         **({"gpus-per-node": given.gpus_per_node} if given.gpus_per_node else {}),
         **({"array": f"0-{len(runs) - 1}"} if given.array else {}),
-        **{name: value for name in PASSED_ON if (value := getattr(given, name)) is not None},
+        **{key: value for key in PASSED_ON if (value := getattr(given, key)) is not None},
     }
-    for name, value in values.items():
-        pattern = TIME if name == "time" else PLAIN
+    for key, value in values.items():
+        pattern = TIME if key == "time" else PLAIN
         if not re.fullmatch(pattern, str(value), re.ASCII):
-            raise ConfigError(f"--{name}={value!r} is not a value for Slurm", remedy=f"it matches {pattern}")
+            raise ConfigError(f"--{key}={value!r} is not a value for Slurm", remedy=f"it matches {pattern}")
     resume = runs[0].config.run.resume
     restarts = given.max_restarts if given.max_restarts is not None else (0 if given.chain > 1 else 20)
     if given.signal_before >= _seconds(given.time):
@@ -188,8 +188,8 @@ def render(given: argparse.Namespace, runs: Sequence[Checked]) -> str:
             "resume": resume if resume in ("auto", "never") else "snapshot",
         }
     template = (ROOT / "slurm" / ("reward_service.sbatch" if given.service else "train.sbatch")).read_text()
-    lines = "\n".join(f"#SBATCH --{name}={value}" for name, value in values.items())
-    assigned = " ".join(f"{name}={value}" for name, value in settings.items())
+    lines = "\n".join(f"#SBATCH --{key}={value}" for key, value in values.items())
+    assigned = " ".join(f"{key}={value}" for key, value in settings.items())
     return re.sub("^.*#%settings$", assigned, template.replace("#%directives", lines), flags=re.MULTILINE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
@@ -14,8 +15,14 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """Rank 0's meeting point. The system picks a free port, which is then read from ``store.port``."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    """Rank 0's meeting point. The system picks a free port, which is then read from ``store.port``.
+
+    The store would listen on every interface and knows no password, so it gets a socket that is bound to ``host``.
+    """
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    port, timeout = listener.getsockname()[1], timedelta(seconds=timeout_s)
+    fd = listener.detach()
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd)
 
 
 def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:

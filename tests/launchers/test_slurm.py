@@ -235,7 +235,7 @@ def test_an_array_has_a_run_folder_for_each_value(recipe: Path, sbatch: Path, tm
     launch = tmp_path / "run" / "launch"
     assert call[-2] == str(launch)
     assert f"--output={tmp_path}/run/logs/slurm/job-%A_%a.log" in call
-    assert "--array=0-1" in directives((launch / "job.sbatch").read_text())
+    assert {"--array=0-1", "--job-name=run"} <= set(directives((launch / "job.sbatch").read_text()))
     runs = (launch / "runs").read_text().split()
     assert runs == [f"{tmp_path}/run-0-1e-6", f"{tmp_path}/run-1-2e-6"]
     loaded = [config.load(Path(run) / "launch" / "config.yaml").config for run in runs]

@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 cluster=${ALIGN_SLURM_CLUSTER:-../shared/slurm-test-cluster/setup.sh}
 python=$PWD/.venv/bin/python
-all_cases=(refused across timelimit preempted requeued crashed killed cancelled stopped two_at_once chain array)
+all_cases=(refused across gpus timelimit preempted requeued crashed killed cancelled stopped two_at_once chain array)
 nodes=(node1 node2)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
@@ -117,6 +117,13 @@ case_across() {
   submit across && until_true 400 has_steps "$run" 1 || return
   grep -q "policy-0" <(ls "$run/logs") || fail "no log of the policy" || return
   finish ten
+}
+
+# Slots that are GPUs in Slurm's and Ray's books; the cluster's are not real, so the work is done on CPUs.
+case_gpus() {
+  sinfo -h -o %G | grep -q gpu: || { echo "this cluster counts no GPUs"; return 0; }
+  prefix=()
+  submit gpus --gpus-per-node 2 && finish ten
 }
 
 case_timelimit() {
