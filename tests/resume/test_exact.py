@@ -4,10 +4,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import ALGORITHMS
 from harness import assert_same, fifty_kills, metrics, steps_done
+from killed_recipes import ALGORITHMS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 KILLED = -signal.SIGKILL
 

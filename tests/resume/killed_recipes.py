@@ -1,0 +1,45 @@
+"""Recipes that are killed and resumed; their epochs do not divide by their batches."""
+
+HEAD = """
+algorithm: {algorithm}
+run: {{dir: x, steps: 6, seed: 1, logged_samples: 3, progress: none, tensorboard: false, max_restarts: 0}}
+checkpoint: {{every: 2}}
+executor: local
+data: {{path: {data}, max_rows: 60}}
+"""
+POLICY = "policy: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora}, optimizer: {{lr: 2e-3}}}}\n"
+SAMPLED = """
+reward: {{path: {reward}, dtype: float32}}
+prompts_per_step: 7
+unfinished: keep
+sampling: {{num_samples: 2, max_tokens: 8}}
+minibatches: 2
+epochs: 2
+evaluation: {{every: 3, prompts: 5, keep_best: true}}
+"""
+GRADIENT = "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{running: true}}\n"
+PAIRS = "batch_size: 7\n"
+CRITIC = "critic: {{zero_stage: 2, optimizer: {{lr: 2e-3}}, lora: {lora}}}\n"
+LORA = "{rank: 2, alpha: 4, dropout: 0.1}"
+"""Dropout makes the generators of each rank part of the result."""
+
+ALGORITHMS = {
+    "sft": ("sft", POLICY + PAIRS),
+    "reward_model": (
+        "reward_model",
+        "reward: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora}, optimizer: {{lr: 2e-3}}}}\n"
+        + PAIRS
+        + "validate_every: 3\n",
+    ),
+    "dpo": ("dpo", POLICY + PAIRS + "reward: {{path: {reward}}}\nevaluation: {{every: 3, prompts: 5}}\n"),
+    "online_dpo": ("online_dpo", POLICY + SAMPLED),
+    "best_of_n": ("best_of_n", POLICY + SAMPLED),
+    "ppo": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC),
+    "rloo": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\n"),
+    "rloo, two steps behind": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nlag: 2\n"),
+    "grpo": ("grpo", POLICY + SAMPLED + GRADIENT),
+    "dapo": ("grpo", POLICY + SAMPLED + GRADIENT + "max_attempts: 3\n"),
+    "reinforce": ("reinforce", POLICY + SAMPLED + GRADIENT),
+    "remax": ("reinforce", POLICY + SAMPLED + GRADIENT + "baseline: greedy\nwhiten: false\n"),
+    "ppo, two rounds": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC + "rounds: 2\n"),
+}
