@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -16,16 +17,23 @@ PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "da
 
 def environment() -> dict[str, Any]:
     """Versions, git revision of the code, machine and time. Holds no environment variable."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        revision = ""
     return {
         "align": metadata.version("align"),
         "python": sys.version.split()[0],
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "git_revision": revision or None,
+        "git_revision": _revision(Path(__file__).parents[1]),
         "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _revision(package: Path) -> str | None:
+    """The git revision of the code: noted by a launcher beside its copy, or the repository's; None for neither."""
+    noted = package.parent / "revision.json"
+    if noted.is_file():
+        return json.loads(noted.read_text())["git_revision"]
+    try:
+        git = ["git", "-C", str(package), "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None

@@ -86,7 +86,7 @@ def test_the_environment(tmp_path: Path):
 
 
 def test_the_revision_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = str(Path(surroundings.__file__).parent)
+    source = str(Path(surroundings.__file__).parents[1])
 
     def git(command: list[str], **_: object) -> SimpleNamespace:
         assert command == ["git", "-C", source, "rev-parse", "HEAD"]
@@ -96,6 +96,12 @@ def test_the_revision_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.
     assert surroundings.environment()["git_revision"] == "0123abc"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))  # not a repository
     assert surroundings.environment()["git_revision"] is None
+
+
+def test_the_revision_that_a_launcher_noted_beside_its_copy_of_the_code(tmp_path: Path):
+    (tmp_path / "align").mkdir()
+    (tmp_path / "revision.json").write_text('{"git_revision": "45cafe", "changed": true}')
+    assert surroundings._revision(tmp_path / "align") == "45cafe"
 
 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -16,8 +17,9 @@ from align import faults
 from align.errors import DivergedError, WorkerError
 from align.run import Clock
 from align.sections import Cluster
+from align.workers import actors
 from align.workers.pool import RayCluster, RayFuture, RayRanks
-from align.workers.process import state
+from align.workers.process import STACKS, state
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +216,21 @@ def test_a_second_signal_ends_a_wait_within_a_second(company: Company):
         company.ask("critic", "sleep", 4.0).result()
     company.cluster.watch.interrupted = lambda: None
     assert time.monotonic() - begun < 2.5
+
+
+def test_workers_of_other_nodes_are_signalled_by_a_task_there(company: Company, monkeypatch: pytest.MonkeyPatch):
+    """Here the only node stands for another one."""
+    elsewhere = SimpleNamespace(get_node_id=lambda: "the driver's node")
+    monkeypatch.setattr(actors.ray, "get_runtime_context", lambda: elsewhere)
+    members = company.ranks["critic"].members
+    sizes = [member.log.stat().st_size for member in members]
+    assert actors.signal_all(members, STACKS, elsewhere=False) == {}
+    states = actors.signal_all(members, STACKS)
+    assert states.keys() == {"critic-0", "critic-1"}
+    assert set(states.values()) <= {"S", "R"}
+    time.sleep(0.3)
+    for member, size in zip(members, sizes, strict=True):
+        assert member.log.read_text()[size:].count("Current thread") == 1
 
 
 @pytest.mark.parametrize(("role", "kind"), [("reference", "sigkill"), ("reward", "exit")])
