@@ -20,8 +20,8 @@ HARMLESS = (
     r"\w+\.(generation_slots|gather_for_rollouts)",
     r"data\.(path|revision|chat_template)|\w+\.(path|revision)|reference_cache",
 )
-"""Keys that a resumed run may change: where things lie, how work is split, what is shown. Data, models and templates are
-compared by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is
+"""Keys that a resumed run may change: where things lie, how work is split, what is shown. Data, models and templates
+are compared by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is
 computed."""
 
 _HARMLESS = re.compile("|".join(f"(?:{pattern})" for pattern in HARMLESS))
