@@ -21,7 +21,7 @@ from align.config import Loaded
 from align.config import load as load_recipe
 from align.data import chat, helpsteer
 from align.data.chat import Renderer
-from align.errors import ConfigError, DivergedError, StoppedError, WorkerError
+from align.errors import ConfigError, DivergedError, PlacementError, StoppedError, WorkerError
 from align.models.identity import fingerprint as model_fingerprint
 from align.models.load import check as check_model
 from align.run import Identity, Run, Stopping, bundle
@@ -197,6 +197,10 @@ def carry_out(prepared: Prepared, run: Run) -> None:
             return
         except WorkerError as error:
             run.recover(error, attempt)
+        except PlacementError as error:
+            if attempt == 1:
+                raise
+            raise WorkerError(f"the roles do not fit any more: {error.message}", remedy=error.remedy) from None
         except DivergedError as error:
             raise run.diverged(error) from None
 

@@ -37,7 +37,8 @@ class Folder:
         self.recipe, self.section, self.identity = recipe, recipe.run, identity
         self.path = Path(self.section.dir).expanduser().absolute()
         self.metrics, self.samples, self.evaluations = (
-            Lines(self.path / f"{name}.jsonl", self.report) for name in ("metrics", "samples", "evaluations")
+            Lines(self.path / f"{name}.jsonl", self.report, lambda: self.lock.check())
+            for name in ("metrics", "samples", "evaluations")
         )
         self._board: SummaryWriter | None = None
         self.found: Snapshot | None = None
@@ -177,8 +178,7 @@ class Folder:
         return {lines.path.name: lines.sync() for lines in (self.metrics, self.samples, self.evaluations)}
 
     def log(self, step: int, line: Mapping[str, float]) -> None:
-        """Write the numbers of a step, unless the folder was taken over."""
-        self.lock.check()
+        """Write the numbers of a step."""
         self.metrics.append(line, step)
         if self._board:
             for name, value in line.items():

@@ -23,8 +23,9 @@ class Lines:
     no line while the run lives; `sync`, which a snapshot needs, raises.
     """
 
-    def __init__(self, path: Path, report: Callable[[str], None]):
-        self.path, self._report = path, report
+    def __init__(self, path: Path, report: Callable[[str], None], fence: Callable[[], None] = lambda: None):
+        """``report`` gets lines for the user; ``fence`` raises when another process owns the file."""
+        self.path, self._report, self._fence = path, report, fence
         self._waiting: list[bytes] = []
 
     def open(self, end: int | None = None, source: Path | None = None) -> None:
@@ -49,7 +50,8 @@ class Lines:
         self._end = os.fstat(self._file.fileno()).st_size
 
     def append(self, line: Mapping[str, Any], step: int) -> None:
-        """Write one line, and those that wait."""
+        """Write one line, and those that wait. Raises what the fence raises."""
+        self._fence()
         self._waiting.append((json.dumps(finite(line), ensure_ascii=False) + "\n").encode())
         try:
             faults.strike("driver", 0, "metrics", step)

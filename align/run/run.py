@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align import faults
 from align.data.prompts import PromptStream
-from align.errors import AlignError, DivergedError, StoppedError
+from align.errors import AlignError, DivergedError, SaveError, StoppedError
 from align.roles import Future, Policy, Ready, Stateful
 from align.run import bundle, display
 from align.run.clock import Clock
@@ -226,6 +226,7 @@ class Run:
             self._between(step)
         self.saver.settle()
         self._prune_best()
+        self.disk.lock.check()  # the algorithm exports next
 
     def _restore(self) -> None:
         snapshot = self.disk.found
@@ -264,7 +265,11 @@ class Run:
         self._waiting = deque(Ready(rollouts) for rollouts in waiting)
         self.progress.waiting = len(waiting)
         self.progress.roles = {name: role.counters() for name, role in self._roles.items()}
-        self.progress.ends = self.disk.ends()
+        try:
+            self.progress.ends = self.disk.ends()
+        except SaveError as error:
+            self.saver.failed(error, must)
+            return
         self.saver.begin(Content(replace(self.progress), dict(self.tensors), waiting), self.metrics, must)
 
     def _prune_best(self) -> None:

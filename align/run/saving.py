@@ -142,7 +142,7 @@ class Saver:
             ]
             records += [record for written in together(*asked) for record in written]
         except SaveError as error:
-            self._failed(error, partial, must)
+            self.failed(error, must, partial)
             return
         self._pending = partial, content, records, dict(metrics), must
 
@@ -162,7 +162,7 @@ class Saver:
             )
             self.snapshots.publish(partial, manifest)
         except SaveError as error:
-            self._failed(error, partial, must)
+            self.failed(error, must, partial)
             return
         self._failures = 0
 
@@ -172,7 +172,8 @@ class Saver:
             self.snapshots.abandon(self._pending[0])
             self._pending = None
 
-    def _failed(self, error: SaveError, partial: Path | None, must: bool) -> None:
+    def failed(self, error: SaveError, must: bool, partial: Path | None = None) -> None:
+        """A snapshot could not be taken: say so and go on, or raise ``error``; see `begin`."""
         if partial is not None:
             for role in self.roles.values():
                 with suppress(SaveError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align import faults
-from align.errors import SaveError
+from align.errors import LockError, SaveError
 from align.run.lines import Lines, copy_tree
 
 
@@ -130,3 +130,15 @@ def test_a_copied_folder_is_whole_or_not_there(tmp_path: Path):
     assert not (tmp_path / "z.partial").exists()
     copy_tree(tmp_path / "nowhere", tmp_path / "y")
     assert not (tmp_path / "y").exists()
+
+
+def test_a_file_that_was_taken_over_gets_no_line(tmp_path: Path):
+    def fence() -> None:
+        raise LockError("taken over")
+
+    lines = Lines(tmp_path / "metrics.jsonl", print, fence)
+    lines.open()
+    with pytest.raises(LockError):
+        lines.append({"step": 1}, 1)
+    lines.close()
+    assert lines.path.read_bytes() == b""
