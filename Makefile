@@ -42,8 +42,9 @@ test-long: $(STAMP)
 test-faults: $(STAMP)
 	$(PYTEST) -m full
 
+# All cases, or those named: make test-slurm CASES="across timelimit"
 test-slurm: $(STAMP)
-	tests/slurm/run.sh
+	tests/slurm/run.sh $(CASES)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -103,6 +103,7 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(
     ("hang", "fault", "said"),
@@ -255,6 +256,7 @@ def test_a_role_without_state_comes_back_with_equal_answers(company: Company, st
     assert f"{role} has no state and is brought up anew, 0 more times at most" in line
 
 
+@pytest.mark.full
 def test_a_role_that_dies_again_while_it_comes_up_counts_twice(company: Company):
     company.cluster.restarts_left = 2
     faults.arm("role=reward,rank=0,phase=load,kind=sigkill")
@@ -264,6 +266,7 @@ def test_a_role_that_dies_again_while_it_comes_up_counts_twice(company: Company)
     assert "reward-0 died in load" in company.reported[1]
 
 
+@pytest.mark.full
 def test_restarts_come_to_an_end(company: Company, step: int):
     company.cluster.restarts_left = 0
     faults.arm("role=reward,rank=0,phase=score,kind=sigkill")
@@ -317,6 +320,7 @@ def test_a_policy_in_trouble_while_it_sends_is_named_and_not_its_sampler(alone: 
     assert first_line(caught.value).startswith(f"policy-0 died in sync, step {step}: ")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("worker", "fault", "line"),
     [

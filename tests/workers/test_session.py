@@ -111,6 +111,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
         yield driver
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_killed_driver_leaves_no_process_and_no_folder(driver: Driver, stop: bool):
@@ -126,6 +127,7 @@ def test_a_killed_driver_leaves_no_process_and_no_folder(driver: Driver, stop: b
     assert not Path(driver.folder).exists()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("daemon", ["/gcs_server ", "/raylet/raylet "])
 def test_the_end_of_a_daemon_of_ray_ends_the_wait(driver: Driver, daemon: str):
