@@ -35,7 +35,8 @@ def child(order: dict) -> None:
     os._exit(status)
 
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGHUP):  # which a shell in the background or nohup may have had ignored
+    signal.signal(number, signal.SIG_DFL)
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
