@@ -31,7 +31,10 @@ LLAMA = {
 }
 
 
-LONGEST = ("test_toy_improves", "test_end_to_end_algorithms", "test_end_to_end", "test_learning")
+LONGEST = (
+    *("test_exact_ray", "test_workers_ray", "test_exact"),
+    *("test_toy_improves", "test_end_to_end_algorithms", "test_end_to_end", "test_learning", "test_going_on"),
+)
 """Files that take a minute and more each: with two processes they must not be what is left at the end."""
 
 

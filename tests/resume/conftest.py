@@ -8,7 +8,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))  # for harness
 
 from harness import Runs
-from killed_recipes import ALGORITHMS, HEAD, LORA
+from killed_recipes import ALGORITHMS, HEAD, LORA, PLACEMENTS
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +32,19 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory, toy_data, tiny_policy
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def on_ray(runs, write_recipe, tmp_path_factory):
+    """The undisturbed run of a recipe on Ray; returns (arguments but for the folder, folder)."""
+    made: dict[str, tuple[tuple[str, ...], Path]] = {}
+
+    def get(name: str) -> tuple[tuple[str, ...], Path]:
+        if name not in made:
+            train = ("train", write_recipe(name), "executor=ray", f"placement={PLACEMENTS[name]}")
+            folder = tmp_path_factory.mktemp("reference") / "run"
+            assert runs.run(*train, f"run.dir={folder}", log=f"whole {name}") == 0, runs.text(f"whole {name}")
+            made[name] = train, folder
+        return made[name]
+
+    return get

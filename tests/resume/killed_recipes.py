@@ -43,3 +43,15 @@ ALGORITHMS = {
     "remax": ("reinforce", POLICY + SAMPLED + GRADIENT + "baseline: greedy\nwhiten: false\n"),
     "ppo, two rounds": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC + "rounds: 2\n"),
 }
+
+PLACEMENTS = {
+    "sft": "{policy: 0-1}",
+    "reward_model": "{reward: 0-1}",
+    "dpo": "{policy: 0-1, reference: 2, reward: 3}",
+    "ppo": "{policy: 0-1, critic: 2, reference: 3, reward: 3}",
+    "online_dpo": "{policy: 0-1, reference: 2, reward: 3}",
+    "rloo": "{policy: 0-1, reference: 2, reward: 3}",
+    "grpo": "{policy: 0-1, reference: 2, reward: 3}",
+    "rloo, two steps behind": "{policy: 0-1, sampler: 2, reference: 3, reward: 3}",
+}
+"""Of those that are killed on Ray, with the policy on two ranks."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from harness import assert_same, fifty_kills, metrics, steps_done
-from killed_recipes import ALGORITHMS
+from killed_recipes import ALGORITHMS, PLACEMENTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 KILLED = -signal.SIGKILL
 
@@ -27,7 +27,12 @@ def reference(runs, write_recipe, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+def _group(name: str) -> pytest.MarkDecorator:
+    """What is killed on Ray need not be killed here as often."""
+    return pytest.mark.full if name in PLACEMENTS and "behind" not in name else pytest.mark.long
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_group(name)) for name in ALGORITHMS])
 def test_killed_between_and_in_steps_and_resumed(name, reference, runs, tmp_path):
     """Killed twice: before the fourth step, and in the middle of the last but one."""
     recipe, whole = reference(name)
@@ -44,12 +49,12 @@ def test_killed_between_and_in_steps_and_resumed(name, reference, runs, tmp_path
 PHASES = [
     *((role, phase) for role, phase in (("policy", "held_out"), ("policy", "generate"), ("reward", "score"))),
     *((role, phase) for role, phase in (("reference", "reference"), ("policy", "update"), ("policy", "save"))),
-    *(("driver", point) for point in ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain")),
-    ("policy", "save_wait"),
+    *(("driver", point) for point in ("step", "metrics", "shard", "manifest", "publish")),
     ("policy", "export"),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("role", "phase"), PHASES)
 @pytest.mark.parametrize("name", ["rloo", "ppo"])
 def test_killed_in_each_phase(name, role, phase, reference, runs, tmp_path):
@@ -61,6 +66,7 @@ def test_killed_in_each_phase(name, role, phase, reference, runs, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", ["values", "critic_update"])
 def test_killed_in_each_phase_of_the_critic(phase, reference, runs, tmp_path):
     recipe, whole = reference("ppo")
@@ -70,6 +76,7 @@ def test_killed_in_each_phase_of_the_critic(phase, reference, runs, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 def test_fifty_kills_at_random_times(runs, write_recipe, tmp_path):
     """Fifty cycles of SIGKILL and resume in one run equal the run that nobody disturbed."""
     fifty_kills(runs, write_recipe("rloo"), tmp_path, seed=0)
