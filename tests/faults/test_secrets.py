@@ -127,7 +127,7 @@ def make_leaky(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.full)])
 @pytest.mark.parametrize("fails", [False, True], ids=["to its end", "failing"])
 def test_twelve_secrets_of_the_environment_are_found_nowhere(recipe: Path, executor: str, fails: bool):
     """In what is printed, in every file of the run, in Ray's files while it runs, and in command lines. The failing run

@@ -172,6 +172,7 @@ def test_two_side_by_side_listen_on_loopback_only_and_do_not_meet(lasting: Drive
     assert lasting.read() == [4.0]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_workers_inherit_what_is_listed_and_no_other_variable(lasting: Driver):
     environment = lasting.found["environment"]
@@ -198,6 +199,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("token", ["none", "wrong", "right"])
 def test_only_who_has_the_token_is_let_in(tmp_path: Path, lasting: Driver, token: str):
