@@ -38,10 +38,10 @@ NUMBERS = {"nan": float("nan"), "inf": float("inf")}
 SPOILT = tuple(f"{number}_{what}" for number in NUMBERS for what in ("loss", "gradient", "answer"))
 OTHERS = ("exit", "error", "oom", "hang", "spin", "gil", "slow")
 KINDS = (*SIGNALS, *REFUSALS, *SPOILT, *OTHERS)
-POINTS = ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain", "export", "teardown")
+POINTS = ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain")
 """Points of the driver's own work: a step begins; a line is appended to a file of numbers; a snapshot is begun, a
-file of the driver is written and the manifest is; it is published; old ones are deleted; the model is exported; roles
-are ended. ``publish`` has several fits in a row, so that ``at`` picks each system call of the commit."""
+file of it is written and the manifest is; it is published; old ones are deleted. ``publish`` has several fits in a row,
+so that ``at`` picks each system call of the commit."""
 SLOW_SECONDS = 5.0
 
 
@@ -78,6 +78,8 @@ def parse(text: str) -> Fault:
             remedy = f"write key=value, divided by commas; keys: {', '.join(known)}"
             raise ConfigError(f"ALIGN_FAULT: cannot read {part!r}", remedy=remedy)
         values[key] = value
+    if values.get("role") == "driver" and values.get("phase") not in (None, *POINTS):
+        raise ConfigError(f"ALIGN_FAULT: the driver has no phase {values['phase']!r}, only {', '.join(POINTS)}")
     if values.get("kind") not in KINDS:
         raise ConfigError(f"ALIGN_FAULT: kind {values.get('kind')!r} is none of {', '.join(KINDS)}")
     return Fault(**{key: int(value) if "int" in known[key] else value for key, value in values.items()})  # type: ignore[arg-type]

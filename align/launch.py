@@ -114,23 +114,29 @@ def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     if config.executor == "local":
         ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock) for name, side in sides.items()}
-        yield _attached(config, sides, ranks, run)
+        yield _attached(config, sides, ranks, run, worlds)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
     with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, config.run.max_restarts) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
         run.stopping.install()  # Ray has set a handler of its own
-        yield _attached(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock), run)
+        yield _attached(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock), run, worlds)
 
 
-def _attached(config: Recipe, sides: Mapping[str, type[Role]], ranks: Mapping[str, Ranks], run: Run) -> SimpleNamespace:
+def _attached(
+    config: Recipe,
+    sides: Mapping[str, type[Role]],
+    ranks: Mapping[str, Ranks],
+    run: Run,
+    worlds: Mapping[str, Mapping[str, int]],
+) -> SimpleNamespace:
     """The driver's side of every role, known to the run; one that is absent is None."""
     company = SimpleNamespace(**dict.fromkeys(config.absent()))
     for name, side in sides.items():
         setattr(company, name, side(ranks[name], getattr(config, name)))
     if getattr(company, "sampler", None) is not None:
         company.policy.sampled_by(company.sampler)
-    run.attach(company, _worlds(config, check(config)))
+    run.attach(company, worlds)
     return company
 
 

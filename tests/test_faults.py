@@ -52,6 +52,7 @@ def test_at_which_fit_and_how_often(at: int, times: int, struck: list[int]):
         ("kind=error,who=me", "who=me"),
         ("sigkill", "sigkill"),
         ("kind=error,rank=", "rank="),
+        ("role=driver,phase=update,kind=error", "'update'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, says: str):

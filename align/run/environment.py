@@ -15,12 +15,17 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "datasets", "peft", "numpy")
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
 def environment() -> dict[str, Any]:
     """Versions, git revision of the code, machine and time. Holds no environment variable."""
     return {
         "align": metadata.version("align"),
         "python": sys.version.split()[0],
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": versions(),
         "git_revision": _revision(Path(__file__).parents[1]),
         "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

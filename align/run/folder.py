@@ -18,7 +18,7 @@ from align.checkpoint import Snapshot, Snapshots
 from align.errors import ConfigError
 from align.private import require_private
 from align.redact import redact
-from align.run.environment import environment
+from align.run.environment import environment, versions
 from align.run.identity import Identity
 from align.run.lines import Lines, copy_tree
 from align.run.lock import Lock
@@ -63,6 +63,8 @@ class Folder:
             raise ConfigError(f"run.dir={self.path} cannot be made: {error.strerror}") from error
         require_private(self.path)
         self.lock = Lock.acquire(self.path)
+        if self.lock.took_over:
+            self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
         try:
             self.snapshots = Snapshots(
                 self.path / "checkpoints", self.recipe.checkpoint, self.lock.epoch, self.lock.check, self.report
@@ -87,13 +89,14 @@ class Folder:
 
     def search(self) -> None:
         """Find the newest sound snapshot, of this folder or else the one that ``run.resume`` names."""
-        own, given = self.snapshots.newest(), None
-        if self.section.resume not in ("auto", "never"):
-            given = self.snapshots.open(Path(self.section.resume).expanduser().absolute())
-            if own and given.folder.parent == own.folder.parent and given.folder != own.folder:
+        own, named = self.snapshots.newest(), Path(self.section.resume).expanduser().absolute()
+        if self.section.resume in ("auto", "never") or (own and named.parent != own.folder.parent):
+            self.found = own  # another run's snapshot was the beginning, and may be gone by now
+        else:
+            self.found = self.snapshots.open(named)
+            if own and named != own.folder:
                 remedy = f"give a new run.dir to go on from there beside it, or move {own.folder} away"
-                raise ConfigError(f"run.resume={given.folder} is not the newest snapshot of this run", remedy=remedy)
-        self.found = own or given
+                raise ConfigError(f"run.resume={named} is not the newest snapshot of this run", remedy=remedy)
         if self.found is not None:
             self._require(self.found.manifest.facts, self.found.folder)
         elif (self.path / "checkpoints" / "latest").exists():
@@ -103,6 +106,10 @@ class Folder:
         elif self._known:
             self._require(json.loads((self.path / "identity.json").read_text()), self.path)
             self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")
+
+    def search_again(self) -> None:
+        """Find the newest sound snapshot of this process's own run, or the one it began with."""
+        self.found = self.snapshots.newest() or self.found
 
     def _require(self, facts: Mapping[str, Any], where: Path) -> None:
         self.identity.require(facts, self.section.allow_change, str(where))
@@ -122,7 +129,7 @@ class Folder:
     @property
     def facts(self) -> dict[str, Any]:
         """What every manifest says of the run."""
-        return {**asdict(self.identity), "versions": environment()["packages"]}
+        return {**asdict(self.identity), "versions": versions()}
 
     def _write_start(self) -> None:
         configuration.dump(self.recipe, self.path / "config.yaml")

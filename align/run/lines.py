@@ -28,13 +28,13 @@ class Lines:
         self.path, self._report, self._fence = path, report, fence
         self._waiting: list[bytes] = []
 
-    def open(self, end: int | None = None, source: Path | None = None) -> None:
-        """Begin to append after the first ``end`` bytes of ``source``; None keeps what the file itself holds.
+    def open(self, end: int = 0, source: Path | None = None) -> None:
+        """Begin to append after the first ``end`` bytes of ``source``, which is the file itself where none is given.
 
         The file is written anew, so that a process which still has the old one open cannot spoil it.
         """
         source = source or self.path
-        if end is not None and (source.exists() or end):
+        if source.exists() or end:
             partial = self.path.with_name(f".{self.path.name}.partial")
             with partial.open("wb") as new:
                 if source.exists():

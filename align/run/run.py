@@ -190,11 +190,11 @@ class Run:
         if attempt > self.section.max_restarts:
             raise error
         self.report(f"{error}\nrestart {attempt} of {self.section.max_restarts}, from the last snapshot")
-        self.disk.search()
+        self.disk.search_again()
         self._rewind()
 
     def leave_if_told(self) -> None:
-        """Raises `KeyboardInterrupt` after a second signal; asked by whoever waits for workers."""
+        """Raises `KeyboardInterrupt` after a second signal; asked between steps, and by whoever waits for workers."""
         if self.stopping.now:
             raise KeyboardInterrupt(self.stopping.status)
 
@@ -242,6 +242,7 @@ class Run:
 
     def _between(self, step: int) -> None:
         """After a step: publish what was begun before, take a snapshot where one is due, stop where that is asked."""
+        self.leave_if_told()
         self.progress.step = step
         if step == self.stop_after:
             raise StoppedError(f"replayed to step {step}")

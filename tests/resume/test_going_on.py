@@ -129,6 +129,7 @@ def test_a_second_run_is_refused_with_the_owner(runs, rloo, tmp_path):
     runs.kill(pid)
     runs.wait(pid)
     assert runs.run(*train, log="third") == 0, runs.text("third")  # a dead owner's lock is stale
+    assert "is taken over from" in runs.text("third")
 
 
 # Damage
@@ -186,6 +187,8 @@ def test_another_run_goes_on_from_a_snapshot(runs, rloo, folder, whole, tmp_path
     assert "going on after step 4" in runs.text("fork")  # its own snapshot is newer
     assert_same(tmp_path / "fork", whole)
     assert sorted(path for path in folder.rglob("*")) == before
+    gone = (*train[:-1], f"run.resume={tmp_path / 'gone' / 'checkpoints' / 'step-000002'}")
+    assert runs.run(*gone, log="gone") == 0, runs.text("gone")  # where it began is not asked for any more
     old = ("train", rloo, f"run.dir={folder}", f"run.resume={snapshot}")
     assert runs.run(*old, log="older") == 78
     assert "not the newest snapshot" in runs.text("older")
@@ -224,6 +227,21 @@ def test_the_time_budget(runs, rloo, whole, tmp_path):
     status = runs.run(*train, "run.max_time=1s", log="time")
     assert status == 75
     assert "run.max_time" in runs.text("time")
+    assert runs.run(*train) == 0, runs.text()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_second_signal_leaves_without_saving(runs, rloo, whole, tmp_path):
+    """In one process when the step is done."""
+    train = ("train", rloo, f"run.dir={tmp_path / 'run'}")
+    pid = runs.start(*train, fault="role=driver,phase=step,step=4,kind=slow", log="second signal")
+    assert until(lambda: steps_done(tmp_path / "run") == 3)
+    for _ in range(2):
+        time.sleep(1.5)
+        runs.kill(pid, signal.SIGTERM)
+    assert runs.wait(pid) == 128 + signal.SIGTERM
+    assert "leaving at once without saving" in runs.text("second signal")
+    assert snapshots(tmp_path / "run")[-1].name == "step-000002"
     assert runs.run(*train) == 0, runs.text()
     assert_same(tmp_path / "run", whole)
 
