@@ -13,13 +13,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from align import __version__, config
-from align.errors import AlignError
+from align.errors import AlignError, ConfigError
 from align.redact import redact
+from align.sections.runs import DataFormat
 from align.workers.process import driver_environment
 
 FAILED = DIFFERS = 1
@@ -33,33 +35,137 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
 
 
+def _command(commands: Any, name: str, function: str, help: str) -> argparse.ArgumentParser:
+    """A subcommand that ``function``, named as module:function, carries out: it is called with the arguments and the
+    console, and returns the exit status."""
+    parser = commands.add_parser(name, help=help)
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _group(commands: Any, name: str, help: str) -> Any:
+    """A command that has subcommands of its own."""
+    return commands.add_parser(name, help=help).add_subparsers(dest="subcommand", required=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="align", description="RLHF policy alignment with the HelpSteer reward models")
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="run a recipe")
+    _add_runs(commands)
+    _add_toy(commands)
+    _add_eval(commands)
+    _add_models(commands)
+    _add_data(commands)
+    _add_serve(commands)
+    return parser
+
+
+def _add_runs(commands: Any) -> None:
+    train = _command(commands, "train", "align.cli:train", "run a recipe")
     _recipe_arguments(train)
     train.add_argument(
         "--dry-run", action="store_true", help="check recipe and placement, print the plan, start nothing"
     )
-    replay = commands.add_parser("replay", help="run the step of a bundle again and compare")
+    replay = _command(commands, "replay", "align.cli:replay", "run the step of a bundle again and compare")
     replay.add_argument("bundle", type=Path, help="folder of the bundle, such as runs/x/bundles/step-000012")
     replay.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
-    show = commands.add_parser("show", help="print a recipe resolved, with where each value came from")
+    show = _command(commands, "show", "align.cli:show", "print a recipe resolved, with where each value came from")
     _recipe_arguments(show)
-    toy = commands.add_parser("toy", help="write the bundled task as a data folder in HelpSteer3's layout")
+
+
+def _add_toy(commands: Any) -> None:
+    toy = _command(
+        commands,
+        "toy",
+        "align.cli:toy",
+        "write the bundled task as a data folder in HelpSteer3's and HelpSteer2's layout",
+    )
     toy.add_argument("folder", type=Path)
     toy.add_argument("--train", type=int, default=6000, help="rows of the training split (%(default)s)")
     toy.add_argument("--validation", type=int, default=300, help="rows of the validation split (%(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    compare = commands.add_parser("compare", help="judge a policy before and after training on the bundled task")
+    compare = _command(
+        commands,
+        "compare",
+        "align.evaluation.compare:main",
+        "judge a policy before and after training on the bundled task",
+    )
     compare.add_argument("before", type=Path, help="model folder")
     compare.add_argument("after", type=Path, help="model folder")
     compare.add_argument("--reward", type=Path, required=True, help="reward-model folder")
     compare.add_argument("--data", type=Path, required=True, help="folder written by `align toy`")
     compare.add_argument("--prompts", type=int, default=200, help="held-out prompts (%(default)s)")
     compare.add_argument("--json", type=Path, help="also write the numbers to this file")
-    return parser
+
+
+def _add_models(commands: Any) -> None:
+    merge = _group(commands, "merge", "make one model of two")
+    expo = _command(merge, "expo", "align.rewards.checkpoints:expo", "extrapolate from one model through another")
+    expo.add_argument("weak", type=Path, metavar="WEAK", help="model folder")
+    expo.add_argument("strong", type=Path, metavar="STRONG", help="folder of the model that was trained from WEAK")
+    expo.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    expo.add_argument("--alpha", type=float, default=1.52, help="0 is WEAK, 1 is STRONG (%(default)s)")
+    convert = _group(commands, "convert", "write a model in another form")
+    row0 = _command(
+        convert,
+        "row0",
+        "align.rewards.checkpoints:row_zero",
+        "a Llama-3.x-Nemotron-70B-Reward as a sequence classifier",
+    )
+    row0.add_argument("source", type=Path, metavar="SOURCE", help="model folder whose lm_head's row 0 is the reward")
+    row0.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+
+
+def _add_data(commands: Any) -> None:
+    data = _group(commands, "data", "look at a data source, or write it in another format")
+    lint = _command(data, "lint", "align.report.data_lint:main", "what is wrong with a source; status 1 for errors")
+    convert = _command(data, "convert", "align.data.convert:main", "write a source in another format")
+    for parser in (lint, convert):
+        parser.add_argument("path", metavar="SOURCE", help="folder, or hub id")
+        parser.add_argument(
+            "--as", dest="reads", choices=["preferences", "ratings"], help="default: what the format holds"
+        )
+        parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+        parser.add_argument("--max-rows", type=int, metavar="N", help="read only the first rows of each split")
+    formats = get_args(DataFormat)
+    lint.add_argument("--format", choices=formats, default="helpsteer3", help="(%(default)s)")
+    lint.add_argument("--tokenizer", metavar="FOLDER", help="also check what only token ids show")
+    lint.add_argument("--max-prompt-tokens", type=int, metavar="N", help="limit of a prompt (2048)")
+    lint.add_argument("--max-response-tokens", type=int, metavar="N", help="limit of a response (2048)")
+    lint.add_argument("--chat-template", metavar="FILE", help="in place of the tokenizer's own")
+    lint.add_argument("--date", help="text for the template's date_string")
+    lint.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report to this file")
+    lint.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    lint.add_argument("--strict", action="store_true", help="status 1 for warnings too")
+    convert.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    convert.add_argument("--from", dest="format", choices=formats, required=True)
+    convert.add_argument("--to", choices=["openai", "nemo", "nemo_text", "helpsteer3"], required=True)
+    convert.add_argument("--pairs-by", metavar="ATTRIBUTE", help="make pairs of ratings by this attribute")
+    convert.add_argument("--attributes", nargs="+", metavar="NAME", help="keep these ratings alone")
+    convert.add_argument("--bad-rows", choices=["stop", "skip"], help="(stop)")
+    convert.add_argument("--max-spread", type=int, metavar="N", help="how far annotators may lie apart (2)")
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _group(commands, "serve", "serve a model over HTTP")
+    reward = _command(serve, "reward", "align.cli:serve_reward", "scores of a reward model, see docs/reward_service.md")
+    _recipe_arguments(reward)
+    reward.add_argument("--check", action="store_true", help="check the configuration, start nothing")
+
+
+def _add_eval(commands: Any) -> None:
+    kinds = _group(commands, "eval", "measure a model on benchmarks")
+    reward = _command(kinds, "reward", "align.evaluation.reward:main", "judge a reward model on a benchmark")
+    reward.add_argument(
+        "recipe", nargs="*", metavar="RECIPE key=value", help="YAML file, which may be left out; and values"
+    )
+    reward.add_argument("--model", help="model folder or hub id: reward.path")
+    reward.add_argument("--benchmark", help="rm-bench, judgebench, rewardbench, rewardbench2 or heldout")
+    reward.add_argument("--data", help="file, folder or hub id of the benchmark: data.path")
+    reward.add_argument("--scores", help="file of scores to be judged instead of a model")
+    reward.add_argument("--out", help="folder for scores, numbers and report; goes on where it was left")
+    reward.add_argument("--compare", help="folder or items.jsonl of another model: differences with intervals")
 
 
 def _show(loaded: config.Loaded, console: Console) -> None:
@@ -72,29 +178,53 @@ def _show(loaded: config.Loaded, console: Console) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.command in ("train", "show"):
-        loaded = config.load(arguments.recipe, arguments.overrides)
-        if arguments.command == "show":
-            _show(loaded, console)
-        elif arguments.dry_run:
-            _show(loaded, console)
-            importlib.import_module("align.plan").describe(loaded.config, console)
-        else:
-            importlib.import_module("align.launch").train(loaded, console)
-    elif arguments.command == "replay":
-        launch = importlib.import_module("align.launch")
-        if not launch.replay(arguments.bundle, arguments.overrides, console):
-            return DIFFERS
-    elif arguments.command == "toy":
-        toy = importlib.import_module("align.data.toy")
-        folder = toy.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
-        console.print(
-            f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False
-        )
-    else:
-        importlib.import_module("align.evaluation.compare").main(arguments, console)
+def show(arguments: argparse.Namespace, console: Console) -> int:
+    """``align show``."""
+    _show(config.load(arguments.recipe, arguments.overrides), console)
     return 0
+
+
+def train(arguments: argparse.Namespace, console: Console) -> int:
+    """``align train``."""
+    loaded = config.load(arguments.recipe, arguments.overrides)
+    wanted = loaded.config.evaluations()
+    planned = importlib.import_module("align.evaluation.reward").planned(loaded.config) if wanted else []
+    if arguments.dry_run:
+        _show(loaded, console)
+        importlib.import_module("align.plan").describe(loaded.config, console)
+        return 0
+    importlib.import_module("align.launch").train(loaded, console)
+    for evaluate in planned:
+        evaluate(console)
+    return 0
+
+
+def replay(arguments: argparse.Namespace, console: Console) -> int:
+    """``align replay``."""
+    launch = importlib.import_module("align.launch")
+    return 0 if launch.replay(arguments.bundle, arguments.overrides, console) else DIFFERS
+
+
+def serve_reward(arguments: argparse.Namespace, console: Console) -> int:
+    """``align serve reward``."""
+    try:
+        service = importlib.import_module("align.workers.service")
+    except ImportError as error:
+        raise ConfigError(f"a service needs more packages: {error}", remedy="pip install 'align[serve]'") from error
+    return service.main(arguments, console)
+
+
+def toy(arguments: argparse.Namespace, console: Console) -> int:
+    """``align toy``."""
+    module = importlib.import_module("align.data.toy")
+    folder = module.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
+    console.print(f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    module, _, name = arguments.function.partition(":")
+    return getattr(importlib.import_module(module), name)(arguments, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,9 +72,11 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Loaded:
     return _build(_find_schema(recipe, root, pairs), recipe, root, pairs)
 
 
-def build(schema: type, recipe: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a recipe against a given dataclass. Raises `ConfigError` with everything that is wrong."""
-    return _build(schema, recipe, compose_file(recipe), compose_overrides(overrides))
+def build(schema: type, recipe: Path | None, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a recipe against a given dataclass, or the overrides alone. Raises `ConfigError` with everything that is
+    wrong."""
+    root = compose_file(recipe) if recipe else yaml.MappingNode(f"{TAG}map", [])
+    return _build(schema, recipe or Path(COMMAND_LINE), root, compose_overrides(overrides))
 
 
 def dump(config: Any, path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -21,9 +21,11 @@ from align.config import Loaded
 from align.config import load as load_recipe
 from align.data import chat, helpsteer
 from align.data.chat import Renderer
-from align.errors import ConfigError, DivergedError, PlacementError, StoppedError, WorkerError
-from align.models.identity import fingerprint as model_fingerprint
+from align.data.conversations import Conversations
+from align.errors import ConfigError, DataError, DivergedError, PlacementError, StoppedError, WorkerError
 from align.models.load import check as check_model
+from align.rewards import functions, reading, texts
+from align.rewards.http import HttpJudge
 from align.run import Identity, Run, Stopping, bundle
 from align.sections import Model, Recipe
 from align.workers import critic, local, placement, policy, reward
@@ -55,7 +57,9 @@ def check(config: Recipe) -> dict[str, tuple[int, ...]]:
     roles = cast_sections(config)
     slots = placement.resolve(config.placement, roles)
     for name, section in roles.items():
-        if not section.path:
+        if isinstance(section, sections.Critic):
+            reading.require_head(section)
+        if not section.path and not (isinstance(section, sections.Reward) and section.present):
             raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
     return slots
 
@@ -68,23 +72,93 @@ def remote_code(config: Recipe) -> list[str]:
 
 
 def load_renderer(config: Recipe) -> Renderer:
-    """Tokenizer and template of the run; every role must read the same token ids."""
-    loaded = {
-        name: chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-        for name, section in cast_sections(config).items()
-    }
+    """Tokenizer and template of the run: roles that are no frozen judges must read the same token ids."""
+    found = {name: one for name, one in cast_sections(config).items() if not isinstance(one, sections.Reward)}
+    loaded = {name: _tokenizer(section) for name, section in found.items()}
     (first, tokenizer), *others = loaded.items()
     for name, other in others:
-        chat.require_same(tokenizer, other, first, name)
-    for section in cast_sections(config).values():
+        try:
+            chat.require_same(tokenizer, other, first, name)
+        except DataError as error:
+            if not isinstance(found[name], sections.Critic):
+                raise
+            remedy = "start the critic from the policy: critic.path=${policy.path} critic.head=new"
+            raise DataError(error.message, where=error.where, remedy=remedy) from None
+    for section in found.values():
         check_model(section, len(tokenizer))
+        if isinstance(section, sections.Critic) and section.head == "trained":
+            reading.start_of(section)
     return Renderer(tokenizer, config.data.chat_template, config.data.date)
 
 
-def _located(section: Model) -> Model:
-    """The section with a local folder named in full: workers may have another working directory."""
-    folder = Path(section.path).expanduser()
-    return replace(section, path=str(folder.absolute())) if folder.is_dir() else section
+def _tokenizer(section: Model) -> Any:
+    return chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A judge that reads conversations and not the policy's token ids."""
+
+    why: str
+    renderers: str
+    """Fingerprints of what its models render text by; none where it has no model."""
+
+
+def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
+    """Judges that read text, by role, after a look at everything that a judge needs to come up."""
+    found = {}
+    for name, section in cast_sections(config).items():
+        if not isinstance(section, sections.Reward):
+            continue
+        if section.kind == "http":
+            HttpJudge(section.http, section.failed).close()
+            found[name] = TextReader(section.http.url, "")
+        elif section.kind == "function":
+            functions.load(section.function)
+            found[name] = TextReader(section.function, "")
+        elif (reader := _reads_text(section, renderer)) is not None:
+            found[name] = reader
+    return found
+
+
+def _reads_text(section: sections.Reward, renderer: Renderer) -> TextReader | None:
+    """None where all models of a judge can read the policy's token ids."""
+    members = reading.members(section)
+    tokenizers = [_tokenizer(member) for member in members]
+    for member, tokenizer in zip(members, tokenizers, strict=True):
+        check_model(member, len(tokenizer))
+    reads = reading.read(section)
+    reasons = {
+        member.path: texts.why_text(read, tokenizer, renderer)
+        for member, read, tokenizer in zip(members, reads, tokenizers, strict=True)
+    }
+    why = [f"{path}: {reason}" for path, reason in reasons.items() if reason]
+    if not why:
+        return None
+    prints = [
+        texts.Text(tokenizer, read, section).renderer.fingerprint
+        for tokenizer, read in zip(tokenizers, reads, strict=True)
+    ]
+    return TextReader("; ".join(why), " ".join(prints))
+
+
+def located(section: Model) -> Model:
+    """The section with local files and folders named in full: workers may have another working directory."""
+    if isinstance(section, sections.Reward):
+        file, colon, function = section.function.rpartition(":")
+        section = replace(
+            section,
+            ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
+            chat_template=section.chat_template and _full(section.chat_template),
+            function=f"{_full(file)}{colon}{function}" if file.endswith(".py") else section.function,
+        )
+    return replace(section, path=_full(section.path))
+
+
+def _full(path: str) -> str:
+    """The name in full of what is there; a hub id as it is."""
+    found = Path(path).expanduser()
+    return str(found.absolute()) if path and found.exists() else path
 
 
 def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
@@ -96,10 +170,13 @@ def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, d
 
 
 @contextmanager
-def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
-    """The roles of a recipe, brought up on its executor and ended with the context."""
+def cast(
+    config: Recipe, run: Run, spoken: Mapping[str, Conversations] = MappingProxyType({})
+) -> Iterator[SimpleNamespace]:
+    """The roles of a recipe, brought up on its executor and ended with the context. ``spoken`` has the conversations of
+    those judges that read text."""
     slots = check(config)
-    named = {name: _located(section) for name, section in cast_sections(config).items()}
+    named = {name: located(section) for name, section in cast_sections(config).items()}
     worlds = _worlds(config, slots)
     num_updates = config.run.steps * config.updates_per_step()
     cluster_section, skip = config.cluster, config.run.non_finite == "skip"
@@ -114,13 +191,14 @@ def cast(config: Recipe, run: Run) -> Iterator[SimpleNamespace]:
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     if config.executor == "local":
         ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock) for name, side in sides.items()}
-        yield _attached(config, sides, ranks, run, worlds)
+        yield _attached(config, sides, ranks, run, worlds, spoken)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
     with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, config.run.max_restarts) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
         run.stopping.install()  # Ray has set a handler of its own
-        yield _attached(config, sides, cluster.bring_up(wanted, run.logs.absolute(), run.clock), run, worlds)
+        ranks = cluster.bring_up(wanted, run.logs.absolute(), run.clock)
+        yield _attached(config, sides, ranks, run, worlds, spoken)
 
 
 def _attached(
@@ -129,6 +207,7 @@ def _attached(
     ranks: Mapping[str, Ranks],
     run: Run,
     worlds: Mapping[str, Mapping[str, int]],
+    spoken: Mapping[str, Conversations],
 ) -> SimpleNamespace:
     """The driver's side of every role, known to the run; one that is absent is None."""
     company = SimpleNamespace(**dict.fromkeys(config.absent()))
@@ -136,6 +215,8 @@ def _attached(
         setattr(company, name, side(ranks[name], getattr(config, name)))
     if getattr(company, "sampler", None) is not None:
         company.policy.sampled_by(company.sampler)
+    for name, conversations in spoken.items():
+        getattr(company, name).read_text(conversations)
     run.attach(company, worlds)
     return company
 
@@ -151,6 +232,10 @@ class Prepared:
     renderer: Renderer
     description: dict[str, Any]
     identity: Identity
+    readers: dict[str, TextReader]
+    """Judges that read text."""
+    spoken: dict[str, Conversations]
+    """What they read, by role."""
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -159,7 +244,8 @@ def prepare(loaded: Loaded) -> Prepared:
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
     check(config)
     renderer = load_renderer(config)
-    source = helpsteer.load(config.data)
+    readers = text_readers(config, renderer)
+    source = helpsteer.load(config.data, config.reads())
     material, counts = algorithm.prepare(config, source, renderer)
     description = {
         "source": {name: asdict(split) for name, split in source.counts.items()},
@@ -168,8 +254,14 @@ def prepare(loaded: Loaded) -> Prepared:
         "renderer_fingerprint": renderer.fingerprint,
     }
     read = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
-    models = {name: model_fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
-    return Prepared(config, algorithm, material, counts, renderer, description, Identity.of(config, read, models))
+    read |= {f"renderers of {name}": one.renderers for name, one in readers.items() if one.renderers}
+    models = {name: reading.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
+    identity = Identity.of(config, read, models)
+    spoken = {}
+    if readers:
+        contexts = (row.context for rows in (source.train, source.validation) for row in rows)
+        spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
+    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken)
 
 
 def train(loaded: Loaded, console: Console) -> None:
@@ -187,7 +279,8 @@ def train(loaded: Loaded, console: Console) -> None:
             run.write_json("data.json", prepared.description)
             counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
             console.print(f"{prepared.config.algorithm}: {counts}", highlight=False)
-            for line in remote_code(prepared.config):
+            texts_read = [f"{name} reads text ({one.why})" for name, one in prepared.readers.items()]
+            for line in [*remote_code(prepared.config), *texts_read]:
                 console.print(line, highlight=False)
             if run.progress.step:
                 console.print(f"going on after step {run.progress.step}", highlight=False)
@@ -219,7 +312,7 @@ def _rounds(prepared: Prepared, run: Run) -> None:
         if not run.begin_round(number, start):
             continue
         begun = time.perf_counter()
-        with cast(current, run) as roles:
+        with cast(current, run, prepared.spoken) as roles:
             startup.append(time.perf_counter() - begun)
             run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
             prepared.algorithm.train(current, prepared.material, roles, run)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align.launch import cast_sections, check, remote_code
-from align.sections import Recipe, Trained
+from align.sections import Recipe, Reward, Trained
 
 
 def describe(config: Recipe, console: Console) -> None:
@@ -16,12 +16,13 @@ def describe(config: Recipe, console: Console) -> None:
     for name, section in roles.items():
         sharded = section.zero_stage == 3
         kind = f"{section.dtype}, {'trained' if isinstance(section, Trained) else 'frozen'}, ZeRO {section.zero_stage}"
+        judge = section if isinstance(section, Reward) and not section.is_model else None
         table.add_row(
             name,
             ",".join(map(str, slots[name])) if config.executor == "ray" else "-",
             str(len(slots[name])) if config.executor == "ray" else "this one",
-            f"{kind} ({'sharded over its processes' if sharded else 'whole in each process'})",
-            "random" if section.init else section.path,
+            "none" if judge else f"{kind} ({'sharded over its processes' if sharded else 'whole in each process'})",
+            judge.http.url or judge.function if judge else "random" if section.init else section.path,
         )
     console.print(table)
     for line in remote_code(config):

@@ -49,8 +49,8 @@ class Loss:
 LossFunction = Callable[..., Loss]
 """A module-level function, or a ``functools.partial`` of one, so that it pickles by reference.
 
-It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` of a reward
-model, ``value_BT`` of a critic), ``mask_BT`` and the columns of the batch, all by keyword.
+It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of a policy, ``score_B`` or
+``attribute_BA`` of a reward model, ``value_BT`` of a critic), ``mask_BT`` and the columns of the batch, all by keyword.
 """
 
 
@@ -115,6 +115,15 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A role that measures its own work."""
+
+    def drain(self) -> Metrics:
+        """Numbers since the last call, for the line of the step."""
+        ...
+
+
 class Policy(Protocol):
     """The actor."""
 
@@ -174,13 +183,17 @@ class TrainedReward(Protocol):
     """A reward model in training."""
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
-        """One number a sequence, shape (B,), read at its last token."""
+        """One number a sequence, shape (B,), read at its last token; of a model without attributes."""
+        ...
+
+    def attributes(self, sequences: Sequences) -> Future[Tensor]:
+        """A numbers a sequence, shape (B, A), read at its last token; of a model with attributes."""
         ...
 
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
         """One optimizer step."""
         ...
 
-    def export(self, folder: Path) -> Future[None]:
-        """Write weights, config and tokenizer in Hugging Face layout."""
+    def export(self, folder: Path, extra: Mapping[str, str]) -> Future[None]:
+        """Write weights, config and tokenizer in Hugging Face layout, with the ``extra`` files, text by name."""
         ...

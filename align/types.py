@@ -1,7 +1,7 @@
 """What travels between the stages of a step, and the one place where indices are defined.
 
-``P`` prompts, ``K`` samples per prompt, ``B`` sequences, ``T`` response tokens, ``N`` tokens of a packed
-array. A name that ends in ``_BT`` has shape (B, T), and so on for every suffix.
+``P`` prompts, ``K`` samples per prompt, ``B`` sequences, ``T`` response tokens, ``A`` attributes, ``N`` tokens of a
+packed array. A name that ends in ``_BT`` has shape (B, T), and so on for every suffix.
 
 **Column t of every ``_BT`` tensor speaks about response token t**:
 
@@ -283,6 +283,31 @@ class Pairs(Record):
         """The pairs as a batch, to the ``columns`` of which comes ``strength_B``, each pair's strength twice."""
         strength_B = self.strength_P.repeat_interleave(2)
         return Batch(self.sequences, {"strength_B": strength_B, **columns}, unit=2, temperature=1.0)
+
+
+NOT_RATED = -100.0
+"""Label of an attribute that nobody rated: it is left out of every loss and mean."""
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class Ratings(Record):
+    """B responses, each with labels of A attributes."""
+
+    sequences: Sequences
+    label_BA: Float[Tensor, "B A"]
+    """Rating of each attribute, 0 to 4 in the HelpSteer family; `NOT_RATED` where there is none."""
+
+    def __len__(self) -> int:
+        return len(self.label_BA)
+
+    def select(self, index_B: Tensor) -> Ratings:
+        """The responses ``index_B``."""
+        return Ratings(self.sequences.select(index_B), self.label_BA[index_B])
+
+    def batch(self) -> Batch:
+        """All responses as a batch with the column ``label_BA``."""
+        return Batch(self.sequences, {"label_BA": self.label_BA}, unit=1, temperature=1.0)
 
 
 @checked

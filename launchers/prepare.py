@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,25 +14,26 @@ from typing import Any
 import align
 from align import config
 from align.errors import ConfigError
-from align.launch import check
+from align.launch import cast_sections, check, located
 from align.private import require_private
 from align.run.stopping import check_no_stop_file
-from align.sections import Recipe
+from align.sections import RewardService
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS_PATHS = ("run.dir", "data.chat_template", "reference_cache")
-"""Keys of recipes that are files or folders wherever they have a value."""
+ALWAYS_PATHS = ("run.dir", "dir", "data.chat_template", "reference_cache")
+"""Keys of recipes and services that are files or folders wherever they have a value."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that can be run, its paths in full."""
+    """A recipe that can be run or a service that can be started, its paths in full."""
 
-    config: Recipe
+    config: Any
+    """A `Recipe` or a `RewardService`."""
     num_slots: int
-    """Slots of the cluster that its placement asks for: the highest number plus one."""
+    """Slots of the cluster that its placement asks for, the highest number plus one; those of all replicas."""
     folder: Path
-    """The run folder."""
+    """The folder of the run or the service."""
 
 
 def validate(recipe: Path, overrides: Sequence[str], suffix: str = "") -> Checked:
@@ -42,15 +44,37 @@ def validate(recipe: Path, overrides: Sequence[str], suffix: str = "") -> Checke
     found: Any = config.load(recipe, overrides).config
     slots = check(found)
     found = replace(found, run=replace(found.run, dir=f"{found.run.dir}{suffix}"))
-    for key, value in config.flatten(found).items():
-        if isinstance(value, str) and _is_path(key, value):
-            found = _changed(found, key.split("."), str(Path(value).expanduser().absolute()))
-    folder = Path(found.run.dir)
-    if any(not character.isprintable() or character == "\\" for character in found.run.dir):
-        raise ConfigError(f"run.dir={found.run.dir!r} has characters that Slurm cannot write a log to")
+    found = _in_full(replace(found, **{name: located(section) for name, section in cast_sections(found).items()}))
+    folder = _writable(found.run.dir, "run.dir")
     check_no_stop_file(folder)
     require_private(folder)
     return Checked(found, 1 + max(slot for role in slots.values() for slot in role), folder)
+
+
+def validate_service(recipe: Path, overrides: Sequence[str]) -> Checked:
+    """Load what `align serve reward` reads, and check its folder. Raises `ConfigError`."""
+    found: RewardService = config.build(RewardService, recipe, overrides).config
+    found = _in_full(replace(found, reward=located(found.reward)))
+    folder = _writable(found.dir, "dir")
+    require_private(folder)
+    replicas = found.replicas
+    each = 1.0 if replicas.gpus is None else replicas.gpus
+    slots = 0 if found.executor == "local" else max(replicas.shards, math.ceil(replicas.max * each))
+    return Checked(found, slots, folder)
+
+
+def _writable(folder: str, key: str) -> Path:
+    if any(not character.isprintable() or character == "\\" for character in folder):
+        raise ConfigError(f"{key}={folder!r} has characters that Slurm cannot write a log to")
+    return Path(folder)
+
+
+def _in_full(found: Any) -> Any:
+    """The configuration with the paths of what exists here written in full: a job begins in the folder of its code."""
+    for key, value in config.flatten(found).items():
+        if isinstance(value, str) and _is_path(key, value):
+            found = _changed(found, key.split("."), str(Path(value).expanduser().absolute()))
+    return found
 
 
 def _is_path(key: str, value: str) -> bool:

@@ -23,10 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align import cli, config
+from align import config
 from align.errors import ConfigError, LockError, PlacementError
+from align.sections import RewardService
 from launchers import common
-from launchers.prepare import ROOT, Checked, copy_code, validate
+from launchers.prepare import ROOT, Checked, copy_code, validate, validate_service
 
 CPUS_PER_GPU, CPUS_WITHOUT_GPU = 4, 4
 """Defaults of --cpus-per-task on one node."""
@@ -38,6 +39,8 @@ meaning."""
 PASSED_ON = ("partition", "account", "qos", "mem", "constraint", "reservation")
 """Options of sbatch that are passed on as they are."""
 QUEUE_SECONDS = 30
+SLOTS_PER_CORE = 2
+"""Replicas of a service that one core offers where a node has no GPUs."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--container", metavar="IMAGE", help="image for srun --container-image (pyxis)")
     add("--container-mounts", metavar="LIST", help="further mounts, as of srun")
     add("--python", help="Python of the nodes (this one; in a container python3)")
-    add("--service", choices=("reward",), help="serve the recipe's reward model on one node instead of training")
+    add("--service", choices=("reward",), help="RECIPE is a service of docs/reward_service.md, on one node")
     add("--dry-run", action="store_true", help="print the job and the command, write and submit nothing")
     return arguments
 
@@ -112,10 +115,8 @@ def values_of(sweep: str) -> list[tuple[str, str]]:
 
 def plan(given: argparse.Namespace) -> Job:
     """Check everything that can be checked here. Raises `ConfigError`, `PlacementError`."""
-    if given.service and not _can_serve():
-        raise ConfigError(f"--service {given.service}: this version of align has no command `serve`")
-    if given.service and given.nodes > 1:
-        raise ConfigError(f"--service {given.service} takes one node, --nodes={given.nodes}")
+    if given.service:
+        return _plan_service(given)
     if given.array and given.chain > 1:
         raise ConfigError("--array and --chain do not go together", remedy="give --max-restarts instead of --chain")
     sweep = values_of(given.array) if given.array else [("", "")]
@@ -126,9 +127,22 @@ def plan(given: argparse.Namespace) -> Job:
     return Job(runs, folder / "launch", render(given, runs, folder.name), _script_arguments(given, folder, runs))
 
 
-def _can_serve() -> bool:
-    actions = cli._parser()._actions
-    return any("serve" in action.choices for action in actions if isinstance(action, argparse._SubParsersAction))
+def _plan_service(given: argparse.Namespace) -> Job:
+    if given.nodes > 1 or given.array:
+        what = f"--nodes={given.nodes}" if given.nodes > 1 else f"--array={given.array}"
+        raise ConfigError(f"--service {given.service} takes one node and no array, {what}")
+    checked = validate_service(given.recipe, given.overrides)
+    there = given.gpus_per_node or _cpus(given) * SLOTS_PER_CORE
+    if checked.num_slots > there:
+        kind = "GPUs" if given.gpus_per_node else "slots of CPUs"
+        raise PlacementError(
+            f"the replicas ask for {checked.num_slots} {kind}, the job has {there}",
+            where=f"{given.recipe}",
+            remedy="lower replicas.max or replicas.shards, or ask for more",
+        )
+    folder = checked.folder
+    script = render(given, [checked], folder.name)
+    return Job([checked], folder / "launch", script, _script_arguments(given, folder, [checked]))
 
 
 def _cpus(given: argparse.Namespace) -> int:
@@ -172,7 +186,6 @@ def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str
         pattern = TIME if key == "time" else PLAIN
         if not re.fullmatch(pattern, str(value), re.ASCII):
             raise ConfigError(f"--{key}={value!r} is not a value for Slurm", remedy=f"it matches {pattern}")
-    resume = runs[0].config.run.resume
     restarts = given.max_restarts if given.max_restarts is not None else (0 if given.chain > 1 else 20)
     if given.signal_before >= _seconds(given.time):
         raise ConfigError(
@@ -181,6 +194,7 @@ def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str
         )
     settings = {"max_restarts": restarts, "retries": given.retries}
     if not given.service:
+        resume = runs[0].config.run.resume
         settings |= {
             "cpus": _ray_cpus(given, runs[0]),
             "gpus": given.gpus_per_node,
@@ -269,16 +283,20 @@ def submit(job: Job, given: argparse.Namespace) -> list[str]:
 def explain(job: Job, numbers: Sequence[str]) -> str:
     """What to do with a job that is in the queue."""
     first, runs = numbers[0], [run.folder for run in job.runs]
+    is_service = isinstance(job.runs[0].config, RewardService)
+    own = "service-*.log" if is_service else "driver-*.log and logs/ROLE-RANK.log"
     lines = [f"job {', then '.join(numbers)}"]
     lines += [f"  run folder     {shlex.quote(str(run))}" for run in runs]
     lines += [
         f"  logs           {shlex.quote(str(job.logs))}/job-{first}{'_*' if len(runs) > 1 else ''}.log, and in each "
-        "run folder logs/slurm/driver-*.log and logs/ROLE-RANK.log",
+        f"run folder logs/slurm/{own}",
         f"  attach         srun --jobid {first} --overlap --pty bash",
         f"  save, go on    scancel --signal=USR1 --batch {first}",
         f"  save, stop     touch {shlex.quote(str(runs[0] / 'STOP'))}",
         f"  stop at once   scancel {' '.join(numbers)}",
     ]
+    if is_service:  # it saves nothing, and answers what it has when it is cancelled
+        lines[-3:] = [f"  stop           scancel {' '.join(numbers)}"]
     return "\n".join(lines)
 
 

@@ -46,11 +46,13 @@ HEADINGS = {
     sections.DirectLoss: "`loss` of preference pairs",
     sections.Model: "Every role",
     sections.Trained: "Every trained role",
+    sections.TrainedReward: "`reward` of `reward_model`",
     sections.Policy: "`policy`",
     sections.Sampler: "`sampler`",
     sections.StartingPolicy: "`reference`",
     sections.Reward: "`reward`",
-    sections.OptionalReward: "`second_reward`, and `reward` of `dpo`",
+    sections.Http: "`reward.http`",
+    sections.Ensemble: "`reward.ensemble`",
     sections.Critic: "`critic`",
     sections.StartingCritic: "Where a critic starts",
     sections.Optimizer: "`optimizer` of a trained role",
@@ -145,7 +147,9 @@ def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gi
             cells[key] = documented(schema, key)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{}\n")
-    loaded = config.build(schema, recipe, [f"{key}=1" for key, cell in cells.items() if cell == REQUIRED])
+    needed = [key for key, cell in cells.items() if cell == REQUIRED]
+    needed += ["reward.path"] if issubclass(schema, sections.OnPolicy) else []  # some kinds of judges need none
+    loaded = config.build(schema, recipe, [f"{key}=1" for key in needed])
     values = config.flatten(loaded.config)
     assert values.keys() == cells.keys()
     for key, value in values.items():
@@ -153,6 +157,18 @@ def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gi
             continue
         followed = re.fullmatch(r"`\$\{([\w.]+)\}`", cells[key])
         assert cells[key] == shown(value) or (followed and values[followed[1]] == value), key
+
+
+def test_the_page_of_the_service_holds_the_keys_and_defaults_of_its_schema():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "reward_service.md").read_text(), flags=re.M))
+    own = {key: cell for key, cell in own_defaults(sections.RewardService).items() if cell != SECTION}
+    assert rows == own | {f"replicas.{key}": cell for key, cell in own_defaults(sections.Replicas).items()}
+
+
+def test_the_page_of_evaluations_holds_the_keys_and_defaults_of_its_schema():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "evaluation.md").read_text(), flags=re.M))
+    own = {key: cell for key, cell in own_defaults(sections.RewardEvaluation).items() if cell != SECTION}
+    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(sections.BenchmarkData).items()}
 
 
 def slug(heading: str) -> str:
@@ -215,9 +231,13 @@ def test_what_the_readme_lists_is_there():
     assert [name for name in listed() if not (ROOT / name).exists() and not (ROOT / name).is_relative_to(IMAGES)] == []
 
 
+OTHERS = (sections.RewardEvaluation, sections.RewardService)
+"""Schemas of other commands than `align train`."""
+
+
 @cache
 def known_keys() -> set[str]:
-    return {key for schema in ALGORITHMS.values() for key in config.describe(schema)}
+    return {key for schema in (*ALGORITHMS.values(), *OTHERS) for key in config.describe(schema)}
 
 
 def is_code(name: str) -> bool:

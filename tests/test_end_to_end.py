@@ -175,14 +175,14 @@ def test_a_malformed_row_is_named(tmp_path, toy_data, tiny_policy, tiny_reward, 
     assert "data.bad_rows=skip" in message
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, toy_data, tiny_policy, tiny_reward, capsys):
+def test_a_reference_with_another_tokenizer_is_refused(tmp_path, toy_data, tiny_policy, tiny_reward, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    for file in tiny_reward.iterdir():
+    for file in tiny_policy.iterdir():
         text = file.read_bytes()
         (other / file.name).write_bytes(text.replace(b'"wolf"', b'"lion"') if file.name == "tokenizer.json" else text)
-    path = recipe(tmp_path, RLOO, run=tmp_path / "r", data=toy_data, policy=tiny_policy, reward=other)
-    assert main(["train", str(path)]) == 78
+    path = recipe(tmp_path, RLOO, run=tmp_path / "r", data=toy_data, policy=tiny_policy, reward=tiny_reward)
+    assert main(["train", str(path), f"reference.path={other}"]) == 78
     message = capsys.readouterr().err
     assert "different tokenizers" in message
     assert "wolf" in message

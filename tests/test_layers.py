@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1] / "align"
 ROWS = [
     {"types", "config", "nodes", "sections", "errors", "faults", "private", "redact"},
     {"ops", "data", "roles"},
-    {"models", "engines", "checkpoint", "run"},
+    {"models", "engines", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
-    {"launch", "plan", "evaluation", "cli"},
+    {"launch", "plan", "evaluation", "report", "cli"},
 ]
 """A unit (a module or package directly below align) may import its own unit and those of rows above it."""
 
@@ -26,7 +26,11 @@ BESIDE = {
     ("private", "errors"),
     ("run", "checkpoint"),
     ("engines", "models"),
+    ("rewards", "models"),
+    ("rewards", "engines"),
     ("plan", "launch"),
+    ("evaluation", "report"),
+    ("evaluation", "launch"),
 }
 """Edges within a row that are meant; docs/architecture.md says why."""
 

@@ -7,14 +7,19 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from align import algorithms, config, sections
 from align.launch import ROLES, cast_sections, check
+from align.sections.evaluation_reward import BenchmarkName
+from align.workers import placement
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+EVALUATIONS = sorted((ROOT / "recipes" / "evaluation").glob("*.yaml"))
+SERVICES = sorted((ROOT / "recipes" / "service").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*EVALUATIONS} - {*SERVICES})
 SOURCE = {path: path.read_text() for path in (ROOT / "align").rglob("*.py")}
 
 
@@ -34,7 +39,24 @@ def test_recipe_is_complete(path: Path, tmp_path: Path):
     assert config.load(tmp_path / "config.yaml").config == loaded.config
 
 
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_evaluation_is_complete(path: Path, tmp_path: Path):
+    found = config.build(sections.RewardEvaluation, path).config
+    assert found.benchmark == path.stem
+    assert placement.resolve(found.placement, ["reward"])["reward"] == tuple(range(8))
+    config.dump(found, tmp_path / "config.yaml")
+    assert config.build(sections.RewardEvaluation, tmp_path / "config.yaml").config == found
+
+
+@pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.stem)
+def test_service_is_complete(path: Path, tmp_path: Path):
+    found = config.build(sections.RewardService, path, ["reward.path=FOLDER"]).config
+    config.dump(found, tmp_path / "config.yaml")
+    assert config.build(sections.RewardService, tmp_path / "config.yaml").config == found
+
+
 def test_shipped_recipes_are_there():
+    assert {path.stem for path in EVALUATIONS} == set(get_args(BenchmarkName))
     names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
     assert names >= {
         "quickstart/sft.yaml",

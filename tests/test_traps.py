@@ -46,7 +46,7 @@ from align.sections import Optimizer, Policy, PolicyLoss, Sampling
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 from align.workers import base
 from align.workers.policy import PolicyWorker
-from align.workers.reward import Reward
+from align.workers.reward import Reward, Scored
 
 ALIGN = Path(base.__file__).parents[1]
 Patch = pytest.MonkeyPatch
@@ -113,7 +113,7 @@ def seen_of(rollouts: Rollouts, score_B: Tensor, reference_BT: Tensor | None = N
 
 
 def recipe(K: int = 3, **changes: Any) -> rloo.Config:
-    return rloo.Config(sampling=Sampling(num_samples=K, max_tokens=8), **changes)
+    return rloo.Config(reward=sections.Reward(path="r"), sampling=Sampling(num_samples=K, max_tokens=8), **changes)
 
 
 # value at t computed after token t
@@ -331,7 +331,7 @@ ODD = [[3, 3, 4], [0, 7, 1, 7], [6, 2, 9, 9, 1]]
 def the_reward_model_gets_the_ids_that_were_sampled() -> None:
     rows = Sequences(Packed.from_lists([[5, 6]]), Packed.from_lists(ODD), torch.tensor([0, 0, 0]))
     section = sections.Reward(path="unused")
-    asked = Asked(2, lambda sequences, *_: torch.zeros(len(sequences)))
+    asked = Asked(2, lambda sequences, *_: Scored(torch.zeros(len(sequences)), {}))
     cast: Any = type("Cast", (), {})()
     cast.reward, cast.second_reward = Reward(asked, section), Reward(other := Asked(1, asked.answer), section)
     cast.reference = base_reference = type("Frozen", (), {})()

@@ -1,34 +1,44 @@
-"""Reward models from preference pairs: Bradley-Terry, with margin, and scaled (HelpSteer2-Preference, arXiv
-2410.01257).
+"""Reward models: Bradley-Terry from pairs, with margin, and scaled (HelpSteer2-Preference, arXiv 2410.01257), and
+regression on the attributes of rated responses (HelpSteer2, arXiv 2406.08673).
 
 With d = r(x, chosen) - r(x, rejected) and m = |preference strength| in {1, 2, 3}, the mean over pairs of
 
-    bt      -log sigmoid(d)
-    margin  -log sigmoid(d - m)
-    scaled  -m log sigmoid(d)
+    bt          -log sigmoid(d)
+    margin      -log sigmoid(d - m)
+    scaled      -m log sigmoid(d)
 
-The score is read at the last token of the conversation, found by length.
+each plus ``center_coef`` (r(x, chosen) + r(x, rejected))^2, or with ratings y_k of a response, the mean over responses
+and their rated attributes k of
 
-Left out: regression on attributes and starting from another reward model's head, which have recipes of their own.
+    regression  (r_k - y_k)^2
+
+Scores are read at the last token of the conversation, found by length. The model is written with its card
+(`align.rewards.card`): how the score is made of attributes, and its mean and deviation on held-out responses.
+
+Left out: a head that averages over tokens, and losses that mix pairs and ratings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from align import data, ops, roles, sections
+from align import data, roles, sections
+from align.algorithms import _reward_pairs, _reward_ratings
+from align.data.attributes import resolve
+from align.rewards.card import Card, Moments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import PreferenceData
+    from align.data.helpsteer import Corpus
     from align.run import Run
-    from align.types import Pairs
+    from align.types import Batch
 
-Kind = Literal["bt", "margin", "scaled"]
+Kind = Literal["bt", "margin", "scaled", "regression"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,46 @@ class Config(sections.Recipe):
     """Recipe of a reward model."""
 
     reward: sections.TrainedReward = field(default_factory=sections.TrainedReward)
-    """The model that learns; ``path`` is a causal language model or a sequence classifier."""
+    """The model that learns, from a causal language model or a sequence classifier."""
     loss: Kind = "scaled"
-    """Scaled is the best of the three in HelpSteer2-Preference, table 3."""
+    """Scaled is the best of those from pairs in HelpSteer2-Preference, table 3; ``regression`` reads ratings, and needs
+    ``reward.attributes``."""
+    center_coef: float = 0.0
+    """Weight of the centering term of a pair (Eisenstein et al. 2023, arXiv 2312.09244); TRL recommends 0.01."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Goodness: weight of each attribute in the score, ``regression`` only; stored with the model. Attributes that are
+    not named count 0; empty is helpfulness alone."""
     batch_size: int = 64
-    """Pairs of an optimizer step. 64: HelpSteer2-Preference."""
+    """Pairs of an optimizer step, or responses with ``regression``. 64 pairs: HelpSteer2-Preference."""
     validate_every: int = 20
     """Optimizer steps between two measurements on the validation split; 0 measures only at the end."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Public benchmarks that the model is judged on after training, each with the folder of its data."""
+
+    def __post_init__(self) -> None:
+        names, regression = resolve(self.reward.attributes), self.loss == "regression"
+        if regression != bool(names):
+            needs = "regression needs reward.attributes" if regression else f"{self.loss} has one score, no attributes"
+            raise ValueError(f"loss {needs}: {list(names)}")
+        if self.center_coef < 0 or (regression and self.center_coef):
+            raise ValueError(f"center_coef is for pairs and must not be negative: {self.center_coef}, {self.loss}")
+        if self.weights and not regression:
+            raise ValueError(f"weights are of the attributes of loss regression, not of {self.loss}: {self.weights}")
+        if regression and not (self.goodness.keys() <= set(names) and any(self.goodness.values())):
+            raise ValueError(f"weights must name attributes, one of them not 0: {self.goodness}, {list(names)}")
+
+    @property
+    def goodness(self) -> dict[str, float]:
+        """Weight of each attribute in the score; none without attributes."""
+        return self.weights or ({"helpfulness": 1.0} if self.reward.attributes else {})
+
+    def reads(self) -> Literal["preferences", "ratings"]:
+        """See `align.sections.Recipe.reads`."""
+        return "ratings" if self.loss == "regression" else "preferences"
+
+    def evaluations(self) -> Mapping[str, str]:
+        """See `align.sections.Recipe.evaluations`."""
+        return self.benchmarks
 
 
 class Cast(Protocol):
@@ -51,50 +94,57 @@ class Cast(Protocol):
     reward: roles.TrainedReward
 
 
+class Task(Protocol):
+    """Rows to learn from and rows to be judged by."""
+
+    @property
+    def loss(self) -> roles.LossFunction:
+        """Loss of a batch."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor) -> Batch:
+        """The rows ``index`` of the training split."""
+        ...
+
+    def measure(self, reward: roles.TrainedReward) -> tuple[dict[str, float], Tensor]:
+        """Numbers of the validation split by name, and the score of each of its responses, (B,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Material:
-    """Pairs to learn from and pairs to be judged by."""
+    """What to learn, and what will stand beside the model, but for its moments."""
 
-    train: Pairs
-    validation: Pairs
-
-
-def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[Material, dict[str, int]]:
-    """Pairs of both splits, and what became of their rows."""
-    limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    train_pairs, counts = data.helpsteer.pairs(source.train, renderer, *limits)
-    validation, others = data.helpsteer.pairs(source.validation, renderer, *limits)
-    return Material(train_pairs, validation), counts | {f"validation_{name}": n for name, n in others.items()}
+    task: Task
+    card: Card
 
 
-def loss(*, score_B: Tensor, strength_B: Tensor, mask_BT: Tensor, kind: Kind) -> roles.Loss:
-    """The chosen loss over adjacent (chosen, rejected) rows, with accuracy and mean margin d."""
-    difference_P, strength_P = score_B[0::2] - score_B[1::2], strength_B[0::2]
-    match kind:
-        case "bt":
-            loss_P = ops.losses.bradley_terry(difference_P)
-        case "margin":
-            loss_P = ops.losses.margin_bradley_terry(difference_P, strength_P)
-        case "scaled":
-            loss_P = ops.losses.scaled_bradley_terry(difference_P, strength_P)
-    count = mask_BT.new_tensor(len(loss_P), dtype=loss_P.dtype)
-    right = (difference_P > 0).to(loss_P.dtype).sum()
-    return roles.Loss(loss_P.sum(), count, {"accuracy": (right, count), "margin": (difference_P.sum(), count)})
-
-
-def validate(pairs: Pairs, cast: Cast) -> dict[str, float]:
-    """Accuracy (ties count as wrong), mean margin and calibration on held-out pairs."""
-    score_B = cast.reward.score(pairs.sequences).result()
-    measured = ops.preferences.summary(score_B[0::2] - score_B[1::2])
-    return {f"validation/{name}": value for name, value in measured.items()}
+def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+    """Rows of both splits, and what became of them."""
+    names = resolve(config.reward.attributes)
+    if config.loss == "regression":
+        task, counts = _reward_ratings.prepare(source, renderer, config.data, names, config.goodness)
+    else:
+        loss = partial(_reward_pairs.loss, kind=config.loss, center_coef=config.center_coef)
+        task, counts = _reward_pairs.prepare(source, renderer, config.data, loss)
+    kind = "attributes" if names else "sequence_classification"
+    template = renderer.template if config.data.chat_template else None
+    card = Card(kind, names, config.goodness, None, template, config.data.date, source.fingerprint, config.loss)
+    return Material(task, card), counts
 
 
 def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
-    """Visit the pairs in seeded order."""
-    order = data.prompts.Order(len(material.train), config.batch_size, config.run.seed)
+    """Visit the rows in seeded order."""
+    task, score_B = material.task, None
+    order = data.prompts.Order(len(task), config.batch_size, config.run.seed)
     for step in run.steps():
-        batch = material.train.select(order.indices(step)).batch()
-        metrics = cast.reward.update(batch, partial(loss, kind=config.loss)).result()
-        due = step == config.run.steps or (config.validate_every and step % config.validate_every == 0)
-        run.log(step, metrics | (validate(material.validation, cast) if due else {}))
-    cast.reward.export(run.final).result()
+        metrics, held_out = cast.reward.update(task.batch(order.indices(step)), task.loss).result(), {}
+        if step == config.run.steps or (config.validate_every and step % config.validate_every == 0):
+            held_out, score_B = task.measure(cast.reward)
+        run.log(step, metrics | {f"validation/{name}": value for name, value in held_out.items()})
+    if score_B is None:  # a run that ended after its last step goes on
+        _, score_B = task.measure(cast.reward)
+    card = replace(material.card, moments=Moments.of(score_B))
+    cast.reward.export(run.final, card.files()).result()

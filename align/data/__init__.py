@@ -1,10 +1,13 @@
-"""Preference data as token ids. Submodules load on first use, so ``from align import data`` loads no torch."""
+"""Preferences and ratings as token ids. Submodules load on first use, so ``from align import data`` loads no torch."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from align.data.attributes import HELPSTEER_ATTRIBUTES as HELPSTEER_ATTRIBUTES
+from align.data.attributes import NEMO_ATTRIBUTES as NEMO_ATTRIBUTES
 
 if TYPE_CHECKING:
     from . import cache as cache

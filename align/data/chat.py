@@ -42,6 +42,14 @@ class Message(NamedTuple):
     content: str
 
 
+class Dialogue(NamedTuple):
+    """A conversation and one response to it, as text."""
+
+    context: tuple[Message, ...]
+    """Ends with the user's turn."""
+    response: str
+
+
 def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -113,19 +121,26 @@ class Renderer:
     """Conversations as token ids, by one tokenizer and one chat template.
 
     ``chat_template`` is a file that replaces the tokenizer's own template, ``date`` the text passed to the template as
-    ``date_string``. Raises `DataError` when there is no template, when it cannot be read or rendered, when it asks
-    for today's date, and when the tokenizer has no end-of-sequence token.
+    ``date_string``; ``section`` is where a recipe has both, for remedies. Raises `DataError` when there is no template,
+    when it cannot be read or rendered, when it asks for today's date, and when the tokenizer has no end-of-sequence
+    token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, date: str | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        date: str | None = None,
+        section: str = "data",
+    ):
         self._bos, eos = _marks(tokenizer)
         if eos is None:
             raise DataError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path)
         self._eos = eos
         self.tokenizer = tokenizer
-        self.date = date
+        self.date, self._section = date, section
         self._name = chat_template or f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-        self._template = _read_template(tokenizer, chat_template)
+        self.template = _read_template(tokenizer, chat_template, section)
         self._end_of_turn = self._find_end_of_turn()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -138,6 +153,10 @@ class Renderer:
                 remedy="write it once in the template, and not in the messages",
             )
         return ids
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a whole conversation with its last answer, with all that the template writes after it."""
+        return self._encode(self._render(messages, add_generation_prompt=False))
 
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
         """Ids of ``response`` as they follow `prompt_ids`, closed by the end-of-turn token; see `dialogue_ids`."""
@@ -162,7 +181,8 @@ class Renderer:
             raise DataError(
                 f"the prompt {prompt[-60:]!r} is not the beginning of the conversation with its answer",
                 where=self._name,
-                remedy="give a template that writes the same text before an answer: data.chat_template=FILE",
+                remedy="give a template that writes the same text before an answer: "
+                f"{self._section}.chat_template=FILE",
             )
         ids = self._encode(text)
         # In context, so SentencePiece puts no word mark before the first word, unless a token straddles the border.
@@ -183,9 +203,20 @@ class Renderer:
         return tuple(sorted({self._eos, self._eos if self._end_of_turn is None else self._end_of_turn}))
 
     @property
+    def closes_turns(self) -> bool:
+        """Whether the template writes an end-of-turn token after an answer."""
+        return self._end_of_turn is not None
+
+    @property
+    def writes_bos(self) -> bool:
+        """Whether the template writes the beginning-of-sequence token."""
+        text = self._render([Message("user", "question")], add_generation_prompt=True)
+        return self._bos is not None and self._encode(text)[:1] == [self._bos]
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of vocabulary, special ids, template and date; equal on every machine."""
-        content = [sorted(self.tokenizer.get_vocab().items()), _marks(self.tokenizer), self._template, self.date]
+        content = [sorted(self.tokenizer.get_vocab().items()), _marks(self.tokenizer), self.template, self.date]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _encode(self, text: str) -> list[int]:
@@ -196,7 +227,7 @@ class Renderer:
         try:
             text = self.tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
-                chat_template=_NO_CLOCK + self._template,
+                chat_template=_NO_CLOCK + self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **date,
@@ -208,9 +239,10 @@ class Renderer:
         raise DataError(
             "the template writes today's date, so the same run would differ from day to day",
             where=self._name,
-            remedy="fix it, as in data.date='26 Jul 2024'"
+            remedy=f"fix it, as in {self._section}.date='26 Jul 2024'"
             if self.date is None
-            else "data.date is set but the template does not read date_string; give another data.chat_template=FILE",
+            else f"{self._section}.date is set but the template does not read date_string; give another "
+            f"{self._section}.chat_template=FILE",
         )
 
     def _find_end_of_turn(self) -> int | None:
@@ -225,18 +257,20 @@ class Renderer:
         return next((id for id in self._encode(after) if id in special), None)
 
 
-def _read_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
+def _read_template(tokenizer: PreTrainedTokenizerBase, file: str | None, section: str) -> str:
     try:
         return tokenizer.get_chat_template() if file is None else Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"the chat template cannot be read: {_first_line(error)}", where=file, remedy="data.chat_template=FILE"
+            f"the chat template cannot be read: {_first_line(error)}",
+            where=file,
+            remedy=f"{section}.chat_template=FILE",
         ) from error
     except ValueError as error:
         raise DataError(
             "the tokenizer has no chat template, so a conversation has no agreed form",
             where=tokenizer.name_or_path,
-            remedy="give one: data.chat_template=FILE",
+            remedy=f"give one: {section}.chat_template=FILE",
         ) from error
 
 

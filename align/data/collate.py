@@ -204,18 +204,22 @@ def micro_batches(sequences: Sequences, unit: int, max_tokens: int) -> list[Tens
 
 
 def split(sequences: Sequences, unit: int, num_ranks: int) -> list[Tensor]:
-    """Row numbers for each of ``num_ranks``, balanced by tokens; ranks may get none when there are few prompts.
-
-    Longest first, each to the rank with the fewest tokens so far (Graham 1969). Rows of a prompt stay together, in
-    order.
-    """
+    """Row numbers for each of ``num_ranks``, balanced by tokens; ranks may get none when there are few prompts. Rows of
+    a prompt stay together, in order."""
     starts = [0] + [i for i in range(unit, len(sequences), unit) if sequences.prompt_B[i] != sequences.prompt_B[i - 1]]
-    ends = [*starts[1:], len(sequences)] if len(sequences) else []
-    tokens = sequences.tokens_B().tolist()
-    blocks = sorted(zip(starts, ends, strict=False), key=lambda block: (-sum(tokens[block[0] : block[1]]), block))
+    return balanced(starts, sequences.tokens_B().tolist(), num_ranks)
+
+
+def balanced(starts: list[int], sizes: list[int], num_ranks: int) -> list[Tensor]:
+    """Row numbers for each rank: rows of ``sizes`` in blocks that begin at ``starts`` and stay together, in order.
+
+    Longest first, each to the rank with the least so far (Graham 1969).
+    """
+    ends = [*starts[1:], len(sizes)] if sizes else []
+    blocks = sorted(zip(starts, ends, strict=False), key=lambda block: (-sum(sizes[block[0] : block[1]]), block))
     loads, rows = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
     for a, b in blocks:
         rank = loads.index(min(loads))
-        loads[rank] += sum(tokens[a:b])
+        loads[rank] += sum(sizes[a:b])
         rows[rank] += range(a, b)
     return [torch.tensor(sorted(index), dtype=torch.int64) for index in rows]

@@ -1,13 +1,7 @@
-"""Preference data: HelpSteer3-Preference here, HelpSteer2 through `helpsteer2`, and what becomes of the rows of all.
+"""Data of the HelpSteer family and what can be read like it: what is read, counts, and what is refused.
 
-HelpSteer3-Preference (Wang et al. 2025, arXiv 2505.11475; ``nvidia/HelpSteer3``, config ``preference``), a row:
-
-- ``domain``              general, stem, code or multilingual
-- ``language``            natural or programming language
-- ``context``             list of {role, content} ending with the user's turn, or a string: that turn alone
-- ``response1``, ``response2``
-- ``overall_preference``  -3 to 3, negative where response 1 is better, 0 for a tie
-- other fields (``individual_preference``) are not read
+The formats are in `helpsteer2` (the first two generations), `helpsteer3`, `messages` and `nemo`; `tokenise` makes token
+ids of rows, and its functions can be called from here.
 """
 
 from __future__ import annotations
@@ -15,31 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
-import torch
-
-from align.data import helpsteer2
-from align.data.chat import Message, Renderer
-from align.data.rows import BadRow, Preference, conversation, decoded, integer, require, require_spoken, text
-from align.data.sources import Rows, tables
-from align.errors import DataError
+from align.data import helpsteer2, helpsteer3, messages, nemo
+from align.data.rows import BadRow, Edit, Feedback, Preference, Principle, Rating, Row
+from align.data.sources import Rows
+from align.data.tokenise import PromptSet, demonstrations, pairs, prompts, ratings
+from align.errors import ConfigError, DataError
 from align.sections import Data
-from align.types import Packed, Pairs, Sequences
 
-CONFIG = "preference"
+__all__ = [
+    "Corpus",
+    "Preference",
+    "PreferenceData",
+    "PromptSet",
+    "Rating",
+    "Reads",
+    "SplitCounts",
+    "demonstrations",
+    "load",
+    "pairs",
+    "prompts",
+    "ratings",
+]
+
 SPLITS = ("train", "validation")
-_FIELDS = ("context", "response1", "response2", "overall_preference", "domain", "language")
+Reads = Literal["preferences", "ratings", "feedback", "edits", "principles"]
+"""What rows are read as: `Preference`, `Rating`, `Feedback`, `Edit` or `Principle`."""
 
 
 @dataclass(frozen=True)
 class SplitCounts:
     """What became of the rows of one split: ``read`` is the sum of all the others.
 
-    With ``format: helpsteer2`` a row is two lines of the file, or a last one alone.
+    A row is what is trained on, a pair or a response: several lines of a file may make one, and one line two. What
+    cannot be read counts as one row.
     """
 
     read: int
@@ -55,235 +61,158 @@ class SplitCounts:
     """Rows left, ties among them."""
     spread: int = 0
     """Rows whose annotators lie further apart than ``data.max_spread``."""
+    single: int = 0
+    """Prompts with one response, which make no pair (``format: helpsteer`` read as preferences)."""
+
+
+R = TypeVar("R", bound=Row, covariant=True)
+T = TypeVar("T", bound=Row)
 
 
 @dataclass(frozen=True)
-class PreferenceData:
+class Corpus(Generic[R]):
     """Both splits, without duplicates and without overlap, in the order of the files."""
 
-    train: list[Preference]
-    validation: list[Preference]
+    train: Sequence[R]
+    validation: Sequence[R]
     counts: Mapping[str, SplitCounts]
     """By name of the split."""
     fingerprint: str
     """sha256 over the content and order of the rows kept; equal on every machine."""
 
 
-def load(data: Data) -> PreferenceData:
+PreferenceData = Corpus[Preference]
+
+
+class Format(NamedTuple):
+    """How a source is read as rows of one kind."""
+
+    sources: Callable[[Data], dict[str, Rows]]
+    """Both splits as they come, item by item."""
+    parse: Callable[[Any], Sequence[Row]]
+    """The rows of one item. Raises `BadRow`."""
+
+
+FORMATS: dict[str, dict[Reads, Format]] = {
+    "helpsteer3": {
+        "preferences": Format(helpsteer3.of("preference"), helpsteer3.preference),
+        "feedback": Format(helpsteer3.of("feedback"), helpsteer3.feedback),
+        "edits": Format(helpsteer3.of("edit"), helpsteer3.edit),
+        "principles": Format(helpsteer3.of("principle"), helpsteer3.principle),
+    },
+    "helpsteer3_edit_quality": {"preferences": Format(helpsteer3.of("edit_quality"), helpsteer3.edit_quality)},
+    "helpsteer": {
+        "preferences": Format(helpsteer2.rated_groups, helpsteer2.parse_group),
+        "ratings": Format(helpsteer2.rated, helpsteer2.parse_rated),
+    },
+    "helpsteer2": {
+        "preferences": Format(helpsteer2.rated_twos, helpsteer2.parse_twos),
+        "ratings": Format(helpsteer2.rated, helpsteer2.parse_rated),
+    },
+    "helpsteer2_preference": {"preferences": Format(helpsteer2.compared, helpsteer2.parse_compared)},
+    "helpsteer2_disagreements": {"ratings": Format(helpsteer2.disagreements, helpsteer2.parse_disagreements)},
+    "openai": {
+        "preferences": Format(messages.sources, messages.parse_preference),
+        "ratings": Format(messages.sources, messages.parse_rating),
+    },
+    "nemo": {
+        "preferences": Format(nemo.sources_twos, nemo.parse_twos),
+        "ratings": Format(nemo.sources, nemo.parse_ratings),
+    },
+}
+"""By ``data.format``, and by what it can be read as."""
+
+
+def format_of(name: str, reads: Reads) -> Format:
+    """How format ``name`` is read as ``reads``. Raises `ConfigError` where it cannot be."""
+    found = FORMATS[name]
+    if reads not in found:
+        others = ", ".join(sorted(other for other, formats in FORMATS.items() if reads in formats))
+        raise ConfigError(
+            f"data.format={name} holds {' and '.join(found)}, not {reads}",
+            remedy=f"take data that holds {reads}: data.format is one of {others}",
+        )
+    return found[reads]
+
+
+def usual(name: str) -> Literal["preferences", "ratings"]:
+    """What format ``name`` is read as where nothing else is asked for: preferences where it holds them."""
+    return "preferences" if "preferences" in FORMATS[name] else "ratings"
+
+
+@overload
+def load(data: Data, reads: Literal["preferences"] = "preferences") -> Corpus[Preference]: ...
+@overload
+def load(data: Data, reads: Literal["ratings"]) -> Corpus[Rating]: ...
+@overload
+def load(data: Data, reads: Literal["feedback"]) -> Corpus[Feedback]: ...
+@overload
+def load(data: Data, reads: Literal["edits"]) -> Corpus[Edit]: ...
+@overload
+def load(data: Data, reads: Literal["principles"]) -> Corpus[Principle]: ...
+@overload
+def load(data: Data, reads: Reads) -> Corpus[Any]: ...
+def load(data: Data, reads: Reads = "preferences") -> Corpus[Any]:
     """Read both splits as the section ``data`` of a recipe says.
 
-    A duplicate is a row with the context and both responses of an earlier one. A row that is in both splits stays in
+    A duplicate is a row with the context and all responses of an earlier one. A row that is in both splits stays in
     validation. Ties are kept here, because their prompts are as good as any; `pairs` drops them.
 
-    Raises `DataError` for a source that is missing or damaged, for a row that breaks the schema (``bad_rows: stop``)
-    and for a split with no rows left.
+    Raises `ConfigError` for a format that does not hold what ``reads`` asks for, and `DataError` for a source that is
+    missing or damaged, for a row that breaks the schema (``bad_rows: stop``) and for a split with no rows left.
     """
-    sources, parse = _FORMATS[data.format]
+    sources, parse = format_of(data.format, reads)
     splits = sources(data)
-    rows, counts = {}, {}
+    rows: dict[str, dict[Any, Row]] = {}
+    counts = {}
     for split in reversed(SPLITS):  # validation first: train gives way to it
         rows[split], counts[split] = _read(splits[split], parse, data, rows.get("validation", {}))
         if not rows[split]:
             remedy = "check data.domains, data.max_rows and data.max_spread, and that the file is not empty"
             raise DataError(f"no rows of {split} are left: {counts[split]}", where=data.path, remedy=remedy)
     train, validation = (list(rows[split].values()) for split in SPLITS)
-    return PreferenceData(train, validation, counts, _fingerprint(train, validation))
+    return Corpus(train, validation, counts, _fingerprint(train, validation))
 
 
-def _fingerprint(*splits: list[Preference]) -> str:
+def _fingerprint(*splits: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for rows in splits:
         for row in rows:
-            content = [*row.key, row.preference, row.domain, row.language]
-            digest.update(json.dumps(content).encode() + b"\n")
+            digest.update(json.dumps(row.content, sort_keys=True).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
 
 
-_Parse = Callable[[Any], Preference]
-_Kept = dict[tuple[tuple[Message, ...], str, str], Preference]
+_Kept = Mapping[Any, Row]
 
 
-def _read(source: Rows, parse: _Parse, data: Data, elsewhere: _Kept) -> tuple[_Kept, SplitCounts]:
-    rows: _Kept = {}
+def _read(
+    source: Rows, parse: Callable[[Any], Sequence[Row]], data: Data, elsewhere: _Kept
+) -> tuple[dict[Any, Row], SplitCounts]:
+    rows: dict[Any, Row] = {}
     bad: Counter[str] = Counter()
-    read = other_domain = spread = duplicates = overlap = 0
+    read = other_domain = spread = duplicates = overlap = single = 0
     for where, raw in source:
-        read += 1
         try:
-            row = parse(raw)
+            found = parse(raw)
         except BadRow as error:
             if data.bad_rows == "stop":
                 remedy = "mend the row, or leave such rows out and have them counted: data.bad_rows=skip"
                 raise DataError(str(error), where=error.where or where, remedy=remedy) from None
             bad[error.reason] += 1
+            read += 1
             continue
-        if data.domains and row.domain not in data.domains:
-            other_domain += 1
-        elif data.max_spread is not None and row.spread > data.max_spread:
-            spread += 1
-        elif row.key in rows:
-            duplicates += 1
-        elif row.key in elsewhere:
-            overlap += 1
-        else:
-            rows[row.key] = row
-    return rows, SplitCounts(read, dict(bad), other_domain, duplicates, overlap, len(rows), spread)
-
-
-# A row of HelpSteer3-Preference.
-
-
-def _sources(data: Data) -> dict[str, Rows]:
-    found = tables(data, {split: f"{CONFIG}/{split}" for split in SPLITS}, name=CONFIG)
-    return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
-
-
-def _parse(raw: Any) -> Preference:
-    raw = decoded(raw)
-    require(raw, _FIELDS)
-    preference = integer("overall_preference", raw["overall_preference"], -3, 3)
-    response1, response2, domain, language = [
-        text(field, raw[field]) for field in ("response1", "response2", "domain", "language")
-    ]
-    row = Preference(_context(raw["context"]), response1, response2, preference, domain, language)
-    if preference:
-        require_spoken("response1" if preference < 0 else "response2", row.chosen)
-    return row
-
-
-def _context(value: object) -> tuple[Message, ...]:
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("context", "is neither text nor a list of turns", value)
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRow("context", "has a turn without role and content", turn)
-        messages.append(Message(text("context", turn["role"]), text("context", turn["content"])))
-    return conversation("context", messages)
-
-
-_FORMATS: dict[str, tuple[Callable[[Data], dict[str, Rows]], _Parse]] = {
-    "helpsteer3": (_sources, _parse),
-    "helpsteer2": (helpsteer2.rated, helpsteer2.parse_rated),
-    "helpsteer2_preference": (helpsteer2.compared, helpsteer2.parse_compared),
-}
-"""By ``data.format``: both splits as they come, and how one item of them becomes a row."""
-
-
-# Rows as token ids.
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts to sample from. ``messages[i]`` is the conversation of row i of ``tokens``."""
-
-    tokens: Packed
-    messages: list[tuple[Message, ...]]
-    counts: Mapping[str, int]
-    """``rows``, of which ``repeated`` (same context) and ``too_long`` were dropped, and ``kept``."""
-
-
-def prompts(rows: Iterable[Preference], renderer: Renderer, max_tokens: int) -> PromptSet:
-    """Each context once, in the order of first occurrence. Raises `DataError` when none is left."""
-    counts = _counts("rows", "repeated", "too_long", "kept")
-    ids: list[list[int]] = []
-    messages: list[tuple[Message, ...]] = []
-    seen: set[tuple[Message, ...]] = set()
-    for row in rows:
-        counts["rows"] += 1
-        if row.context in seen:
-            counts["repeated"] += 1
-            continue
-        seen.add(row.context)
-        prompt = renderer.prompt_ids(row.context)
-        if len(prompt) > max_tokens:
-            counts["too_long"] += 1
-            continue
-        ids.append(prompt)
-        messages.append(row.context)
-    counts["kept"] = len(ids)
-    _require_some(counts, "prompts")
-    return PromptSet(Packed.from_lists(ids), messages, counts)
-
-
-def pairs(
-    rows: Iterable[Preference], renderer: Renderer, max_prompt_tokens: int, max_response_tokens: int
-) -> tuple[Pairs, dict[str, int]]:
-    """Preferred and rejected responses (rows 2i and 2i + 1) that share the prompt i.
-
-    The counts say of ``rows`` how many were dropped as ``ties``, ``too_long`` or ``identical`` (both responses are the
-    same tokens), and how many were ``kept``. Raises `DataError` when none is left.
-    """
-    counts = _counts("rows", "ties", "too_long", "identical", "kept")
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
-    strengths: list[int] = []
-    for row in rows:
-        counts["rows"] += 1
-        if row.preference == 0:
-            counts["ties"] += 1
-            continue
-        prompt, (chosen, rejected) = renderer.dialogue_ids(row.context, [row.chosen, row.rejected])
-        if len(prompt) > max_prompt_tokens or max(len(chosen), len(rejected)) > max_response_tokens:
-            counts["too_long"] += 1
-        elif chosen == rejected:
-            counts["identical"] += 1
-        else:
-            prompts.append(prompt)
-            responses += [chosen, rejected]
-            strengths.append(row.strength)
-    counts["kept"] = len(prompts)
-    _require_some(counts, "pairs")
-    prompt_B = torch.arange(len(prompts)).repeat_interleave(2)
-    sequences = Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), prompt_B)
-    return Pairs(sequences, torch.tensor(strengths, dtype=torch.float32)), counts
-
-
-def demonstrations(
-    rows: Iterable[Preference],
-    renderer: Renderer,
-    responses: Literal["preferred", "all"],
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-) -> tuple[Sequences, dict[str, int]]:
-    """Responses to imitate: the ``preferred`` one of each row, ties left out, or ``all``, two of each row.
-
-    The counts say of ``rows`` how many were ``ties``, and of the responses how many were ``empty`` or ``too_long``
-    and how many were ``kept``. Raises `DataError` when none is left.
-    """
-    counts = _counts("rows", "ties", "empty", "too_long", "kept")
-    prompts: list[list[int]] = []
-    answers: list[list[int]] = []
-    prompt_B: list[int] = []
-    for row in rows:
-        counts["rows"] += 1
-        if responses == "preferred" and row.preference == 0:
-            counts["ties"] += 1
-            continue
-        texts = [row.chosen] if responses == "preferred" else [row.response1, row.response2]
-        spoken = [text for text in texts if text.strip()]
-        counts["empty"] += len(texts) - len(spoken)
-        prompt, ids = renderer.dialogue_ids(row.context, spoken)
-        fitting = [one for one in ids if len(prompt) <= max_prompt_tokens and len(one) <= max_response_tokens]
-        counts["too_long"] += len(ids) - len(fitting)
-        if fitting:
-            prompt_B += [len(prompts)] * len(fitting)
-            prompts.append(prompt)
-            answers += fitting
-    counts["kept"] = len(answers)
-    _require_some(counts, "demonstrations")
-    packed = Packed.from_lists(prompts), Packed.from_lists(answers)
-    return Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64)), counts
-
-
-def _counts(*names: str) -> dict[str, int]:
-    return dict.fromkeys(names, 0)
-
-
-def _require_some(counts: Mapping[str, int], what: str) -> None:
-    if not counts["kept"]:
-        dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "kept")
-        remedy = "raise data.max_prompt_tokens and data.max_response_tokens, or give other data"
-        raise DataError(f"no {what} are left of the data: {dropped}", remedy=remedy)
+        read += max(1, len(found))
+        single += not found
+        for row in found:
+            if data.domains and row.domain not in data.domains:
+                other_domain += 1
+            elif data.max_spread is not None and row.spread > data.max_spread:
+                spread += 1
+            elif row.key in rows:
+                duplicates += 1
+            elif row.key in elsewhere:
+                overlap += 1
+            else:
+                rows[row.key] = row
+    return rows, SplitCounts(read, dict(bad), other_domain, duplicates, overlap, len(rows), spread, single)

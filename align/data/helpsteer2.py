@@ -1,12 +1,19 @@
-"""HelpSteer2 (Wang et al. 2024, arXiv 2406.08673) and HelpSteer2-Preference (arXiv 2410.01257): ``nvidia/HelpSteer2``.
+"""HelpSteer (Wang et al. 2023, arXiv 2311.09528), HelpSteer2 (Wang et al. 2024, arXiv 2406.08673) and
+HelpSteer2-Preference (arXiv 2410.01257): ``nvidia/HelpSteer`` and ``nvidia/HelpSteer2``.
 
-``format: helpsteer2`` reads ``train`` and ``validation``. Two rows in succession rate two responses to one prompt:
+``format: helpsteer`` and ``helpsteer2`` read ``train`` and ``validation``, a rated response in each row:
 
 - ``prompt``, ``response``
 - ``helpfulness``, ``correctness``, ``coherence``, ``complexity``, ``verbosity``  0 to 4
 
-They become one preference, helpfulness of the second less that of the first, cut to -3 to 3: negative where the first
-is better. The other attributes are checked, and not used.
+As preferences, rows in succession with one prompt become pairs: in ``helpsteer2`` always two rows one pair, in
+``helpsteer``, which has up to four responses to a prompt, every two of them in the order of the file. The preference is
+helpfulness of the second less that of the first, cut to -3 to 3: negative where the first is better. The other
+attributes are checked, and not used.
+
+``format: helpsteer2_disagreements`` reads ``disagreements/disagreements``, one file without splits. Its rows are those
+of ``helpsteer2``, but each attribute is the list of what the annotators said, of which the rating is the mean. One
+prompt in twenty is validation, by its hash: `is_held_out`.
 
 ``format: helpsteer2_preference`` reads ``preference/preference``, one file for both splits:
 
@@ -23,64 +30,164 @@ There is no domain, and the language is English.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import combinations, groupby, islice
 from typing import Any
 
+from align.data.attributes import HELPSTEER_ATTRIBUTES
 from align.data.chat import Message
-from align.data.rows import BadRow, Preference, at, conversation, decoded, integer, require, require_spoken, text
+from align.data.rows import (
+    BadRow,
+    Context,
+    Preference,
+    Rating,
+    at,
+    conversation,
+    decoded,
+    integer,
+    require,
+    require_spoken,
+    text,
+)
 from align.data.sources import Rows, tables
 from align.sections import Data
 
-RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 NO_DOMAIN, LANGUAGE = "", "english"
 _OPINIONS = "three_most_similar_preferences"
-_RATED = ("prompt", "response", *RATINGS)
+_RATED = ("prompt", "response", *HELPSTEER_ATTRIBUTES)
 _COMPARED = ("split", "prompt", "response_1", "response_2", "preference_strength", _OPINIONS)
-_MARK = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
-_STRAY = re.compile("<extra_id_1>(Assistant|User)")
+MARK = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
+STRAY = re.compile("<extra_id_1>(Assistant|User)")
+_HELD_OUT_OF = 20
 
 
-# Two rows, each with its ratings.
+# A rated response.
 
 
 def rated(data: Data) -> dict[str, Rows]:
-    """Both splits, two rows of the file at a time; the last item may hold one."""
+    """Both splits, row by row."""
     found = tables(data, {"train": "train", "validation": "validation"})
-    return {split: _in_twos(islice(rows(), data.max_rows)) for split, rows in found.items()}
+    return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
 
 
-def _in_twos(rows: Rows) -> Rows:
+def parse_rated(raw: Any) -> list[Rating]:
+    """A response with its ratings. Raises `BadRow`."""
+    prompt, response, ratings = _rated(raw)
+    floats = {name: float(value) for name, value in ratings.items()}
+    return [Rating(marked_turns("prompt", prompt), response, floats, NO_DOMAIN, LANGUAGE)]
+
+
+def _rated(raw: Any) -> tuple[str, str, dict[str, int]]:
+    """Prompt, response and ratings."""
+    row = decoded(raw)
+    require(row, _RATED)
+    ratings = {name: integer(name, row[name], 0, 4) for name in HELPSTEER_ATTRIBUTES}
+    return text("prompt", row["prompt"]), text("response", row["response"]), ratings
+
+
+# Rated responses to one prompt, in pairs.
+
+
+def rated_twos(data: Data) -> dict[str, Rows]:
+    """Both splits, two rows of the file at a time; the last item may hold one."""
+    return {split: in_twos(rows) for split, rows in rated(data).items()}
+
+
+def in_twos(rows: Rows) -> Rows:
+    """Two rows in succession at a time; the last item may hold one."""
     for first in rows:
         yield first[0], [first, *islice(rows, 1)]
 
 
-def parse_rated(pair: list[tuple[str, Any]]) -> Preference:
+def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference that two rated responses amount to. Raises `BadRow`."""
-    found = []
-    for where, raw in pair:
-        with at(where):
-            found.append(_rated(raw))
-            if found[-1][0] != found[0][0]:
-                raise BadRow("prompt", "differs from that of the row before", found[-1][0])
-    if len(found) < 2:
+    found = parse_group(pair)
+    if not found:
         raise BadRow("row", "is the last one, and has no second response")
-    (prompt, response1, helpfulness1), (_, response2, helpfulness2) = found
-    preference = max(-3, min(3, helpfulness2 - helpfulness1))
-    row = Preference(_turns(prompt), response1, response2, preference, NO_DOMAIN, LANGUAGE)
-    if preference:
-        with at(pair[preference > 0][0]):
-            require_spoken("response", row.chosen)
+    return found
+
+
+def rated_groups(data: Data) -> dict[str, Rows]:
+    """Both splits, the rows in succession that have one prompt at a time; a row that cannot be read is alone."""
+    return {split: _by_prompt(rows) for split, rows in rated(data).items()}
+
+
+def _by_prompt(rows: Rows) -> Rows:
+    for _, group in groupby(map(_opened, rows), key=lambda row: row[1]["prompt"] if _has_prompt(row[1]) else [row[0]]):
+        found = list(group)
+        yield found[0][0], found
+
+
+def _opened(row: tuple[str, Any]) -> tuple[str, Any]:
+    """The row decoded, or as it is where it cannot be."""
+    with suppress(BadRow):
+        return row[0], decoded(row[1])
     return row
 
 
-def _rated(raw: Any) -> tuple[str, str, int]:
-    """Prompt, response and helpfulness."""
+def _has_prompt(raw: Any) -> bool:
+    return isinstance(raw, dict) and isinstance(raw.get("prompt"), str)
+
+
+def parse_group(group: list[tuple[str, Any]]) -> list[Preference]:
+    """A preference of every two of the responses to a prompt; none where there is only one. Raises `BadRow`."""
+    found = []
+    for where, raw in group:
+        with at(where):
+            found.append((where, *_rated(raw)))
+            if found[-1][1] != found[0][1]:
+                raise BadRow("prompt", "differs from that of the row before", found[-1][1])
+    context = marked_turns("prompt", found[0][1])
+    pairs = []
+    for (where1, _, response1, ratings1), (where2, _, response2, ratings2) in combinations(found, 2):
+        preference = max(-3, min(3, ratings2["helpfulness"] - ratings1["helpfulness"]))
+        pairs.append(Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE))
+        if preference:
+            with at(where2 if preference > 0 else where1):
+                require_spoken("response", pairs[-1].chosen)
+    return pairs
+
+
+# A response with what each annotator said.
+
+
+def disagreements(data: Data) -> dict[str, Rows]:
+    """Both splits of the one table."""
+    table = tables(data, {"train": "disagreements/disagreements"}, data_dir="disagreements")["train"]
+    return {split: islice(_part(split, table()), data.max_rows) for split in ("train", "validation")}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether rows with this prompt are validation where a file has no splits: one prompt in twenty, by its hash."""
+    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8]) % _HELD_OUT_OF == 0
+
+
+def _part(split: str, rows: Rows) -> Rows:
+    """Rows of a split. A row whose prompt cannot be read is bad, and counts once: in validation."""
+    for where, raw in map(_opened, rows):
+        in_train = _has_prompt(raw) and not is_held_out(raw["prompt"])
+        if in_train == (split == "train"):
+            yield where, raw
+
+
+def parse_disagreements(raw: Any) -> list[Rating]:
+    """A response with the means of its ratings, and the spread of its helpfulness. Raises `BadRow`."""
     row = decoded(raw)
     require(row, _RATED)
-    ratings = {name: integer(name, row[name], 0, 4) for name in RATINGS}
-    return text("prompt", row["prompt"]), text("response", row["response"]), ratings["helpfulness"]
+    opinions = {name: _opinions(name, row[name]) for name in HELPSTEER_ATTRIBUTES}
+    ratings = {name: sum(values) / len(values) for name, values in opinions.items()}
+    spread = max(opinions["helpfulness"]) - min(opinions["helpfulness"])
+    context = marked_turns("prompt", text("prompt", row["prompt"]))
+    return [Rating(context, text("response", row["response"]), ratings, NO_DOMAIN, LANGUAGE, spread)]
+
+
+def _opinions(name: str, values: object) -> list[int]:
+    if not isinstance(values, list) or not values:
+        raise BadRow(name, "is not a list of ratings", values)
+    return [integer(name, value, 0, 4) for value in values]
 
 
 # One row, with a preference.
@@ -94,26 +201,24 @@ def compared(data: Data) -> dict[str, Rows]:
 
 def _only(split: str, rows: Rows) -> Rows:
     """Rows of a split. A row without a split that can be read is bad, and counts once: in validation."""
-    for where, raw in rows:
-        with suppress(BadRow):
-            raw = decoded(raw)
+    for where, raw in map(_opened, rows):
         in_train = isinstance(raw, dict) and raw.get("split") == "train"
         if in_train == (split == "train"):
             yield where, raw
 
 
-def parse_compared(raw: Any) -> Preference:
+def parse_compared(raw: Any) -> list[Preference]:
     """The preference of a row, with the spread of the opinions behind it. Raises `BadRow`."""
     row = decoded(raw)
     require(row, _COMPARED)
     text("split", row["split"])
     preference = integer("preference_strength", row["preference_strength"], -3, 3)
-    context = _turns(text("prompt", row["prompt"]))
+    context = marked_turns("prompt", text("prompt", row["prompt"]))
     response1, response2 = [text(field, row[field]) for field in ("response_1", "response_2")]
     parsed = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE, _spread(row[_OPINIONS]))
     if preference:
         require_spoken("response_1" if preference < 0 else "response_2", parsed.chosen)
-    return parsed
+    return [parsed]
 
 
 def _spread(opinions: object) -> int:
@@ -127,14 +232,17 @@ def _spread(opinions: object) -> int:
     return max(strengths) - min(strengths)
 
 
-# Both.
+# All.
 
 
-def _turns(prompt: str) -> tuple[Message, ...]:
-    """The conversation in a text with marks between its turns; the first turn is the user's."""
-    parts = ["User", *_MARK.split(prompt)]
+def marked_turns(field: str, prompt: str, before: Sequence[Message] = ()) -> Context:
+    """The conversation in a text with marks between its turns, of which the first is the user's, after ``before``.
+
+    Raises `BadRow`.
+    """
+    parts = ["User", *MARK.split(prompt)]
     messages = [Message(role.lower(), content) for role, content in zip(parts[::2], parts[1::2], strict=True)]
     for message in messages:
-        if stray := _STRAY.search(message.content):
-            raise BadRow("prompt", "has a mark of a turn that is not a line of its own", stray[0])
-    return conversation("prompt", messages)
+        if stray := STRAY.search(message.content):
+            raise BadRow(field, "has a mark of a turn that is not a line of its own", stray[0])
+    return conversation(field, [*before, *messages])

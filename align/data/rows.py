@@ -1,22 +1,57 @@
-"""One row of preference data, and the checks that all formats share."""
+"""What a row of data can be, whatever its format, and the checks that formats share."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from align.data.chat import Message
+from align.types import NOT_RATED
+
+Context = tuple[Message, ...]
+"""A conversation that ends with the user's turn."""
+
+MAX = sys.float_info.max
+"""The largest finite number."""
+
+
+class Row:
+    """What reading needs of a row of any kind."""
+
+    KEY: ClassVar[tuple[str, ...]]
+    """The fields that make two rows duplicates."""
+
+    context: Context
+    domain: str
+    """general, stem, code or multilingual; empty where the format has none."""
+    language: str
+    """Natural or programming language."""
+    spread: int
+    """How far its annotators lie apart; 0 where the format does not say."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows duplicates."""
+        return tuple(getattr(self, name) for name in self.KEY)
+
+    @property
+    def content(self) -> list[Any]:
+        """What the fingerprint is of: all but the spread."""
+        return [value for name, value in vars(self).items() if name != "spread"]
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Row):
     """Two responses to one conversation and which of them people preferred."""
 
-    context: tuple[Message, ...]
+    KEY = ("context", "response1", "response2")
+
+    context: Context
     response1: str
     response2: str
     preference: int
@@ -25,11 +60,6 @@ class Preference:
     language: str
     spread: int = 0
     """Highest minus lowest strength among the annotators; 0 where the format does not say."""
-
-    @property
-    def key(self) -> tuple[tuple[Message, ...], str, str]:
-        """What makes two rows duplicates."""
-        return self.context, self.response1, self.response2
 
     @property
     def chosen(self) -> str:
@@ -45,6 +75,68 @@ class Preference:
     def strength(self) -> int:
         """How much better, 1 to 3; 0 for a tie."""
         return abs(self.preference)
+
+
+@dataclass(frozen=True)
+class Rating(Row):
+    """A response to a conversation and how people rated it."""
+
+    KEY = ("context", "response")
+
+    context: Context
+    response: str
+    ratings: Mapping[str, float]
+    """By attribute; one that nobody rated is left out."""
+    domain: str
+    language: str
+    spread: int = 0
+    """Highest minus lowest helpfulness among the annotators; 0 where the format does not say."""
+
+
+@dataclass(frozen=True)
+class Feedback(Row):
+    """A response to a conversation and what people wrote about it."""
+
+    KEY = ("context", "response")
+
+    context: Context
+    response: str
+    feedback: tuple[str, ...]
+    """One text of each annotator."""
+    domain: str
+    language: str
+    spread: int = 0
+
+
+@dataclass(frozen=True)
+class Edit(Row):
+    """A response to a conversation and what a person made of it by the feedback."""
+
+    KEY = ("context", "original", "edited")
+
+    context: Context
+    original: str
+    edited: str
+    feedback: tuple[str, ...]
+    change_summary: str
+    domain: str
+    language: str
+    spread: int = 0
+
+
+@dataclass(frozen=True)
+class Principle(Row):
+    """Whether a response to a conversation fulfils a principle."""
+
+    KEY = ("context", "response", "principle")
+
+    context: Context
+    response: str
+    principle: str
+    fulfilled: bool
+    domain: str
+    language: str
+    spread: int = 0
 
 
 class BadRow(Exception):
@@ -109,6 +201,18 @@ def integer(field: str, value: object, low: int, high: int) -> int:
     return value
 
 
+def rating(field: str, value: object, low: float = -MAX, high: float = MAX) -> float | None:
+    """``value``, when it is a finite number from ``low`` to ``high``; None for null and `NOT_RATED`. Raises
+    `BadRow`."""
+    if value is None or value == NOT_RATED:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX:
+        raise BadRow(field, "is not a number", value)
+    if not low <= value <= high:
+        raise BadRow(field, f"is outside {low} to {high}", value)
+    return float(value)
+
+
 def text(field: str, value: object) -> str:
     """``value``, when it is text that UTF-8 can hold. Raises `BadRow`."""
     if not isinstance(value, str):
@@ -120,7 +224,27 @@ def text(field: str, value: object) -> str:
     return value
 
 
-def conversation(field: str, messages: list[Message]) -> tuple[Message, ...]:
+def texts(field: str, value: object) -> tuple[str, ...]:
+    """``value``, when it is a list of at least one text. Raises `BadRow`."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(field, "is not a list of texts", value)
+    return tuple(text(field, one) for one in value)
+
+
+def turns(field: str, value: object) -> list[Message]:
+    """A list of {role, content}, or text: the user's only turn. Raises `BadRow`."""
+    found = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(found, list) or not found:
+        raise BadRow(field, "is neither text nor a list of turns", found)
+    messages = []
+    for turn in found:
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise BadRow(field, "has a turn without role and content", turn)
+        messages.append(Message(text(field, turn["role"]), text(field, turn["content"])))
+    return messages
+
+
+def conversation(field: str, messages: list[Message]) -> Context:
     """An optional system turn, then user and assistant in turn, the last one a user with something to say.
 
     Raises `BadRow` for any other order of roles and for an empty last turn.

@@ -4,7 +4,7 @@ A row is a pair of its place, to name in errors, and a line of a file (bytes) or
 
 A folder is read line by line here and not by ``datasets``: its JSON reader settles on one type per column, so a wrong
 type or a missing field in one row is cast in silence or fails without a line number. A hub id goes through
-``datasets.load_dataset``.
+``datasets.load_dataset``, cached or streamed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def tables(data: Data, stems: Mapping[str, str], **hub: Any) -> dict[str, Callab
     folder = Path(data.path).expanduser()
     if folder.is_dir():
         files = {name: _file(folder, name, stems, data.format) for name in stems}
-        return {name: partial(_lines, file) for name, file in files.items()}
+        return {name: partial(lines, file) for name, file in files.items()}
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.path):
         raise DataError("there is no such folder", where=data.path, remedy="set data.path to a folder or a hub id")
+    options = {**hub, "streaming": True} if data.streaming else hub
     try:
-        found = datasets.load_dataset(data.path, **hub, revision=data.revision)
+        found = datasets.load_dataset(data.path, **options, revision=data.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"neither a folder here nor a data set that the hub gives: {next(iter(str(error).splitlines()), '')}",
@@ -52,9 +53,15 @@ def tables(data: Data, stems: Mapping[str, str], **hub: Any) -> dict[str, Callab
     return {name: partial(_hub_rows, f"{data.path}/{stem}", found[name]) for name, stem in stems.items()}
 
 
-def _hub_rows(name: str, table: datasets.Dataset) -> Rows:
-    for number, row in enumerate(table, start=1):
-        yield f"{name}:{number}", row
+def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> Rows:
+    number = 0
+    try:
+        for number, row in enumerate(table, start=1):
+            yield f"{name}:{number}", row
+    except (OSError, DatasetsError) as error:
+        message = f"the hub gives no more after this row: {next(iter(str(error).splitlines()), '')}"
+        remedy = "try again, or with data.streaming=false, which keeps what has arrived"
+        raise DataError(message, where=f"{name}:{number}", remedy=remedy) from error
 
 
 def _file(folder: Path, name: str, stems: Mapping[str, str], form: str) -> Path:
@@ -68,7 +75,7 @@ def _file(folder: Path, name: str, stems: Mapping[str, str], form: str) -> Path:
     raise DataError(f"no file of split {name}; looked for {looked_for}", where=str(folder), remedy=remedy)
 
 
-def _lines(file: Path) -> Rows:
+def lines(file: Path) -> Rows:
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:

@@ -18,14 +18,16 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from align.data.attributes import HELPSTEER_ATTRIBUTES
 from align.data.chat import Message
 from align.errors import DataError
 
@@ -47,8 +49,6 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "drop the first word": lambda words: words[1:],
 }
 MIN_WORDS, MAX_WORDS = 2, 4
-
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 QUALITY_WEIGHTS = {4: 0.38, 3: 0.25, 2: 0.15, 1: 0.11, 0: 0.11}
 """How often each score is aimed at. A Llama of 0.9M parameters that imitates both answers of 8,000 rows (400 steps of
@@ -97,7 +97,7 @@ def attributes(instruction: str, response: str) -> dict[str, int]:
     """
     right, words = answer(instruction), response.split()
     if not words:
-        return dict.fromkeys(ATTRIBUTES, 0)
+        return dict.fromkeys(HELPSTEER_ATTRIBUTES, 0)
     longest = max(len(right), len(words))
     values = (
         int(score(instruction, response)),
@@ -106,7 +106,7 @@ def attributes(instruction: str, response: str) -> dict[str, int]:
         min(4, len(set(words)) - 1),
         min(4, 2 * len(words) // len(right)),
     )
-    return dict(zip(ATTRIBUTES, values, strict=True))
+    return dict(zip(HELPSTEER_ATTRIBUTES, values, strict=True))
 
 
 def instruction_of(messages: Sequence[Message]) -> str:
@@ -128,7 +128,8 @@ def _is_instruction(text: str) -> bool:
 
 
 def write(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
-    """Write ``preference/{train,validation}.jsonl.gz`` and ``tokenizer/`` into ``folder``; the same bytes for one seed.
+    """Write ``preference/{train,validation}.jsonl.gz`` in HelpSteer3's layout, the same responses rated one by one as
+    ``{train,validation}.jsonl.gz`` in HelpSteer2's, and ``tokenizer/`` into ``folder``; the same bytes for one seed.
 
     Every row has an instruction of its own, so no validation prompt occurs in train.
     """
@@ -136,10 +137,24 @@ def write(folder: str | Path, num_train: int, num_validation: int, seed: int) ->
     (folder / "preference").mkdir(parents=True, exist_ok=True)
     rows = _rows(random.Random(seed))
     for split, count in (("validation", num_validation), ("train", num_train)):
-        lines = "".join(json.dumps(next(rows)) + "\n" for _ in range(count))
-        (folder / "preference" / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+        drawn = [next(rows) for _ in range(count)]
+        _write_lines(folder / "preference" / f"{split}.jsonl.gz", drawn)
+        _write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in _rated(row)])
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
+
+
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def _rated(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both responses of a row with their `attributes`, in the schema of HelpSteer2."""
+    prompt = row["context"][-1]["content"]
+    return [
+        {"prompt": prompt, "response": row[key], **attributes(prompt, row[key])} for key in ("response1", "response2")
+    ]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -160,7 +175,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _rows(rng: random.Random) -> Iterator[dict[str, object]]:
+def _rows(rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows in the schema of HelpSteer3-Preference, each with a new instruction."""
     seen: set[str] = set()
     while True:
@@ -172,7 +187,7 @@ def _rows(rng: random.Random) -> Iterator[dict[str, object]]:
         yield _row(instruction, rng)
 
 
-def _row(instruction: str, rng: random.Random) -> dict[str, object]:
+def _row(instruction: str, rng: random.Random) -> dict[str, Any]:
     first, second = _response(instruction, rng), _response(instruction, rng)
     while score(instruction, first) == score(instruction, second) and rng.random() > TIE_SHARE:
         second = _response(instruction, rng)

@@ -325,8 +325,9 @@ class Engine:
         return torch.stack([outputs[name].sum() for name in read]).sum() * 0.0
 
     def _shapes(self, sequences: Sequences) -> dict[str, tuple[int, ...]]:
-        B_T = tuple(sequences.mask_BT.shape)
-        return {name: B_T if name.endswith("_BT") else B_T[:1] for name in self.head.outputs}
+        B, T = sequences.mask_BT.shape
+        shapes = {"B": (B,), "BT": (B, T), "BA": (B, self.head.num_attributes)}
+        return {name: shapes[name.rpartition("_")[2]] for name in self.head.outputs}
 
     def _probe(self, part: Batch, loss: LossFunction) -> tuple[Loss, list[str]]:
         """Counts and metric names of a micro-batch, without the model, and the outputs of the model through which the

@@ -51,7 +51,7 @@ def _engine(path: Path, head: type[heads.Head], vocabulary: int) -> Engine:
         else Reference(path=str(path), dtype="float32")
     )
     if isinstance(section, Reward):
-        model = load.scorer(section, vocabulary, seed=0, new_head=False)
+        model = load.scorer(section, vocabulary, seed=0, head="trained")
     else:
         model = load.causal_lm(section, vocabulary, seed=0)
     return Engine(head(model), section, torch.device("cpu"), total_steps=0)
@@ -81,7 +81,7 @@ def judge(
     return judged, answers
 
 
-def main(arguments: argparse.Namespace, console: Console) -> None:
+def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align compare``: print the table and samples side by side."""
     tokenizer = chat.load_tokenizer(str(arguments.before))
     renderer = Renderer(tokenizer)
@@ -114,3 +114,4 @@ def main(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"verdict: ground truth {gain:+.2f}, {share:.0%} of the way to its maximum", highlight=False)
     if arguments.json:
         arguments.json.write_text(json.dumps({"prompts": len(found.tokens), **numbers}, indent=2) + "\n")
+    return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,17 @@ def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, 
     return state
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], folder: Path) -> None:
-    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to
-    ``folder``."""
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Tensor],
+    folder: Path,
+    extra: Mapping[str, str],
+) -> None:
+    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``.
+
+    ``extra`` holds the text of further files by name; one that the tokenizer has written too takes its place.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     implementation = model.config._attn_implementation
@@ -58,6 +66,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dic
     finally:
         model.config._attn_implementation = implementation
     tokenizer.save_pretrained(partial)
+    for name, text in extra.items():
+        (partial / name).write_text(text, encoding="utf-8")
     _verify(partial, state, tokenizer, type(model))
     if folder.exists():
         raise ModelError(f"{folder} exists already", remedy="choose another run.dir")

@@ -1,4 +1,4 @@
-"""What roles read from a transformer: log-probabilities or values of response tokens, or one score a sequence.
+"""What roles read from a transformer: log-probabilities or values of response tokens, or scores of a sequence.
 
 All modules take a `Layout`, so a trainer or an engine never sees padding, and all run the language-model or score
 head only on the states that are read.
@@ -48,6 +48,8 @@ class Head(nn.Module):
     """A transformer and what is read from it; ``forward`` returns the tensors named in ``outputs``."""
 
     outputs: tuple[str, ...]
+    num_attributes: int = 1
+    """A, the number of columns of ``_BA`` outputs."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -87,6 +89,20 @@ class LastTokenScore(Head):
         return {"score_B": head(_hidden(self.model, layout)[layout.last_B]).squeeze(-1).float()}
 
 
+class LastTokenAttributes(Head):
+    """``attribute_BA``: all outputs of the head at the last token of each sequence."""
+
+    outputs = ("attribute_BA",)
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self.num_attributes = int(model.config.num_labels or 1)
+
+    def forward(self, layout: Layout) -> dict[str, Tensor]:
+        head: Any = self.model.score
+        return {"attribute_BA": head(_hidden(self.model, layout)[layout.last_B]).float()}
+
+
 class TokenValues(Head):
     """``value_BT``: the one-label head at the state from which each response token is predicted, so column t is the
     value before token t is chosen."""
@@ -111,3 +127,17 @@ class RowZeroLogit(Head):
     def forward(self, layout: Layout) -> dict[str, Tensor]:
         states = _hidden(self.model, layout)[layout.last_B]
         return {"score_B": lm_head(self.model)(states)[:, 0].float()}
+
+
+class LogitDifference(Head):
+    """``score_B``: logit of one word less that of another after the last token (Yes and No of a principle model)."""
+
+    outputs = ("score_B",)
+
+    def __init__(self, model: PreTrainedModel, more: int, less: int):
+        super().__init__(model)
+        self.more, self.less = more, less
+
+    def forward(self, layout: Layout) -> dict[str, Tensor]:
+        logits_BV = lm_head(self.model)(_hidden(self.model, layout)[layout.last_B]).float()
+        return {"score_B": logits_BV[:, self.more] - logits_BV[:, self.less]}

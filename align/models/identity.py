@@ -18,15 +18,17 @@ BLOCKS = 64
 def fingerprint(model: Model, seed: int) -> str:
     """sha256 over what a role starts from.
 
-    A folder counts by names, sizes and up to 64 MiB of the bytes of each config and weight file, a hub id by the commit
-    it resolves to, random weights (``init``) by their config and ``seed``. Reading all of a model of 70 billion weights
-    would take minutes at each start; two models of one shape that agree in every block read are taken for one.
+    A folder counts by names, sizes and up to 64 MiB of the bytes of each config and weight file and of what a reward
+    model says of itself (``align_reward.json``), a hub id by the commit it resolves to, random weights (``init``) by
+    their config and ``seed``. Reading all of a model of 70 billion weights would take minutes at each start; two models
+    of one shape that agree in every block read are taken for one.
     """
     digest, folder = hashlib.sha256(), Path(model.path).expanduser()
     if model.init:
         digest.update(json.dumps([model.init, seed], sort_keys=True).encode())
     elif folder.is_dir():
-        for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
+        counted = ("*config.json", "*.safetensors", "align_reward.json")
+        for file in sorted(file for pattern in counted for file in folder.glob(pattern)):
             _sample(digest, file)
     else:
         config = cached_file(model.path, "config.json", revision=model.revision)

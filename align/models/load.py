@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -19,16 +20,18 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from align.data.attributes import resolve
 from align.data.chat import TRUST
 from align.errors import ModelError
 from align.models.attention import PACKED, is_plain
-from align.sections import Lora, Model, Trained
+from align.sections import Lora, Model, Trained, TrainedReward
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where transformers looks for safetensors, in this order."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights are read from."""
 _HEAD = re.compile(r"^score\.")
+HeadSource = Literal["auto", "trained", "new"]
 
 
 def check(section: Model, vocab_size: int) -> None:
@@ -40,8 +43,10 @@ def check(section: Model, vocab_size: int) -> None:
     """
     _check_source(section)
     _attention(section, _config(section, vocab_size))
+    if isinstance(section, TrainedReward):
+        start_of(section)
     if not section.init and Path(section.path).expanduser().is_dir():
-        for file in _weight_files(section):
+        for file in weight_files(section):
             _check_weights(file)
 
 
@@ -56,7 +61,7 @@ def _check_source(section: Model) -> None:
         raise ModelError(
             f"no model folder: {folder / 'config.json'} does not exist", remedy="give a folder or a hub id"
         )
-    if adapter := _file(section, "adapter_config.json"):
+    if adapter := stored_file(section, "adapter_config.json"):
         base = _json(Path(adapter)).get("base_model_name_or_path")
         raise ModelError(
             f"{section.path}: holds adapters for {base}, not a whole model",
@@ -64,7 +69,7 @@ def _check_source(section: Model) -> None:
         )
 
 
-def _weight_files(section: Model) -> list[Path]:
+def weight_files(section: Model) -> list[Path]:
     """The safetensors files of a checkpoint in a folder, all of them there."""
     folder = Path(section.path).expanduser()
     if (folder / SINGLE).is_file():
@@ -170,8 +175,8 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
     if section.init:
         return auto.from_config(config, **common), set()
     if Path(section.path).expanduser().is_dir():
-        _weight_files(section)
-    elif not (_file(section, SINGLE) or _file(section, INDEX)):
+        weight_files(section)
+    elif not (stored_file(section, SINGLE) or stored_file(section, INDEX)):
         raise _no_safetensors(section, [])  # transformers would have a server of the hub convert pickled ones
     try:
         model, info = auto.from_pretrained(
@@ -200,20 +205,60 @@ def causal_lm(section: Model, vocab_size: int, seed: int) -> PreTrainedModel:
     return model
 
 
-def scorer(section: Model, vocab_size: int, seed: int, *, new_head: bool) -> PreTrainedModel:
-    """A sequence classifier with one label.
+def start_of(section: TrainedReward) -> tuple[int, list[float] | None]:
+    """``num_labels`` and ``combine`` by which `scorer` makes the head that a reward model in training starts from.
 
-    With ``new_head`` (training) a head that the checkpoint lacks is drawn from ``seed``; otherwise such a checkpoint
-    is refused, because transformers would fill the head with noise and only warn.
+    Raises `ModelError` where the checkpoint's head has other outputs than the recipe names, or none to go on with.
+    """
+    names, outputs = resolve(section.attributes), () if section.head == "new" else labels(section)
+    if not outputs and section.head == "trained" and not section.init:
+        raise ModelError(
+            f"{section.path}: reward.head is trained, and the checkpoint is no sequence classifier",
+            remedy="name a reward model, or have a head drawn: reward.head=auto",
+        )
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(outputs))
+    if names and outputs and (len(names) != len(outputs) or not (unnamed or names == outputs)):
+        raise ModelError(
+            f"{section.path}: its head has the outputs {', '.join(outputs)}, reward.attributes are {', '.join(names)}",
+            remedy="name those in their order, or have a head drawn: reward.head=new",
+        )
+    if names or len(outputs) < 2:
+        return max(1, len(names)), None
+    if section.from_attribute not in outputs:
+        raise ModelError(
+            f"{section.path}: its head has no output {section.from_attribute}, but {', '.join(outputs)}",
+            remedy="set reward.from_attribute to one of them, or have a head drawn: reward.head=new",
+        )
+    return 1, [float(name == section.from_attribute) for name in outputs]
+
+
+def scorer(
+    section: Model,
+    vocab_size: int,
+    seed: int,
+    *,
+    head: HeadSource,
+    num_labels: int = 1,
+    combine: Sequence[float] | None = None,
+) -> PreTrainedModel:
+    """A sequence classifier with ``num_labels`` outputs.
+
+    ``head``: ``trained`` refuses a checkpoint that lacks one, because transformers would fill it with noise and only
+    warn; ``auto`` draws it from ``seed`` where the checkpoint has none, ``new`` in any case. ``combine`` holds a weight
+    for each output of the checkpoint and makes one output of them, with the row ``sum_k combine[k] row k``; without it
+    a checkpoint of another number of outputs is refused. Raises `ModelError`.
     """
     _check_source(section)
-    config = _config(section, vocab_size)
-    trained = (config.architectures or ["?"])[0].endswith("ForSequenceClassification")
-    if not new_head and trained and config.num_labels != 1:
-        raise ModelError(f"{section.path}: a reward model has one label, this checkpoint has {config.num_labels}")
-    config.num_labels = 1
+    config: Any = _config(section, vocab_size)
+    brings = not section.init and is_classifier(config)
+    stored = config.num_labels if brings else num_labels
+    if brings and head != "new" and stored != (num_labels if combine is None else len(combine)):
+        wanted = f"{num_labels} wanted" if combine is None else f"{len(combine)} weights given"
+        remedy = "name the attributes that the checkpoint has, or, to train, draw a head: reward.head=new"
+        raise ModelError(f"{section.path}: its head has {stored} outputs, {wanted}", remedy=remedy)
+    config.num_labels = stored
     model, missing = _build(AutoModelForSequenceClassification, section, config, seed)
-    unexpected = {name for name in missing if not (new_head and _HEAD.match(name))}
+    unexpected = {name for name in missing if head == "trained" or not _HEAD.match(name)}
     if unexpected:
         raise ModelError(
             f"{section.path}: no trained reward head, the checkpoint lacks {', '.join(sorted(unexpected)[:3])}",
@@ -221,25 +266,61 @@ def scorer(section: Model, vocab_size: int, seed: int, *, new_head: bool) -> Pre
         )
     if not hasattr(model, "score"):
         raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
+    if brings and head == "new":
+        drawn_AH = torch.empty(num_labels, config.hidden_size)
+        std = getattr(config, "initializer_range", 0.02)
+        _replace_head(model, drawn_AH.normal_(std=std, generator=torch.Generator().manual_seed(seed)))
+    elif brings and combine is not None:
+        rows_KH = _stored(section, "score.weight").double()
+        _replace_head(model, (torch.tensor(combine, dtype=torch.float64) @ rows_KH)[None])
     return model
+
+
+def _replace_head(model: Any, weight_AH: torch.Tensor) -> None:
+    """Give the model a head of these weights. It is whole even where the model is sharded: ZeRO 3 shards what it finds
+    whole when training starts."""
+    old = model.score
+    if getattr(old, "bias", None) is not None:
+        raise ModelError(f"{model.config.name_or_path}: its `score` head has a bias, which cannot be taken over")
+    layer = torch.nn.Linear(weight_AH.shape[1], len(weight_AH), bias=False)
+    layer.weight = torch.nn.Parameter(weight_AH.to(old.weight.dtype))
+    model.score = layer
+    model.config.num_labels = model.num_labels = len(weight_AH)
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint says that it has a head of its own that scores sequences."""
+    return (config.architectures or ["?"])[0].endswith("ForSequenceClassification")
+
+
+def labels(section: Model) -> tuple[str, ...]:
+    """Names of the outputs of a checkpoint that is a classifier; none where it is not, or is drawn (``init``)."""
+    if section.init:
+        return ()
+    _check_source(section)
+    config: Any = _config(section, 0)
+    return tuple(config.id2label[i] for i in range(config.num_labels)) if is_classifier(config) else ()
 
 
 def row_zero(section: Model) -> torch.Tensor:
     """Row 0 of a checkpoint's language-model head, (hidden,): what such a reward model scores with, alone."""
-    name = "lm_head.weight"
+    remedy = "kind lm_head_row0 reads checkpoints whose output layer is a weight of its own"
+    return _stored(section, "lm_head.weight", 0, remedy)
+
+
+def _stored(section: Model, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:
+    """Rows of a weight in the checkpoint's files; no others are read. Raises `ModelError` where there is none."""
     try:
-        index = _file(section, INDEX)
+        index = stored_file(section, INDEX)
         shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else SINGLE
-        with safe_open(_file(section, shard) or shard, framework="pt") as tensors:
-            return tensors.get_slice(name)[0]
+        with safe_open(stored_file(section, shard) or shard, framework="pt") as tensors:
+            return tensors.get_slice(name)[rows]
     except (OSError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{section.path}: its safetensors hold no {name} ({_first_line(error)})",
-            remedy="kind lm_head_row0 reads checkpoints whose output layer is a weight of its own",
-        ) from error
+        problem = f"{section.path}: its safetensors hold no {name} ({_first_line(error)})"
+        raise ModelError(problem, remedy=remedy) from error
 
 
-def _file(section: Model, name: str) -> str | None:
+def stored_file(section: Model, name: str) -> str | None:
     """A file of the checkpoint on this disk; None where it has none of that name."""
     return cached_file(
         str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,
@@ -251,23 +332,8 @@ def _file(section: Model, name: str) -> str | None:
     )
 
 
-def reward_kind(section: Model, kind: str) -> str:
-    """Resolve ``auto`` by the architecture that the checkpoint names."""
-    if kind != "auto":
-        return kind
-    _check_source(section)
-    config = _config(section, 0)
-    names = config.architectures or ["?"]
-    if names[0].endswith("ForSequenceClassification"):
-        return "sequence_classification"
-    raise ModelError(
-        f"{section.path}: cannot tell how {names[0]} gives a reward",
-        remedy="set reward.kind=lm_head_row0 for a Llama-3.x-Nemotron-70B-Reward, else give a sequence classifier",
-    )
-
-
 def add_lora(model: PreTrainedModel, lora: Lora, *, task: str) -> PreTrainedModel:
-    """Inject adapters and freeze the rest; a new ``score`` head stays trainable. Returns the same model."""
+    """Inject adapters and freeze the rest; a ``score`` head is trained whole, drawn or not. Returns the same model."""
     targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=cast(int, lora.alpha), lora_dropout=lora.dropout, target_modules=targets, task_type=task

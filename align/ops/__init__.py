@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         losses,
         policy_losses,
         preferences,
+        ratings,
         rewards,
         sampling,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "losses",
     "policy_losses",
     "preferences",
+    "ratings",
     "rewards",
     "sampling",
 ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from align.types import checked
+from align.types import NOT_RATED, checked
 
 
 @checked
@@ -38,3 +38,19 @@ def scaled_bradley_terry(difference_P: Float[Tensor, " P"], strength_P: Float[Te
     The mean over pairs is not divided by the sum of m: a pair of strength 3 counts as three pairs.
     """
     return -strength_P * F.logsigmoid(difference_P)
+
+
+@checked
+def centering(chosen_P: Float[Tensor, " P"], rejected_P: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """``(r(chosen) + r(rejected))^2``: keeps the scores of a pair around 0, which preferences alone leave open
+    (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    return (chosen_P + rejected_P).square()
+
+
+@checked
+def squared_error(
+    attribute_BA: Float[Tensor, "B A"], label_BA: Float[Tensor, "B A"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """``sum (r - y)^2`` over the attributes that are rated, and how many are (HelpSteer2, arXiv 2406.08673)."""
+    rated_BA = label_BA != NOT_RATED
+    return torch.where(rated_BA, attribute_BA - label_BA, 0.0).square().sum(), rated_BA.sum().to(attribute_BA.dtype)

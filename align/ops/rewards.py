@@ -13,6 +13,7 @@ from torch import Tensor
 from align.types import checked
 
 Unfinished = Literal["exclude", "keep", "penalise"]
+Combine = Literal["mean", "minimum", "penalised"]
 
 
 @checked
@@ -66,6 +67,29 @@ def overlong(length_B: Int[Tensor, " B"], max_tokens: int, buffer: int, penalty:
     if buffer == 0:
         return torch.zeros(length_B.shape, device=length_B.device)
     return (max_tokens - buffer - length_B).clamp(-buffer, 0) / buffer * penalty
+
+
+@checked
+def combined(score_MB: Float[Tensor, "M B"], how: Combine, penalty: float) -> Float[Tensor, " B"]:
+    """One score of those of M models: their ``mean``, their ``minimum`` (worst case), or ``penalised``: ``mean -
+    penalty * standard deviation`` over the models (uncertainty-weighted; Coste et al. 2023, arXiv 2310.02743, section
+    3.2).
+
+    A response that one model gives NaN has NaN.
+    """
+    match how:
+        case "mean":
+            return score_MB.mean(0)
+        case "minimum":
+            return score_MB.amin(0)
+        case "penalised":  # pragma: no branch - the type names no other
+            return score_MB.mean(0) - penalty * spread(score_MB)
+
+
+@checked
+def spread(score_MB: Float[Tensor, "M B"]) -> Float[Tensor, " B"]:
+    """Population standard deviation over M models."""
+    return score_MB.std(0, correction=0)
 
 
 @checked

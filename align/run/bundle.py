@@ -12,6 +12,7 @@ question are run again too.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from align.sections import Recipe
 from align.types import Rollouts
 
 SCHEMA = 1
-CLOCK = ("seconds/", "tokens_per_second/")
-"""Metrics that no two runs share."""
+CLOCK = re.compile("seconds/|tokens_per_second/|[a-z_]+/service/")
+"""How metrics begin that no two runs share."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,6 @@ def differences(bundle: Bundle, metrics: Mapping[str, Any] | None, rollouts: Rol
     then_metrics, now_metrics = bundle.metrics or {}, metrics or {}
     for name in dict.fromkeys([*then_metrics, *now_metrics]):
         a, b = then_metrics.get(name), now_metrics.get(name)
-        if not name.startswith(CLOCK) and a != b and not (a != a and b != b):  # nan is not equal to itself
+        if not CLOCK.match(name) and a != b and not (a != a and b != b):  # nan is not equal to itself
             found.append(f"{name}: {a} then, {b} now")
     return found

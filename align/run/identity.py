@@ -15,10 +15,12 @@ HARMLESS = (
     r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|tensorboard|progress|bundle_steps)",
     r"run\.(non_finite|max_non_finite)",
     r"(checkpoint|cluster|placement)\..*",
-    r"placement|executor",
+    r"placement|executor|benchmarks(\..*)?",
     r"\w+\.(zero_stage|micro_batch_tokens|offload_optimizer|offload_parameters|gradient_checkpointing)",
     r"\w+\.(generation_slots|gather_for_rollouts)",
-    r"data\.(path|revision|chat_template)|\w+\.(path|revision)|reference_cache",
+    r"data\.(path|revision|streaming|chat_template)|\w+\.(path|revision)|reference_cache",
+    r"\w+\.(ensemble\.paths|chat_template)",
+    r"\w+\.http\.(token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size)",
 )
 """Keys that a resumed run may change: where things lie, how work is split, what is shown. Data, models and templates
 are compared by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is

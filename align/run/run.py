@@ -15,7 +15,7 @@ from torch import Tensor
 from align import faults
 from align.data.prompts import PromptStream
 from align.errors import AlignError, DivergedError, SaveError, StoppedError
-from align.roles import Future, Policy, Ready, Stateful
+from align.roles import Counting, Future, Policy, Ready, Stateful
 from align.run import bundle, display
 from align.run.clock import Clock
 from align.run.folder import Folder
@@ -53,6 +53,7 @@ class Run:
         self.stop_after: int | None = None
         """A step after which the run ends at once, without a snapshot: the end of a replay."""
         self._roles: dict[str, Stateful] = {}
+        self._counting: dict[str, Counting] = {}
         self._waiting: deque[Future[Rollouts]] = deque()
         self.sampled: Rollouts | None = None
         """The rollouts of the step under way."""
@@ -178,8 +179,9 @@ class Run:
         return True
 
     def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
-        """The roles of this round are up: those with state are saved from now on. ``worlds`` tells how each role is
-        split over processes."""
+        """The roles of this round are up: those with state are saved from now on, and what they count is logged.
+        ``worlds`` tells how each role is split over processes."""
+        self._counting = {name: role for name, role in vars(roles).items() if isinstance(role, Counting)}
         self._roles = {name: role for name, role in vars(roles).items() if isinstance(role, Stateful)}
         self.saver.roles = self._roles
         self.saver.facts = {**self.disk.facts, "roles": {name: dict(worlds[name]) for name in self._roles}}
@@ -322,7 +324,8 @@ class Run:
         now = time.perf_counter()
         seconds = self.clock.drain(now - self._begun)
         self._begun = now
-        line = {"step": step, **metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
+        counted = {f"{name}/{key}": v for name, role in self._counting.items() for key, v in role.drain().items()}
+        line = {"step": step, **metrics, **counted, **{f"seconds/{name}": value for name, value in seconds.items()}}
         if rollouts is not None:
             line["generated_tokens"] = float(rollouts.mask_BT.sum())
             self._log_samples(step, rollouts, score_B)

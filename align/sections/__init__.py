@@ -5,10 +5,13 @@ what a recipe must give. Role sections (`Model` and what extends it) are also th
 starts one role for each field of a recipe whose type is a role section, but for those the recipe calls absent.
 """
 
+from align.sections.evaluation_reward import BenchmarkData, RewardEvaluation
 from align.sections.losses import DirectLoss, PolicyLoss
 from align.sections.roles import (
     Critic,
     DType,
+    Ensemble,
+    Http,
     Lora,
     Model,
     Optimizer,
@@ -16,6 +19,7 @@ from align.sections.roles import (
     Policy,
     Reference,
     Reward,
+    RewardKind,
     Sampler,
     SecondReward,
     StartingCritic,
@@ -24,16 +28,21 @@ from align.sections.roles import (
     TrainedReward,
 )
 from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping
-from align.sections.runs import Checkpoint, Cluster, Data, Recipe, Run, Sampling
+from align.sections.runs import Checkpoint, Cluster, Data, DataFormat, Recipe, Run, Sampling
+from align.sections.service import Replicas, RewardService
 
 __all__ = [
+    "BenchmarkData",
     "Checkpoint",
     "Cluster",
     "Critic",
     "DType",
     "Data",
+    "DataFormat",
     "DirectLoss",
+    "Ensemble",
     "Evaluation",
+    "Http",
     "Lora",
     "Model",
     "OnPolicy",
@@ -44,7 +53,11 @@ __all__ = [
     "PolicyLoss",
     "Recipe",
     "Reference",
+    "Replicas",
     "Reward",
+    "RewardEvaluation",
+    "RewardKind",
+    "RewardService",
     "Run",
     "Sampler",
     "Sampling",

@@ -94,6 +94,8 @@ class OnPolicy(Recipe):
     one without ``evaluation.keep_best``), which also becomes the reference (HelpSteer2-Preference's PPO: 2)."""
 
     def __post_init__(self) -> None:
+        if not self.reward.present:
+            raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
         if self.prompts_per_step < 1 or self.lag < 0 or self.rounds < 1:
             raise ValueError(
                 "prompts_per_step and rounds must be positive, lag not negative: "

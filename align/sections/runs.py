@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,21 +11,36 @@ from omegaconf import MISSING
 
 from align.sections.roles import Model, OptionalReward, Sampler
 
+DataFormat = Literal[
+    "helpsteer3",
+    "helpsteer",
+    "helpsteer2",
+    "helpsteer2_preference",
+    "helpsteer2_disagreements",
+    "helpsteer3_edit_quality",
+    "openai",
+    "nemo",
+]
+
 
 @dataclass(frozen=True)
 class Data:
-    """Preference data of the HelpSteer family, from the hub or from a folder of the same layout."""
+    """Data of the HelpSteer family, from the hub or from a folder of the same layout."""
 
     path: str = MISSING
     """Hub id (``nvidia/HelpSteer3``, ``nvidia/HelpSteer2``), or a folder that holds the files of ``format`` as the hub
     has them."""
-    format: Literal["helpsteer3", "helpsteer2", "helpsteer2_preference"] = "helpsteer3"
+    format: DataFormat = "helpsteer3"
     """``helpsteer3``: HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``.
     ``helpsteer2``: ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession
-    become a pair by their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``."""
+    become a pair by their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``. The others
+    are in docs/data.md."""
     max_spread: int | None = 2
-    """Drop rows whose annotators' strengths lie further apart than this; None keeps all. Read with format
-    ``helpsteer2_preference`` only. 2: HelpSteer2-Preference (arXiv 2410.01257)."""
+    """Drop rows whose annotators lie further apart than this; None keeps all. Strengths with format
+    ``helpsteer2_preference``, helpfulness with ``helpsteer2_disagreements``; others do not say. 2:
+    HelpSteer2-Preference (arXiv 2410.01257)."""
+    streaming: bool = False
+    """Read a hub id row by row while it is downloaded, and keep no copy. A folder is always read line by line."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_rows: int | None = None
@@ -43,8 +59,9 @@ class Data:
     """Text passed to the template as ``date_string``. A template that writes today's date is refused without it."""
 
     def __post_init__(self) -> None:
-        if self.domains and self.format != "helpsteer3":
-            raise ValueError(f"domains needs format helpsteer3: rows of {self.format} have no domain")
+        if self.domains and self.format not in ("helpsteer3", "helpsteer3_edit_quality", "openai"):
+            others = "helpsteer3, helpsteer3_edit_quality or openai"
+            raise ValueError(f"domains needs format {others}: rows of {self.format} have no domain")
         if self.format == "helpsteer2" and self.max_rows is not None and self.max_rows % 2:
             raise ValueError(f"max_rows is even with format helpsteer2, where two rows make a pair: {self.max_rows}")
         if self.max_spread is not None and self.max_spread < 0:
@@ -204,7 +221,7 @@ class Recipe:
     def absent(self) -> set[str]:
         """Names of role sections that this recipe does without; no worker is started for them."""
         found = {name: section for name, section in vars(self).items() if isinstance(section, Model)}
-        unnamed = {name for name, one in found.items() if isinstance(one, OptionalReward) and not one.path}
+        unnamed = {name for name, one in found.items() if isinstance(one, OptionalReward) and not one.present}
         return unnamed | {
             name for name, one in found.items() if isinstance(one, Sampler) and name not in self.placement
         }
@@ -212,6 +229,14 @@ class Recipe:
     def updates_per_step(self) -> int:
         """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
         return 1
+
+    def reads(self) -> Literal["preferences", "ratings"]:
+        """What ``data`` is read as: pairs, or single responses with their ratings."""
+        return "preferences"
+
+    def evaluations(self) -> Mapping[str, str]:
+        """Benchmarks that the trained model is judged on after training, each with the folder of its data."""
+        return {}
 
     def num_rounds(self) -> int:
         """How often the roles are brought up, each time for ``run.steps``."""

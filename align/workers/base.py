@@ -192,12 +192,12 @@ class TrainedWorker(Worker):
         return self.engine.training.num_bytes() + sum(one.nbytes for one in state.random_state().values())
 
     @answered
-    def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout; only rank 0 touches the disk."""
+    def export(self, folder: Path, extra: Mapping[str, str]) -> None:
+        """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk."""
         first = self.spec.rank == 0
         state = export.state_dict(self.model, self.engine.full, keep=first)
         if first:
-            export.write(self.model, self.tokenizer, state, folder)
+            export.write(self.model, self.tokenizer, state, folder, extra)
 
 
 def _write(
@@ -296,9 +296,10 @@ class TrainedRole(Role):
     def go_on(self, counters: Mapping[str, Any]) -> None:
         """Count on from what `counters` gave."""
 
-    def export(self, folder: Path) -> Future[None]:
-        """Write the model in Hugging Face layout."""
-        return self.ranks.call("export", TrainedWorker.export, self.ranks.everywhere(folder), lambda parts: None)
+    def export(self, folder: Path, extra: Mapping[str, str] | None = None) -> Future[None]:
+        """Write the model in Hugging Face layout, with the ``extra`` files, text by name."""
+        arguments = self.ranks.everywhere(folder, extra or {})
+        return self.ranks.call("export", TrainedWorker.export, arguments, lambda parts: None)
 
 
 def _all(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from align.data import collate
 from align.engines.deepspeed import Engine, assign
 from align.models import heads, load
+from align.rewards import reading
 from align.roles import Future
 from align.sections import Critic as CriticSection
 from align.types import Sequences
@@ -19,9 +20,12 @@ class CriticWorker(TrainedWorker):
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
         assert isinstance(section, CriticSection)
-        fresh = section.head == "new"
-        from_row = not fresh and load.reward_kind(section, section.kind) == "lm_head_row0"
-        self.model = load.scorer(section, len(self.tokenizer), spec.seed, new_head=fresh or from_row)
+        start = None if section.head == "new" else reading.start_of(section)
+        size, from_row = len(self.tokenizer), start is not None and start.kind == "lm_head_row0"
+        if start is None or from_row:
+            self.model = load.scorer(section, size, spec.seed, head="auto")
+        else:
+            self.model = load.scorer(section, size, spec.seed, head="trained", combine=start.weights or None)
         if from_row:
             assign(self.model.get_parameter("score.weight"), load.row_zero(section)[None])
         self.model.config.pad_token_id = self.tokenizer.pad_token_id

@@ -1,69 +1,159 @@
-"""Reward models: frozen ones that score, and one in training."""
+"""Reward roles: frozen models and other judges that score, and a model in training."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from align.data import collate
+from align.data.attributes import resolve
+from align.data.chat import Dialogue
+from align.data.conversations import Conversations
+from align.engines import state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
 from align.models import heads, load
-from align.roles import Future
+from align.rewards import readers
+from align.rewards.functions import FunctionJudge
+from align.rewards.readers import EnsembleJudge, ModelJudge
+from align.roles import Future, Metrics
+from align.sections import Model
 from align.sections import Reward as RewardSection
 from align.sections import TrainedReward as TrainedRewardSection
-from align.types import Sequences
-from align.workers.base import Role, TrainedRole, TrainedWorker, Worker, answered, merged
+from align.types import Record, Sequences
+from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, answered, merged
+
+
+@dataclass(frozen=True)
+class Scored(Record):
+    """What a rank says of its sequences."""
+
+    score_B: Tensor
+    metrics: Mapping[str, float]
+    """See `align.rewards.readers.Judge.metrics`."""
 
 
 class RewardWorker(Worker):
-    """A model that gives a sequence one number."""
+    """A judge that gives a response one number."""
 
     stateless = True
 
-    def load(self) -> None:
-        section, spec = self.spec.section, self.spec
+    def _prepare(self) -> None:
+        section = self.spec.section
         assert isinstance(section, RewardSection)
-        if load.reward_kind(section, section.kind) == "lm_head_row0":
-            self.model = load.causal_lm(section, len(self.tokenizer), spec.seed)
-            head = heads.RowZeroLogit(self.model)
-        else:
-            self.model = load.scorer(section, len(self.tokenizer), spec.seed, new_head=False)
-            head = heads.LastTokenScore(self.model)
-        self.engine = Engine(head, section, self.device, spec.total_steps)
+        state.seed_generators(self.spec.seed)
+        self.judge = readers.open_judge(section, self.device, self.spec.seed)
 
     @answered
-    def score(self, sequences: Sequences) -> Tensor:
-        """Scores of this rank's sequences, (B,)."""
-        return self.engine.infer(sequences)["score_B"]
+    def score(self, sequences: Sequences) -> Scored:
+        """Scores of this rank's sequences, which a model reads as they are."""
+        assert isinstance(self.judge, (ModelJudge, EnsembleJudge))
+        return Scored(self.judge.score_ids(sequences), self.judge.metrics())
+
+    @answered
+    def score_dialogues(self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None) -> Scored:
+        """Scores of this rank's conversations; ``ids`` are those of the responses, where there are any."""
+        if isinstance(self.judge, FunctionJudge):
+            return Scored(self.judge.score(dialogues, ids), self.judge.metrics())
+        return Scored(self.judge.score(dialogues), self.judge.metrics())
 
 
-class TrainedRewardWorker(TrainedWorker, RewardWorker):
+class TrainedRewardWorker(TrainedWorker):
     """A reward model in training."""
 
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
         assert isinstance(section, TrainedRewardSection)
-        self.model = load.scorer(section, len(self.tokenizer), spec.seed, new_head=True)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        num_labels, combine = load.start_of(section)
+        self.model = load.scorer(
+            section, len(self.tokenizer), spec.seed, head=section.head, num_labels=num_labels, combine=combine
+        )
+        config, names = self.model.config, resolve(section.attributes)
+        config.pad_token_id = self.tokenizer.pad_token_id
+        if names:
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         self._make_trainable(self.model, task="SEQ_CLS")
-        self.engine = Engine(heads.LastTokenScore(self.model), section, self.device, spec.total_steps)
+        head = heads.LastTokenAttributes(self.model) if names else heads.LastTokenScore(self.model)
+        self.engine = Engine(head, section, self.device, spec.total_steps)
+
+    @answered
+    def score(self, sequences: Sequences) -> Scored:
+        """Scores of this rank's sequences."""
+        return Scored(self.engine.infer(sequences)["score_B"], {})
+
+    @answered
+    def attributes(self, sequences: Sequences) -> Tensor:
+        """Attributes of this rank's sequences, (B, A)."""
+        return self.engine.infer(sequences)["attribute_BA"]
 
 
 class Reward(Role):
-    """The driver's side of `RewardWorker`."""
+    """The driver's side of `RewardWorker`.
+
+    A score that is not finite stops the run, or stays as it is for the algorithm to drop (``failed: drop``); it is
+    never replaced by a number.
+    """
 
     worker = RewardWorker
     phase = "score"
 
+    def __init__(self, ranks: Ranks, section: Model):
+        super().__init__(ranks, section)
+        self._conversations: Conversations | None = None
+        self._counts: dict[str, float] = {}
+        self._averaged: dict[str, tuple[float, int]] = {}  # sums, and of how many responses
+
+    def read_text(self, conversations: Conversations) -> None:
+        """From now on, score what was said instead of the policy's token ids."""
+        self._conversations = conversations
+
     def score(self, sequences: Sequences) -> Future[Tensor]:
-        """See `align.roles.Reward`. A score that is not finite stops the run, or stays as it is for the algorithm to
-        drop (``failed: drop``); it is never replaced by a number."""
+        """See `align.roles.Reward`."""
+        if self._conversations is not None:
+            return self._score_text(self._conversations.dialogues(sequences), sequences.responses.lists())
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
+        return self.ranks.call(self.phase, RewardWorker.score, arguments, lambda parts: self._gathered(parts, rows))
+
+    def score_dialogues(self, dialogues: Sequence[Dialogue]) -> Future[Tensor]:
+        """Scores of conversations given as text, (B,)."""
+        return self._score_text(dialogues, None)
+
+    def _score_text(self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None) -> Future[Tensor]:
+        new = [i for i in range(1, len(dialogues)) if dialogues[i].context != dialogues[i - 1].context]
+        sizes = [len(one.response) + sum(len(turn.content) for turn in one.context) for one in dialogues]
+        rows = collate.balanced([0, *new], sizes, self.ranks.world_size)
+        arguments = [
+            ([dialogues[i] for i in index], None if ids is None else [ids[i] for i in index])
+            for index in map(Tensor.tolist, rows)
+        ]
+        return self.ranks.call(
+            self.phase, RewardWorker.score_dialogues, arguments, lambda parts: self._gathered(parts, rows)
+        )
+
+    def _gathered(self, parts: Sequence[Scored], rows: Sequence[Tensor]) -> Tensor:
+        for part in parts:
+            for name, value in part.metrics.items():
+                if name.startswith(readers.AVERAGED):
+                    total, count = self._averaged.get(name, (0.0, 0))
+                    self._averaged[name] = total + value * len(part.score_B), count + len(part.score_B)
+                else:
+                    self._counts[name] = self._counts.get(name, 0.0) + value
+        score_B = merged([part.score_B for part in parts], rows)
         passed = isinstance(self.section, RewardSection) and self.section.failed == "drop"
-        whole = (lambda parts: merged(parts, rows)) if passed else (lambda parts: _finite(merged(parts, rows)))
-        return self.ranks.call(self.phase, RewardWorker.score, arguments, whole)
+        return score_B if passed else _finite(score_B)
+
+    def drain(self) -> Metrics:
+        """See `align.roles.Counting`: counts of all ranks, and means over responses. Those of a service depend on the
+        moment, and have names that say so."""
+        means = {name: total / count for name, (total, count) in self._averaged.items() if count}
+        found = self._counts | means
+        self._counts, self._averaged = {}, {}
+        service = isinstance(self.section, RewardSection) and self.section.kind == "http"
+        return {f"service/{name}": value for name, value in found.items()} if service else found
 
 
 class SecondReward(Reward):
@@ -77,12 +167,20 @@ class TrainedReward(TrainedRole, Reward):
 
     worker = TrainedRewardWorker
 
+    def attributes(self, sequences: Sequences) -> Future[Tensor]:
+        """See `align.roles.TrainedReward`."""
+        rows = collate.split(sequences, 1, self.ranks.world_size)
+        arguments = [(sequences.select(index),) for index in rows]
+        gather = lambda parts: _finite(merged(parts, rows))  # noqa: E731
+        return self.ranks.call(self.phase, TrainedRewardWorker.attributes, arguments, gather)
+
 
 def _finite(score_B: Tensor) -> Tensor:
-    bad = (~torch.isfinite(score_B)).nonzero().squeeze(1).tolist()
+    bad = (~torch.isfinite(score_B).reshape(len(score_B), -1).all(1)).nonzero().squeeze(1).tolist()
     if bad:
         raise DivergedError(
             f"the reward model gave {len(bad)} of {len(score_B)} sequences no finite score, first sequence {bad[0]}",
-            remedy="check the checkpoint's dtype, and that it reads the same tokens as the policy",
+            remedy="check the checkpoint's dtype, and that it reads the same tokens as the policy; reward.failed=drop "
+            "leaves such prompts out",
         )
     return score_B

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from align import roles
 from align.algorithms import _direct_loss, best_of_n, dpo, online_dpo
-from align.sections import DirectLoss, OptionalReward, Policy, Reference, Sampling
+from align.sections import DirectLoss, OptionalReward, Policy, Reference, Reward, Sampling
 from align.types import Packed, Pairs, Rollouts, Sequences
 
 NAN, INF = math.nan, math.inf
@@ -277,13 +277,15 @@ def test_choices_by_hand(treatment, penalty: float, chosen, gaps: list[float], b
     drawn = rollouts([1, 2] * 10, [i not in CUT_OFF for i in range(20)], 4)
     score_B = torch.tensor(SCORES)
 
-    found, gold_B, statistics = online_dpo.choose(online_dpo.Config(**settings), drawn, score_B)
+    found, gold_B, statistics = online_dpo.choose(
+        online_dpo.Config(reward=Reward(path="r"), **settings), drawn, score_B
+    )
     assert names(found.sequences) == [(p, k) for p, first, second in chosen for k in (first, second)]
     assert found.strength_P.tolist() == gaps
     assert (gold_B[0::2] - gold_B[1::2]).tolist() == gaps  # the gold difference is that of the same scores
     assert statistics == {"learnable": 2 / 5, "gap": pytest.approx(sum(gaps) / 2)}
 
-    batch, statistics = best_of_n.best(best_of_n.Config(**settings), drawn, score_B)
+    batch, statistics = best_of_n.best(best_of_n.Config(reward=Reward(path="r"), **settings), drawn, score_B)
     assert names(batch.sequences) == best
     assert (batch.unit, batch.columns, batch.temperature) == (1, {}, 1.0)
     expected = sum(SCORES[k] for _, k in best) / 3
@@ -293,10 +295,12 @@ def test_choices_by_hand(treatment, penalty: float, chosen, gaps: list[float], b
 def test_nothing_to_choose():
     drawn, failed = rollouts([1, 2], [True, True], 2), torch.tensor([NAN, NAN])
     two = Sampling(num_samples=2)
-    found, gold_B, statistics = online_dpo.choose(online_dpo.Config(sampling=two), drawn, failed)
+    found, gold_B, statistics = online_dpo.choose(
+        online_dpo.Config(reward=Reward(path="r"), sampling=two), drawn, failed
+    )
     assert (len(found), len(found.sequences), len(gold_B)) == (0, 0, 0)
     assert statistics == {"learnable": 0, "gap": 0}
-    batch, statistics = best_of_n.best(best_of_n.Config(sampling=two), drawn, failed)
+    batch, statistics = best_of_n.best(best_of_n.Config(reward=Reward(path="r"), sampling=two), drawn, failed)
     assert len(batch.sequences) == 0
     assert statistics == {"learnable": 0, "best_reward": 0}
 
@@ -305,7 +309,9 @@ def test_the_pairs_of_a_rollout_are_whole_for_the_loss():
     # Best and worst with their own tokens, strengths twice, and reference numbers beside them.
     drawn = rollouts([1, 2, 3, 4], [True] * 4, 2)
     found, gold_B, _ = online_dpo.choose(
-        online_dpo.Config(sampling=Sampling(num_samples=2)), drawn, torch.tensor([0.0, 1.0, 2.5, 0.0])
+        online_dpo.Config(reward=Reward(path="r"), sampling=Sampling(num_samples=2)),
+        drawn,
+        torch.tensor([0.0, 1.0, 2.5, 0.0]),
     )
     batch = found.batch(reference_B=_direct_loss.reference_sums(Model(), found), gold_B=gold_B)
     assert batch.unit == 2

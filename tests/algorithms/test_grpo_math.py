@@ -23,7 +23,7 @@ from align import roles
 from align.algorithms import _policy_loss, _rewards, grpo
 from align.algorithms._on_policy import Seen
 from align.data.prompts import PromptStream
-from align.sections import PolicyLoss, Sampling, Shaping
+from align.sections import PolicyLoss, Reward, Sampling, Shaping
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 
 NAN, INF = math.nan, math.inf
@@ -33,7 +33,7 @@ ROOT = math.sqrt(7)
 
 
 def config(K: int = 3, **values: Any) -> grpo.Config:
-    return grpo.Config(**{"sampling": Sampling(num_samples=K, max_tokens=8), **values})
+    return grpo.Config(**{"reward": Reward(path="r"), "sampling": Sampling(num_samples=K, max_tokens=8), **values})
 
 
 def learn(config: grpo.Config, seen: Seen) -> tuple[Batch, dict[str, float]]:

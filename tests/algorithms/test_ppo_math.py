@@ -26,7 +26,7 @@ from torch import Tensor
 
 from align import roles
 from align.algorithms import _on_policy, _policy_loss, _rewards, ppo
-from align.sections import PolicyLoss, Sampling
+from align.sections import PolicyLoss, Reward, Sampling
 from align.types import Batch
 
 NAN = math.nan
@@ -38,7 +38,7 @@ RETURN = [[0.625, 2.5, 0], [-2, 0, 0], [0.5, 1, 3]]
 
 def config(**values: Any) -> ppo.Config:
     given = {"kl_coef": 0.5, "kl_estimator": "k1", "gamma": 0.5, "gae_lambda": 0.5, "whiten": False}
-    return ppo.Config(**{**given, "sampling": Sampling(max_tokens=3), **values})
+    return ppo.Config(**{"reward": Reward(path="r"), **given, "sampling": Sampling(max_tokens=3), **values})
 
 
 def padded(rows: list[list[float]], padding: float = 0.0) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from align import roles
 from align.algorithms import _policy_loss, _rewards, reinforce
 from align.algorithms._on_policy import Seen
-from align.sections import PolicyLoss, Sampling, Shaping
+from align.sections import PolicyLoss, Reward, Sampling, Shaping
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 
 NAN = math.nan
@@ -33,7 +33,7 @@ GROUP = [[-1, -0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]  # of prompt 1: 1 - 0 -
 
 def config(K: int = 2, **values: Any) -> reinforce.Config:
     given = {"kl_coef": 0.5, "whiten": False, "sampling": Sampling(num_samples=K, max_tokens=4)}
-    return reinforce.Config(**{**given, **values})
+    return reinforce.Config(**{"reward": Reward(path="r"), **given, **values})
 
 
 def learn(config: reinforce.Config, seen: Seen, greedy: torch.Tensor | None = None) -> tuple[Batch, dict[str, float]]:

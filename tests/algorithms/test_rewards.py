@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from align.algorithms import _rewards, grpo, rloo
-from align.sections import PolicyGradient, Sampling, Shaping
+from align.sections import PolicyGradient, Reward, Sampling, Shaping
 
 NAN, INF = math.nan, math.inf
 
 
 def config(K: int = 2, **values: Any) -> PolicyGradient:
-    return PolicyGradient(**{"sampling": Sampling(num_samples=K, max_tokens=8), "unfinished": "keep", **values})
+    return PolicyGradient(
+        reward=Reward(path="r"), **{"sampling": Sampling(num_samples=K, max_tokens=8), "unfinished": "keep", **values}
+    )
 
 
 # Order
@@ -76,7 +78,9 @@ def test_kl_comes_after_all_of_them(seen):
         "kl_estimator": "k1",
         "unfinished": "keep",
     }
-    settings = rloo.Config(sampling=Sampling(num_samples=2, max_tokens=8), kl_reduction="sum", **values)
+    settings = rloo.Config(
+        reward=Reward(path="r"), sampling=Sampling(num_samples=2, max_tokens=8), kl_reduction="sum", **values
+    )
     shown = seen([[2, 2], [0]], [9.0, 9.0], K=2)
     judged = _rewards.judge(settings, shown, {})
     assert judged.reward_B.tolist() == [8, 8]
@@ -138,7 +142,7 @@ def test_a_failed_score_drops_its_whole_group_and_is_counted(seen, failed: float
 
 @pytest.mark.parametrize("algorithm", [rloo, grpo])
 def test_a_failed_score_reaches_no_advantage(seen, algorithm: Any):
-    settings = algorithm.Config(sampling=Sampling(num_samples=3, max_tokens=8))
+    settings = algorithm.Config(reward=Reward(path="r"), sampling=Sampling(num_samples=3, max_tokens=8))
     x, rest = [[0.5], [0.25, -1], [0]], [2.0, 3.0, 7.0]
     with_failed, without = seen(x * 2, [1.0, NAN, 5.0, *rest], K=3), seen(x, rest, K=3)
     batch, statistics = algorithm.learn_from(settings, with_failed, _rewards.judge(settings, with_failed, {}))

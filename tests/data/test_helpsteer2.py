@@ -137,10 +137,10 @@ class TestRated:
 
     def test_rows_are_read_as_they_are_needed(self, tmp_path: Path):
         folder = write(tmp_path, [*pair("a"), b"rubbish"])
-        sources, parse = helpsteer._FORMATS["helpsteer2"]
+        sources, parse = helpsteer.FORMATS["helpsteer2"]["preferences"]
         [(where, item)] = islice(sources(Data(path=str(folder), format="helpsteer2"))["train"], 1)
         assert where == f"{folder}/train.jsonl.gz:1"
-        assert parse(item).context == (Message("user", "a"),)
+        assert parse(item)[0].context == (Message("user", "a"),)
 
 
 BAD_RATED = [
@@ -356,7 +356,7 @@ class TestSources:
 class TestOptions:
     @pytest.mark.parametrize("form", ["helpsteer2", "helpsteer2_preference"])
     def test_there_is_no_domain_to_choose(self, form: Any):
-        with pytest.raises(ValueError, match=f"domains needs format helpsteer3: rows of {form} have no domain"):
+        with pytest.raises(ValueError, match=f"domains needs format helpsteer3, .*: rows of {form} have no domain"):
             Data(path="x", format=form, domains=["code"])
 
     def test_half_a_pair_is_refused(self):

@@ -110,6 +110,23 @@ def test_rows_follow_the_schema_and_the_score(folder: Path):
         assert row["domain"] == "general" and row["language"] == "english"
 
 
+def test_the_same_responses_are_rated_one_by_one_in_the_layout_of_helpsteer2(folder: Path):
+    compared, rated = (
+        [json.loads(line) for line in gzip.decompress((folder / name).read_bytes()).splitlines()]
+        for name in ("preference/train.jsonl.gz", "train.jsonl.gz")
+    )
+    labels = {name: float(rated[0][name]) for name in toy.attributes("say the first word : cat", "")}
+    assert len(rated) == 2 * len(compared) == 1200
+    for pair, first, second in zip(compared, rated[::2], rated[1::2], strict=True):
+        prompt = pair["context"][-1]["content"]
+        for row, response in ((first, pair["response1"]), (second, pair["response2"])):
+            assert (row.pop("prompt"), row.pop("response")) == (prompt, response)
+            assert row == toy.attributes(prompt, response)
+    found = load(Data(path=str(folder), format="helpsteer2"), "ratings")
+    assert found.counts["validation"].read == 120
+    assert found.train[0].ratings == labels
+
+
 def test_every_quality_and_few_ties(folder: Path):
     rows = load(Data(path=str(folder))).train
     scores = Counter(

@@ -22,13 +22,13 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.algorithms import _direct_loss, _policy_loss, ppo, reward_model, sft
+from align.algorithms import _direct_loss, _policy_loss, _reward_pairs, _reward_ratings, ppo, sft
 from align.engines import distributed
 from align.engines.deepspeed import Engine
-from align.models.heads import Head, LastTokenScore, TokenLogprobs, TokenValues
+from align.models.heads import Head, LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues
 from align.roles import Loss
 from align.sections import DirectLoss, Optimizer, Policy, PolicyLoss
-from align.types import Batch, Sequences
+from align.types import NOT_RATED, Batch, Sequences
 
 sys.path.append(str(Path(__file__).parent))  # pytest imports test files by their path and leaves sys.path alone
 shared: Any = importlib.import_module("two_ranks")
@@ -49,6 +49,7 @@ KINDS = {
     "policy": Kind(TokenLogprobs, AutoModelForCausalLM, {}),
     "critic": Kind(TokenValues, AutoModelForSequenceClassification, {"num_labels": 1}),
     "reward": Kind(LastTokenScore, AutoModelForSequenceClassification, {"num_labels": 1}),
+    "attributes": Kind(LastTokenAttributes, AutoModelForSequenceClassification, {"num_labels": 3}),
 }
 
 
@@ -83,7 +84,8 @@ def outputs_by_hand(kind: str, model: Any, rows: Sequences, temperature: float) 
     score_BL = model.score(model.model(ids, attention_mask=attention, use_cache=False).last_hidden_state).squeeze(-1)
     if kind == "critic":
         return {"value_BT": spread(score_BL[i_N, before_N])}
-    return {"score_B": torch.stack([score_BL[i, len(row) - 1] for i, row in enumerate(whole)])}
+    name = "attribute_BA" if kind == "attributes" else "score_B"
+    return {name: torch.stack([score_BL[i, len(row) - 1] for i, row in enumerate(whole)])}
 
 
 def objective(value: Loss) -> Tensor:
@@ -199,6 +201,14 @@ def rewarded(shapes: Any) -> Batch:
     return replace(batch, columns={"strength_B": batch.columns["strength_B"]})
 
 
+def rated(shapes: Any) -> Batch:
+    """Responses with ratings of three attributes, of which the second is missing in every other row."""
+    rows, noise = shared.sequences(*shapes, seed=8), _noise(9)
+    label_BA = noise(torch.empty(len(rows), 3), 2.0)
+    label_BA[::2, 1] = NOT_RATED
+    return Batch(rows, {"label_BA": label_BA}, unit=1, temperature=1.0)
+
+
 def filled(columns: dict[str, Tensor], rows: Sequences, value: float, more: int = 0) -> dict[str, Tensor]:
     """The columns with ``value`` wherever a row has no token, and ``more`` columns of it."""
     mask_BT = torch.nn.functional.pad(rows.mask_BT, (0, more))
@@ -256,11 +266,14 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield from _direct_cases()
     for clip in (0.2, 0.0):
         yield f"value-{clip}", Case("critic", partial(ppo.value_loss, clip=clip), valued(MANY), valued(FEW))
-    for kind in get_args(reward_model.Kind):
-        loss = partial(reward_model.loss, kind=kind)
+    for kind in get_args(_reward_pairs.Kind):
+        loss = partial(_reward_pairs.loss, kind=kind)
         yield f"reward-{kind}", Case("reward", loss, rewarded(PAIRED), rewarded(ONE_PAIR))
     texts = [shared.sequences(*shapes, seed=7).batch() for shapes in (MANY, FEW)]
     yield "sft", Case("policy", sft.loss, texts[0], texts[1])
+    centred = partial(_reward_pairs.loss, kind="bt", center_coef=0.3)
+    yield "reward-centred", Case("reward", centred, rewarded(PAIRED), rewarded(ONE_PAIR))
+    yield "regression", Case("attributes", _reward_ratings.loss, rated(MANY), rated(FEW))
 
 
 CASES = dict(_cases())

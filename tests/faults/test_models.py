@@ -39,11 +39,18 @@ class Command:
         self.run = folder / "run"
         self.policy = Path(shutil.copytree(policy, folder / "policy"))
         self.reward = Path(shutil.copytree(reward, folder / "reward"))
+        self.more: list[str] = []
+
+    def reference(self) -> Path:
+        """A copy of the policy from which only the reference comes."""
+        folder = Path(shutil.copytree(self.policy, self.folder / "reference"))
+        self.more.append(f"reference.path={folder}")
+        return folder
 
     def __call__(self, *overrides: str) -> int:
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE.format(run=self.run, data=self.data, policy=self.policy, reward=self.reward))
-        return main(["train", str(recipe), *overrides])
+        return main(["train", str(recipe), *self.more, *overrides])
 
     def metrics(self, run: str = "run") -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl`` without what depends on the clock."""
@@ -87,18 +94,18 @@ def sharded(folder: Path) -> dict[str, Path]:
 
 
 def other_vocabulary(command: Command) -> list[str]:
-    vocabulary(command.reward, lambda words: words.update(zebra=len(words)))
-    return ["policy (64 entries) and reward (65 entries)", "id 64 is missing in policy and 'zebra' in reward"]
+    vocabulary(command.reference(), lambda words: words.update(zebra=len(words)))
+    return ["policy (64 entries) and reference (65 entries)", "id 64 is missing in policy and 'zebra' in reference"]
 
 
 def same_size_in_another_order(command: Command) -> list[str]:
-    vocabulary(command.reward, swap)
-    return ["policy (64 entries) and reward (64 entries)", "is 'cat' in policy and 'dog' in reward"]
+    vocabulary(command.reference(), swap)
+    return ["policy (64 entries) and reference (64 entries)", "is 'cat' in policy and 'dog' in reference"]
 
 
 def another_end_token(command: Command) -> list[str]:
-    change(command.reward / "tokenizer_config.json", eos_token="<pad>")
-    return ["beginning- and end-of-sequence ids are [1, 2] in policy and [1, 0] in reward"]
+    change(command.reference() / "tokenizer_config.json", eos_token="<pad>")
+    return ["beginning- and end-of-sequence ids are [1, 2] in policy and [1, 0] in reference"]
 
 
 def no_chat_template(command: Command) -> list[str]:

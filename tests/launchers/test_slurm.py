@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from align import config
+from align import cli, config
 from align.errors import AlignError, ConfigError, LockError, PlacementError
+from align.sections import RewardService
 from launchers import slurm
 
 RECIPE = """\
@@ -106,15 +107,62 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(recipe: Path, sbatch: Path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("template", ["train", "reward_service"])
-def test_the_rendered_job_is_bash_without_marks(recipe: Path, template: str, monkeypatch):
-    monkeypatch.setattr(slurm, "_can_serve", lambda: True)
-    service = ["--service=reward"] if template == "reward_service" else []
-    arguments = [str(recipe), f"--nodes={2 - len(service)}", "--gpus-per-node=4", "--time=60", *service]
-    script = slurm.plan(slurm.parser().parse_intermixed_args(arguments)).script
-    assert "#%" not in script
-    assert ("serve reward" in script) == bool(service)
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+@pytest.fixture
+def service(tmp_path: Path) -> Path:
+    path = tmp_path / "service.yaml"
+    path.write_text(f"reward: {{path: {tmp_path}}}\ndir: {tmp_path}/serving\nreplicas: {{max: 3}}\n")
+    return path
+
+
+def test_the_rendered_job_is_bash_without_marks(recipe: Path, service: Path):
+    for given in ([str(recipe), "--nodes=2"], [str(service), "--nodes=1", "--service=reward"]):
+        script = slurm.plan(slurm.parser().parse_intermixed_args([*given, "--gpus-per-node=4", "--time=60"])).script
+        assert "#%" not in script
+        assert ("serve reward" in script) == (given[0] == str(service))
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_dry_run_of_a_service(service: Path, sbatch: Path, capsys, tmp_path: Path):
+    assert submit(service, "--dry-run", "--service=reward", nodes=1, gpus=3) == 0
+    printed = capsys.readouterr().out
+    assert {"--job-name=serving", "--nodes=1", "--gpus-per-node=3", "--cpus-per-task=12"} <= set(directives(printed))
+    assert settings(printed) == {"max_restarts": "20", "retries": "3"}
+    launch = f"{tmp_path}/serving/launch"
+    assert shlex.split(printed.splitlines()[-1])[-3:] == [f"{launch}/job.sbatch", launch, sys.executable]
+    assert calls_of(sbatch) == [] and not (tmp_path / "serving").exists()
+
+
+def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores.py").write_text("def length(completions): return [0.0 for _ in completions]\n")
+    function = ["reward.kind=function", 'reward.path=""', "reward.function=scores.py:length", "dir=serving"]
+    assert submit(service, "--service=reward", *function, nodes=1, gpus=3) == 0
+    launch = tmp_path / "serving" / "launch"
+    loaded = config.build(RewardService, launch / "config.yaml").config
+    assert loaded.reward.function == f"{tmp_path}/scores.py:length" and loaded.replicas.max == 3
+    assert (launch / "runs").read_text() == f"{tmp_path}/serving\n"
+    assert len(calls_of(sbatch)) == 1
+    told = capsys.readouterr().out
+    assert "service-*.log" in told and "scancel 101" in told and "STOP" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nodes", "gpus", "error", "message"),
+    [
+        ([], 2, 3, ConfigError, "one node and no array, --nodes=2"),
+        (["--array=port=1,2"], 1, 3, ConfigError, "no array, --array=port=1,2"),
+        ([], 1, 2, PlacementError, "the replicas ask for 3 GPUs, the job has 2"),
+        (["--cpus-per-task=1"], 1, 0, PlacementError, "ask for 3 slots of CPUs, the job has 2"),
+        (["replicas.shards=4", "replicas.max=1", "reward.zero_stage=3"], 1, 3, PlacementError, "ask for 4 GPUs"),
+        (["host=0.0.0.0"], 1, 3, ConfigError, "it needs token_env"),
+        (['reward.path=""'], 1, 3, ConfigError, "reward.path is missing"),
+        (["run.dir=x"], 1, 3, ConfigError, "unknown key"),
+    ],
+)
+def test_a_service_that_cannot_be_is_refused(service: Path, sbatch: Path, arguments, nodes, gpus, error, message):
+    with pytest.raises(error, match=message):
+        submit(service, "--service=reward", *arguments, nodes=nodes, gpus=gpus)
+    assert calls_of(sbatch) == []
 
 
 def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbatch: Path, tmp_path: Path, capsys):
@@ -122,7 +170,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
     launch = tmp_path / "run" / "launch"
     assert config.load(launch / "config.yaml").config.run.steps == 7
     assert (launch / "runs").read_text() == f"{tmp_path / 'run'}\n"
-    assert (launch / "code" / "align" / "cli.py").read_bytes() == Path(slurm.cli.__file__).read_bytes()
+    assert (launch / "code" / "align" / "cli.py").read_bytes() == Path(cli.__file__).read_bytes()
     assert (launch / "code" / "slurm" / "common.sh").exists()
     assert not list(launch.rglob("__pycache__"))
     assert json.loads((launch / "code" / "revision.json").read_text()).keys() == {"git_revision", "changed"}
@@ -159,7 +207,6 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
         (["--array=run.seed=1,x"], ConfigError, "expected a whole number"),
         (["--array=run.seed=1,2", "--chain=2"], ConfigError, "do not go together"),
         (['run.dir="a\\nb"'], ConfigError, "has characters"),
-        (["--service=reward"], ConfigError, "no command `serve`"),
     ],
 )
 def test_what_cannot_run_is_refused_with_78_before_anything_is_queued(

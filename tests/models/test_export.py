@@ -67,7 +67,8 @@ def build(config: Any, auto: Any = AutoModelForCausalLM, attention: str = "sdpa"
 
 
 def written(model: Any, tokenizer: Any, folder: Path) -> Path:
-    export.write(model, tokenizer, export.state_dict(model, whole, keep=True), folder)
+    export.write(model, tokenizer, export.state_dict(model, whole, keep=True), folder, {"note.txt": "é\n"})
+    assert (folder / "note.txt").read_text(encoding="utf-8") == "é\n"
     return folder
 
 
@@ -108,8 +109,8 @@ def test_a_scorer_comes_back(dtype, tokenizer, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
     section = Model(path=str(folder), dtype="float32")
-    assert load.reward_kind(section, "auto") == "sequence_classification"
-    assert torch.equal(load.scorer(section, 80, 0, new_head=False).score.weight, model.score.weight.float())
+    assert len(load.labels(section)) == 1
+    assert torch.equal(load.scorer(section, 80, 0, head="trained").score.weight, model.score.weight.float())
 
 
 def adapted(model: Any, task: str, seed: int = 3) -> Any:

@@ -89,19 +89,19 @@ def test_init_of_an_unknown_architecture():
 
 
 def test_a_frozen_scorer_gives_its_weights(reward_folder):
-    ours = load.scorer(Reward(path=reward_folder, dtype="float32"), 50, 0, new_head=False).state_dict()
+    ours = load.scorer(Reward(path=reward_folder, dtype="float32"), 50, 0, head="trained").state_dict()
     theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_causal_lm_is_no_frozen_scorer(causal_folder):
     with pytest.raises(ModelError, match=r"no trained reward head, the checkpoint lacks score\.weight"):
-        load.scorer(Reward(path=causal_folder, dtype="float32"), 50, 0, new_head=False)
+        load.scorer(Reward(path=causal_folder, dtype="float32"), 50, 0, head="trained")
 
 
 def test_a_new_head_is_drawn_from_the_seed_on_the_weights_of_the_folder(causal_folder):
     section = TrainedReward(path=causal_folder, dtype="float32")
-    first, again, other = (load.scorer(section, 50, seed, new_head=True).state_dict() for seed in (1, 1, 2))
+    first, again, other = (load.scorer(section, 50, seed, head="auto").state_dict() for seed in (1, 1, 2))
     body = AutoModelForCausalLM.from_pretrained(causal_folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(first[name], body[name]) for name in body if name != "lm_head.weight")
     assert first["score.weight"].shape == (1, 32)
@@ -110,7 +110,7 @@ def test_a_new_head_is_drawn_from_the_seed_on_the_weights_of_the_folder(causal_f
 
 
 def test_a_trained_head_is_kept_when_training_goes_on(reward_folder):
-    ours = load.scorer(TrainedReward(path=reward_folder, dtype="float32"), 50, 9, new_head=True).state_dict()
+    ours = load.scorer(TrainedReward(path=reward_folder, dtype="float32"), 50, 9, head="auto").state_dict()
     theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).state_dict()
     assert torch.equal(ours["score.weight"], theirs["score.weight"])
 
@@ -118,10 +118,12 @@ def test_a_trained_head_is_kept_when_training_goes_on(reward_folder):
 @pytest.mark.parametrize("labels", [2, 5])
 def test_a_scorer_of_several_labels_is_refused(tmp_path, labels):
     path = saved(tmp_path, LlamaConfig(**SIZES, num_labels=labels), AutoModelForSequenceClassification)
-    with pytest.raises(ModelError, match=f"has one label, this checkpoint has {labels}"):
-        load.scorer(Reward(path=path), 50, 0, new_head=False)
-    with pytest.raises(ModelError, match="cannot load"):  # and is not trained on with half of its head drawn anew
-        load.scorer(TrainedReward(path=path), 50, 0, new_head=True)
+    with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):
+        load.scorer(Reward(path=path), 50, 0, head="trained")
+    with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):  # nor half of it drawn anew
+        load.scorer(TrainedReward(path=path), 50, 0, head="auto")
+    with pytest.raises(ModelError, match=f"its head has {labels} outputs, 3 weights given"):
+        load.scorer(TrainedReward(path=path), 50, 0, head="auto", combine=[1.0, 0.0, 0.0])
 
 
 def test_a_scorer_is_no_causal_lm(reward_folder):
@@ -139,15 +141,15 @@ def test_a_missing_body_weight_is_refused_even_with_a_new_head(causal_folder, tm
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
         load.causal_lm(model(str(tmp_path)), 50, 0)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
-        load.scorer(TrainedReward(path=str(tmp_path)), 50, 0, new_head=True)
+        load.scorer(TrainedReward(path=str(tmp_path)), 50, 0, head="auto")
 
 
 def test_a_missing_folder(tmp_path):
     path = str(tmp_path / "gone")
     for call in (
         lambda: load.causal_lm(model(path), 50, 0),
-        lambda: load.scorer(Reward(path=path), 50, 0, new_head=False),
-        lambda: load.reward_kind(Reward(path=path), "auto"),
+        lambda: load.scorer(Reward(path=path), 50, 0, head="trained"),
+        lambda: load.labels(Reward(path=path)),
     ):
         with pytest.raises(ModelError, match=r"no model folder: .*gone/config\.json does not exist"):
             call()
@@ -159,12 +161,9 @@ def test_a_tokenizer_larger_than_the_embedding(causal_folder):
         load.causal_lm(model(causal_folder), 51, 0)
 
 
-def test_reward_kinds(causal_folder, reward_folder):
-    assert load.reward_kind(Reward(path=reward_folder), "auto") == "sequence_classification"
-    assert load.reward_kind(Reward(path=causal_folder), "lm_head_row0") == "lm_head_row0"
-    with pytest.raises(ModelError, match="cannot tell how LlamaForCausalLM gives a reward") as refusal:
-        load.reward_kind(Reward(path=causal_folder), "auto")
-    assert "lm_head_row0" in str(refusal.value)
+def test_labels_are_those_of_a_classifier(causal_folder, reward_folder):
+    assert load.labels(Reward(path=reward_folder)) == ("LABEL_0",)
+    assert load.labels(Reward(path=causal_folder)) == ()
 
 
 def test_attention_follows_the_architecture(causal_folder, tmp_path):
@@ -224,10 +223,106 @@ def test_lora_trains_adapters_and_a_new_head_only(causal_folder):
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     section = TrainedReward(path=causal_folder, dtype="float32")
-    scorer = load.add_lora(load.scorer(section, 50, 0, new_head=True), Lora(rank=3), task="SEQ_CLS")
+    scorer = load.add_lora(load.scorer(section, 50, 0, head="auto"), Lora(rank=3), task="SEQ_CLS")
     heads = {name for name, p in scorer.named_parameters() if p.requires_grad and ".lora_" not in name}
     assert heads == {"score.weight"}
     some = load.add_lora(
         load.causal_lm(model(causal_folder), 50, 0), Lora(rank=3, targets=["q_proj"]), task="CAUSAL_LM"
     )
     assert sum(p.requires_grad for p in some.parameters()) == 4
+
+
+# Heads that a reward model starts from
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> str:
+    """A classifier of three named outputs."""
+    names = ["helpfulness", "coherence", "verbosity"]
+    config = LlamaConfig(**SIZES, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    return saved(tmp_path_factory.mktemp("three"), config, AutoModelForSequenceClassification)
+
+
+def head_of(model: Any) -> torch.Tensor:
+    return model.score.weight.detach()
+
+
+def test_several_outputs_come_back_or_are_combined_into_one(three):
+    section = TrainedReward(path=three, dtype="float32")
+    assert load.labels(section) == ("helpfulness", "coherence", "verbosity")
+    whole = load.scorer(section, 50, 0, head="trained", num_labels=3)
+    stored = AutoModelForSequenceClassification.from_pretrained(three, dtype=torch.float32)
+    assert torch.equal(head_of(whole), head_of(stored))
+    one: Any = load.scorer(section, 50, 0, head="trained", combine=[0.5, 0.0, -2.0])
+    row = 0.5 * head_of(stored)[0] - 2 * head_of(stored)[2]
+    torch.testing.assert_close(head_of(one), row[None], rtol=1e-6, atol=1e-9)
+    assert (one.config.num_labels, one.num_labels, one.score.out_features) == (1, 1, 1)
+    ids = torch.tensor([[5, 9, 3]])
+    with torch.no_grad():
+        several, single = stored(ids).logits[0], stored.model(ids).last_hidden_state[0, -1] @ head_of(one)[0]
+    torch.testing.assert_close(single, 0.5 * several[0] - 2 * several[2], rtol=1e-5, atol=1e-7)
+
+
+def test_a_new_head_is_drawn_whatever_the_checkpoint_brings(three, reward_folder):
+    section = TrainedReward(path=three, dtype="float32")
+    first, again, other = (load.scorer(section, 50, seed, head="new", num_labels=2) for seed in (1, 1, 2))
+    assert head_of(first).shape == (2, 32)
+    assert torch.equal(head_of(first), head_of(again))
+    assert not torch.equal(head_of(first), head_of(other))
+    assert 0.01 < head_of(first).std() < 0.03  # initializer_range is 0.02
+    stored = AutoModelForSequenceClassification.from_pretrained(three, dtype=torch.float32)
+    assert torch.equal(first.get_parameter("model.norm.weight"), stored.model.norm.weight)
+    alone = TrainedReward(path=reward_folder, dtype="float32")
+    brought, drawn = (load.scorer(alone, 50, 1, head=head) for head in ("auto", "new"))  # type: ignore[arg-type]
+    assert not torch.equal(head_of(brought), head_of(drawn))
+
+
+def test_a_head_with_a_bias_is_not_taken_apart(three, monkeypatch):
+    section, build = TrainedReward(path=three, dtype="float32"), load._build
+
+    def biased(*arguments: Any) -> Any:
+        model, missing = build(*arguments)
+        model.score = torch.nn.Linear(32, 3)
+        return model, missing
+
+    monkeypatch.setattr(load, "_build", biased)
+    with pytest.raises(ModelError, match="its `score` head has a bias"):
+        load.scorer(section, 50, 0, head="auto", combine=[1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, (1, [1.0, 0.0, 0.0])),
+        ({"from_attribute": "verbosity"}, (1, [0.0, 0.0, 1.0])),
+        ({"attributes": ["helpfulness", "coherence", "verbosity"]}, (3, None)),
+        ({"attributes": ["nemo"], "head": "new"}, (9, None)),
+        ({"head": "new"}, (1, None)),
+    ],
+)
+def test_where_training_starts(three, fields, wanted):
+    assert load.start_of(TrainedReward(path=three, **fields)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"from_attribute": "honesty"}, "has no output honesty, but helpfulness, coherence, verbosity"),
+        (
+            {"attributes": ["helpfulness"]},
+            "has the outputs helpfulness, coherence, verbosity, reward.attributes are hel",
+        ),
+        ({"attributes": ["coherence", "helpfulness", "verbosity"]}, "are coherence, helpfulness, verbosity"),
+    ],
+)
+def test_where_training_cannot_start(three, fields, message):
+    with pytest.raises(ModelError, match=message):
+        load.check(TrainedReward(path=three, **fields), 50)
+
+
+def test_heads_that_a_checkpoint_does_not_name(causal_folder, reward_folder):
+    assert load.start_of(TrainedReward(path=causal_folder, attributes=["a", "b"])) == (2, None)
+    assert load.start_of(TrainedReward(path=reward_folder, attributes=["a"])) == (1, None)  # LABEL_0 is any name
+    assert load.start_of(TrainedReward(path="nowhere", init=INIT, head="trained")) == (1, None)
+    with pytest.raises(ModelError, match=r"reward\.head is trained, and the checkpoint is no sequence classifier"):
+        load.check(TrainedReward(path=causal_folder, head="trained"), 50)

@@ -12,6 +12,7 @@ from torch import Tensor
 from trl import RewardTrainer
 
 from align.ops import losses
+from align.types import NOT_RATED
 
 NAN = math.nan
 MASK = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
@@ -82,7 +83,31 @@ def test_large_differences_stay_finite():
     assert losses.scaled_bradley_terry(far, torch.tensor([3.0, 3.0])).tolist() == [3e4, 0.0]
 
 
-def trl_reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None) -> float:
+def test_centering_by_hand():
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 2.0, -1.0])
+    assert losses.centering(chosen, rejected).tolist() == [9.0, 0.0, 0.25]
+
+
+def test_squared_error_by_hand_and_its_gradient():
+    attribute = torch.tensor([[1.0, 5.0, 0.0], [2.5, 3.0, 7.0]], requires_grad=True)
+    label = torch.tensor([[3.0, NOT_RATED, 0.0], [NOT_RATED, 4.0, NOT_RATED]])
+    total, count = losses.squared_error(attribute, label)
+    assert (total.item(), count.item()) == (5.0, 3.0)  # 4 + 0 + 1
+    total.backward()
+    assert attribute.grad is not None
+    assert attribute.grad.tolist() == [[-4.0, 0.0, 0.0], [0.0, -2.0, 0.0]]
+
+
+def test_what_is_not_rated_does_not_reach_the_loss_whatever_was_predicted():
+    attribute = torch.tensor([[NAN, 1.0]], requires_grad=True)
+    total, count = losses.squared_error(attribute, torch.tensor([[NOT_RATED, 3.0]]))
+    total.backward()
+    assert (total.item(), count.item()) == (4.0, 1.0)
+    assert attribute.grad is not None
+    assert attribute.grad.tolist() == [[0.0, -4.0]]
+
+
+def trl_reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float | None = None) -> float:
     """TRL's mean loss of given scores."""
 
     def model(**_: object) -> SimpleNamespace:
@@ -90,7 +115,7 @@ def trl_reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None) -> 
 
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
-        args=SimpleNamespace(center_rewards_coefficient=None),
+        args=SimpleNamespace(center_rewards_coefficient=center),
         accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
@@ -106,3 +131,5 @@ def test_trl_computes_the_same():
     assert losses.bradley_terry(d).mean().item() == pytest.approx(trl_reward_loss(chosen, rejected, None), abs=1e-6)
     margin = losses.margin_bradley_terry(d, strength).mean().item()
     assert margin == pytest.approx(trl_reward_loss(chosen, rejected, strength), abs=1e-6)
+    centred = (losses.bradley_terry(d) + 0.3 * losses.centering(chosen, rejected)).mean().item()
+    assert centred == pytest.approx(trl_reward_loss(chosen, rejected, None, 0.3), abs=1e-6)

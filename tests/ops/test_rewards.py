@@ -118,3 +118,33 @@ def test_moments_of_parts_in_any_order_are_those_of_the_whole():
 def test_moments_pass_through_a_checkpoint():
     moments = rewards.Moments().updated(torch.tensor([0.1, 0.7, -2.3]))
     assert rewards.Moments(**json.loads(json.dumps(dataclasses.asdict(moments)))) == moments
+
+
+@pytest.mark.parametrize(
+    ("how", "penalty", "wanted"),
+    [
+        ("mean", 9.0, [2.0, 1.0]),
+        ("minimum", 9.0, [1.0, -2.0]),
+        ("penalised", 0.0, [2.0, 1.0]),
+        ("penalised", 1.0, [2.0 - (2 / 3) ** 0.5, 1.0 - 6**0.5]),
+        ("penalised", 0.5, [2.0 - 0.5 * (2 / 3) ** 0.5, 1.0 - 0.5 * 6**0.5]),
+    ],
+)
+def test_scores_of_three_models_by_hand(how, penalty, wanted):
+    """1, 2, 3 have mean 2 and variance 2/3; -2, 1, 4 have mean 1 and variance 6."""
+    score_MB = torch.tensor([[1.0, 4.0], [2.0, -2.0], [3.0, 1.0]])
+    found = rewards.combined(score_MB, how, penalty)
+    assert found.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert torch.equal(rewards.combined(score_MB[[2, 0, 1]], how, penalty), found)
+
+
+@pytest.mark.parametrize("how", ["mean", "minimum", "penalised"])
+def test_a_response_without_one_score_has_none(how):
+    score_MB = torch.tensor([[1.0, math.nan], [2.0, -5.0]])
+    found = rewards.combined(score_MB, how, 1.0)
+    assert found[0].isfinite()
+    assert found[1].isnan()
+
+
+def test_the_spread_of_one_model_is_0():
+    assert rewards.spread(torch.tensor([[3.0, -1.0]])).tolist() == [0.0, 0.0]

@@ -27,6 +27,8 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory, toy_data, tiny_policy
         algorithm, text = ALGORITHMS[name]
         lora = LORA if "best" not in name else "{rank: 0}"
         values = {"algorithm": algorithm, "data": toy_data, "policy": tiny_policy, "reward": tiny_reward, "lora": lora}
+        values["judge"] = f"{Path(__file__).with_name('judge.py')}:different_words"
+        values["format"] = "helpsteer2" if name.endswith("regression") else "helpsteer3"
         path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
         path.write_text((HEAD + text).format(**values))
         return str(path)

@@ -113,15 +113,15 @@ def assert_same(one: Path, other: Path) -> None:
     assert any("rank-" in name for name in files)
 
 
-def fifty_kills(runs: Runs, recipe: str, folder: Path, seed: int) -> None:
-    """Kill a run fifty times at random moments and compare it with one that nobody disturbed.
+def killed_at_random(runs: Runs, recipe: str, folder: Path, *, kills: int, seed: int) -> None:
+    """Kill a run ``kills`` times at random moments and compare it with one that nobody disturbed.
 
     Each cycle lives until it has published a snapshot: a run that is killed ever faster would never end.
     """
-    options = ("run.steps=110", "checkpoint.every=1", "evaluation.every=50")
+    options = (f"run.steps={2 * kills + 10}", "checkpoint.every=1", f"evaluation.every={kills}")
     assert runs.run("train", recipe, f"run.dir={folder / 'whole'}", *options) == 0, runs.text()
     train, chance = ("train", recipe, f"run.dir={folder / 'run'}", *options), random.Random(seed)
-    for _ in range(50):
+    for _ in range(kills):
         before = snapshots(folder / "run")[-1:]
         pid = runs.start(*train)
         assert until(lambda: snapshots(folder / "run")[-1:] != before), runs.text()  # noqa: B023

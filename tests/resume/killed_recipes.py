@@ -5,7 +5,7 @@ algorithm: {algorithm}
 run: {{dir: x, steps: 6, seed: 1, logged_samples: 3, progress: none, tensorboard: false, max_restarts: 0}}
 checkpoint: {{every: 2}}
 executor: local
-data: {{path: {data}, max_rows: 60}}
+data: {{path: {data}, format: {format}, max_rows: 60}}
 """
 POLICY = "policy: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora}, optimizer: {{lr: 2e-3}}}}\n"
 SAMPLED = """
@@ -31,12 +31,24 @@ ALGORITHMS = {
         + PAIRS
         + "validate_every: 3\n",
     ),
+    "reward_model, regression": (
+        "reward_model",
+        "reward: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora}, optimizer: {{lr: 2e-3}}, "
+        "attributes: [helpfulness, verbosity]}}\nloss: regression\n" + PAIRS + "validate_every: 3\n",
+    ),
     "dpo": ("dpo", POLICY + PAIRS + "reward: {{path: {reward}}}\nevaluation: {{every: 3, prompts: 5}}\n"),
     "online_dpo": ("online_dpo", POLICY + SAMPLED),
     "best_of_n": ("best_of_n", POLICY + SAMPLED),
     "ppo": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC),
     "rloo": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\n"),
     "rloo, two steps behind": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nlag: 2\n"),
+    "rloo with a function": (
+        "rloo",
+        POLICY
+        + SAMPLED.replace("{{path: {reward}, dtype: float32}}", "{{kind: function, function: '{judge}'}}")
+        + GRADIENT
+        + "loss: {{kind: clipped}}\n",
+    ),
     "grpo": ("grpo", POLICY + SAMPLED + GRADIENT),
     "dapo": ("grpo", POLICY + SAMPLED + GRADIENT + "max_attempts: 3\n"),
     "reinforce": ("reinforce", POLICY + SAMPLED + GRADIENT),
@@ -55,3 +67,6 @@ PLACEMENTS = {
     "rloo, two steps behind": "{policy: 0-1, sampler: 2, reference: 3, reward: 3}",
 }
 """Of those that are killed on Ray, with the policy on two ranks."""
+
+ALWAYS_ON_RAY = ("ppo", "rloo")
+"""Those of them that every change is tried with; of the others every change is killed in one process."""

@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import assert_same, fifty_kills, metrics, steps_done
-from killed_recipes import ALGORITHMS, PLACEMENTS
+from harness import assert_same, killed_at_random, metrics, steps_done
+from killed_recipes import ALGORITHMS, ALWAYS_ON_RAY
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +28,8 @@ def reference(runs, write_recipe, tmp_path_factory):
 
 
 def _group(name: str) -> pytest.MarkDecorator:
-    """What is killed on Ray need not be killed here as often."""
-    return pytest.mark.full if name in PLACEMENTS and "behind" not in name else pytest.mark.long
+    """What is killed on Ray need not be killed here as often; a function is a reward role as any other."""
+    return pytest.mark.full if name in ALWAYS_ON_RAY or "function" in name else pytest.mark.long
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=_group(name)) for name in ALGORITHMS])
@@ -39,7 +39,7 @@ def test_killed_between_and_in_steps_and_resumed(name, reference, runs, tmp_path
     train = ("train", recipe, f"run.dir={tmp_path / 'run'}")
     last = metrics(whole)[-1]["step"]
     assert runs.run(*train, fault="role=driver,phase=step,step=4,kind=sigkill") == KILLED
-    role = "reward" if name == "reward_model" else "policy"
+    role = "reward" if name.startswith("reward_model") else "policy"
     assert runs.run(*train, fault=f"role={role},phase=update,step={last - 1},kind=sigkill") == KILLED
     assert steps_done(tmp_path / "run") < last
     assert runs.run(*train) == 0, runs.text()
@@ -54,9 +54,10 @@ PHASES = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("role", "phase"), PHASES)
-@pytest.mark.parametrize("name", ["rloo", "ppo"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("rloo", marks=pytest.mark.long), pytest.param("ppo", marks=pytest.mark.full)]
+)
 def test_killed_in_each_phase(name, role, phase, reference, runs, tmp_path):
     """At the second time that a phase comes, so that there is something to lose."""
     recipe, whole = reference(name)
@@ -76,7 +77,7 @@ def test_killed_in_each_phase_of_the_critic(phase, reference, runs, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.long
-def test_fifty_kills_at_random_times(runs, write_recipe, tmp_path):
-    """Fifty cycles of SIGKILL and resume in one run equal the run that nobody disturbed."""
-    fifty_kills(runs, write_recipe("rloo"), tmp_path, seed=0)
+@pytest.mark.parametrize("kills", [pytest.param(15, marks=pytest.mark.long), pytest.param(50, marks=pytest.mark.full)])
+def test_kills_at_random_times(kills, runs, write_recipe, tmp_path):
+    """Cycles of SIGKILL and resume in one run equal the run that nobody disturbed."""
+    killed_at_random(runs, write_recipe("rloo"), tmp_path, kills=kills, seed=0)

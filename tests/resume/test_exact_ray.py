@@ -4,16 +4,16 @@ import signal
 
 import pytest
 from harness import assert_same, steps_done
-from killed_recipes import PLACEMENTS
+from killed_recipes import ALWAYS_ON_RAY, PLACEMENTS
 
 pytestmark = pytest.mark.slow
 
 KILLED = -signal.SIGKILL
-ALSO = "rloo, two steps behind"  # what it adds to rloo is tested in one process too
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if name == ALSO else pytest.mark.long) for name in PLACEMENTS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in ALWAYS_ON_RAY else pytest.mark.full) for name in PLACEMENTS],
 )
 def test_a_killed_driver(name, on_ray, runs, tmp_path):
     train, whole = on_ray(name)

@@ -9,7 +9,7 @@ import re
 import signal
 
 import pytest
-from harness import assert_same, fifty_kills, metrics, snapshots
+from harness import assert_same, killed_at_random, metrics, snapshots
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -102,7 +102,7 @@ def test_a_signal_in_a_phase(name, role, phase, reference, runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_fifty_kills(name, runs, write_recipe, tmp_path):
-    fifty_kills(runs, write_recipe(name), tmp_path, seed=1)
+    killed_at_random(runs, write_recipe(name), tmp_path, kills=50, seed=1)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])

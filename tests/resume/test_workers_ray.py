@@ -69,7 +69,7 @@ def responses(folder: Path, step: int) -> list[str]:
     return [line["response"] for line in lines if line["step"] == step]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_on_one_two_and_one_processes_and_from_zero_2_to_3(on_ray, runs, tmp_path):
     """The same samples at the step after, and weights within 1e-6."""
     train, whole = on_ray("rloo")

@@ -18,7 +18,8 @@ from align.types import Packed, Prompts
 
 def started(folder: Path, steps: int = 3, rounds: int = 1, progress: str = "none") -> Run:
     section = sections.Run(dir=str(folder), steps=steps, tensorboard=False, progress=progress)  # type: ignore[arg-type]
-    return Run(sections.OnPolicy(algorithm="rloo", run=section, rounds=rounds), str)
+    reward = sections.Reward(path="r")
+    return Run(sections.OnPolicy(algorithm="rloo", run=section, reward=reward, rounds=rounds), str)
 
 
 # Rollouts

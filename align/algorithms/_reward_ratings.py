@@ -1,0 +1,83 @@
+"""Reward models from ratings: regression on attributes (HelpSteer2, arXiv 2406.08673), and how well held-out ratings
+are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from align import data, ops, roles
+from align.data.attributes import NEMO_ATTRIBUTES
+from align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import Corpus
+    from align.data.rows import Rating
+    from align.sections import Data
+    from align.types import Batch, Ratings
+
+
+def loss(*, attribute_BA: Tensor, label_BA: Tensor, mask_BT: Tensor) -> roles.Loss:
+    """Mean squared error over the attributes that somebody rated."""
+    error, count = ops.losses.squared_error(attribute_BA, label_BA)
+    return roles.Loss(error, count, {})
+
+
+@dataclass(frozen=True)
+class Task:
+    """Ratings to learn from and ratings to be judged by; see `align.algorithms.reward_model.Task`."""
+
+    train: Ratings
+    validation: Ratings
+    names: tuple[str, ...]
+    """Of the attributes, in the order of the model's outputs."""
+    weights: Mapping[str, float]
+    """Goodness weights."""
+    loss = staticmethod(loss)
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The responses ``index``."""
+        return self.train.select(index).batch()
+
+    def measure(self, reward: roles.TrainedReward) -> tuple[dict[str, float], Tensor]:
+        """On held-out responses: the loss; mean squared error and Pearson correlation of each attribute that is rated
+        there; accuracy on pairs of responses to one prompt whose goodness differs (a tie of scores is wrong)."""
+        attribute_BA = reward.attributes(self.validation.sequences).result()
+        label_BA = self.validation.label_BA
+        error, count = ops.losses.squared_error(attribute_BA, label_BA)
+        found = {"loss": float(error / count)}
+        for name, predicted_B, label_B in zip(self.names, attribute_BA.T, label_BA.T, strict=True):
+            found |= {f"{name}/{what}": n for what, n in ops.ratings.summary(predicted_B, label_B).items()}
+        weight_A = label_BA.new_tensor([self.weights.get(name, 0.0) for name in self.names])
+        score_B = ops.ratings.goodness(attribute_BA, weight_A)
+        label_B = ops.ratings.labelled_goodness(label_BA, weight_A)
+        difference_P = ops.ratings.differences(score_B, label_B, self.validation.sequences.prompt_B)
+        if len(difference_P):
+            found |= ops.preferences.summary(difference_P)
+        return found, score_B
+
+
+def prepare(
+    source: Corpus[Rating], renderer: Renderer, section: Data, names: tuple[str, ...], weights: Mapping[str, float]
+) -> tuple[Task, dict[str, int]]:
+    """Rated responses of both splits, and what became of their rows. Raises `ConfigError` for an attribute that nobody
+    rated, but for those of NeMo-Aligner's nine that have no weight."""
+    limits = section.max_prompt_tokens, section.max_response_tokens
+    train, counts = data.helpsteer.ratings(source.train, renderer, names, *limits)
+    validation, others = data.helpsteer.ratings(source.validation, renderer, names, *limits)
+    rated_A = ops.ratings.is_rated(train.label_BA).any(0).tolist()
+    missing = [name for name, rated in zip(names, rated_A, strict=True) if not rated]
+    if wrong := [name for name in missing if weights.get(name) or name not in NEMO_ATTRIBUTES]:
+        raise ConfigError(
+            f"reward.attributes: no row of train is rated by {', '.join(wrong)}",
+            remedy="name attributes that the data has, and give those that it lacks no weight",
+        )
+    task = Task(train, validation, names, weights)
+    return task, counts | {f"validation_{name}": n for name, n in others.items()}

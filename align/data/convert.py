@@ -1,0 +1,174 @@
+"""From one format to another: rated responses to pairs, fewer labels, and the files of OpenAI, NeMo and HelpSteer3."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from itertools import combinations, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from align.data import helpsteer, helpsteer3, messages, nemo
+from align.data.rows import BadRow, Preference, Rating
+from align.errors import ConfigError, DataError
+from align.sections import Data
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def pairs(rows: Iterable[Rating], attribute: str = "helpfulness") -> tuple[list[Preference], dict[str, int]]:
+    """Every two responses in succession to one prompt as a pair, by their ratings of ``attribute``.
+
+    The strength is the difference, rounded, 1 to 3. The counts say how many ``pairs`` there were, how many of them were
+    ``ties`` or ``empty`` (nothing is said in the preferred response) and were dropped, how many ``kept``, and how many
+    rows were ``unrated``.
+    """
+    counts: Counter[str] = Counter(unrated=0, pairs=0, ties=0, empty=0, kept=0)
+    found = []
+    for context, group in groupby(rows, key=lambda row: row.context):
+        members = list(group)
+        rated = [row for row in members if attribute in row.ratings]
+        counts["unrated"] += len(members) - len(rated)
+        for first, second in combinations(rated, 2):
+            difference = second.ratings[attribute] - first.ratings[attribute]
+            counts["pairs"] += 1
+            if difference == 0:
+                counts["ties"] += 1
+                continue
+            strength = max(1, min(3, round(abs(difference))))
+            preference = strength if difference > 0 else -strength
+            row = Preference(context, first.response, second.response, preference, first.domain, first.language)
+            if row.chosen.strip():
+                found.append(row)
+            else:
+                counts["empty"] += 1
+    counts["kept"] = len(found)
+    return found, dict(counts)
+
+
+def only(rows: Iterable[Rating], attributes: Sequence[str]) -> tuple[list[Rating], dict[str, int]]:
+    """Ratings of ``attributes`` alone, the others as if nobody had given them. Rows that have none of them are dropped
+    and counted as ``unrated``."""
+    counts: Counter[str] = Counter(rows=0, unrated=0, kept=0)
+    found = []
+    for row in rows:
+        counts["rows"] += 1
+        ratings = {name: row.ratings[name] for name in attributes if name in row.ratings}
+        if ratings:
+            found.append(replace(row, ratings=ratings))
+    counts["kept"] = len(found)
+    counts["unrated"] = counts["rows"] - len(found)
+    return found, dict(counts)
+
+
+class Target(NamedTuple):
+    """How rows are written."""
+
+    stems: Mapping[str, str]
+    """The file of each split, without its suffix."""
+    suffix: str
+    objects: Mapping[type, Callable[[Any], list[dict[str, Any]]]]
+    """The lines of a row, by its type. Raises `BadRow` for a row that the format cannot hold."""
+    ties: bool = False
+    """Whether a tie can be told from a preference by those who read the file."""
+
+
+TARGETS = {
+    "openai": Target(messages.SPLITS, "jsonl", {Preference: messages.preference, Rating: messages.rated}),
+    "nemo": Target(nemo.SPLITS, "jsonl", {Preference: nemo.conversation, Rating: nemo.conversation}),
+    "nemo_text": Target(nemo.SPLITS, "jsonl", {Preference: nemo.regression, Rating: nemo.regression}),
+    "helpsteer3": Target(helpsteer3.SPLITS, "jsonl.gz", {Preference: helpsteer3.written}, ties=True),
+}
+"""By name of the format. ``nemo`` has conversations and ``nemo_text`` texts with nine numbers; `nemo` reads both."""
+
+
+def write(
+    folder: Path, target: str, splits: Mapping[str, Sequence[Preference] | Sequence[Rating]]
+) -> dict[str, dict[str, int]]:
+    """Write the splits into the new folder ``folder``, which appears whole or not at all.
+
+    The counts say of each split how many rows were ``written``, and how many not, by reason. Raises `DataError` when
+    there is something at ``folder`` already, and when a split would be empty.
+    """
+    to, folder = TARGETS[target], folder.expanduser()
+    if folder.exists():
+        raise DataError("there is something already", where=str(folder), remedy="name a new folder")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    counts = {}
+    try:
+        for split, rows in splits.items():
+            file = partial / f"{to.stems[split]}.{to.suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            counts[split] = _write_split(file, to, rows)
+            if not counts[split]["written"]:
+                raise DataError(f"no rows of {split} can be written: {_listed(counts[split])}", where=str(folder))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[Rating]) -> dict[str, int]:
+    counts: Counter[str] = Counter(written=0)
+    # No time in the header, so equal rows give equal files.
+    with gzip.GzipFile(file, "wb", mtime=0) if file.suffix == ".gz" else file.open("wb") as stream:
+        for row in rows:
+            if isinstance(row, Preference) and not row.preference and not to.ties:
+                counts["ties"] += 1
+                continue
+            try:
+                objects = to.objects[type(row)](row)
+            except BadRow as error:
+                counts[error.reason] += 1
+                continue
+            for one in objects:
+                stream.write(json.dumps(one, ensure_ascii=False).encode() + b"\n")
+            counts["written"] += 1
+    return dict(counts)
+
+
+def section(arguments: argparse.Namespace) -> Data:
+    """The section ``data`` that a command's arguments amount to. Raises `ConfigError` for values that it refuses."""
+    names = {field.name for field in fields(Data)} & vars(arguments).keys()
+    try:
+        return Data(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
+    except ValueError as error:
+        raise ConfigError(str(error), remedy="see data in docs/recipes.md") from error
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align data convert``."""
+    data = section(arguments)
+    reads = "ratings" if arguments.pairs_by else arguments.reads or helpsteer.usual(data.format)
+    kind = Rating if reads == "ratings" and not arguments.pairs_by else Preference
+    if kind not in TARGETS[arguments.to].objects:
+        raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
+    if arguments.attributes and kind is Preference:
+        raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --as ratings")
+    source = helpsteer.load(data, reads)
+    splits: dict[str, Any] = {"train": source.train, "validation": source.validation}
+    for split, rows in splits.items():
+        console.print(f"{split}: {_listed(asdict(source.counts[split]))}", highlight=False)
+        if arguments.pairs_by:
+            splits[split], counts = pairs(rows, arguments.pairs_by)
+            console.print(f"{split}, pairs by {arguments.pairs_by}: {_listed(counts)}", highlight=False)
+        elif arguments.attributes:
+            splits[split], counts = only(rows, arguments.attributes)
+            console.print(f"{split}, only {', '.join(arguments.attributes)}: {_listed(counts)}", highlight=False)
+    for split, counts in write(arguments.out, arguments.to, splits).items():
+        console.print(f"{split}: {_listed(counts)}", highlight=False)
+    console.print(f"wrote {arguments.out}", highlight=False)
+    return 0
+
+
+def _listed(counts: Mapping[str, Any]) -> str:
+    """Counts that are not 0, those of bad rows by their reason."""
+    flat = {**counts, **counts.get("bad", {})}
+    return ", ".join(f"{name} {count}" for name, count in flat.items() if count and name != "bad")

@@ -1,0 +1,381 @@
+"""What is wrong with a data source, and what is worth knowing of it, before anything is trained: every row is read, and
+nothing stops at the first that is bad.
+
+Significance is that of the sign test: how likely a fair coin is to lie as far from the middle, in either direction
+(exact, so there is no normal approximation). Rows that are equal to an earlier one do not count in it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from align.data.chat import Renderer
+from align.data.helpsteer import SPLITS, format_of
+from align.data.rows import BadRow, Preference, Rating
+from align.errors import DataError
+from align.sections import Data
+
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+PLACES = 5
+"""Places that a finding names."""
+SIGNIFICANT = 0.01
+"""A bias less likely than this by chance is a warning."""
+CHOSEN_FIRST = ("openai", "helpsteer3_edit_quality")
+"""Formats whose first response is the preferred one by construction."""
+
+CHECKS: dict[str, tuple[Severity, str]] = {
+    "template": ("error", "the chat template cannot be used"),
+    "double_bos": ("error", "the prompt begins with two beginning-of-sequence tokens"),
+    "not_rendered": ("error", "the template cannot render the row"),
+    "duplicates": ("warning", "rows that occurred before in their split"),
+    "contradictory": ("warning", "rows that occurred before in their split with another label"),
+    "overlap": ("warning", "rows of train that are in validation too"),
+    "shared_prompts": ("warning", "rows of train whose prompt is in validation"),
+    "identical": ("warning", "both responses are the same text"),
+    "identical_tokens": ("warning", "both responses are the same tokens, of different text"),
+    "identical_truncated": ("warning", "the responses differ only beyond the limit, so whoever cuts them sees no pair"),
+    "empty": ("warning", "a response is empty"),
+    "long_prompt": ("warning", "the prompt is longer than the limit, so the row is dropped"),
+    "long_response": ("warning", "a response is longer than the limit, so the row is dropped"),
+    "pad_is_eos": ("warning", "the padding token is the end-of-sequence token; whoever masks padding masks the end"),
+    "added_bos": (
+        "warning",
+        "the tokenizer adds a beginning-of-sequence token and the template writes one: tokenise its text without "
+        "special tokens, as align does, or it has two",
+    ),
+    "no_end_of_turn": (
+        "warning",
+        "the template writes no end-of-turn token after an answer; align adds the end-of-sequence token",
+    ),
+    "unrated": ("warning", "no attribute is rated"),
+    "spread": ("info", "the annotators lie further apart than data.max_spread, so the row is dropped"),
+    "single": ("info", "a prompt with one response, which makes no pair"),
+    "ties": ("info", "neither response is preferred; only the prompt is of use"),
+}
+"""By name: how bad it is, and what was found. A bad row's name is its reason, and it is an error."""
+
+
+@dataclass
+class Finding:
+    """One thing that was found, and how often."""
+
+    name: str
+    severity: Severity
+    what: str
+    count: int = 0
+    share: float | None = None
+    """Of the rows that were read, or of what ``what`` says; None where it is not about rows."""
+    places: list[str] = field(default_factory=list)
+    """The first of them, as file:line, files below the source."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers for the reader."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it."""
+
+    source: str
+    format: str
+    reads: str
+    rows: Mapping[str, int]
+    """Rows that were read of each split, bad ones among them."""
+    findings: list[Finding]
+    """The worst first."""
+    tables: list[Table]
+
+    def worst(self) -> Severity | None:
+        """The severity of the worst finding."""
+        return self.findings[0].severity if self.findings else None
+
+
+def sign_test(successes: int, trials: int) -> float:
+    """How likely ``trials`` tosses of a fair coin are to lie at least as far from the middle as ``successes``."""
+    far = max(successes, trials - successes)
+    logs = [
+        math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) - trials * math.log(2)
+        for i in range(far, trials + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+class _Findings:
+    def __init__(self, source: str) -> None:
+        self.source = f"{Path(source).expanduser()}/"
+        self.by_name: dict[str, Finding] = {}
+
+    def note(self, name: str, where: str = "", detail: str = "") -> None:
+        """Count one case of a check, or of a row that is bad for the reason ``name``."""
+        severity, what = CHECKS.get(name, ("error", name))
+        one = self.by_name.setdefault(name, Finding(name, severity, f"{what}: {detail}" if detail else what))
+        one.count += 1
+        if where and len(one.places) < PLACES:
+            one.places.append(where.removeprefix(self.source))
+
+    def add(self, finding: Finding) -> None:
+        self.by_name[finding.name] = finding
+
+    def sorted(self, rows: int) -> list[Finding]:
+        for one in self.by_name.values():
+            if one.places and rows:
+                one.share = one.count / rows
+        return sorted(self.by_name.values(), key=lambda one: SEVERITIES.index(one.severity))
+
+
+_Placed = list[tuple[str, Any]]
+"""Rows, each with its place."""
+
+
+def lint(
+    data: Data, reads: Literal["preferences", "ratings"], renderer: Renderer | None = None, template: str = ""
+) -> Report:
+    """Read everything and say what was found.
+
+    ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
+    one was asked for. Raises `DataError` for a source that is missing or damaged.
+    """
+    sources, parse = format_of(data.format, reads)
+    findings = _Findings(data.path)
+    splits: dict[str, _Placed] = {}
+    read = {}
+    for split, items in sources(data).items():
+        splits[split], others = [], 0
+        for where, raw in items:
+            try:
+                found = parse(raw)
+            except BadRow as error:
+                findings.note(error.reason, error.where or where)
+                others += 1
+                continue
+            splits[split] += [(where, row) for row in found]
+            if not found:
+                findings.note("single", where)
+                others += 1
+        read[split] = len(splits[split]) + others
+        if not splits[split]:
+            findings.add(Finding(f"empty_{split}", "error", f"{split} has no rows", 1))
+    rows = [placed for split in SPLITS for placed in splits[split]]
+    distinct = _repetitions(splits, findings)
+    lengths, unit = [len(response) for row in distinct for response in _responses(row)], "characters"
+    if template:
+        findings.note("template", detail=template)
+    tokens: dict[int, tuple[int, ...]] = {}
+    if renderer is not None:
+        _check_tokenizer(renderer, findings)
+        tokens = _check_tokens(rows, renderer, data, findings)
+        known = [tokens.get(id(row)) for row in distinct]
+        distinct = [row for row, ids in zip(distinct, known, strict=True) if ids]
+        lengths, unit = [length for ids in known if ids for length in ids[1:]], "tokens"
+    _check_texts(rows, data, findings)
+    if reads == "preferences":
+        tables = _preferences(distinct, lengths, unit, data.format, findings)
+    else:
+        tables = _ratings(distinct, lengths, unit, findings)
+    tables += [_places(row for _, row in rows), _turns(row for _, row in rows)]
+    if renderer is not None:
+        tables.append(_quantiles(tokens.values()))
+    return Report(data.path, data.format, reads, read, findings.sorted(sum(read.values())), tables)
+
+
+def _label(row: Any) -> Any:
+    return row.preference if isinstance(row, Preference) else dict(row.ratings)
+
+
+def _responses(row: Any) -> list[str]:
+    return [row.response1, row.response2] if isinstance(row, Preference) else [row.response]
+
+
+def _repetitions(splits: Mapping[str, _Placed], findings: _Findings) -> list[Any]:
+    """Note what occurs more than once; the rows that are left, each once, without those of train that are in
+    validation."""
+    labels: dict[str, dict[Any, Any]] = {split: {} for split in SPLITS}
+    distinct = []
+    held_out = {row.key for _, row in splits["validation"]}, {row.context for _, row in splits["validation"]}
+    for split in SPLITS:
+        for where, row in splits[split]:
+            seen, in_train = labels[split], split == "train"
+            if in_train and row.context in held_out[1]:
+                findings.note("shared_prompts", where)
+            if row.key in seen:
+                findings.note("duplicates", where)
+                if seen[row.key] != _label(row):
+                    findings.note("contradictory", where)
+                continue
+            seen[row.key] = _label(row)
+            if in_train and row.key in held_out[0]:
+                findings.note("overlap", where)
+            else:
+                distinct.append(row)
+    return distinct
+
+
+def _check_texts(rows: _Placed, data: Data, findings: _Findings) -> None:
+    for where, row in rows:
+        if data.max_spread is not None and row.spread > data.max_spread:
+            findings.note("spread", where)
+        responses = _responses(row)
+        if not all(response.strip() for response in responses):
+            findings.note("empty", where)
+        if isinstance(row, Rating):
+            if not row.ratings:
+                findings.note("unrated", where)
+        elif row.preference == 0:
+            findings.note("ties", where)
+        elif responses[0] == responses[1]:
+            findings.note("identical", where)
+
+
+# Tokens.
+
+
+def _check_tokenizer(renderer: Renderer, findings: _Findings) -> None:
+    tokenizer: Any = renderer.tokenizer
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        findings.note("pad_is_eos")
+    if not renderer.closes_turns:
+        findings.note("no_end_of_turn")
+    if renderer.writes_bos and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]:
+        findings.note("added_bos")
+
+
+def _check_tokens(rows: _Placed, renderer: Renderer, data: Data, findings: _Findings) -> dict[int, tuple[int, ...]]:
+    """Note what only token ids show; by ``id`` of a row, the tokens of prompt and responses."""
+    lengths = {}
+    for where, row in rows:
+        try:
+            prompt, responses = renderer.dialogue_ids(row.context, _responses(row))
+        except DataError as error:
+            twice = "two beginning-of-sequence tokens" in error.message
+            findings.note("double_bos" if twice else "not_rendered", where, "" if twice else error.message)
+            continue
+        lengths[id(row)] = len(prompt), *map(len, responses)
+        limit = data.max_response_tokens
+        if len(prompt) > data.max_prompt_tokens:
+            findings.note("long_prompt", where)
+        if max(map(len, responses)) > limit:
+            findings.note("long_response", where)
+        if isinstance(row, Preference) and row.preference and row.response1 != row.response2:
+            if responses[0] == responses[1]:
+                findings.note("identical_tokens", where)
+            elif responses[0][:limit] == responses[1][:limit]:
+                findings.note("identical_truncated", where)
+    return lengths
+
+
+# Labels.
+
+
+def _bias(name: str, what: str, successes: int, trials: int, findings: _Findings) -> None:
+    p = sign_test(successes, trials)
+    share = successes / trials if trials else None
+    severity: Severity = "warning" if p < SIGNIFICANT else "info"
+    said = f"{what} ({successes} of {trials}, p = {p:.2g})"
+    findings.add(Finding(name, severity, said, successes, share))
+
+
+def _preferences(
+    rows: Sequence[Preference], lengths: Sequence[int], unit: str, form: str, findings: _Findings
+) -> list[Table]:
+    both = list(zip(lengths[::2], lengths[1::2], strict=True))
+    decided = [(row, pair) for row, pair in zip(rows, both, strict=True) if row.preference]
+    if form not in CHOSEN_FIRST:
+        second = sum(row.preference > 0 for row, _ in decided)
+        _bias("position", "the second response is preferred", second, len(decided), findings)
+    gaps = [(pair[1] - pair[0]) * (1 if row.preference > 0 else -1) for row, pair in decided]
+    longer, unequal = sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)
+    mean = f", by {statistics.fmean(gaps):+.1f} {unit} in the mean" if gaps else ""
+    _bias("length", f"the preferred response is the longer one{mean}", longer, unequal, findings)
+    strengths = Counter(row.preference for row in rows)
+    shares = [(mark, strengths[mark], _percent(strengths[mark], len(rows))) for mark in range(-3, 4)]
+    return [Table("preference", ("negative: the first is better", "rows", "share"), shares)]
+
+
+def _ratings(rows: Sequence[Rating], lengths: Sequence[int], unit: str, findings: _Findings) -> list[Table]:
+    names = list(dict.fromkeys(name for row in rows for name in row.ratings))
+    table, constant = [], []
+    for name in names:
+        rated = [(row.ratings[name], length) for row, length in zip(rows, lengths, strict=True) if name in row.ratings]
+        values, sizes = [value for value, _ in rated], [length for _, length in rated]
+        if len(set(values)) == 1 and len(values) > 1:
+            constant.append(name)
+        numbers = statistics.fmean(values), statistics.pstdev(values)
+        table.append(
+            (name, len(values), *(round(n, 3) for n in numbers), min(values), max(values), _correlation(rated))
+        )
+        if name == "helpfulness" and len(set(values)) > 1 and len(set(sizes)) > 1:
+            _length_of_rated(rated, unit, findings)
+    if constant:
+        what = f"an attribute has one value in all rows: {', '.join(constant)}"
+        findings.add(Finding("constant", "warning", what, len(constant)))
+    columns = ("attribute", "rows", "mean", "deviation", "lowest", "highest", f"correlation with {unit}")
+    return [Table("ratings", columns, table)]
+
+
+def _length_of_rated(rated: Sequence[tuple[float, int]], unit: str, findings: _Findings) -> None:
+    """Fisher's z of the correlation, which is normal with deviation 1 / sqrt(n - 3) where there is none."""
+    r, n = statistics.correlation(*map(list, zip(*rated, strict=True))), len(rated)
+    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))) * math.sqrt(max(0, n - 3))
+    p = math.erfc(abs(z) / math.sqrt(2))
+    severity: Severity = "warning" if p < SIGNIFICANT else "info"
+    what = f"helpfulness and length in {unit} correlate by {r:+.3f} (n = {n}, p = {p:.2g})"
+    findings.add(Finding("length", severity, what, n))
+
+
+def _correlation(rated: Sequence[tuple[float, int]]) -> float | None:
+    values, lengths = zip(*rated, strict=True)
+    constant = len(set(values)) == 1 or len(set(lengths)) == 1
+    return None if constant else round(statistics.correlation(values, lengths), 3)
+
+
+# Tables.
+
+
+def _percent(count: int, of: int) -> str:
+    return f"{count / of:.1%}" if of else ""
+
+
+def _places(rows: Iterable[Any]) -> Table:
+    counts = Counter((row.language, row.domain) for row in rows)
+    domains = sorted({domain for _, domain in counts})
+    by_language = Counter[str]()
+    for (language, _), count in counts.items():
+        by_language[language] += count
+    table = [
+        (language or "(none)", *(counts[language, domain] for domain in domains), total)
+        for language, total in by_language.most_common()
+    ]
+    return Table("language and domain", ("language", *(domain or "(none)" for domain in domains), "all"), table)
+
+
+def _turns(rows: Iterable[Any]) -> Table:
+    counts = Counter(sum(message.role == "user" for message in row.context) for row in rows)
+    total = sum(counts.values())
+    table = [(turns, count, _percent(count, total)) for turns, count in sorted(counts.items())]
+    return Table("turns of the user", ("turns", "rows", "share"), table)
+
+
+def _quantiles(lengths: Iterable[tuple[int, ...]]) -> Table:
+    """Lower quantiles: a length that occurs."""
+    known = list(lengths)
+    table = []
+    for name, values in (
+        ("prompt", sorted(one[0] for one in known)),
+        ("response", sorted(length for one in known for length in one[1:])),
+    ):
+        if values:
+            table.append((name, *(values[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1.0))))
+    return Table("tokens", ("", "median", "95 %", "longest"), table)

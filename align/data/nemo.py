@@ -1,0 +1,223 @@
+"""The files of NeMo-Aligner: ``train`` and ``val``, in either of its two forms.
+
+Conversations, from which its scripts make the other form:
+
+- ``system``         text; the standard one, `SYSTEM`, counts as none
+- ``mask``           which ``from`` is the user's; User where it is left out
+- ``conversations``  list of {``from``, ``value``, ``label``}; label as ``helpfulness:3,correctness:4``, or null
+
+Text, which its reward trainers read:
+
+- ``text``   ``<extra_id_0>System`` ..., ``<extra_id_1>User`` ..., ``<extra_id_1>Assistant`` ..., ``<extra_id_2>``
+- ``label``  nine numbers in the order of `NEMO_ATTRIBUTES`, -100 where nobody rated
+
+Either kind of label may stand in either form. As ratings, every labelled turn of the assistant is a row, its values 0
+to 4. As preferences, two rows in succession are a pair: ``quality`` of both holds the strength, -3 to 3, negative where
+the first is better. A conversation of several turns may stand in one value, with the marks of HelpSteer2. A text that
+holds a mark itself cannot be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from align.data.attributes import NEMO_ATTRIBUTES
+from align.data.chat import Message
+from align.data.helpsteer2 import LANGUAGE, NO_DOMAIN, STRAY, in_twos, marked_turns
+from align.data.rows import (
+    BadRow,
+    Context,
+    Preference,
+    Rating,
+    at,
+    decoded,
+    integer,
+    rating,
+    require,
+    require_spoken,
+    text,
+)
+from align.data.sources import Rows, tables
+from align.sections import Data
+from align.types import NOT_RATED
+
+SPLITS = {"train": "train", "validation": "val"}
+"""The file of each split."""
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""What NeMo-Aligner writes where a conversation has no system turn."""
+
+_SYSTEM, _USER, _ASSISTANT, _END = (
+    "<extra_id_0>System\n",
+    "\n<extra_id_1>User\n",
+    "\n<extra_id_1>Assistant\n",
+    "\n<extra_id_2>",
+)
+
+_Said = tuple[Context, str, dict[str, float]]
+"""Context, response and its labels as they stand there, without -100."""
+
+
+def sources(data: Data) -> dict[str, Rows]:
+    """Both splits, row by row."""
+    return {split: islice(rows(), data.max_rows) for split, rows in tables(data, SPLITS).items()}
+
+
+def sources_twos(data: Data) -> dict[str, Rows]:
+    """Both splits, two rows at a time."""
+    return {split: in_twos(rows) for split, rows in sources(data).items()}
+
+
+def parse_ratings(raw: Any) -> list[Rating]:
+    """A row for each labelled turn of the assistant. Raises `BadRow`."""
+    rows = []
+    for context, response, labels in _said(raw):
+        for name, value in labels.items():
+            rating(f"label {name}", value, 0, 4)
+        rows.append(Rating(context, response, labels, NO_DOMAIN, LANGUAGE))
+    return rows
+
+
+def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
+    """The preference of two rows. Raises `BadRow`."""
+    found = []
+    for where, raw in pair:
+        with at(where):
+            said = _said(raw)
+            if len(said) > 1:
+                raise BadRow("conversations", "has more than one label", len(said))
+            context, response, labels = said[0]
+            quality = labels.get("quality")
+            strength = int(quality) if quality is not None and quality == int(quality) else quality
+            found.append((context, response, integer("label quality", strength, -3, 3)))
+            if context != found[0][0]:
+                raise BadRow("prompt", "differs from that of the row before", context[-1].content)
+            if strength != found[0][2]:
+                raise BadRow("label quality", "differs from that of the row before", strength)
+    if len(found) < 2:
+        raise BadRow("row", "is the last one, and has no second response")
+    (context, response1, preference), (_, response2, _) = found
+    row = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE)
+    if preference:
+        with at(pair[preference > 0][0]):
+            require_spoken("response", row.chosen)
+    return [row]
+
+
+def _said(raw: Any) -> list[_Said]:
+    """Every labelled answer of a row; at least one."""
+    row = decoded(raw)
+    return [_from_text(row)] if "text" in row else _from_conversation(row)
+
+
+def _from_text(row: dict[str, Any]) -> _Said:
+    require(row, ("label",))
+    said = text("text", row["text"])
+    system, user, rest = said.removeprefix(_SYSTEM).partition(_USER)
+    if not said.startswith(_SYSTEM) or not user or not rest.endswith(_END):
+        raise BadRow("text", "lacks the marks of NeMo", said)
+    prompt, assistant, response = rest.removesuffix(_END).rpartition(_ASSISTANT)
+    if not assistant:
+        raise BadRow("text", "has no turn of the assistant", said)
+    return marked_turns("text", prompt, _system(system)), _unmarked("text", response), _labels(row["label"])
+
+
+def _from_conversation(row: dict[str, Any]) -> list[_Said]:
+    require(row, ("conversations",))
+    turns, mask = row["conversations"], row.get("mask", "User")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("conversations", "is not a list of turns", turns)
+    system = _system(text("system", row.get("system", SYSTEM)))
+    found: list[_Said] = []
+    before = ""
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise BadRow("conversations", "has a turn without from and value", turn)
+        value, user = text("conversations", turn["value"]), turn["from"] == mask
+        if not user and turn.get("label"):
+            context = marked_turns("conversations", before.removeprefix(_USER), system)
+            found.append((context, _unmarked("conversations", value), _labels(turn["label"])))
+        before += (_USER if user else _ASSISTANT) + value
+    if not found:
+        raise BadRow("conversations", "has no answer with a label")
+    return found
+
+
+def _system(system: str) -> list[Message]:
+    return [] if system in ("", SYSTEM) else [Message("system", system)]
+
+
+def _unmarked(field: str, response: str) -> str:
+    if stray := STRAY.search(response):
+        raise BadRow(field, "has a mark of a turn in the response", stray[0])
+    return response
+
+
+def _labels(value: object) -> dict[str, float]:
+    """Numbers by attribute, without those that nobody rated."""
+    if isinstance(value, str):
+        pairs = [part.partition(":")[::2] for part in value.split(",")]
+        given: dict[str, object] = {name.strip(): _number(number) for name, number in pairs}
+        if len(given) < len(pairs):
+            raise BadRow("label", "has two values for one attribute", value)
+    elif isinstance(value, list) and len(value) == len(NEMO_ATTRIBUTES):
+        given = dict(zip(NEMO_ATTRIBUTES, value, strict=True))
+    else:
+        raise BadRow("label", f"is neither text nor {len(NEMO_ATTRIBUTES)} numbers", value)
+    found = {name: rating(f"label {name}", number) for name, number in given.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _number(value: str) -> object:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def conversation(row: Preference | Rating) -> list[dict[str, Any]]:
+    """A rated response as one conversation, a pair as two. Raises `BadRow` for a text that holds a mark."""
+    found = []
+    for response, labels in _answers(row):
+        system, turns = _parts(row.context, response)
+        if not labels or set(",:") & set("".join(labels)):
+            raise BadRow("ratings", "cannot be written as a label", [*labels])
+        label = ",".join(f"{name}:{int(n) if n.is_integer() else n}" for name, n in labels.items())
+        said = [{"from": one.role.capitalize(), "value": one.content, "label": None} for one in turns]
+        said[-1]["label"] = label
+        found.append({"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said})
+    return found
+
+
+def regression(row: Preference | Rating) -> list[dict[str, Any]]:
+    """A rated response as one text with nine numbers, a pair as two. Raises `BadRow` for a text that holds a mark and
+    for a rating outside the nine."""
+    found = []
+    for response, labels in _answers(row):
+        if others := labels.keys() - set(NEMO_ATTRIBUTES):
+            raise BadRow("ratings", "has an attribute that is not among NeMo's nine", min(others))
+        system, turns = _parts(row.context, response)
+        said = "".join((_ASSISTANT if one.role == "assistant" else _USER) + one.content for one in turns)
+        label = [labels.get(name, NOT_RATED) for name in NEMO_ATTRIBUTES]
+        found.append({"text": f"{_SYSTEM}{system}{said}{_END}", "label": label})
+    return found
+
+
+def _answers(row: Preference | Rating) -> list[tuple[str, dict[str, float]]]:
+    if isinstance(row, Rating):
+        return [(row.response, dict(row.ratings))]
+    return [(response, {"quality": float(row.preference)}) for response in (row.response1, row.response2)]
+
+
+def _parts(context: Context, response: str) -> tuple[str, Sequence[Message]]:
+    """System text and turns."""
+    for message in (*context, Message("assistant", response)):
+        if stray := STRAY.search(message.content):
+            raise BadRow(message.role, "says a mark of NeMo's format", stray[0])
+    spoken = [*context, Message("assistant", response)]
+    return (spoken[0].content, spoken[1:]) if spoken[0].role == "system" else (SYSTEM, spoken)

@@ -1,0 +1,220 @@
+"""``align eval reward``: a reward model, or scores that were given before, on a benchmark.
+
+Written to the folder: ``items.jsonl``, every item with its scores; ``scores.json``, all numbers with intervals;
+``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from rich.console import Console
+
+from align import config
+from align.data import chat
+from align.data.chat import Dialogue
+from align.errors import ConfigError
+from align.evaluation import benchmarks, measures, scoring, stored
+from align.evaluation.items import Benchmark
+from align.evaluation.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
+from align.evaluation.stored import Scored
+from align.launch import located
+from align.models.load import check as check_model
+from align.report import evaluation as report
+from align.rewards import reading, texts
+from align.sections import BenchmarkData, Recipe, Reward, RewardEvaluation
+from align.sections.evaluation_reward import BenchmarkName
+from align.workers import judges, placement
+
+VERSION = 1
+DEFAULT_OUT = "runs/evaluation"
+SETTINGS = ("dtype", "principle", "question", "function")
+"""Fields of ``reward`` that change a score, beside those that say how a checkpoint is read."""
+FLAGS = {"model": "reward.path", "benchmark": "benchmark", "data": "data.path"}
+FLAGS |= {name: name for name in ("scores", "out", "compare")}
+"""Options of the command and the keys that they give."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align eval reward``."""
+    words: list[str] = arguments.recipe
+    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    given = {key: getattr(arguments, flag) for flag, key in FLAGS.items()}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    section = config.build(RewardEvaluation, recipe, [*words, *flags]).config
+    evaluate(section, _read(section), console)
+    return 0
+
+
+def _read(section: RewardEvaluation) -> Benchmark | None:
+    """The items; None where the file of scores has to describe them."""
+    if section.scores and not section.data.path:
+        return None
+    return benchmarks.load(section.benchmark, section.data)
+
+
+def evaluate(section: RewardEvaluation, benchmark: Benchmark | None, console: Console) -> dict[str, Any]:
+    """Score what has no score yet, measure, write and print. Returns what ``scores.json`` holds."""
+    if section.scores:
+        file = Path(section.scores).expanduser()
+        scored, judge = stored.read(file, section.benchmark, benchmark), file.name
+        model = hashlib.sha256(file.read_bytes()).hexdigest()
+        folder = Path(section.out).expanduser() if section.out else None
+    else:
+        assert benchmark is not None  # `_read` leaves it out for scores alone
+        judge, model = _named(section.reward), identity(section.reward)
+        default = f"{DEFAULT_OUT}/{section.benchmark}-{model[:8]}"
+        folder = Path(section.out or default).expanduser()
+        manifest = _manifest(benchmark, model)
+        with scoring.opened(folder, manifest) as store:
+            if scoring.waiting(benchmark, store):
+                _score(section, benchmark, store, console)
+            scored = Scored(benchmark, stored.in_order(benchmark, store.scores, str(folder)))
+    results = measure(section, scored, judge)
+    report.terminal(results, console)
+    if folder is not None:
+        if section.scores:
+            _keep(folder, scored, _manifest(scored.benchmark, model))
+        scoring.write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        scoring.write_whole(folder / "report.html", report.page(results))
+        console.print(f"written: {folder}/scores.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def _named(reward: Reward) -> str:
+    return {"http": reward.http.url, "function": reward.function}.get(reward.kind, reward.path)
+
+
+def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "benchmark": benchmark.name,
+        "items": benchmark.fingerprint,
+        "model": model,
+    }
+
+
+def identity(reward: Reward) -> str:
+    """sha256 over what a judge's scores depend on: its weights, how they are read, and how text is rendered. Raises
+    `AlignError` for a judge that cannot be opened, before anything is started."""
+    known: list[Any] = [reading.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
+    known += [getattr(reward, name) for name in SETTINGS]
+    for member, read in zip(reading.members(reward), reading.read(reward), strict=True) if reward.is_model else ():
+        tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
+        check_model(member, len(tokenizer))
+        known += [asdict(read), texts.Text(tokenizer, read, member).renderer.fingerprint]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _score(section: RewardEvaluation, benchmark: Benchmark, store: scoring.Store, console: Console) -> None:
+    slots = placement.resolve(section.placement, ["reward"])["reward"]
+    num_ranks = len(slots) if section.executor == "ray" else 1
+    tell = partial(console.print, highlight=False)
+    logs = store.path.parent / "logs"
+    reward = located(section.reward)
+    assert isinstance(reward, Reward)
+    with judges.judge(reward, section.executor, slots, section.cluster, logs, tell) as role:
+
+        def score(dialogues: Sequence[Dialogue]) -> list[float]:
+            return role.score_dialogues(dialogues).result().tolist()
+
+        scoring.complete(benchmark, store, score, num_ranks * scoring.RESPONSES_AT_ONCE, console)
+
+
+def _keep(folder: Path, scored: Scored, manifest: dict[str, Any]) -> None:
+    with scoring.opened(folder, manifest) as store:
+        named = dict(zip((item.id for item in scored.benchmark.items), scored.scores, strict=True))
+        left = scoring.waiting(scored.benchmark, store)
+        store.add([(item, named[item.id]) for item in left], scored.verdicts)
+
+
+def measure(section: RewardEvaluation, scored: Scored, judge: str) -> dict[str, Any]:
+    """All numbers of a benchmark whose items have scores."""
+    benchmark, items = scored.benchmark, scored.benchmark.items
+    protocol = rewardbench_with_prior_sets if section.prior_sets else PROTOCOLS[section.benchmark]
+    chance = section.resamples, section.confidence, section.seed
+    prompts = [item.prompt for item in items]
+    numbers = measures.bootstrap(partial(protocol, items, scored.scores), prompts, *chance)
+    found = measures.pairs(items, scored.scores)
+    by_kind = measures.accuracies(items, found, *chance) if len(found.item_P) else {}
+    scaled = len(found.item_P) > 0 and not scored.verdicts
+    return {
+        "version": VERSION,
+        "benchmark": benchmark.name,
+        "judge": judge,
+        "source": benchmark.source,
+        "fingerprint": benchmark.fingerprint,
+        "sizes": measures.sizes(items),
+        "notes": benchmark.notes,
+        "bootstrap": dict(zip(("resamples", "confidence", "seed"), chance, strict=True)),
+        "numbers": _plain(numbers),
+        "slices": {kind: {name: asdict(one) for name, one in named.items()} for kind, named in by_kind.items()},
+        "calibration": measures.calibration(found) if scaled else None,
+        "margins": measures.margins(found) if scaled else None,
+        "comparison": _compared(section, scored, protocol, chance) if section.compare else None,
+    }
+
+
+def _plain(numbers: dict[str, tuple[float, float | None, float | None]]) -> dict[str, dict[str, float | None]]:
+    return {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in numbers.items()}
+
+
+def _compared(
+    section: RewardEvaluation, scored: Scored, protocol: Any, chance: tuple[int, float, int]
+) -> dict[str, Any]:
+    """Differences to another model's numbers, both on the same resamples."""
+    items, file = scored.benchmark.items, Path(section.compare).expanduser()
+    other = stored.read(file / scoring.ITEMS if file.is_dir() else file, section.benchmark, scored.benchmark)
+
+    def difference(weight_RI: np.ndarray) -> Numbers:
+        here, there = (protocol(items, scores, weight_RI) for scores in (scored.scores, other.scores))
+        return {name: here[name] - there[name] for name in here}
+
+    numbers = measures.bootstrap(difference, [item.prompt for item in items], *chance)
+    return {"with": str(file), "numbers": _plain(numbers)}
+
+
+def planned(recipe: Recipe) -> list[Callable[[Console], dict[str, Any]]]:
+    """The evaluations that follow a training run. Their items are read here: what they lack is found before the run
+    starts."""
+    found: list[Callable[[Console], dict[str, Any]]] = []
+    for name, path in recipe.evaluations().items():
+        if name not in get_args(BenchmarkName):
+            remedy = f"known: {', '.join(get_args(BenchmarkName))}"
+            raise ConfigError(f"benchmarks: {name!r} is no benchmark", remedy=remedy)
+        section = _after(recipe, name, path)
+        found.append(partial(evaluate, section, benchmarks.load(name, section.data)))
+    return found
+
+
+def _after(recipe: Any, name: Any, path: str) -> RewardEvaluation:
+    run, trained, data = Path(recipe.run.dir), recipe.reward, recipe.data
+    rows = BenchmarkData(path, bad_rows=data.bad_rows)
+    if name == "heldout":
+        own: dict[str, Any] = {one: getattr(data, one) for one in ("revision", "format", "domains", "max_spread")}
+        rows = replace(rows, path=path or data.path, **own)
+    reward = Reward(
+        path=str(run / "final"),
+        dtype=trained.dtype,
+        attention=trained.attention,
+        zero_stage=3 if trained.zero_stage == 3 else 0,
+        micro_batch_tokens=trained.micro_batch_tokens,
+    )
+    slots = {"reward": recipe.placement["reward"]} if "reward" in recipe.placement else {}
+    return RewardEvaluation(
+        benchmark=name,
+        data=rows,
+        reward=reward,
+        out=str(run / "evaluation" / name),
+        executor=recipe.executor,
+        placement=slots,
+        cluster=recipe.cluster,
+    )

@@ -1,0 +1,169 @@
+"""Asking a judge for the scores of all items, in a folder that another call can go on from.
+
+``items.jsonl`` grows by the items of one request at a time, synced; ``manifest.json`` says of which model and which
+items it holds scores. A line that a killed process left half-written is cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from align.data.chat import Dialogue
+from align.data.rows import BadRow, decoded
+from align.errors import ConfigError, DataError, LockError, ModelError
+from align.evaluation.items import Benchmark, Item
+
+ITEMS, MANIFEST = "items.jsonl", "manifest.json"
+RESPONSES_AT_ONCE = 128
+"""Responses of a request for each rank: what a kill can cost."""
+PLAIN_LINES = 10
+
+Score = Callable[[Sequence[Dialogue]], Sequence[float]]
+
+
+def write_whole(path: Path, content: str) -> None:
+    """The file, or none: written beside its name and renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+class Store:
+    """The scores of a folder, open for more."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self.path, self._file = path, file
+        self.scores: dict[str, list[float]] = {}
+        """By id of the item, the right responses first."""
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:end].splitlines(), start=1):
+            try:
+                row = decoded(line)
+                self.scores[row["id"]] = [float(score) for score in row["scores"]]
+            except (BadRow, KeyError, TypeError, ValueError) as error:
+                remedy = "delete the folder and score again, or give another one (--out)"
+                raise DataError(f"is damaged: {error!r}", where=f"{path}:{number}", remedy=remedy) from None
+        file.truncate(end)
+        file.seek(end)
+
+    def add(self, found: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
+        """Write the items with their scores, and bring them to the disk."""
+        more: dict[str, Any] = {"verdicts": True} if verdicts else {}
+        rows = [item.record() | {"scores": scores} | more for item, scores in found]
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.scores |= {item.id: scores for item, scores in found}
+
+
+@contextmanager
+def opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Store]:
+    """The store of a folder, new or begun before.
+
+    Raises `ConfigError` where the folder holds scores of another model or of other items, and `LockError` where
+    another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ITEMS
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LockError("another process writes here", where=str(path), remedy="wait for it") from error
+        known = _manifest(folder / MANIFEST)
+        if known is None and path.stat().st_size:
+            remedy = "give another folder (--out); a file of scores is given with --scores"
+            raise ConfigError(f"the folder has {ITEMS} but no {MANIFEST}", where=str(folder), remedy=remedy)
+        if known is None:
+            known = dict(manifest)
+            write_whole(folder / MANIFEST, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        for name, value in manifest.items():
+            if known.get(name) != value:
+                problem = f"the folder holds scores of another {name}: {known.get(name)!r}, not {value!r}"
+                remedy = "give another folder (--out), or delete this one"
+                raise ConfigError(problem, where=str(folder), remedy=remedy)
+        file.seek(0)
+        yield Store(file, path)
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return decoded(path.read_bytes())
+    except BadRow as error:
+        remedy = "delete the folder and score again, or give another one (--out)"
+        raise DataError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
+
+
+def waiting(benchmark: Benchmark, store: Store) -> list[Item]:
+    """The items that have no scores yet."""
+    return [item for item in benchmark.items if item.id not in store.scores]
+
+
+def requests(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
+    """The items in turn, as many at a time as have ``most`` responses together; at least one."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and sum(one.num_responses for one in batch) + item.num_responses > most:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def complete(benchmark: Benchmark, store: Store, score: Score, most: int, console: Console) -> None:
+    """Score what is waiting. Raises `ModelError` when items are left without a finite score; they are not written, so
+    that another call asks for them again."""
+    left, failed = waiting(benchmark, store), 0
+    done = len(benchmark.items) - len(left)
+    with _progress(console, benchmark.name, done, len(benchmark.items)) as advance:
+        for batch in requests(left, most):
+            scores = iter(score([dialogue for item in batch for dialogue in item.dialogues]))
+            found = [(item, [float(next(scores)) for _ in item.responses]) for item in batch]
+            finite = [(item, values) for item, values in found if all(map(math.isfinite, values))]
+            failed += len(found) - len(finite)
+            store.add(finite)
+            advance(len(found))
+    if failed:
+        raise ModelError(
+            f"{failed} of {len(benchmark.items)} items have no finite score",
+            where=str(store.path),
+            remedy="the others are kept; the same command asks for these again",
+        )
+
+
+@contextmanager
+def _progress(console: Console, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, else about ten lines; yields what counts items."""
+    if console.is_terminal:
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(name, total=total, completed=done)
+            yield lambda count: bar.advance(task, count)
+        return
+    if done:
+        console.print(f"{name}: {done} of {total} items are scored already", highlight=False)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if before * PLAIN_LINES // total < done * PLAIN_LINES // total:
+            console.print(f"{name}: {done} of {total} items", highlight=False)
+
+    yield advance

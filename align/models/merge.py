@@ -1,0 +1,64 @@
+"""Extrapolation between two models of one shape (ExPO, Zheng et al. 2024, arXiv 2404.16792).
+
+    theta = weak + alpha (strong - weak)
+
+HelpSteer2-Preference (arXiv 2410.01257) takes its helpfulness regression as weak, the scaled Bradley-Terry model that
+was trained from it as strong, and alpha 1.52.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from align.data import chat
+from align.errors import ModelError
+from align.models.streaming import Checkpoint
+
+VOLATILE = {"_name_or_path", "transformers_version"}
+"""Keys of a config that say nothing of the model."""
+
+
+def expo(weak: Path, strong: Path, out: Path, alpha: float, texts: Mapping[str, str]) -> int:
+    """Write the extrapolated model to ``out``, in the files and number formats of ``strong``; returns how many weights.
+
+    Arithmetic is in float32, or float64 for such weights; alpha 0 and 1 give weak and strong bit for bit. ``texts``
+    replace other files of ``strong``, which are copied. Raises `ModelError` before anything is written where the two
+    differ in config, tokenizer, template, or name, shape or format of a weight.
+    """
+    ends = [Checkpoint(folder) for folder in (weak, strong)]
+    _compare(*ends)
+
+    def moved(name: str, end: Tensor) -> dict[str, Tensor]:
+        if alpha == 1:
+            return {name: end}
+        start = ends[0].tensor(name)
+        if alpha == 0:
+            return {name: start}
+        exact = torch.promote_types(end.dtype, torch.float32)
+        found = (start.to(exact) + alpha * (end.to(exact) - start.to(exact))).to(end.dtype)
+        if not found.isfinite().all():
+            raise ModelError(f"{name} is not finite with alpha {alpha}", where=str(out), remedy="lower alpha")
+        return {name: found}
+
+    ends[1].rewrite(out, moved, texts)
+    return len(ends[1].shapes)
+
+
+def _compare(weak: Checkpoint, strong: Checkpoint) -> None:
+    where, remedy = f"{weak.folder} and {strong.folder}", "give two models of which one was trained from the other"
+    configs = [AutoConfig.from_pretrained(one.folder).to_dict() for one in (weak, strong)]
+    for what, one, other in (("configs", *configs), ("weights", weak.shapes, strong.shapes)):
+        keys = sorted(key for key in (one.keys() | other.keys()) - VOLATILE if one.get(key) != other.get(key))
+        if keys:
+            lines = [f"{key} is {one.get(key)} and {other.get(key)}" for key in keys[:3]]
+            more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"the {what} differ: {'; '.join(lines)}{more}", where=where, remedy=remedy)
+    first, second = (chat.load_tokenizer(one.folder) for one in (weak, strong))
+    chat.require_same(first, second, "WEAK", "STRONG")
+    if first.chat_template != second.chat_template:
+        raise ModelError("the chat templates differ", where=where, remedy=remedy)

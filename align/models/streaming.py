@@ -1,0 +1,98 @@
+"""Model folders read and written file by file, so that no model is ever whole in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from align.errors import ModelError
+from align.models import load
+from align.sections import Model
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Checkpoint:
+    """A folder in Hugging Face layout with weights in safetensors."""
+
+    def __init__(self, folder: Path):
+        """Raises `ModelError` for a folder that is no whole model, or is quantised."""
+        section = Model(path=str(folder))
+        if not folder.is_dir():
+            remedy = "download the model into a folder and give that"
+            raise ModelError("is not a folder", where=str(folder), remedy=remedy)
+        load.check(section, 0)
+        self.folder = folder
+        self.files: dict[Path, list[str]] = {}
+        """Names of the weights in each file."""
+        self._opened: dict[str, Any] = {}
+        for file in load.weight_files(section):
+            opened = safe_open(file, framework="pt")
+            self.files[file] = list(opened.keys())
+            self._opened |= dict.fromkeys(self.files[file], opened)
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Number format and shape of each weight."""
+        slices = {name: opened.get_slice(name) for name, opened in self._opened.items()}
+        return {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, read now."""
+        return self._opened[name].get_tensor(name)
+
+    def rewrite(
+        self, out: Path, change: Callable[[str, Tensor], Mapping[str, Tensor]], texts: Mapping[str, str]
+    ) -> None:
+        """Write the folder ``out`` with what ``change`` makes of each weight, in files of the same names.
+
+        Other files are copied, but for weights in other formats; ``texts`` take their place or come beside them. The
+        folder is there whole or not at all. Raises `ModelError` where it is there already.
+        """
+        with _new_folder(out) as partial:
+            weight_map: dict[str, str] = {}
+            total = 0
+            for file, names in self.files.items():
+                tensors: dict[str, Tensor] = {}
+                for name in names:
+                    tensors |= change(name, self.tensor(name))
+                save_file(tensors, partial / file.name, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file.name)
+                total += sum(one.nbytes for one in tensors.values())
+            for file in sorted(self.folder.iterdir()):
+                if file.is_file() and file.suffix not in (".safetensors", *PICKLES):
+                    shutil.copyfile(file, partial / file.name)
+            if (partial / load.INDEX).exists():
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (partial / load.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` when the block ends well, and is deleted when it does not."""
+    if out.exists():
+        raise ModelError("exists already", where=str(out), remedy="name a folder that is not there")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.rename(partial, out)
+    except OSError as error:
+        raise ModelError(
+            f"cannot be written: {error}", where=str(out), remedy="free space, or write elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""``align data lint``: what `align.data.lint` found, in the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from align.data import chat, helpsteer
+from align.data.chat import Renderer
+from align.data.convert import section
+from align.data.lint import Finding, Report, lint
+from align.errors import ConfigError, DataError
+
+STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+ERRORS = 1
+"""Exit status where something was found that has to be mended."""
+_COLUMNS = ("severity", "count", "share", "finding", "first places")
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align data lint``. The status is 1 where there are errors, or with ``--strict`` warnings."""
+    data = section(arguments)
+    reads = arguments.reads or helpsteer.usual(data.format)
+    renderer, problem = None, ""
+    if arguments.tokenizer:
+        tokenizer = chat.load_tokenizer(arguments.tokenizer)
+        try:
+            renderer = Renderer(tokenizer, data.chat_template, data.date)
+        except DataError as error:
+            problem = error.message
+    elif data.chat_template or data.date:
+        raise ConfigError("--chat-template and --date need a tokenizer", remedy="add --tokenizer FOLDER")
+    report = lint(data, reads, renderer, problem)
+    show(report, console)
+    if arguments.markdown:
+        _write(arguments.markdown, markdown(report))
+    if arguments.json:
+        _write(arguments.json, json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    return ERRORS if report.worst() in (("error", "warning") if arguments.strict else ("error",)) else 0
+
+
+def _title(report: Report) -> str:
+    rows = ", ".join(f"{split} {count}" for split, count in report.rows.items())
+    return f"{report.source} ({report.format}, {report.reads}): {rows} rows"
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    share = "" if finding.share is None else f"{finding.share:.1%}"
+    return finding.severity, str(finding.count), share, finding.what, ", ".join(finding.places)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show(report: Report, console: Console) -> None:
+    """Print all of it."""
+    console.print(_title(report), style="bold", highlight=False, markup=False)
+    _print(
+        console, "", _COLUMNS, [_cells(one) for one in report.findings], [STYLES[f.severity] for f in report.findings]
+    )
+    for table in report.tables:
+        _print(console, table.title, table.columns, [tuple(map(_number, row)) for row in table.rows])
+    if not report.findings:
+        console.print("nothing was found", highlight=False)
+
+
+def _print(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()
+) -> None:
+    if not rows:
+        return
+    table = Table(*map(escape, columns), title=title or None, title_justify="left", box=None, header_style="bold")
+    for number, row in enumerate(rows):
+        table.add_row(*map(escape, row), style=styles[number] if styles else None)
+    console.print(table)
+
+
+def markdown(report: Report) -> str:
+    """The report as a page."""
+    parts = [f"# {_plain(_title(report))}"]
+    if report.findings:
+        parts.append(_markdown_table(_COLUMNS, [_cells(one) for one in report.findings]))
+    else:
+        parts.append("Nothing was found.")
+    for table in report.tables:
+        rows = [tuple(map(_number, row)) for row in table.rows]
+        parts.append(f"## {table.title}\n\n{_markdown_table(table.columns, rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+
+
+def _plain(cell: str) -> str:
+    """Text that a table of Markdown takes as it is."""
+    for sign in "\\`*_<|":
+        cell = cell.replace(sign, f"\\{sign}")
+    return " ".join(cell.split())
+
+
+def _write(path: Path, content: str) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(path), remedy="name another file"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

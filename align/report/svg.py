@@ -1,0 +1,122 @@
+"""Plots as SVG within HTML: no script, no file beside the page, and colours that the page's style sheet gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 500
+LABEL_CHARACTERS = 34
+"""Longer names of rows are cut; the whole name shows when the pointer rests on the row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number with its interval, and what it is of."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def _scale(value: float, domain: tuple[float, float], span: tuple[float, float]) -> float:
+    part = (value - domain[0]) / (domain[1] - domain[0])
+    return round(span[0] + part * (span[1] - span[0]), 1)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+
+
+def _figure(height: float, label: str, parts: Sequence[str], width: float = WIDTH) -> str:
+    inside = "".join(parts)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'
+
+
+def intervals(rows: Sequence[Row], label: str) -> str:
+    """A point and a line for each row, over 0 to 100 %, with half marked."""
+    left, right, step, top = 212.0, 388.0, 24.0, 8.0
+    bottom = top + step * len(rows)
+    parts = []
+    for tick in (0, 25, 50, 75, 100):
+        x = _scale(tick, (0, 100), (left, right))
+        parts.append(_line(x, top, x, bottom, "half" if tick == 50 else "grid"))
+        parts.append("" if tick % 50 else _text(x, bottom + 16, f"{tick} %", "middle"))
+    for number, row in enumerate(rows):
+        y = top + step * (number + 0.5)
+        x, low, high = (
+            _scale(100 * value, (0, 100), (left, right)) for value in (row.value, row.low or 0, row.high or 0)
+        )
+        name = row.name if len(row.name) <= LABEL_CHARACTERS else row.name[: LABEL_CHARACTERS - 1] + "…"
+        whisker = _line(low, y, high, y, "whisker") if row.low is not None else ""
+        texts = (
+            _text(left - 12, y + 4, name, "end", "name"),
+            _text(right + 52, y + 4, f"{100 * row.value:.1f}", "end", "name"),
+            _text(WIDTH - 4, y + 4, f"n {row.count}", "end"),
+        )
+        mark = f'{whisker}<circle class="mark" cx="{x}" cy="{y}" r="4.5"/>'
+        parts.append(f"<g><title>{escape(row.name)}: {words(row)}</title>{mark}{''.join(texts)}</g>")
+    return _figure(bottom + 26, label, parts)
+
+
+def words(row: Row) -> str:
+    """The row's number and interval in a line of text."""
+    interval = "" if row.low is None or row.high is None else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+    return f"{100 * row.value:.1f}{interval}"
+
+
+def reliability(bins: Sequence[dict[str, float]], label: str) -> str:
+    """Accuracy over confidence, a point for each bin, its area by the number of verdicts."""
+    size, left, top = 300.0, 68.0, 12.0
+    x_of = lambda value: _scale(value, (0.5, 1.0), (left, left + size))  # noqa: E731
+    y_of = lambda value: _scale(value, (0.0, 1.0), (top + size, top))  # noqa: E731
+    parts = []
+    for tick in (0, 25, 50, 75, 100):
+        parts.append(_line(left, y_of(tick / 100), left + size, y_of(tick / 100), "grid"))
+        parts.append(_text(left - 8, y_of(tick / 100) + 4, f"{tick} %", "end"))
+    for tick in (50, 60, 70, 80, 90, 100):
+        parts.append(_text(x_of(tick / 100), top + size + 18, f"{tick} %", "middle"))
+    parts.append(_line(x_of(0.5), y_of(0.5), x_of(1.0), y_of(1.0), "half"))
+    most = max((one["count"] for one in bins), default=1)
+    points = [(x_of(one["confidence"]), y_of(one["accuracy"])) for one in bins]
+    parts.append(f'<polyline class="curve" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
+    for one, (x, y) in zip(bins, points, strict=True):
+        said = f"{one['count']:.0f} verdicts, confidence {one['confidence']:.3f}, accuracy {one['accuracy']:.3f}"
+        radius = round(3 + 9 * (one["count"] / most) ** 0.5, 1)
+        parts.append(f'<circle class="mark" cx="{x}" cy="{y}" r="{radius}"><title>{said}</title></circle>')
+    parts.append(_text(left + size / 2, top + size + 40, "confidence sigmoid(|d|)", "middle", "name"))
+    turn = f'transform="translate(14 {top + size / 2}) rotate(-90)"'
+    parts.append(f"<g {turn}>{_text(0, 0, 'verdicts that are right', 'middle', 'name')}</g>")
+    return _figure(top + size + 50, label, parts, left + size + 24)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
+    """Bars over the margin; those below zero, where the wrong response won, in another colour."""
+    height, left, right, top = 200.0, 48.0, WIDTH - 16.0, 12.0
+    most = max(counts) or 1
+    x_of = lambda value: _scale(value, (edges[0], edges[-1]), (left, right))  # noqa: E731
+    y_of = lambda value: _scale(value, (0, most), (top + height, top))  # noqa: E731
+    parts = []
+    for tick in (0, most // 2, most):
+        parts.append(_line(left, y_of(tick), right, y_of(tick), "grid"))
+        parts.append(_text(left - 8, y_of(tick) + 4, str(tick), "end"))
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        kind, x, y = ("wrong" if low + high < 0 else "bar"), x_of(low), y_of(count)
+        said = f"<title>{low:.3g} to {high:.3g}: {count}</title>"
+        tall, wide = round(top + height - y, 1), round(max(1.0, x_of(high) - x - 1), 1)
+        parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{wide}" height="{tall}">{said}</rect>')
+    parts.append(_line(x_of(0.0), top, x_of(0.0), top + height, "half"))
+    for tick in (edges[0], 0.0, edges[-1]):
+        near = tick and abs(x_of(tick) - x_of(0.0)) < 40  # its number would lie on that of zero
+        parts.append("" if near else _text(x_of(tick), top + height + 18, f"{tick:.3g}", "middle"))
+    parts.append(
+        _text((left + right) / 2, top + height + 38, "score of the right less the wrong one", "middle", "name")
+    )
+    return _figure(top + height + 48, label, parts)

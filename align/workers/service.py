@@ -1,0 +1,222 @@
+"""`align serve reward`: replicas of a judge by Ray Serve, or one in this process, and HTTP in front of them.
+
+HTTP is spoken by this process and not by Ray Serve's proxy: so the token stays here, limits and counts hold for all
+replicas together, and nothing is answered before a replica can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from rich.console import Console
+
+from align import config
+from align.errors import ConfigError, WorkerError
+from align.private import require_private
+from align.rewards import functions, reading
+from align.rewards.readers import open_judge
+from align.rewards.serving import Application, Batcher, Scorer
+from align.sections import Cluster, RewardService
+from align.workers.judges import judge
+from align.workers.replicas import Sharded, device, replicated
+from align.workers.session import Session
+
+MIN_TOKEN = 16
+"""Characters of the shortest bearer token."""
+LOOK_S = 1.0
+"""Seconds between two looks at what the service consists of."""
+KEEP_ALIVE_S = 30
+"""Seconds that a connection may lie idle."""
+SLOTS_PER_CORE = 2
+"""Replicas or shards that one core offers where there are no GPUs; the default of ``cluster.slots_per_core``."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align serve reward``."""
+    section: RewardService = config.build(RewardService, arguments.recipe, arguments.overrides).config
+    token = check(section)
+    if arguments.check:
+        console.print(f"{arguments.recipe}: can be served", highlight=False)
+        return 0
+    os.environ.pop(section.token_env, None)  # so that no process of Ray inherits it
+    with Stop() as stop, Front(section) as front, _up(section, stop) as (scorer, look):
+        if not stop.asked.is_set():
+            front.start(Application(scorer, section, name_of(section), token))
+            console.print(f"serving {name_of(section)} on {front.url}", highlight=False)
+            sys.stdout.flush()
+        while not stop.asked.wait(LOOK_S):
+            front.look()
+            look()
+        front.finish()
+    return 0
+
+
+def check(section: RewardService) -> str:
+    """The token. Raises an error for what cannot be served, before anything is started."""
+    require_private(Path(section.dir).expanduser())
+    if section.reward.is_model:
+        reading.read(section.reward)
+    else:
+        functions.load(section.reward.function)
+    token = os.environ.get(section.token_env, "") if section.token_env else ""
+    if section.token_env and not re.fullmatch(rf"[!-~]{{{MIN_TOKEN},}}", token):
+        raise ConfigError(
+            f"the environment variable {section.token_env} is not set, or holds no token of {MIN_TOKEN} and more "
+            "printable characters without blanks",
+            where="token_env",
+            remedy=f"export {section.token_env}=$(openssl rand -hex 32)",
+        )
+    return token
+
+
+def name_of(section: RewardService) -> str:
+    """What the model is called: a hub id, the last part of a folder's name, or the name of a function."""
+    if not section.reward.is_model:
+        return section.reward.function.rpartition(":")[2]
+    folder = Path(section.reward.path).expanduser()
+    return folder.resolve().name if folder.is_dir() else section.reward.path
+
+
+class Stop:
+    """Whether SIGTERM or SIGINT came. One more of them, after a second and later, ends the process as it would have."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._first = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Set the handlers, again after ``ray.init``, which has one of its own. Only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.signal(number, self._on_signal)
+                self._before.setdefault(number, before)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked.is_set() and now - self._first > LOOK_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.asked.is_set():
+            self._first = now
+            self.asked.set()
+
+
+class Front:
+    """HTTP in a thread. The port is taken at once, and nobody is heard before `start`."""
+
+    def __init__(self, section: RewardService):
+        self._section = section
+        self._socket = socket.socket(socket.AF_INET6 if ":" in section.host else socket.AF_INET)
+        self._server: uvicorn.Server | None = None
+
+    def __enter__(self) -> Front:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((self._section.host, self._section.port))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"cannot listen on {self._section.host}:{self._section.port}: {error.strerror or error}",
+                remedy="choose host and another port, or port=0 for a free one",
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    @property
+    def url(self) -> str:
+        """Where the service is."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def start(self, application: Application) -> None:
+        """Listen."""
+        grace = max(1, round(self._section.stop_timeout_s))
+        settings: Any = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        self._server = server = uvicorn.Server(
+            uvicorn.Config(
+                application,  # type: ignore[arg-type] - scopes are plain dictionaries here
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=grace,
+                server_header=False,
+                proxy_headers=False,
+                **settings,
+            )
+        )
+        serving = server.serve(sockets=[self._socket])
+        self._thread = threading.Thread(target=asyncio.run, args=(serving,), name="reward-http", daemon=True)
+        self._thread.start()
+        while not server.started:
+            self.look()
+            time.sleep(0.01)
+
+    def look(self) -> None:
+        """Raises `WorkerError` where the thread has ended."""
+        if not self._thread.is_alive():
+            raise WorkerError("the thread that speaks HTTP has ended", remedy="start the service again")
+
+    def finish(self) -> None:
+        """Hear nobody new, and answer the requests under way within their time."""
+        if self._server is not None:
+            self._server.should_exit = True
+            self._thread.join()
+
+
+@contextmanager
+def _up(section: RewardService, stop: Stop) -> Iterator[tuple[Scorer, Callable[[], None]]]:
+    """What scores, and a look at it that raises `WorkerError` when it is gone."""
+    logs = Path(section.dir).expanduser().absolute() / "logs"
+    slots_per_core = max(SLOTS_PER_CORE, section.replicas.shards)
+    cluster = Cluster(
+        slots_per_core=slots_per_core,
+        start_timeout_s=section.start_timeout_s,
+        call_timeout_s=section.request_timeout_s,
+    )
+    if section.executor == "local":
+        batcher = Batcher(open_judge(section.reward, device()), section)
+        yield batcher, lambda: _look_at(batcher)
+    elif section.replicas.shards > 1:
+        slots = tuple(range(section.replicas.shards))
+        with judge(section.reward, "ray", slots, cluster, logs, lambda line: print(line, file=sys.stderr)) as role:
+            stop.install()
+            sharded = Sharded(role)
+            batcher = Batcher(sharded, section)
+            yield batcher, sharded.look
+    else:
+        session = Session(cluster)
+        session.open()
+        try:
+            stop.install()
+            with replicated(section, stop.asked, logs) as (scorer, look):
+                yield scorer, look
+        finally:
+            session.close()
+
+
+def _look_at(batcher: Batcher) -> None:
+    if reason := batcher.stuck():
+        raise WorkerError(reason, remedy="start the service again; lower max_batch_size or raise request_timeout_s")
