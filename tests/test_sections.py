@@ -16,6 +16,7 @@ from align import algorithms, config
 from align.errors import ConfigError
 from align.launch import ROLES, cast_sections, check
 from align.sections import (
+    BenchmarkData,
     Checkpoint,
     Critic,
     Data,
@@ -27,7 +28,10 @@ from align.sections import (
     Policy,
     PolicyLoss,
     Reference,
+    Replicas,
     Reward,
+    RewardEvaluation,
+    RewardService,
     Run,
     Sampling,
     Shaping,
@@ -186,6 +190,36 @@ CASES = [
     ("dpo", "reward.path=r", ["reward.path = 'r'"]),
     ("dpo", "second_reward.path=r", ["second_reward.path = 'r'"]),
     ("dpo", "reference_cache=c loss.kind=simpo", ["reference_cache = 'c'", "loss.kind = 'simpo'"]),
+    ("reward_model", "loss=regression", ["loss = 'regression'"]),
+    ("reward_model", "reward.attributes=[a]", ["reward.attributes = ['a']", "loss = 'scaled'"]),
+    ("reward_model", "center_coef=-1", ["center_coef = -1.0"]),
+    (
+        "reward_model",
+        "loss=regression reward.attributes=[a] center_coef=1",
+        ["center_coef = 1.0", "loss = 'regression'"],
+    ),
+    ("reward_model", "weights.a=1", ["weights.a = 1.0", "loss = 'scaled'"]),
+    ("reward_model", "loss=regression reward.attributes=[a] weights.b=1", ["weights.b = 1.0"]),
+    # evaluation
+    (BenchmarkData, "max_items=0", ["max_items = 0"]),
+    (RewardEvaluation, "benchmark=judgebench", ["benchmark = 'judgebench'", "reward.path = ''", "scores = ''"]),
+    (RewardEvaluation, "benchmark=judgebench reward.path=p scores=s", ["reward.path = 'p'", "scores = 's'"]),
+    (RewardEvaluation, "benchmark=heldout reward.path=p", ["benchmark = 'heldout'", "data.path = ''"]),
+    (RewardEvaluation, "benchmark=heldout reward.path=p data.path=d data.split=x", ["data.split = 'x'"]),
+    (RewardEvaluation, "benchmark=judgebench reward.path=p prior_sets=true", ["prior_sets = True"]),
+    (RewardEvaluation, "benchmark=judgebench reward.path=p resamples=-1", ["resamples = -1", "confidence = 0.95"]),
+    # service
+    (Replicas, "min=0", ["min = 0", "max = 1"]),
+    (Replicas, "target_requests=0", ["target_requests = 0.0"]),
+    (Replicas, "gpus=2", ["gpus = 2.0"]),
+    (Replicas, "shards=2 max=2", ["shards = 2", "max = 2"]),
+    (RewardService, "reward.path=p host=0.0.0.0", ["host = '0.0.0.0'", "token_env = ''"]),
+    (RewardService, "reward.path=p port=70000", ["port = 70000"]),
+    (RewardService, "reward.kind=yes_no reward.principle=x", ["reward.path = ''"]),
+    (RewardService, "reward.kind=http reward.http.url=http://x", ["reward.kind = 'http'"]),
+    (RewardService, "reward.path=p max_queue=1", ["max_queue = 1", "max_conversations = 256"]),
+    (RewardService, "reward.path=p batch_wait_s=-1", ["batch_wait_s = -1.0"]),
+    (RewardService, "reward.path=p replicas.shards=2", ["replicas.shards = 2", "reward.zero_stage = 0"]),
 ]
 """Schema or algorithm, what is given on the command line, and what the remedy must name."""
 

@@ -65,14 +65,14 @@ class Config(sections.Recipe):
     def __post_init__(self) -> None:
         names, regression = resolve(self.reward.attributes), self.loss == "regression"
         if regression != bool(names):
-            needs = "regression needs reward.attributes" if regression else f"{self.loss} has one score, no attributes"
-            raise ValueError(f"loss {needs}: {list(names)}")
+            raise ValueError(f"loss regression needs reward.attributes, others none: {self.loss}, {list(names)}")
         if self.center_coef < 0 or (regression and self.center_coef):
-            raise ValueError(f"center_coef is for pairs and must not be negative: {self.center_coef}, {self.loss}")
+            raise ValueError(f"center_coef is for pairs and must not be negative: {self.center_coef}, loss {self.loss}")
+        given = ", ".join(f"weights.{name}" for name in self.weights) or "weights"
         if self.weights and not regression:
-            raise ValueError(f"weights are of the attributes of loss regression, not of {self.loss}: {self.weights}")
+            raise ValueError(f"{given} belong to loss regression, not {self.loss}")
         if regression and not (self.goodness.keys() <= set(names) and any(self.goodness.values())):
-            raise ValueError(f"weights must name attributes, one of them not 0: {self.goodness}, {list(names)}")
+            raise ValueError(f"{given} must be of reward.attributes, one of them not 0: {self.goodness}, {list(names)}")
 
     @property
     def goodness(self) -> dict[str, float]:

@@ -79,11 +79,13 @@ class RewardEvaluation:
 
     def __post_init__(self) -> None:
         if not self.scores and not self.reward.present:
-            raise ValueError(f"nothing to evaluate, give reward.path or scores: {self.reward.path!r}, {self.scores!r}")
+            raise ValueError(
+                f"benchmark {self.benchmark} needs reward.path or scores: {self.reward.path!r}, {self.scores!r}"
+            )
         if self.scores and self.reward.present:
             raise ValueError(f"give one of reward.path and scores: {self.reward.path!r}, {self.scores!r}")
         if self.benchmark == "heldout" and not self.data.path and not self.scores:
-            raise ValueError(f"heldout needs data.path, it has no hub id: {self.data.path!r}")
+            raise ValueError(f"benchmark heldout has no hub id and needs data.path: {self.data.path!r}")
         if self.benchmark == "heldout" and self.data.split not in ("", "train", "validation"):
             raise ValueError(f"data.split is validation or train with heldout: {self.data.split!r}")
         if self.prior_sets and self.benchmark != "rewardbench":

@@ -43,13 +43,13 @@ def settings(*overrides: str) -> reward_model.Config:
     ("overrides", "message"),
     [
         ("loss=regression", "regression needs reward.attributes"),
-        ("reward.attributes=[helpfulness]", "scaled has one score, no attributes"),
+        ("reward.attributes=[helpfulness]", "needs reward.attributes, others none"),
         ("center_coef=-0.1", "center_coef is for pairs and must not be negative"),
         ("loss=regression reward.attributes=[helpfulness] center_coef=0.1", "center_coef is for pairs"),
-        ("weights.helpfulness=1", "weights are of the attributes of loss regression"),
-        ("loss=regression reward.attributes=[verbosity]", "weights must name attributes"),
+        ("weights.helpfulness=1", "weights.helpfulness belong to loss regression"),
+        ("loss=regression reward.attributes=[verbosity]", "must be of reward.attributes"),
         ("loss=regression reward.attributes=[verbosity] weights.verbosity=0", "one of them not 0"),
-        ("loss=regression reward.attributes=[helpfulness] weights.helpfullness=1", "weights must name attributes"),
+        ("loss=regression reward.attributes=[helpfulness] weights.helpfullness=1", "must be of reward.attributes"),
         ("loss=regression reward.attributes=[verbosity,verbosity]", "attributes names verbosity twice"),
     ],
 )
