@@ -222,6 +222,18 @@ def toy(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; values may stand before options and after them, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    name = next((name for name in ("overrides", "recipe") if isinstance(getattr(arguments, name, None), list)), None)
+    if rest and (name is None or not all("=" in text and not text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and name is not None:
+        setattr(arguments, name, [*getattr(arguments, name), *rest])
+    return arguments
+
+
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     module, _, name = arguments.function.partition(":")
     return getattr(importlib.import_module(module), name)(arguments, console)
@@ -236,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
-        return _run(_parser().parse_args(argv), console)
+        return _run(_parse(argv), console)
     except AlignError as error:
         print(redact(f"align: {error}"), file=sys.stderr)
         return error.exit_status

@@ -1,6 +1,6 @@
 """Does a reward model gain from a first stage of regression? HelpSteer2-Preference's comparison on the bundled task.
 
-    python benchmarks/two_stage_reward.py OUT [--seeds 0 1 2] [--steps 300] [--lr 2e-4] [--first-lr 1e-3]
+    python benchmarks/two_stage_reward.py OUT [--seeds 0 1 2] [--steps 300] [--lr 2e-4] [--first-lr 3e-4]
 
 From one fine-tuned model, for each seed (data order, new heads): scaled Bradley-Terry alone; helpfulness regression for
 as many steps, then scaled Bradley-Terry from its body and head; and scaled Bradley-Terry alone for the steps of both.
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of each stage (%(default)s)")
     parser.add_argument("--lr", default="2e-4", help="of pairs, falling to 0 (%(default)s)")
-    parser.add_argument("--first-lr", default="1e-3", help="of the regression, falling to 0 (%(default)s)")
+    parser.add_argument("--first-lr", default="3e-4", help="of the regression, falling to 0 (%(default)s)")
     given = parser.parse_args()
     out = given.out.resolve()
     if not (out / "data").is_dir():

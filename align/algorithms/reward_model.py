@@ -130,8 +130,8 @@ def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Ma
         loss = partial(_reward_pairs.loss, kind=config.loss, center_coef=config.center_coef)
         task, counts = _reward_pairs.prepare(source, renderer, config.data, loss)
     kind = "attributes" if names else "sequence_classification"
-    template = renderer.template if config.data.chat_template else None
-    card = Card(kind, names, config.goodness, None, template, config.data.date, source.fingerprint, config.loss)
+    read = renderer.template, config.data.date
+    card = Card(kind, names, config.goodness, None, *read, source.fingerprint, config.loss)
     return Material(task, card), counts
 
 

@@ -28,14 +28,15 @@ def pairs(rows: Iterable[Rating], attribute: str = "helpfulness") -> tuple[list[
 
     The strength is the difference, rounded, 1 to 3. The counts say how many ``pairs`` there were, how many of them were
     ``ties`` or ``empty`` (nothing is said in the preferred response) and were dropped, how many ``kept``, and how many
-    rows were ``unrated``.
+    rows were ``unrated``, or ``single``: the only rated one of their prompt.
     """
-    counts: Counter[str] = Counter(unrated=0, pairs=0, ties=0, empty=0, kept=0)
+    counts: Counter[str] = Counter(unrated=0, single=0, pairs=0, ties=0, empty=0, kept=0)
     found = []
     for context, group in groupby(rows, key=lambda row: row.context):
         members = list(group)
         rated = [row for row in members if attribute in row.ratings]
         counts["unrated"] += len(members) - len(rated)
+        counts["single"] += len(rated) == 1
         for first, second in combinations(rated, 2):
             difference = second.ratings[attribute] - first.ratings[attribute]
             counts["pairs"] += 1
@@ -98,8 +99,7 @@ def write(
     there is something at ``folder`` already, and when a split would be empty.
     """
     to, folder = TARGETS[target], folder.expanduser()
-    if folder.exists():
-        raise DataError("there is something already", where=str(folder), remedy="name a new folder")
+    _require_new(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     counts = {}
     try:
@@ -113,6 +113,11 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
+
+
+def _require_new(folder: Path) -> None:
+    if folder.expanduser().exists():
+        raise DataError("there is something already", where=str(folder), remedy="name a new folder")
 
 
 def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[Rating]) -> dict[str, int]:
@@ -152,6 +157,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
     if arguments.attributes and kind is Preference:
         raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --as ratings")
+    _require_new(arguments.out)
     source = helpsteer.load(data, reads)
     splits: dict[str, Any] = {"train": source.train, "validation": source.validation}
     for split, rows in splits.items():

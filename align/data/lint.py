@@ -297,7 +297,7 @@ def _preferences(
         _bias("position", "the second response is preferred", second, len(decided), findings)
     gaps = [(pair[1] - pair[0]) * (1 if row.preference > 0 else -1) for row, pair in decided]
     longer, unequal = sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)
-    mean = f", by {statistics.fmean(gaps):+.1f} {unit} in the mean" if gaps else ""
+    mean = f"; it has {statistics.fmean(gaps):+.1f} {unit} more in the mean" if gaps else ""
     _bias("length", f"the preferred response is the longer one{mean}", longer, unequal, findings)
     strengths = Counter(row.preference for row in rows)
     shares = [(mark, strengths[mark], _percent(strengths[mark], len(rows))) for mark in range(-3, 4)]

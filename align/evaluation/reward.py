@@ -121,6 +121,8 @@ def _score(section: RewardEvaluation, benchmark: Benchmark, store: scoring.Store
     logs = store.path.parent / "logs"
     reward = located(section.reward)
     assert isinstance(reward, Reward)
+    if reward.kind != "http":  # a service that is down stops at once; what has no score alone is left for another call
+        reward = replace(reward, failed="drop")
     with judges.judge(reward, section.executor, slots, section.cluster, logs, tell) as role:
 
         def score(dialogues: Sequence[Dialogue]) -> list[float]:

@@ -190,6 +190,12 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {section.path}: {_first_line(error)}") from error
+    unread = sorted(name for name in info["unexpected_keys"] if _HEAD.match(name))
+    if unread and auto is AutoModelForSequenceClassification:
+        raise ModelError(
+            f"{section.path}: {type(model).__name__} does not read {', '.join(unread)}, so its scores would be others",
+            remedy="give a head without bias; that of one score may be left out and taken off by reward shaping",
+        )
     return model, set(info["missing_keys"])
 
 

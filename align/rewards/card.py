@@ -46,7 +46,7 @@ class Card:
     moments: Moments | None = None
     """Of the score after weights; None where nothing was measured."""
     chat_template: str | None = None
-    """Text of the template that took the place of the tokenizer's own; None where none did."""
+    """Text of the template that conversations were rendered by; None for the tokenizer's own."""
     date: str | None = None
     """What the template got as ``date_string``."""
     data: str = ""

@@ -27,6 +27,8 @@ def expo(arguments: argparse.Namespace, console: Console) -> int:
 
 def row_zero(arguments: argparse.Namespace, console: Console) -> int:
     """``align convert row0``."""
-    name = convert.row_zero(arguments.source, arguments.out, Card("sequence_classification").files())
+    found = card.read(arguments.source) or Card("lm_head_row0")
+    texts = replace(found, kind="sequence_classification").files()
+    name = convert.row_zero(arguments.source, arguments.out, texts)
     console.print(f"wrote {arguments.out}: {name} with one label", highlight=False)
     return 0

@@ -13,6 +13,7 @@ from align import ops
 from align.data import chat
 from align.data.chat import Dialogue
 from align.engines.deepspeed import Engine, sharded_loading
+from align.errors import DataError
 from align.models import heads, load
 from align.rewards import reading, texts
 from align.rewards.functions import FunctionJudge
@@ -74,8 +75,9 @@ class ModelJudge:
         return self._score(self._infer(dialogues))
 
     def score_ids(self, sequences: Sequences) -> Tensor:
-        """Scores of conversations as ids of this model's tokenizer, in the order that they come in."""
-        return self._score(self.engine.infer(sequences))
+        """Scores of conversations as ids of this model's tokenizer, in the order that they come in. Raises `DataError`
+        for one that the model has no positions for."""
+        return self._score(self._outputs(sequences))
 
     def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
         """All outputs of the head, (B, A), in the order of ``names``; A is 0 for a checkpoint with one score."""
@@ -94,9 +96,20 @@ class ModelJudge:
     def _infer(self, dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
         """Outputs of the head in the order of ``dialogues``."""
         sequences, dialogue_B = self.text.sequences(dialogues)
-        outputs = self.engine.infer(sequences)
+        outputs = self._outputs(sequences)
         back_B = dialogue_B.argsort()
         return {name: value[back_B] for name, value in outputs.items()}
+
+    def _outputs(self, sequences: Sequences) -> dict[str, Tensor]:
+        longest = int(sequences.tokens_B().max()) if len(sequences) else 0
+        limit = getattr(self.engine.head.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"a conversation has {longest} tokens, the reward model has positions for {limit}",
+                where=self.section.path,
+                remedy="leave it out, or shorten it: in a run, data.max_prompt_tokens and sampling.max_tokens",
+            )
+        return self.engine.infer(sequences)
 
     def _score(self, outputs: dict[str, Tensor]) -> Tensor:
         if self.names:

@@ -109,6 +109,12 @@ def _read(section: Reward) -> Reading:
                 remedy="train it with algorithm: reward_model, which measures them, or set reward.normalise=false and "
                 "shaping.mean and shaping.std",
             )
+        if found is not None and names and _weights(replace(section, weights={}), found, names) != weights:
+            raise ModelError(
+                f"{section.path}: normalise needs the mean and standard deviation of a score by these weights, "
+                f"{card.NAME} holds those by {dict(found.weights)}",
+                remedy="leave reward.weights out, or set reward.normalise=false and shaping.mean and shaping.std",
+            )
     return Reading(
         kind,
         names,
@@ -116,7 +122,7 @@ def _read(section: Reward) -> Reading:
         moments,
         _template(section) or (found.chat_template if found else None),
         section.date if section.date is not None or found is None else found.date,
-        found is not None,
+        found is not None and bool(found.loss),
     )
 
 
@@ -147,7 +153,14 @@ def _kind_of(section: Reward, found: Card | None, outputs: tuple[str, ...]) -> s
 
 def _names(section: Reward, found: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the head's outputs: those of the recipe, of the card, or of the config."""
-    names = resolve(section.attributes) or (found.attributes if found else ()) or outputs
+    given, own = resolve(section.attributes), (found.attributes if found else ()) or outputs
+    named = any(name != f"LABEL_{i}" for i, name in enumerate(own))
+    if given and named and len(given) == len(own) and given != own:
+        raise ModelError(
+            f"{section.path}: its head has the outputs {', '.join(own)}, reward.attributes are {', '.join(given)}",
+            remedy="leave reward.attributes out: the checkpoint names them",
+        )
+    names = given or own
     if names == outputs and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         raise ModelError(
             f"{section.path}: the checkpoint does not name the {len(outputs)} outputs of its head",

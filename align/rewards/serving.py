@@ -34,6 +34,8 @@ DRAINED = 4
 """A body that is too long is read up to this many times the limit, so that its sender hears why it is refused."""
 GONE = 499
 """Status that is counted where the client went away before its answer."""
+LOADING_S = 5
+"""Seconds after which a client is to ask again that came before there was a replica."""
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Bounds of the histogram of latencies."""
 
@@ -61,6 +63,18 @@ class Scorer(Protocol):
     async def replicas(self) -> int:
         """How many replicas answer."""
         ...
+
+
+class Loading:
+    """The `Scorer` of a service that has none yet."""
+
+    async def score(self, dialogues: list[Dialogue]) -> Scores:
+        """Raises `Refused`."""
+        raise Refused(503, "the model is being loaded", retry_after_s=LOADING_S)
+
+    async def replicas(self) -> int:
+        """None."""
+        return 0
 
 
 def ask(judge: Judge, dialogues: Sequence[Dialogue]) -> Scores:
@@ -102,15 +116,14 @@ class Batcher:
         while True:
             waiting = [one for one in self._gather() if one[1].set_running_or_notify_cancel()]
             if waiting:
-                self._since = time.monotonic()
                 self._score(waiting)
                 self._since = None
 
     def _gather(self) -> list[tuple[list[Dialogue], Future[Scores]]]:
-        """Requests until the batch is full or has waited for its time."""
+        """Requests until the batch is full, without those that were cancelled, or has waited for its time."""
         batch = [self._queue.get()]
         end = time.monotonic() + self._section.batch_wait_s
-        while sum(len(dialogues) for dialogues, _ in batch) < self._section.max_batch_size:
+        while sum(len(dialogues) for dialogues, one in batch if not one.cancelled()) < self._section.max_batch_size:
             try:
                 batch.append(self._queue.get(timeout=max(0.0, end - time.monotonic())))
             except queue.Empty:
@@ -119,6 +132,7 @@ class Batcher:
 
     def _score(self, batch: Sequence[tuple[list[Dialogue], Future[Scores]]]) -> None:
         """Answer all requests of a batch. Where it fails, each is scored alone: one must not spoil the others."""
+        self._since = time.monotonic()
         together = [dialogue for dialogues, _ in batch for dialogue in dialogues]
         try:
             scores = ask(self._judge, together)
@@ -134,8 +148,10 @@ class Batcher:
             future.set_result(scores.slice(end - len(dialogues), end))
 
 
-def refusal(error: Exception) -> Refused:
+def refusal(error: BaseException) -> Refused:
     """What the client gets to hear of an error, and where the log tells of it: never with text of a conversation."""
+    if isinstance(error, asyncio.CancelledError):
+        return Refused(503, "the service ends", retry_after_s=LOADING_S)
     if isinstance(error, DataError):
         return Refused(400, error.message, "input")
     frames = "".join(traceback.format_tb(error.__traceback__))
@@ -148,7 +164,9 @@ class Application:
 
     def __init__(self, scorer: Scorer, section: RewardService, model: str, token: str = ""):
         """``model`` is the name that the model is served by. Without a ``token`` none is asked for."""
-        self._scorer, self._section, self._model = scorer, section, model
+        self.scorer = scorer
+        """Who scores the requests to come; may be replaced."""
+        self._section, self._model = section, model
         self._token = _digest(token) if token else None
         self._pending = 0
         self._counts: Counter[str] = Counter()
@@ -160,7 +178,7 @@ class Application:
         headers = [(b"content-type", b"application/json")]
         try:
             status, body = 200, await self._route(scope, receive)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             refused = error if isinstance(error, Refused) else refusal(error)
             status, body = refused.status, json.dumps(refused.body()).encode()
             headers += [(b"retry-after", b"%d" % refused.retry_after_s)] if refused.retry_after_s is not None else []
@@ -199,9 +217,9 @@ class Application:
             raise Refused(401, "this service asks for its token: Authorization: Bearer TOKEN")
 
     async def _health(self, _: dict[str, Any], __: Receive) -> bytes:
-        replicas = await self._scorer.replicas()
+        replicas = await self.scorer.replicas()
         if not replicas:
-            raise Refused(503, "no replica answers", retry_after_s=5)
+            raise Refused(503, "no replica answers", retry_after_s=LOADING_S)
         return json.dumps({"status": "ok", "replicas": replicas}).encode()
 
     async def _models(self, _: dict[str, Any], __: Receive) -> bytes:
@@ -210,7 +228,7 @@ class Application:
 
     async def _metrics(self, _: dict[str, Any], __: Receive) -> bytes:
         """Prometheus' text format."""
-        counts = {**self._counts, "pending_conversations": self._pending, "replicas": await self._scorer.replicas()}
+        counts = {**self._counts, "pending_conversations": self._pending, "replicas": await self.scorer.replicas()}
         bounds = [*(f"{bound:g}" for bound in SECONDS), "+Inf"]
         for bound, number in zip(bounds, accumulate(self._seconds), strict=True):
             counts[f'seconds_bucket{{le="{bound}"}}'] = number
@@ -231,7 +249,7 @@ class Application:
             raise Refused(429, f"{self._pending} conversations are waited for, try again later", retry_after_s=1)
         self._pending += number
         try:
-            scores = await self._while_connected(self._scorer.score(asked.dialogues), receive)
+            scores = await self._while_connected(self.scorer.score(asked.dialogues), receive)
         finally:
             self._pending -= number
         found = [dict(zip(scores.names, row, strict=True)) for row in scores.attributes]

@@ -113,7 +113,8 @@ def why_text(reading: Reading, tokenizer: PreTrainedTokenizerBase, run: Renderer
         if reading.chat_template is not None:
             tokenizer.chat_template = reading.chat_template
         own = Renderer(tokenizer, date=reading.date, section="reward")
-        return None if own.fingerprint == run.fingerprint else "its chat template or date is not the run's"
+        if own.fingerprint != run.fingerprint:
+            return "its chat template or date is not the run's"
     probe = [Message("user", "question")]
     prompt, (answer,) = run.dialogue_ids(probe, ["answer"])
     same = reading.by_align or prompt + answer == run.conversation_ids([*probe, Message("assistant", "answer")])

@@ -22,7 +22,9 @@ class CriticWorker(TrainedWorker):
         assert isinstance(section, CriticSection)
         start = None if section.head == "new" else reading.start_of(section)
         size, from_row = len(self.tokenizer), start is not None and start.kind == "lm_head_row0"
-        if start is None or from_row:
+        if start is None:
+            self.model = load.scorer(section, size, spec.seed, head="new" if len(load.labels(section)) > 1 else "auto")
+        elif from_row:
             self.model = load.scorer(section, size, spec.seed, head="auto")
         else:
             self.model = load.scorer(section, size, spec.seed, head="trained", combine=start.weights or None)

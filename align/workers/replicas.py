@@ -18,6 +18,7 @@ import ray
 import torch
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
@@ -37,6 +38,8 @@ NAME = "reward"
 """Of the application in Ray Serve, and of its only deployment."""
 LOOK_S = 1.0
 """Seconds for which it is known how many replicas there are."""
+FAULTS = (RayError, RayServeException)
+"""What Ray and Ray Serve raise; neither is the other's."""
 RESTARTING_S = 5
 """Seconds after which a client is to ask again that met a replica which ended."""
 
@@ -120,8 +123,8 @@ class Replicated:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except RayError as error:
-            message = f"a replica ended while it scored: {type(error).__name__}"
+        except FAULTS as error:
+            message = f"no replica answers, or it ended while it scored: {type(error).__name__}"
             raise Refused(503, message, retry_after_s=RESTARTING_S) from error
         if isinstance(outcome, Refused):
             raise outcome
@@ -132,10 +135,13 @@ class Replicated:
         return await asyncio.to_thread(self.running)
 
     def running(self) -> int:
-        """Replicas that Ray Serve finds healthy, known for a second."""
+        """Replicas that Ray Serve finds healthy, known for a second; none while it cannot say."""
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
-            states = serve.status().applications[NAME].deployments[NAME].replica_states
+            try:
+                states = serve.status().applications[NAME].deployments[NAME].replica_states
+            except (*FAULTS, KeyError):
+                states = {}
             self._running, self._looked = sum(n for state, n in states.items() if state == "RUNNING"), now
             self.last = now if self._running else self.last
         return self._running
@@ -170,12 +176,12 @@ def _deployment(section: RewardService) -> Any:
     """The deployment of Ray Serve. Raises `PlacementError` where the machine has too little."""
     replicas, there = section.replicas, ray.cluster_resources()
     kind = "GPU" if there.get("GPU", 0) and replicas.gpus != 0 else "CPU"
-    each = (replicas.gpus or 1.0) if kind == "GPU" else 1.0
-    if replicas.max * each > there.get(kind, 0) or (replicas.gpus and kind == "CPU"):
+    each, wanted = replicas.gpus or 1.0, "GPU" if replicas.gpus else kind
+    room = int(1 / each) * int(there.get(wanted, 0))  # a replica has its part of one GPU, not of two
+    if replicas.max > room:
         raise PlacementError(
-            f"{replicas.max} replicas need {replicas.max * (replicas.gpus or 1):g} "
-            f"{'GPUs' if replicas.gpus or kind == 'GPU' else 'CPU slots'}, there are "
-            f"{there.get('GPU' if replicas.gpus else kind, 0):g}",
+            f"{replicas.max} replicas of {each:g} {'GPUs' if wanted == 'GPU' else 'CPU slots'} each, there is room for "
+            f"{room}: there are {there.get(wanted, 0):g}",
             remedy="lower replicas.max or replicas.gpus",
         )
     environment = process.worker_environment(os.cpu_count() or 1, replicas.max, loopback=True)

@@ -72,7 +72,9 @@ class TrainedRewardWorker(TrainedWorker):
             section, len(self.tokenizer), spec.seed, head=section.head, num_labels=num_labels, combine=combine
         )
         config, names = self.model.config, resolve(section.attributes)
-        config.pad_token_id = self.tokenizer.pad_token_id
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        # transformers' classifiers score the last token that is not this one; they refuse to guess where it is None.
+        config.pad_token_id = None if pad == end else pad
         if names:
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         self._make_trainable(self.model, task="SEQ_CLS")

@@ -1,7 +1,7 @@
 """`align serve reward`: replicas of a judge by Ray Serve, or one in this process, and HTTP in front of them.
 
 HTTP is spoken by this process and not by Ray Serve's proxy: so the token stays here, limits and counts hold for all
-replicas together, and nothing is answered before a replica can.
+replicas together, and a port that is taken is known before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +30,7 @@ from align.errors import ConfigError, WorkerError
 from align.private import require_private
 from align.rewards import functions, reading
 from align.rewards.readers import open_judge
-from align.rewards.serving import Application, Batcher, Scorer
+from align.rewards.serving import Application, Batcher, Loading, Scorer
 from align.sections import Cluster, RewardService
 from align.workers.judges import judge
 from align.workers.replicas import Sharded, device, replicated
@@ -41,6 +42,8 @@ LOOK_S = 1.0
 """Seconds between two looks at what the service consists of."""
 KEEP_ALIVE_S = 30
 """Seconds that a connection may lie idle."""
+BACKLOG = 2048
+"""Connections that may wait until they are accepted; uvicorn's own number."""
 SLOTS_PER_CORE = 2
 """Replicas or shards that one core offers where there are no GPUs; the default of ``cluster.slots_per_core``."""
 
@@ -53,9 +56,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         console.print(f"{arguments.recipe}: can be served", highlight=False)
         return 0
     os.environ.pop(section.token_env, None)  # so that no process of Ray inherits it
-    with Stop() as stop, Front(section) as front, _up(section, stop) as (scorer, look):
+    application = Application(Loading(), section, name_of(section), token)
+    with Stop() as stop, Front(section, application) as front, _up(section, stop) as (scorer, look):
         if not stop.asked.is_set():
-            front.start(Application(scorer, section, name_of(section), token))
+            application.scorer = scorer
             console.print(f"serving {name_of(section)} on {front.url}", highlight=False)
             sys.stdout.flush()
         while not stop.asked.wait(LOOK_S):
@@ -125,26 +129,48 @@ class Stop:
 
 
 class Front:
-    """HTTP in a thread. The port is taken at once, and nobody is heard before `start`."""
+    """HTTP in a thread, for the time of the context. Of two on one port the second is refused as it begins."""
 
-    def __init__(self, section: RewardService):
+    def __init__(self, section: RewardService, application: Application):
         self._section = section
         self._socket = socket.socket(socket.AF_INET6 if ":" in section.host else socket.AF_INET)
-        self._server: uvicorn.Server | None = None
+        settings: Any = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                application,  # type: ignore[arg-type] - scopes are plain dictionaries here
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(section.stop_timeout_s)),
+                server_header=False,
+                proxy_headers=False,
+                **settings,
+            )
+        )
+        serving = self._server.serve
+        run = lambda: asyncio.run(serving(sockets=[self._socket]))  # noqa: E731
+        self._thread = threading.Thread(target=run, name="reward-http", daemon=True)
 
     def __enter__(self) -> Front:
+        # Lets a port be taken again whose last connections linger. Until one listens it lets others take it as well.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((self._section.host, self._section.port))
+            self._socket.listen(BACKLOG)
         except OSError as error:
             self._socket.close()
             raise ConfigError(
                 f"cannot listen on {self._section.host}:{self._section.port}: {error.strerror or error}",
                 remedy="choose host and another port, or port=0 for a free one",
             ) from error
+        self._thread.start()
+        while not self._server.started:
+            self.look()
+            time.sleep(0.01)
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Without waiting for requests under way."""
+        self._server.force_exit = True
+        self.finish()
         self._socket.close()
 
     @property
@@ -153,27 +179,6 @@ class Front:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def start(self, application: Application) -> None:
-        """Listen."""
-        grace = max(1, round(self._section.stop_timeout_s))
-        settings: Any = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
-        self._server = server = uvicorn.Server(
-            uvicorn.Config(
-                application,  # type: ignore[arg-type] - scopes are plain dictionaries here
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=grace,
-                server_header=False,
-                proxy_headers=False,
-                **settings,
-            )
-        )
-        serving = server.serve(sockets=[self._socket])
-        self._thread = threading.Thread(target=asyncio.run, args=(serving,), name="reward-http", daemon=True)
-        self._thread.start()
-        while not server.started:
-            self.look()
-            time.sleep(0.01)
-
     def look(self) -> None:
         """Raises `WorkerError` where the thread has ended."""
         if not self._thread.is_alive():
@@ -181,9 +186,8 @@ class Front:
 
     def finish(self) -> None:
         """Hear nobody new, and answer the requests under way within their time."""
-        if self._server is not None:
-            self._server.should_exit = True
-            self._thread.join()
+        self._server.should_exit = True
+        self._thread.join()
 
 
 @contextmanager
@@ -201,7 +205,9 @@ def _up(section: RewardService, stop: Stop) -> Iterator[tuple[Scorer, Callable[[
         yield batcher, lambda: _look_at(batcher)
     elif section.replicas.shards > 1:
         slots = tuple(range(section.replicas.shards))
-        with judge(section.reward, "ray", slots, cluster, logs, lambda line: print(line, file=sys.stderr)) as role:
+        # A conversation without a score is answered as such, and does not fail those beside it.
+        reward = replace(section.reward, failed="drop")
+        with judge(reward, "ray", slots, cluster, logs, lambda line: print(line, file=sys.stderr)) as role:
             stop.install()
             sharded = Sharded(role)
             batcher = Batcher(sharded, section)

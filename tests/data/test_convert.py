@@ -37,7 +37,7 @@ class TestPairs:
     def test_by_helpfulness(self):
         found, counts = convert.pairs(self.ROWS)
         assert found == [Preference((Message("user", "a"),), "x", "y", -2, "stem", "english")]
-        assert counts == {"unrated": 1, "pairs": 3, "ties": 1, "empty": 1, "kept": 1}
+        assert counts == {"unrated": 1, "single": 1, "pairs": 3, "ties": 1, "empty": 1, "kept": 1}
 
     def test_by_another_attribute_and_with_strengths_of_1_to_3(self):
         found, counts = convert.pairs(self.ROWS, "humor")
@@ -46,7 +46,7 @@ class TestPairs:
             ("x", "z", 3),
             ("y", "z", 3),
         ]
-        assert counts == {"unrated": 5, "pairs": 3, "ties": 0, "empty": 0, "kept": 3}
+        assert counts == {"unrated": 5, "single": 0, "pairs": 3, "ties": 0, "empty": 0, "kept": 3}
 
     def test_agrees_with_reading_helpsteer2_as_preferences(self, tmp_path: Path):
         marks = [(a, b) for a in range(5) for b in range(5)]

@@ -112,9 +112,9 @@ def test_scores_of_another_benchmark(tmp_path: Path, judge_data: Path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["benchmark=judgebench"], "nothing to evaluate, give reward.path or scores: '', ''"),
+        (["benchmark=judgebench"], "benchmark judgebench needs reward.path or scores: '', ''"),
         (["benchmark=judgebench", "reward.path=m", "scores=s"], "give one of reward.path and scores: 'm', 's'"),
-        (["benchmark=heldout", "reward.path=m"], "heldout needs data.path, it has no hub id: ''"),
+        (["benchmark=heldout", "reward.path=m"], "benchmark heldout has no hub id and needs data.path: ''"),
         (["benchmark=heldout", "reward.path=m", "data.path=d", "data.split=test"], "data.split is validation or train"),
         (["benchmark=rm-bench", "reward.path=m", "prior_sets=true"], "prior_sets belongs to benchmark rewardbench"),
         (["benchmark=rm-bench", "reward.path=m", "confidence=95"], "confidence lies in (0, 1): 1000, 95.0"),

@@ -100,6 +100,19 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 class TestFolder:
+    def test_one_response_without_a_score_leaves_the_others(self, judge_data: Path, tmp_path: Path, capsys):
+        """A real judge, that is: what it gives no score is not written, and nothing else is lost."""
+        (tmp_path / "judge.py").write_text(
+            "def f(prompts, completions, **_):\n"
+            "    words = [turns[0]['content'] for turns in completions]\n"
+            "    return [None if i == 3 else float(len(one)) for i, one in enumerate(words)]\n"
+        )
+        judge = ["reward.kind=function", f"reward.function={tmp_path / 'judge.py'}:f"]
+        command = ["--benchmark", "judgebench", "--data", judge_data, "--out", tmp_path / "out", *judge]
+        assert cli.main(["eval", "reward", *map(str, command)]) == 78
+        assert "1 of 8 items have no finite score" in capsys.readouterr().err
+        assert len((tmp_path / "out" / "items.jsonl").read_text().splitlines()) == 7
+
     def test_a_second_call_starts_no_model(self, stub: SimpleNamespace, judge_data: Path, tiny_reward: Path, tmp_path):
         command = ("--benchmark", "judgebench", "--model", tiny_reward, "--data", judge_data, "--out", tmp_path / "out")
         run(*command)

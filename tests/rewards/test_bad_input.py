@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from align.cli import main
 from align.data import toy
 from align.rewards import card
-from align.rewards.card import Card
+from align.rewards.card import Card, Moments
 
 RECIPE = """
 algorithm: {algorithm}
@@ -51,6 +51,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     save("causal", AutoModelForCausalLM, toy.tokenizer())
     save("one", AutoModelForSequenceClassification, toy.tokenizer(), num_labels=1)
     save("five", AutoModelForSequenceClassification, toy.tokenizer(), Card("attributes", FIVE), num_labels=5)
+    scale = Card("attributes", FIVE, {"helpfulness": 1.0}, Moments(2.0, 1.0, 9))
+    save("measured", AutoModelForSequenceClassification, toy.tokenizer(), scale, num_labels=5)
     save("nameless", AutoModelForSequenceClassification, toy.tokenizer(), num_labels=3)
     save("broken", AutoModelForSequenceClassification, toy.tokenizer(), "{", num_labels=1)
     future = json.loads(Card("sequence_classification").dumps()) | {"version": 2}
@@ -81,6 +83,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "too few names": (
         "reward.path={nameless} reward.attributes=[a,b] reward.weights.a=1",
         ["has 3 outputs, 2 are named: a, b"],
+    ),
+    "names in another order": (
+        "reward.path={five} reward.attributes=[correctness,helpfulness,coherence,complexity,verbosity]",
+        ["has the outputs helpfulness, correctness", "leave reward.attributes out"],
+    ),
+    "moments of another score": (
+        "reward.path={measured} reward.normalise=true reward.weights.verbosity=1",
+        ["of a score by these weights", "holds those by {'helpfulness': 1.0}", "leave reward.weights out"],
     ),
     "a name twice": ("reward.path={nameless} reward.attributes=[a,a,b] reward.weights.a=1", ["names a twice"]),
     "weights of one score": ("reward.path={one} reward.weights.a=1", ["is read as sequence_classification", "leave"]),

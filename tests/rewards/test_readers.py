@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -85,7 +86,9 @@ def save(tmp_path: Path) -> Save:
     def saved(auto: Any, tokenizer: Any = None, name: str = "m", seed: int = 0, own: Card | None = None, **fields: Any):
         tokenizer = tokenizer or words()
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(fields.pop("model_type", "llama"), vocab_size=len(tokenizer), **SIZES, **fields)
+        config = AutoConfig.for_model(
+            fields.pop("model_type", "llama"), vocab_size=len(tokenizer), **{**SIZES, **fields}
+        )
         config.pad_token_id = tokenizer.pad_token_id
         model = auto.from_config(config)
         for parameter in model.parameters():  # logits of a fresh model are almost all alike
@@ -251,10 +254,21 @@ def test_what_stands_after_the_end_of_turn(save: Save):
     assert all(ids[-1] == okay for ids in whole)
     public = opened(save(AutoModelForSequenceClassification, tokenizer, num_labels=1, name="public"))
     trained = opened(
-        save(AutoModelForSequenceClassification, tokenizer, num_labels=1, own=Card("sequence_classification"))
+        save(
+            AutoModelForSequenceClassification, tokenizer, num_labels=1, own=Card("sequence_classification", loss="bt")
+        )
+    )
+    converted = opened(
+        save(
+            AutoModelForSequenceClassification,
+            tokenizer,
+            num_labels=1,
+            own=Card("sequence_classification"),
+            name="converted",
+        )
     )
     rows = lambda judge: rows_of(judge.text.sequences(DIALOGUES))  # noqa: E731
-    assert rows(public) == whole
+    assert rows(public) == rows(converted) == whole
     assert rows(trained) == [ids[:-1] for ids in whole]
 
 
@@ -302,6 +316,8 @@ def test_other_tokenizers_and_longer_templates_read_text(save: Save, byte_tokeni
     longer = words()
     longer.chat_template = TAIL
     assert "more after an answer" in str(texts.why_text(read, longer, Renderer(longer)))
+    named = replace(read, chat_template=TAIL)  # that the run has it too gives the policy no tokens after the end
+    assert "more after an answer" in str(texts.why_text(named, longer, Renderer(longer)))
     assert texts.why_text(replace(read, by_align=True), longer, Renderer(longer)) is None
 
 
@@ -313,6 +329,20 @@ def test_the_recipe_overrides_the_cards_template(save: Save, tmp_path: Path):
     (by_recipe,) = reading.read(section(path, chat_template=str(tmp_path / "own.jinja"), date="2 May 2025"))
     assert (by_card.chat_template, by_card.date) == ("card", "1 May 2025")
     assert (by_recipe.chat_template, by_recipe.date) == ("recipe", "2 May 2025")
+
+
+def test_a_conversation_without_positions_is_refused(save: Save):
+    judge = opened(save(AutoModelForSequenceClassification, num_labels=1, max_position_embeddings=8))
+    with pytest.raises(DataError, match=r"has \d+ tokens, the reward model has positions for 8"):
+        judge.score(DIALOGUES)
+
+
+def test_a_bias_of_the_head_is_not_left_out(save: Save):
+    path = save(AutoModelForSequenceClassification, num_labels=1)
+    weights = load_file(f"{path}/model.safetensors")
+    save_file({**weights, "score.bias": torch.ones(1)}, f"{path}/model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="does not read score.bias, so its scores would be others"):
+        opened(path)
 
 
 def test_normalised_scores(save: Save):

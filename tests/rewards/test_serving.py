@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import pickle
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from align.errors import DataError, ModelError
 from align.rewards import api, serving
 from align.rewards.api import Refused
 from align.rewards.http import HttpJudge
-from align.rewards.serving import Application, Batcher
+from align.rewards.serving import Application, Batcher, Loading
 from align.sections import Http, Reward, RewardService
 
 service = pytest.importorskip("align.workers.service", reason="needs the extra 'serve'")
@@ -60,12 +63,8 @@ def serving_with(judge: Any = None, token: str = "", **settings: Any) -> Iterato
     """HOST:PORT of a service."""
     section = replace(SECTION, **settings)
     scorer = judge if hasattr(judge, "replicas") else Batcher(judge or Lengths(), section)
-    with service.Front(section) as front:
-        front.start(Application(scorer, section, "m", token))
-        try:
-            yield front.url.removeprefix("http://")
-        finally:
-            front.finish()
+    with service.Front(section, Application(scorer, section, "m", token)) as front:
+        yield front.url.removeprefix("http://")
 
 
 def ask(address: str, body: Any = None, path: str = api.REWARDS, method: str = "", **headers: str) -> tuple[int, Any]:
@@ -272,6 +271,54 @@ def test_one_request_that_cannot_be_scored_does_not_spoil_the_others(capfd: pyte
     assert "KeyError" in said.err and TOKEN not in said.err + said.out
 
 
+def test_each_request_of_a_failed_batch_has_the_time_of_a_batch(monkeypatch: pytest.MonkeyPatch):
+    """The batch and each request alone take 6 s of 10: 24 s together, and the judge hangs in none of them."""
+    clock, stuck = [0.0], []
+
+    class Slow(Lengths):
+        def score(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
+            clock[0] += 6
+            stuck.append(batcher.stuck())
+            if any(one.response == "long" for one in dialogues):
+                clock[0] += 5
+                stuck.append(batcher.stuck())
+            return super().score(dialogues)
+
+    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    batcher = Batcher(Slow(), replace(SECTION, request_timeout_s=10.0, batch_wait_s=5.0, max_batch_size=3))
+
+    async def all_of(*texts: str) -> list[Any]:
+        asked = [batcher.score([Dialogue((), text)]) for text in texts]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    scores = asyncio.run(all_of("a", "bug", "ccc"))
+    assert [scores[0].values, scores[2].values] == [[1.0], [3.0]] and scores[1].status == 500
+    assert stuck == [None] * 4
+    asyncio.run(all_of("x", "y", "long"))
+    assert stuck[4] is None and "request_timeout_s (10)" in stuck[5]
+
+
+def test_a_cancelled_request_takes_no_room_in_a_batch():
+    judge = Lengths()
+    batcher = Batcher(judge, replace(SECTION, batch_wait_s=0.0, max_batch_size=2))
+
+    async def play() -> None:
+        judge.go.clear()
+        asked = [asyncio.ensure_future(batcher.score([Dialogue((), "first")]))]
+        while not judge.batches:
+            await asyncio.sleep(0.001)
+        left = asyncio.ensure_future(batcher.score([Dialogue((), "left")]))
+        asked += [asyncio.ensure_future(batcher.score([Dialogue((), text)])) for text in "ab"]
+        await asyncio.sleep(0.01)
+        left.cancel()
+        await asyncio.wait({left})
+        judge.go.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(play())
+    assert judge.batches == [["first"], ["a", "b"]]
+
+
 def test_a_full_queue_and_a_client_that_left_and_one_that_waits_too_long():
     judge = Lengths()
     judge.go.clear()
@@ -329,12 +376,39 @@ def test_a_replica_that_ends_is_told_as_an_error_that_passes():
         assert (status, reply["error"]["message"]) == (503, "no replica answers")
 
 
+def test_while_the_model_is_loaded_a_client_is_told_to_ask_again():
+    application = Application(Loading(), SECTION, "m", TOKEN)
+    with service.Front(SECTION, application) as front:
+        address, header = front.url.removeprefix("http://"), {"Authorization": f"Bearer {TOKEN}"}
+        status, reply = ask(address, {"input": [conversation()]}, **header)
+        assert (status, reply["error"]["message"]) == (503, "the model is being loaded")
+        assert ask(address, {"input": [conversation()]})[0] == 401
+        assert ask(address, path=api.HEALTH)[0] == 503
+        application.scorer = Batcher(Lengths(), SECTION)
+        assert ask(address, {"input": [conversation()]}, **header)[0] == 200
+        assert ask(address, path=api.HEALTH)[0] == 200
+
+
+def test_a_front_that_ends_otherwise_waits_for_no_request():
+    judge, section = Lengths(), replace(SECTION, stop_timeout_s=60.0)
+    judge.go.clear()
+    front = service.Front(section, Application(Batcher(judge, section), section, "m"))
+    with front, closing(HTTPConnection(front.url.removeprefix("http://"))) as connection:
+        connection.request("POST", api.REWARDS, json.dumps({"input": [conversation()]}).encode())
+        wait_until(lambda: bool(judge.batches))
+        begun = time.monotonic()
+        front.__exit__()
+        assert time.monotonic() - begun < 9  # the judge waits for 10
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["message"]) == (503, "the service ends")
+        judge.go.set()
+
+
 def test_requests_under_way_are_answered_before_the_end():
     judge = Lengths()
     judge.go.clear()
     section = replace(SECTION, stop_timeout_s=10.0)
-    with service.Front(section) as front:
-        front.start(Application(Batcher(judge, section), section, "m"))
+    with service.Front(section, Application(Batcher(judge, section), section, "m")) as front:
         address, replies = front.url.removeprefix("http://"), []
         asking = threading.Thread(target=lambda: replies.append(ask(address, {"input": [conversation("last")]})))
         asking.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import signal
 import socket
@@ -9,21 +11,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
 
 from align import cli
 from align.data.chat import Dialogue, Message
-from align.errors import ConfigError
+from align.errors import ConfigError, PlacementError
+from align.rewards.api import Refused
 from align.rewards.http import HttpJudge
 from align.rewards.readers import open_judge
-from align.sections import Http, Reward
+from align.rewards.serving import Application, Loading
+from align.sections import Http, Replicas, Reward, RewardService
 
 service = pytest.importorskip("align.workers.service", reason="needs the extra 'serve'")
+replicas = pytest.importorskip("align.workers.replicas", reason="needs the extra 'serve'")
 
 TOKEN = "canary-0123456789abcdef"
 DIALOGUES = [Dialogue((Message("user", f"copy {word}"),), word) for word in ("b", "d e", "a b c", "c c c c")]
@@ -81,14 +90,179 @@ def test_a_check_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not (recipe.parent / "run").exists()
 
 
-def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+def front(port: int = 0) -> Any:
+    section = RewardService(reward=Reward(path="m"), port=port)
+    return service.Front(section, Application(Loading(), section, "m"))
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The other service has its port from its first moment, when its own model is not loaded either."""
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
     monkeypatch.setattr(service, "_up", lambda *_: pytest.fail("loads the model"))
-    section = service.config.build(service.RewardService, recipe, []).config
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        busy = service.RewardService(reward=section.reward, port=port)
-        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}"), service.Front(busy):
+    with front() as first:
+        port = int(first.url.rpartition(":")[2])
+        assert cli.main(["serve", "reward", str(recipe), f"port={port}"]) == 78
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}"), front(port):
             pass
+        first.look()
+    with front(port) as again:
+        assert status_of(again.url) == 503
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError), front(taken.getsockname()[1]):
+        pass
+
+
+def test_of_two_services_that_begin_together_one_gets_the_port():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+
+        class Late(socket.socket):
+            def bind(self, address: Any, /) -> None:
+                super().bind(address)
+                other.listen()
+
+        late = front(other.getsockname()[1])
+        late._socket.close()
+        late._socket = Late()
+        with pytest.raises(ConfigError, match="cannot listen on"), late:
+            pass
+
+
+def status_of(url: str) -> int:
+    """Of the service's health."""
+    try:
+        with urlopen(f"{url}/health", timeout=10) as answer:
+            return answer.status
+    except HTTPError as error:
+        return error.code
+
+
+def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    heard: list[int] = []
+    fronts: list[Any] = []
+
+    class Front(service.Front):
+        def __enter__(self) -> Front:
+            fronts.append(self)
+            return super().__enter__()
+
+    class Scorer:
+        async def replicas(self) -> int:
+            return 1
+
+    @contextmanager
+    def up(_: RewardService, stop: Any) -> Iterator[Any]:
+        heard.append(status_of(fronts[0].url))
+
+        def look() -> None:
+            heard.append(status_of(fronts[0].url))
+            stop.asked.set()
+
+        yield Scorer(), look
+
+    monkeypatch.setattr(service, "Front", Front)
+    monkeypatch.setattr(service, "_up", up)
+    monkeypatch.setattr(service, "LOOK_S", 0.001)
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    assert cli.main(["serve", "reward", str(recipe)]) == 0
+    assert heard == [503, 200]
+
+
+def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.MonkeyPatch):
+    """The reward role raises an error of the whole request unless it is told to leave such scores."""
+
+    class Role(replicas.Reward):
+        def _score_text(self, dialogues: Any, _: Any) -> Future[torch.Tensor]:
+            scored = SimpleNamespace(score_B=torch.tensor([1.0, math.nan]), metrics={})
+            future: Future[torch.Tensor] = Future()
+            future.set_result(self._gathered([scored], [torch.tensor([0, 1])]))  # type: ignore[list-item]
+            return future
+
+    @contextmanager
+    def judge(section: Reward, *_: Any) -> Iterator[Any]:
+        yield Role(SimpleNamespace(world_size=1), section)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(service, "judge", judge)
+    section = RewardService(reward=Reward(path="m", zero_stage=3), replicas=Replicas(shards=2))
+    assert section.reward.failed == "fail"
+    with service._up(section, service.Stop()) as (scorer, _):
+        values = asyncio.run(scorer.score(DIALOGUES[:2])).values
+    assert values[0] == 1.0 and math.isnan(values[1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        replicas.RayServeException("no controller"),
+        replicas.RayError("gone"),
+        KeyError("reward"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_while_ray_serve_cannot_say_there_is_no_replica(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def status() -> Any:
+        if broken:
+            raise error
+        deployment = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 1})
+        return SimpleNamespace(applications={"reward": SimpleNamespace(deployments={"reward": deployment})})
+
+    monkeypatch.setattr(replicas.serve, "status", status)
+    monkeypatch.setattr(replicas, "LOOK_S", 0.0)
+    scorer, broken = replicas.Replicated(None), False
+    assert asyncio.run(scorer.replicas()) == 2
+    last, broken = scorer.last, True
+    assert asyncio.run(scorer.replicas()) == 0 and scorer.last == last
+
+
+def test_faults_of_ray_and_of_ray_serve_are_503():
+    unavailable = replicas.serve.exceptions.DeploymentUnavailableError
+    assert not issubclass(unavailable, replicas.RayError)
+    for error in (unavailable("reward"), replicas.ray.exceptions.RayActorError()):
+
+        async def remote(_: Any, error: Exception = error) -> Any:
+            raise error
+
+        handle = SimpleNamespace(score=SimpleNamespace(remote=remote))
+        with pytest.raises(Refused) as refused:
+            asyncio.run(replicas.Replicated(handle).score(DIALOGUES))  # type: ignore[arg-type]
+        assert (refused.value.status, refused.value.retry_after_s) == (503, replicas.RESTARTING_S)
+        assert type(error).__name__ in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("gpus", "there", "room"),
+    [
+        (0.6, {"GPU": 2.0, "CPU": 8.0}, 2),  # 3 * 0.6 is less than 2, yet no GPU holds two
+        (0.5, {"GPU": 2.0, "CPU": 8.0}, 4),
+        (0.3, {"GPU": 1.0, "CPU": 8.0}, 3),
+        (0.1, {"GPU": 1.0, "CPU": 8.0}, 10),
+        (1.0, {"GPU": 2.0, "CPU": 8.0}, 2),
+        (None, {"GPU": 2.0, "CPU": 8.0}, 2),
+        (0.0, {"GPU": 2.0, "CPU": 8.0}, 8),
+        (None, {"CPU": 4.0}, 4),
+        (0.5, {"CPU": 4.0}, 0),
+    ],
+)
+def test_how_many_replicas_there_is_room_for(
+    gpus: float | None, there: dict[str, float], room: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replicas.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(replicas.serve, "deployment", lambda _, **options: options)
+
+    def options(number: int) -> Any:
+        return replicas._deployment(
+            RewardService(reward=Reward(path="m"), replicas=Replicas(min=number, max=number, gpus=gpus))
+        )["ray_actor_options"]
+
+    with pytest.raises(PlacementError, match=f"there is room for {room}: "):
+        options(room + 1)
+    if room:
+        asked = options(room)
+        cards = 0 if gpus == 0 or "GPU" not in there else gpus or 1.0
+        assert (asked["num_gpus"], asked["num_cpus"]) == (cards, 0 if cards else 1)
 
 
 def test_names_of_models(tmp_path: Path):
