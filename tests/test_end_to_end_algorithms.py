@@ -190,7 +190,7 @@ def test_a_policy_without_a_reward_head_is_a_critic_only_when_told(run, tmp_path
     changes = ["executor=local", "critic.optimizer.lr=1e-3", f"critic.path={tiny_policy}", "minibatches=1"]
     with pytest.raises(AssertionError):
         run("refused", "ppo", *changes)
-    assert "cannot tell how LlamaForCausalLM gives a reward" in capsys.readouterr().err
+    assert "cannot tell how this checkpoint gives a reward" in capsys.readouterr().err
     assert metrics(run("fresh", "ppo", *changes, "critic.head=new", "run.steps=1"))[0]["critic/loss"] > 0
 
 

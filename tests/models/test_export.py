@@ -208,7 +208,7 @@ def test_a_flipped_bit_stops_the_export(tokenizer, tmp_path):
 
     model.save_pretrained = damaged
     with pytest.raises(ModelError, match="reads back other"):
-        export.write(model, tokenizer, state, tmp_path / "final")
+        export.write(model, tokenizer, state, tmp_path / "final", {})
     assert not (tmp_path / "final").exists()
 
 
