@@ -75,9 +75,8 @@ class ModelJudge:
         return self._score(self._infer(dialogues))
 
     def score_ids(self, sequences: Sequences) -> Tensor:
-        """Scores of conversations as ids of this model's tokenizer, in the order that they come in. Raises `DataError`
-        for one that the model has no positions for."""
-        return self._score(self._outputs(sequences))
+        """Scores of conversations as ids of this model's tokenizer, in the order that they come in."""
+        return self._score(self.engine.infer(sequences))
 
     def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
         """All outputs of the head, (B, A), in the order of ``names``; A is 0 for a checkpoint with one score."""
@@ -96,11 +95,13 @@ class ModelJudge:
     def _infer(self, dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
         """Outputs of the head in the order of ``dialogues``."""
         sequences, dialogue_B = self.text.sequences(dialogues)
-        outputs = self._outputs(sequences)
+        self._require_positions(sequences)
+        outputs = self.engine.infer(sequences)
         back_B = dialogue_B.argsort()
         return {name: value[back_B] for name, value in outputs.items()}
 
-    def _outputs(self, sequences: Sequences) -> dict[str, Tensor]:
+    def _require_positions(self, sequences: Sequences) -> None:
+        """Text comes from anywhere and may have any length. Ids are those of a run, which has limits of its own."""
         longest = int(sequences.tokens_B().max()) if len(sequences) else 0
         limit = getattr(self.engine.head.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
@@ -109,7 +110,6 @@ class ModelJudge:
                 where=self.section.path,
                 remedy="leave it out, or shorten it: in a run, data.max_prompt_tokens and sampling.max_tokens",
             )
-        return self.engine.infer(sequences)
 
     def _score(self, outputs: dict[str, Tensor]) -> Tensor:
         if self.names:
