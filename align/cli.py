@@ -85,6 +85,9 @@ def _add_toy(commands: Any) -> None:
     toy.add_argument("--train", type=int, default=6000, help="rows of the training split (%(default)s)")
     toy.add_argument("--validation", type=int, default=300, help="rows of the validation split (%(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    toy.add_argument(
+        "--family", action="store_true", help="also feedback, edits, verdicts and principles, and a tokenizer for them"
+    )
     compare = _command(
         commands,
         "compare",
@@ -216,7 +219,7 @@ def serve_reward(arguments: argparse.Namespace, console: Console) -> int:
 
 def toy(arguments: argparse.Namespace, console: Console) -> int:
     """``align toy``."""
-    module = importlib.import_module("align.data.toy")
+    module = importlib.import_module("align.data.toy_family" if arguments.family else "align.data.toy")
     folder = module.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
     console.print(f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False)
     return 0

@@ -61,6 +61,10 @@ class Future(Protocol[T_co]):
         """Wait for the answer; raises `align.errors.WorkerError` when it cannot come."""
         ...
 
+    def done(self) -> bool:
+        """Whether `result` would not wait long."""
+        ...
+
 
 @dataclass(frozen=True)
 class Ready(Generic[T]):
@@ -71,6 +75,10 @@ class Ready(Generic[T]):
     def result(self) -> T:
         """The answer."""
         return self.value
+
+    def done(self) -> bool:
+        """It is."""
+        return True
 
 
 def together(*futures: Future[Any]) -> tuple[Any, ...]:

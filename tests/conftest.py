@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.data import toy
+from align.data import toy, toy_family
 
 LLAMA = {
     "model_type": "llama",
@@ -69,6 +69,19 @@ def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(
         AutoModelForSequenceClassification, tmp_path_factory.mktemp("reward"), toy.tokenizer(), **LLAMA, num_labels=1
     )
+
+
+@pytest.fixture(scope="session")
+def family_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled task with feedback, edits, verdicts and principles, 120 + 20 rows of each."""
+    return toy_family.write(tmp_path_factory.mktemp("family"), 120, 20, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal language model that reads `family_data`."""
+    fields = LLAMA | {"max_position_embeddings": 256}
+    return _save(AutoModelForCausalLM, tmp_path_factory.mktemp("family_policy"), toy_family.tokenizer(), **fields)
 
 
 @pytest.fixture

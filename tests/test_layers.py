@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "errors", "faults", "private", "redact"},
+    {"types", "config", "nodes", "sections", "errors", "faults", "plugins", "private", "redact"},
     {"ops", "data", "roles"},
-    {"models", "engines", "rewards", "checkpoint", "run"},
+    {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
     {"launch", "plan", "evaluation", "report", "cli"},
 ]
@@ -23,11 +23,15 @@ BESIDE = {
     ("config", "errors"),
     ("nodes", "errors"),
     ("faults", "errors"),
+    ("plugins", "errors"),
     ("private", "errors"),
     ("run", "checkpoint"),
     ("engines", "models"),
     ("rewards", "models"),
     ("rewards", "engines"),
+    ("rewards", "generators"),
+    ("generators", "models"),
+    ("generators", "engines"),
     ("plan", "launch"),
     ("evaluation", "report"),
     ("evaluation", "launch"),
@@ -37,7 +41,7 @@ BESIDE = {
 ONLY = {"deepspeed": {"engines"}, "ray": {"workers"}, "peft": {"models"}}
 """Who may name a library."""
 
-TORCH_FREE = {"config", "nodes", "sections", "errors", "faults", "private", "redact", "roles", "algorithms", "cli"}
+TORCH_FREE = {"config", "nodes", "sections", "errors", "faults", "plugins", "private", "redact", "roles", "algorithms", "cli"}
 """Units that load no torch when imported."""
 
 GIVEN_ELSEWHERE = {"packed_attention"}

@@ -143,9 +143,9 @@ class Renderer:
         self.template = _read_template(tokenizer, chat_template, section)
         self._end_of_turn = self._find_end_of_turn()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the conversation up to where the assistant's next words begin."""
-        ids = self._encode(self._render(messages, add_generation_prompt=True))
+    def prompt_ids(self, messages: Sequence[Message], opening: str = "") -> list[int]:
+        """Ids of the conversation up to where the assistant's next words begin, or ``opening``, its first words."""
+        ids = self._encode(self._render(messages, add_generation_prompt=True) + opening)
         if ids[:2] == [self._bos, self._bos]:
             raise DataError(
                 f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})",
@@ -162,16 +162,19 @@ class Renderer:
         """Ids of ``response`` as they follow `prompt_ids`, closed by the end-of-turn token; see `dialogue_ids`."""
         return self.dialogue_ids(messages, [response])[1][0]
 
-    def dialogue_ids(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """`prompt_ids` and the ids of each of ``responses`` as they follow it.
+    def dialogue_ids(
+        self, messages: Sequence[Message], responses: Sequence[str], opening: str = ""
+    ) -> tuple[list[int], list[list[int]]]:
+        """`prompt_ids`, up to the end of ``opening``, and the ids of each of ``responses`` as they follow it.
 
         What the template writes after the end-of-turn token (Qwen: a newline) is cut off, because it is never sampled;
         where the template writes no such token, the tokenizer's end-of-sequence token is added.
         Raises `DataError` when the template renders the prompt otherwise once an answer follows it.
         """
-        prompt_ids = self.prompt_ids(messages)
-        prompt = self._render(messages, add_generation_prompt=True)
-        return prompt_ids, [self._response_ids(messages, response, prompt, prompt_ids) for response in responses]
+        prompt_ids = self.prompt_ids(messages, opening)
+        prompt = self._render(messages, add_generation_prompt=True) + opening
+        answers = [opening + response for response in responses]
+        return prompt_ids, [self._response_ids(messages, answer, prompt, prompt_ids) for answer in answers]
 
     def _response_ids(
         self, messages: Sequence[Message], response: str, prompt: str, prompt_ids: list[int]

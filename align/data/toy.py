@@ -135,21 +135,22 @@ def write(folder: str | Path, num_train: int, num_validation: int, seed: int) ->
     """
     folder = Path(folder)
     (folder / "preference").mkdir(parents=True, exist_ok=True)
-    rows = _rows(random.Random(seed))
+    drawing = rows(random.Random(seed))
     for split, count in (("validation", num_validation), ("train", num_train)):
-        drawn = [next(rows) for _ in range(count)]
-        _write_lines(folder / "preference" / f"{split}.jsonl.gz", drawn)
-        _write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in _rated(row)])
+        drawn = [next(drawing) for _ in range(count)]
+        write_lines(folder / "preference" / f"{split}.jsonl.gz", drawn)
+        write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in rated(row)])
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
 
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A file of rows, the same bytes for the same rows."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     file.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-def _rated(row: dict[str, Any]) -> list[dict[str, Any]]:
+def rated(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Both responses of a row with their `attributes`, in the schema of HelpSteer2."""
     prompt = row["context"][-1]["content"]
     return [
@@ -175,7 +176,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _rows(rng: random.Random) -> Iterator[dict[str, Any]]:
+def rows(rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows in the schema of HelpSteer3-Preference, each with a new instruction."""
     seen: set[str] = set()
     while True:
@@ -204,6 +205,14 @@ def _row(instruction: str, rng: random.Random) -> dict[str, Any]:
         "overall_preference": preference,
         "individual_preference": [{"score": mark, "reasoning": ""} for mark in (preference, preference, third)],
     }
+
+
+def answer_below(instruction: str, limit: int, rng: random.Random) -> str:
+    """A response of random quality whose `score` is less than ``limit``, at least 1."""
+    while True:
+        response = _response(instruction, rng)
+        if score(instruction, response) < limit:
+            return response
 
 
 def _response(instruction: str, rng: random.Random) -> str:

@@ -7,18 +7,15 @@ returns a number for each, or None where it has none.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align import plugins
 from align.data.chat import Dialogue
 from align.errors import ConfigError, DataError
 
@@ -27,42 +24,14 @@ GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function ``module:function`` or ``path/file.py:function``.
-
-    Raises `ConfigError` for a module that cannot be imported, and for what is no function that could be called.
-    """
-    module, (place, _, function) = _module(name), name.rpartition(":")
-    found = getattr(module, function, None)
-    if not callable(found):
-        known = [n for n, one in vars(module).items() if inspect.isfunction(one) and one.__module__ == module.__name__]
-        raise ConfigError(
-            f"function={name}: {place} has no function {function}", remedy=f"it has: {', '.join(known) or 'none'}"
-        )
+    """The function ``module:function`` or ``path/file.py:function``. Raises `ConfigError`, see `align.plugins.load`,
+    also for one that needs what nothing gives."""
+    found = plugins.load(name)
     _check_signature(name, found)
     return found
 
 
-def _module(name: str) -> Any:
-    place = name.rpartition(":")[0]
-    try:
-        return _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # the module's own code runs
-        remedy = "give a file, path/to/file.py:function, or a module that is installed on every node"
-        raise ConfigError(f"function={name}: {type(error).__name__}: {error}", remedy=remedy) from error
-
-
-def _from_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"align_reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _check_signature(name: str, function: Callable[..., Any]) -> None:
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"function={name} is asynchronous", remedy="give one that returns the numbers themselves")
     parameters = inspect.signature(function).parameters.values()
     for one in parameters:
         if one.kind is one.POSITIONAL_ONLY or (one.kind is one.VAR_POSITIONAL):
@@ -75,11 +44,6 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
                 f"function={name} needs an argument {one.name}, which nothing gives",
                 remedy=f"take {', '.join(GIVEN)}, and **kwargs for what other trainers pass",
             )
-
-
-def fingerprint(name: str) -> str:
-    """sha256 of the file that a function is taken from; modules that it imports do not count."""
-    return hashlib.sha256(Path(_module(name).__file__).read_bytes()).hexdigest()
 
 
 class FunctionJudge:

@@ -227,6 +227,10 @@ class After(Generic[U]):
         self.first.result()
         return self.then.result()
 
+    def done(self) -> bool:
+        """Whether both are there."""
+        return self.first.done() and self.then.done()
+
 
 class Ranks(ABC):
     """The workers of a role, wherever they are."""

@@ -1,23 +1,64 @@
-"""A reward role by itself: a judge for whoever has responses to be scored and no run."""
+"""Frozen roles by themselves: for whoever has something to be judged or answered, and no run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from align.run import Clock
-from align.sections import Cluster
+from align.sections import Cluster, Model
+from align.sections import Generator as GeneratorSection
 from align.sections import Reward as RewardSection
 from align.workers import local
-from align.workers.base import Spec
+from align.workers.base import Role, Spec
+from align.workers.generator import Generator
 from align.workers.pool import RayCluster
 from align.workers.reward import Reward
 
 ROLE = "reward"
 RESTARTS = 2
 """How often lost workers are brought up anew: the default of ``run.max_restarts``."""
+
+
+def _side(section: Model) -> type[Role]:
+    return Generator if isinstance(section, GeneratorSection) else Reward
+
+
+@contextmanager
+def company(
+    sections: Mapping[str, Model],
+    executor: Literal["ray", "local"],
+    slots: Mapping[str, tuple[int, ...]],
+    cluster: Cluster,
+    logs: Path,
+    report: Callable[[str], None],
+    *,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Generators and reward models by name, up for the time of the context: in this process, or with a process on each
+    of their ``slots``.
+
+    ``logs`` is the folder of the workers' logs, ``report`` is told a line when lost workers are brought up anew.
+    """
+    clock, sides = Clock(), {name: _side(section) for name, section in sections.items()}
+    sizes = {name: len(slots[name]) if executor == "ray" else 1 for name in sections}
+    specs = {
+        name: [Spec(name, rank, sizes[name], section, seed, 0, cluster.call_timeout_s) for rank in range(sizes[name])]
+        for name, section in sections.items()
+    }
+    if executor == "local":
+        yield {
+            name: sides[name](local.bring_up(sides[name].worker, specs[name][0], clock), sections[name])
+            for name in specs
+        }
+        return
+    count = 1 + max(slot for name in sections for slot in slots[name])
+    with RayCluster(cluster, count, report=report, max_restarts=RESTARTS) as ray:
+        wanted = {name: (sides[name].worker, specs[name], slots[name]) for name in specs}
+        ranks = ray.bring_up(wanted, logs.absolute(), clock)
+        yield {name: sides[name](ranks[name], sections[name]) for name in specs}
 
 
 @contextmanager
@@ -29,16 +70,6 @@ def judge(
     logs: Path,
     report: Callable[[str], None],
 ) -> Iterator[Reward]:
-    """The role, up for the time of the context: in this process, or with a process on each of ``slots``.
-
-    ``logs`` is the folder of the workers' logs, ``report`` is told a line when lost workers are brought up anew.
-    """
-    seed, clock = 0, Clock()
-    size = len(slots) if executor == "ray" else 1
-    specs = [Spec(ROLE, rank, size, section, seed, 0, cluster.call_timeout_s) for rank in range(size)]
-    if executor == "local":
-        yield Reward(local.bring_up(Reward.worker, specs[0], clock), section)
-        return
-    with RayCluster(cluster, 1 + max(slots), report=report, max_restarts=RESTARTS) as ray:
-        ranks = ray.bring_up({ROLE: (Reward.worker, specs, slots)}, logs.absolute(), clock)
-        yield Reward(ranks[ROLE], section)
+    """The reward role alone; see `company`."""
+    with company({ROLE: section}, executor, {ROLE: slots}, cluster, logs, report) as found:
+        yield found[ROLE]

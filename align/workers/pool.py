@@ -69,6 +69,12 @@ class RayFuture(Generic[U]):
         self._ranks.clock.record(self._call.phase, [answer.span for answer in answers])
         return self._gather([answer.value for answer in answers])
 
+    def done(self) -> bool:
+        """See `align.roles.Future`. True also where an answer cannot come, which `result` then says."""
+        references = self._call.references
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        return len(ready) == len(references)
+
 
 class RayRanks(Ranks):
     """The worker processes of one role."""

@@ -20,6 +20,7 @@ import torch
 
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, WorkerError
+from align.generators import transport
 from align.rewards import api, http
 from align.rewards.http import HttpJudge
 from align.sections import Http
@@ -251,11 +252,11 @@ def test_a_service_that_fails_often_loses_nothing_and_is_counted_exactly():
 )
 def test_the_pause_is_random_and_at_least_what_the_service_asks_for(header: str | None, lowest: float, highest: float):
     judge = HttpJudge(Http(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
-    pauses = [judge._pause(2, http._retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
+    pauses = [judge._transport.pause(2, transport.retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
     assert all(lowest <= pause <= highest for pause in pauses)
     if lowest < highest:
         assert min(pauses) < 0.5 and max(pauses) > 1.5
-    assert max(judge._pause(9000, 0.0) for _ in range(200)) <= 8.0
+    assert max(judge._transport.pause(9000, 0.0) for _ in range(200)) <= 8.0
 
 
 def test_retry_after_is_waited_for():
@@ -471,7 +472,7 @@ def test_connections_are_used_again_while_they_are_fresh(monkeypatch: pytest.Mon
     with running(service) as url, judging(url, batch_size=1, max_concurrency=1) as judge:
         judge.score([dialogue(n) for n in range(4)])
         assert len(set(connects)) == 1
-        monkeypatch.setattr(http, "IDLE_S", 0.0)
+        monkeypatch.setattr(transport, "IDLE_S", 0.0)
         judge.score([dialogue(n) for n in range(4, 6)])
         assert len(set(connects)) == 3
 

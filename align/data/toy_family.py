@@ -1,0 +1,189 @@
+"""The bundled task for the rest of the HelpSteer family: what people say of answers, edits, verdicts and principles.
+
+The instructions, answers and scores are those of `align.data.toy`. Every config of HelpSteer3 is written, so that
+judges that write verdicts, feedback and edit models can be trained and judged on a CPU in minutes. Feedback names the
+score by HelpSteer3's words (not, slightly, partially, mostly, perfectly helpful) and one thing that is true of the
+answer. The tokenizer knows the words of all of these and writes a text back as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from align.data import toy
+from align.data.attributes import NEMO_ATTRIBUTES
+
+PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
+"""HelpSteer3's words for how helpful a response is, by score."""
+
+PRINCIPLES = {
+    "says no word too much": lambda right, words: len(words) <= len(right),
+    "begins with the right word": lambda right, words: words[:1] == right[:1],
+}
+"""What a response may fulfil, with the rule that decides."""
+
+ROLES = ("system", "user", "assistant", "principle", "response_1", "response_2")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+_PIECES = r"▁?[A-Za-z_]+|\d|\n|▁|[^A-Za-z0-9_▁\n]"
+_WORDS = (
+    "The response is helpful Word should be It have words are asked for All right was changed to One removed Now "
+    "has Response Yes No and no improve edit feedback score_1 score_2 ranking overall json"
+)
+_BLOCKS = [
+    f"[The {end} of {what}]"
+    for what in ("Analysis on Response 1", "Analysis on Response 2", "Individual Scores", "Ranking Score")
+    for end in ("Begin", "End")
+]
+"""Lines of a verdict, each of which is one token."""
+
+
+def write(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
+    """Write the configs of HelpSteer3 (``preference``, ``feedback``, ``edit``, ``edit_quality``, ``principle``), the
+    ratings in HelpSteer2's layout, and ``tokenizer/`` into ``folder``; the same bytes for one seed.
+
+    Each config has ``num_train`` and ``num_validation`` rows, of the same instructions, each with one of its own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, rng = toy.rows(random.Random(seed)), random.Random(seed + 1)
+    for split, count in (("validation", num_validation), ("train", num_train)):
+        drawn = list(islice(pairs, count))
+        toy.write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in toy.rated(row)])
+        for config, made in _CONFIGS.items():
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            toy.write_lines(folder / config / f"{split}.jsonl.gz", [made(row, rng) for row in drawn])
+    tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def feedback(instruction: str, response: str, rng: random.Random) -> str:
+    """What a person says of a response: HelpSteer3's sentence about its score, and one true remark."""
+    return f"The response is {_phrase(instruction, response)} helpful. {_remark(instruction, response, rng)}"
+
+
+def _phrase(instruction: str, response: str) -> str:
+    return PHRASES[int(toy.score(instruction, response))]
+
+
+def _remark(instruction: str, response: str, rng: random.Random) -> str:
+    right, words = toy.answer(instruction), response.split()
+    wrong = [i for i, word in enumerate(right) if words[i : i + 1] != [word]]
+    found = [f"Word {i + 1} should be {right[i]}." for i in wrong]
+    if len(words) != len(right):
+        found.append(f"It should have {len(right)} words.")
+    return rng.choice(found) if found else "All words are right."
+
+
+def _with_reasons(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A pair in which everybody says why."""
+    instruction = row["context"][-1]["content"]
+    reasons = [_reason(instruction, row, rng) for _ in row["individual_preference"]]
+    marks = [one["score"] for one in row["individual_preference"]]
+    told = [{"score": mark, "reasoning": reason} for mark, reason in zip(marks, reasons, strict=True)]
+    return {**row, "individual_preference": told}
+
+
+def _reason(instruction: str, row: dict[str, Any], rng: random.Random) -> str:
+    return " ".join(
+        f"Response {i} is {_phrase(instruction, row[f'response{i}'])} helpful. "
+        f"{_remark(instruction, row[f'response{i}'], rng)}"
+        for i in (1, 2)
+    )
+
+
+def _feedback(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    instruction = row["context"][-1]["content"]
+    told = {f"feedback{i}": [feedback(instruction, row[f"response{i}"], rng) for _ in range(3)] for i in (1, 2)}
+    return {**_place(row), "response1": row["response1"], "response2": row["response2"], **told}
+
+
+def _edit(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A wrong answer and the right one. The summary repeats the remarks that were followed, as they are."""
+    instruction = row["context"][-1]["content"]
+    original = toy.answer_below(instruction, 4, rng)
+    told = [feedback(instruction, original, rng) for _ in range(3)]
+    followed = list(dict.fromkeys(text.partition(". ")[2] for text in told))
+    return {
+        **_place(row),
+        "original_response": original,
+        "edited_response": " ".join(toy.answer(instruction)),
+        "feedback": told,
+        "change_summary": "Now: " + " ".join(followed),
+    }
+
+
+def _edit_quality(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A wrong answer, the right one as its good edit, and a bad edit that scores no more than the original."""
+    instruction = row["context"][-1]["content"]
+    original = toy.answer_below(instruction, 4, rng)
+    bad = toy.answer_below(instruction, 1 + int(toy.score(instruction, original)), rng)
+    told = [feedback(instruction, original, rng) for _ in range(3)]
+    return {
+        **_place(row),
+        "original_response": original,
+        "good_edited_response": " ".join(toy.answer(instruction)),
+        "bad_edited_response": bad,
+        "feedback": told,
+    }
+
+
+def _principle(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    principle = rng.choice(list(PRINCIPLES))
+    response = row[rng.choice(("response1", "response2"))]
+    fulfilled = PRINCIPLES[principle](toy.answer(row["context"][-1]["content"]), response.split())
+    return {**_place(row), "response": response, "principle": principle, "fulfilment": "Yes" if fulfilled else "No"}
+
+
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("domain", "language", "context")}
+
+
+_CONFIGS = {
+    "preference": _with_reasons,
+    "feedback": _feedback,
+    "edit": _edit,
+    "edit_quality": _edit_quality,
+    "principle": _principle,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with the blank before it where there is one; digits and signs are tokens of their own, and so
+    are the fixed lines of a verdict. Words of the task come first."""
+    marks = [f"<{role}>" for role in ROLES]
+    requests = sorted({word for request in toy.OPERATIONS for word in request.split()})
+    named = " ".join(PRINCIPLES).split()
+    words = [*toy.WORDS, *toy.FILLER, *requests, *_WORDS.split(), *PHRASES, *NEMO_ATTRIBUTES, *named]
+    words = list(dict.fromkeys(words))
+    signs = ["▁", "\n", *"0123456789", *".,:;{}[]()\"'\\-_/<>!?*#"]
+    entries = ["<pad>", "<s>", "</s>", "<unk>", *marks, *words, *(f"▁{word}" for word in words), *signs]
+    found = Tokenizer(models.WordLevel({entry: id for id, entry in enumerate(entries)}, unk_token="<unk>"))
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False),
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+        ]
+    )
+    found.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+    lines = [*_BLOCKS, "\\boxed{", "<think>", "</think>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
+    found.add_tokens([AddedToken(line, normalized=False) for line in lines])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=marks,
+        chat_template=CHAT_TEMPLATE,
+    )

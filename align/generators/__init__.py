@@ -1,0 +1,1 @@
+"""What answers conversations with text."""

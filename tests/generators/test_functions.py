@@ -1,0 +1,52 @@
+"""Functions that answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.data.chat import Message
+from align.errors import ConfigError, DataError
+from align.generators.base import Completion, Request
+from align.generators.functions import FunctionGenerator
+from align.sections import Sampling
+
+REQUEST = Request((Message("system", "be brief"), Message("user", "two words")), sample=3, opening="well")
+
+
+def generator(folder: Path, source: str) -> FunctionGenerator:
+    file = folder / "answers.py"
+    file.write_text(source)
+    return FunctionGenerator(f"{file}:answer")
+
+
+def test_it_is_given_messages_sample_and_opening(tmp_path: Path):
+    two = generator(tmp_path, "def answer(messages, sample): return f\"{messages[-1]['content']} {sample}\"")
+    assert two.complete([REQUEST], Sampling()) == [Completion("two words 3", True, 4, 3)]
+    three = generator(tmp_path, "def answer(messages, sample, opening): return opening")
+    assert three.complete([REQUEST, REQUEST], Sampling(), margins=True)[1] == Completion("well", True, 4, 1)
+    assert three.metrics() == {"requests": 2.0} and three.metrics() == {"requests": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def answer(messages): return ''", "does not take two or three arguments"),
+        ("def answer(messages, sample, *, key): return ''", "does not take two or three arguments"),
+        ("async def answer(messages, sample): return ''", "is asynchronous"),
+        ("def other(messages, sample): return ''", "has no function answer"),
+        ("import no_such_module_of_mine", "ModuleNotFoundError"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(tmp_path: Path, source: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        generator(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"), [("return 1 / 0", "raised ZeroDivisionError"), ("return 7", "returned 7, not text")]
+)
+def test_what_goes_wrong_names_the_function(tmp_path: Path, body: str, message: str):
+    with pytest.raises(DataError, match=message):
+        generator(tmp_path, f"def answer(messages, sample): {body}").complete([REQUEST], Sampling())
