@@ -312,7 +312,7 @@ def _all(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:
 
 def by_rank(total: int, world_size: int) -> list[torch.Tensor]:
     """Indices 0..total-1 dealt out in turn."""
-    return [torch.arange(rank, total, world_size) for rank in range(world_size)]
+    return [torch.arange(total)[rank::world_size] for rank in range(world_size)]
 
 
 def merged(parts: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> torch.Tensor:
