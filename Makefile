@@ -33,14 +33,16 @@ quickstart: $(STAMP)
 # A test uses one thread, or few processes: two files at a time on two cores.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# With LONG=1 those of test-long too, at once, so that neither core waits for the other twice.
 test: $(STAMP)
-	$(PYTEST) -m "not long and not full"
+	$(PYTEST) -m "not full$(if $(LONG),, and not long)"
 
+# Files without such a test are not even collected.
 test-long: $(STAMP)
-	$(PYTEST) -m long
+	$(PYTEST) -m long $$(grep -rl --include="test_*.py" "mark\.long" tests)
 
 test-faults: $(STAMP)
-	$(PYTEST) -m full
+	$(PYTEST) -m full $$(grep -rl --include="test_*.py" "mark\.full" tests)
 
 # All cases, or those named: make test-slurm CASES="across timelimit"
 test-slurm: $(STAMP)

@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_runs(commands)
     _add_toy(commands)
     _add_eval(commands)
+    _add_generate(commands)
+    _add_scale(commands)
     _add_models(commands)
     _add_data(commands)
     _add_serve(commands)
@@ -150,6 +152,35 @@ def _add_data(commands: Any) -> None:
     convert.add_argument("--max-spread", type=int, metavar="N", help="how far annotators may lie apart (2)")
 
 
+def _add_scale(commands: Any) -> None:
+    scale = _command(
+        commands,
+        "scale",
+        "align.evaluation.scaling:main",
+        "drafts, feedback, edits, and the best of all, see docs/scale.md",
+    )
+    _recipe_arguments(scale)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = _command(
+        commands, "generate", "align.evaluation.generate:main", "answers of a model, at chosen values of its attributes"
+    )
+    generate.add_argument("model", metavar="MODEL", help="model folder, or hub id")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="one JSON object a line: prompt or messages")
+    generate.add_argument(
+        "--attributes", metavar="NAME=VALUE,...", help="0 to 4, such as helpfulness=4,verbosity=1 (steering.values)"
+    )
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers to a prompt (%(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (%(default)s, as HelpSteer2)")
+    generate.add_argument("--top-p", type=float, default=0.9, help="(%(default)s, as HelpSteer2)")
+    generate.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="(%(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    generate.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
+    generate.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines there instead of printing")
+
+
 def _add_serve(commands: Any) -> None:
     serve = _group(commands, "serve", "serve a model over HTTP")
     reward = _command(serve, "reward", "align.cli:serve_reward", "scores of a reward model, see docs/reward_service.md")
@@ -169,6 +200,23 @@ def _add_eval(commands: Any) -> None:
     reward.add_argument("--scores", help="file of scores to be judged instead of a model")
     reward.add_argument("--out", help="folder for scores, numbers and report; goes on where it was left")
     reward.add_argument("--compare", help="folder or items.jsonl of another model: differences with intervals")
+    policy = _command(kinds, "policy", "align.evaluation.policy.command:main", "have answers of a policy judged")
+    policy.add_argument(
+        "recipe", nargs="*", metavar="RECIPE key=value", help="YAML file, which may be left out; and values"
+    )
+    policy.add_argument(
+        "--benchmark",
+        nargs="+",
+        metavar=("NAME", "FILE"),
+        help="arena-hard, mt-bench, wildbench or prompts; and its questions: data.path",
+    )
+    speaker = "folder, hub id, http://HOST/v1#MODEL or module:function"
+    policy.add_argument("--model", metavar="POLICY", help=f"what answers, a {speaker}")
+    policy.add_argument("--answers", metavar="FILE", help="answers that were given before, to be judged instead")
+    policy.add_argument("--baseline", help=f"what the policy is compared with, a file of answers, {speaker}")
+    policy.add_argument("--judge", help=f"what judges, a {speaker}")
+    policy.add_argument("--data", help="file, folder or hub id of the questions: data.path")
+    policy.add_argument("--out", help="folder for answers, verdicts, numbers and report; goes on where it was left")
 
 
 def _show(loaded: config.Loaded, console: Console) -> None:

@@ -24,7 +24,7 @@ from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.errors import ConfigError, DataError, DivergedError, PlacementError, StoppedError, WorkerError
 from align.models.load import check as check_model
-from align.rewards import functions, reading, texts
+from align.rewards import functions, genrm, reading, texts
 from align.rewards.http import HttpJudge
 from align.run import Identity, Run, Stopping, bundle
 from align.sections import Model, Recipe
@@ -37,6 +37,8 @@ ROLES: dict[type[Model], type[Role]] = {
     sections.Sampler: policy.Sampler,
     sections.Critic: critic.Critic,
     sections.Reference: policy.Reference,
+    sections.Base: policy.Base,
+    sections.Previous: policy.Previous,
     sections.Reward: reward.Reward,
     sections.OptionalReward: reward.Reward,
     sections.SecondReward: reward.SecondReward,
@@ -66,7 +68,10 @@ def check(config: Recipe) -> dict[str, tuple[int, ...]]:
 
 def remote_code(config: Recipe) -> list[str]:
     """A line for each role that runs code which comes with its model."""
-    trusted = {name: one for name, one in cast_sections(config).items() if one.trust_remote_code}
+    models = cast_sections(config)
+    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, sections.Reward)}
+    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
+    trusted = {name: one for name, one in models.items() if one.trust_remote_code}
     commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
     return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
 
@@ -106,11 +111,15 @@ class TextReader:
 
 def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
     """Judges that read text, by role, after a look at everything that a judge needs to come up."""
+    for name, attributes in config.rated().items():
+        reading.require_attributes(getattr(config, name), attributes)
     found = {}
     for name, section in cast_sections(config).items():
         if not isinstance(section, sections.Reward):
             continue
-        if section.kind == "http":
+        if section.kind == "generative":
+            found[name] = TextReader(section.source, genrm.check(section.generative))
+        elif section.kind == "http":
             HttpJudge(section.http, section.failed).close()
             found[name] = TextReader(section.http.url, "")
         elif section.kind == "function":
@@ -145,10 +154,17 @@ def _reads_text(section: sections.Reward, renderer: Renderer) -> TextReader | No
 def located(section: Model) -> Model:
     """The section with local files and folders named in full: workers may have another working directory."""
     if isinstance(section, sections.Reward):
-        file, colon, function = section.function.rpartition(":")
+        judge = located(section.generative.judge)
+        assert isinstance(judge, sections.Generator)
         section = replace(
             section,
             ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
+            generative=replace(section.generative, judge=judge),
+        )
+    if isinstance(section, (sections.Reward, sections.Generator)):
+        file, colon, function = section.function.rpartition(":")
+        section = replace(
+            section,
             chat_template=section.chat_template and _full(section.chat_template),
             function=f"{_full(file)}{colon}{function}" if file.endswith(".py") else section.function,
         )

@@ -22,7 +22,7 @@ def describe(config: Recipe, console: Console) -> None:
             ",".join(map(str, slots[name])) if config.executor == "ray" else "-",
             str(len(slots[name])) if config.executor == "ray" else "this one",
             "none" if judge else f"{kind} ({'sharded over its processes' if sharded else 'whole in each process'})",
-            judge.http.url or judge.function if judge else "random" if section.init else section.path,
+            judge.source if judge else "random" if section.init else section.path,
         )
     console.print(table)
     for line in remote_code(config):

@@ -6,7 +6,7 @@ a hundred others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.checkpoint import FileRecord
+    from align.data.chat import Dialogue
     from align.sections import Sampling
     from align.types import Batch, Prompts, Rollouts, Sequences
 
@@ -132,12 +133,16 @@ class Counting(Protocol):
         ...
 
 
-class Policy(Protocol):
-    """The actor."""
+class Previous(Protocol):
+    """A frozen policy that samples."""
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
         """K responses to each prompt."""
         ...
+
+
+class Policy(Previous, Protocol):
+    """The actor."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
         """log pi(token t | before), shape (B, T), 0 where there is no token."""
@@ -154,8 +159,8 @@ class Policy(Protocol):
         """One optimizer step."""
         ...
 
-    def export(self, folder: Path) -> Future[None]:
-        """Write weights, config and tokenizer in Hugging Face layout."""
+    def export(self, folder: Path, extra: Mapping[str, str] | None = None) -> Future[None]:
+        """Write weights, config and tokenizer in Hugging Face layout, with the ``extra`` files, text by name."""
         ...
 
 
@@ -184,6 +189,10 @@ class Reward(Protocol):
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
         """One number a sequence, shape (B,), read at its last token."""
+        ...
+
+    def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Future[Tensor]:
+        """The attributes ``names`` of each response, (B, A) in that order, as the model renders them itself."""
         ...
 
 

@@ -1,10 +1,13 @@
 """Small models and data that many tests share."""
 
+import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on models this small, threads cost more than they give
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing here is compiled but DeepSpeed's Muon, which no run uses: loading Inductor for it takes seconds a process.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 import torch
@@ -32,8 +35,8 @@ LLAMA = {
 
 
 LONGEST = (
-    *("test_exact_ray", "test_workers_ray", "test_exact"),
-    *("test_toy_improves", "test_end_to_end_algorithms", "test_end_to_end", "test_learning", "test_going_on"),
+    *("test_exact", "test_workers_ray", "test_exact_ray", "test_end_to_end_algorithms", "test_learning"),
+    *("test_going_on", "test_toy_improves", "test_end_to_end", "test_state", "test_service", "test_invariance"),
 )
 """Files that take a minute and more each: with two processes they must not be what is left at the end."""
 
@@ -41,6 +44,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the rest in the order of their paths."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage often, and what was imported is none."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +90,15 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random causal language model that reads `family_data`."""
     fields = LLAMA | {"max_position_embeddings": 256}
     return _save(AutoModelForCausalLM, tmp_path_factory.mktemp("family_policy"), toy_family.tokenizer(), **fields)
+
+
+@pytest.fixture(scope="session")
+def tiny_attributes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model of three attributes that reads `family_data`."""
+    names = dict(enumerate(("verbosity", "helpfulness", "coherence")))
+    fields = LLAMA | {"max_position_embeddings": 256, "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    folder = tmp_path_factory.mktemp("attributes")
+    return _save(AutoModelForSequenceClassification, folder, toy_family.tokenizer(), **fields)
 
 
 @pytest.fixture

@@ -50,9 +50,17 @@ HEADINGS = {
     sections.Policy: "`policy`",
     sections.Sampler: "`sampler`",
     sections.StartingPolicy: "`reference`",
+    sections.Steering: "`steering`",
+    sections.Previous: "`previous`",
     sections.Reward: "`reward`",
     sections.Http: "`reward.http`",
+    sections.Generative: "`reward.generative`",
+    sections.JudgeSampling: "`reward.generative.sampling`",
     sections.Ensemble: "`reward.ensemble`",
+    sections.Editing: "`editing`",
+    sections.Verdict: "`verdict`",
+    sections.Generator: "What answers: `judge`, `policy`, `feedback`, `edit`",
+    sections.Endpoint: "`endpoint`",
     sections.Critic: "`critic`",
     sections.StartingCritic: "Where a critic starts",
     sections.Optimizer: "`optimizer` of a trained role",
@@ -90,7 +98,7 @@ def shown(value: object) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         return f"`[{', '.join(map(str, value))}]`"
-    return f"`{value}`" if value != "" else '`""`'
+    return '`""`' if value == "" else f"`{value}`".replace("\n", "\\n")
 
 
 def default(field: dataclasses.Field[Any]) -> Any:
@@ -148,7 +156,8 @@ def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gi
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{}\n")
     needed = [key for key, cell in cells.items() if cell == REQUIRED]
-    needed += ["reward.path"] if issubclass(schema, sections.OnPolicy) else []  # some kinds of judges need none
+    judged = (issubclass(schema, sections.OnPolicy) and name != "genrm") or name == "steerlm"
+    needed += ["reward.path"] if judged else []  # some kinds of judges need none
     loaded = config.build(schema, recipe, [f"{key}=1" for key in needed])
     values = config.flatten(loaded.config)
     assert values.keys() == cells.keys()
@@ -169,6 +178,21 @@ def test_the_page_of_evaluations_holds_the_keys_and_defaults_of_its_schema():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "evaluation.md").read_text(), flags=re.M))
     own = {key: cell for key, cell in own_defaults(sections.RewardEvaluation).items() if cell != SECTION}
     assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(sections.BenchmarkData).items()}
+
+
+def test_the_page_of_judged_evaluations_holds_the_keys_and_defaults_of_its_schema():
+    rows = dict(
+        re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "evaluation_policy.md").read_text(), flags=re.M)
+    )
+    own = {key: cell for key, cell in own_defaults(sections.PolicyEvaluation).items() if cell != SECTION}
+    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(sections.QuestionData).items()}
+
+
+def test_the_page_of_scaling_holds_the_keys_and_defaults_of_its_schema():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "scale.md").read_text(), flags=re.M))
+    own = {key: cell for key, cell in own_defaults(sections.InferenceScaling).items() if cell != SECTION}
+    own |= {f"prompts.{key}": cell for key, cell in own_defaults(sections.ScalingPrompts).items()}
+    assert rows == own | {f"sweep.{key}": cell for key, cell in own_defaults(sections.Sweep).items()}
 
 
 def slug(heading: str) -> str:
@@ -231,7 +255,7 @@ def test_what_the_readme_lists_is_there():
     assert [name for name in listed() if not (ROOT / name).exists() and not (ROOT / name).is_relative_to(IMAGES)] == []
 
 
-OTHERS = (sections.RewardEvaluation, sections.RewardService)
+OTHERS = (sections.InferenceScaling, sections.PolicyEvaluation, sections.RewardEvaluation, sections.RewardService)
 """Schemas of other commands than `align train`."""
 
 

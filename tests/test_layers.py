@@ -41,7 +41,19 @@ BESIDE = {
 ONLY = {"deepspeed": {"engines"}, "ray": {"workers"}, "peft": {"models"}}
 """Who may name a library."""
 
-TORCH_FREE = {"config", "nodes", "sections", "errors", "faults", "plugins", "private", "redact", "roles", "algorithms", "cli"}
+TORCH_FREE = {
+    "config",
+    "nodes",
+    "sections",
+    "errors",
+    "faults",
+    "plugins",
+    "private",
+    "redact",
+    "roles",
+    "algorithms",
+    "cli",
+}
 """Units that load no torch when imported."""
 
 GIVEN_ELSEWHERE = {"packed_attention"}

@@ -13,13 +13,18 @@ import pytest
 
 from align import algorithms, config, sections
 from align.launch import ROLES, cast_sections, check
+from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
 from align.workers import placement
 
 ROOT = Path(__file__).parents[1]
-EVALUATIONS = sorted((ROOT / "recipes" / "evaluation").glob("*.yaml"))
+JUDGED = [
+    ROOT / "recipes" / "evaluation" / f"{name}.yaml" for name in (*get_args(PolicyBenchmarkName), "arena-hard-v2")
+]
+EVALUATIONS = sorted({*(ROOT / "recipes" / "evaluation").glob("*.yaml")} - {*JUDGED})
 SERVICES = sorted((ROOT / "recipes" / "service").glob("*.yaml"))
-RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*EVALUATIONS} - {*SERVICES})
+SCALES = sorted((ROOT / "recipes" / "scale").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*EVALUATIONS} - {*JUDGED} - {*SERVICES} - {*SCALES})
 SOURCE = {path: path.read_text() for path in (ROOT / "align").rglob("*.py")}
 
 
@@ -48,11 +53,33 @@ def test_evaluation_is_complete(path: Path, tmp_path: Path):
     assert config.build(sections.RewardEvaluation, tmp_path / "config.yaml").config == found
 
 
+@pytest.mark.parametrize("path", JUDGED, ids=lambda path: path.stem)
+def test_judged_evaluation_is_complete(path: Path, tmp_path: Path):
+    """With what its head gives on the command line."""
+    folders = dict(re.findall(r"^#.*?([\w.]+)=(F\w+)", path.read_text(), flags=re.M))
+    given = [f"{key}={value}" for key, value in folders.items()]
+    given += re.findall(r"(?:baseline_answers\.\w+|(?:policy|baseline)\.path)=F\S+", path.read_text())
+    found = config.build(sections.PolicyEvaluation, path, given).config
+    assert path.stem.startswith(found.benchmark)
+    placement.resolve(found.placement, ["policy", "baseline", "judge"])
+    config.dump(found, tmp_path / "config.yaml")
+    assert config.build(sections.PolicyEvaluation, tmp_path / "config.yaml").config == found
+
+
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.stem)
 def test_service_is_complete(path: Path, tmp_path: Path):
     found = config.build(sections.RewardService, path, ["reward.path=FOLDER"]).config
     config.dump(found, tmp_path / "config.yaml")
     assert config.build(sections.RewardService, tmp_path / "config.yaml").config == found
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
+def test_scaling_is_complete(path: Path, tmp_path: Path):
+    found = config.build(sections.InferenceScaling, path).config
+    roles = ("policy", "feedback", "edit", "select")
+    assert set(placement.resolve(found.placement, roles)) == set(roles)
+    config.dump(found, tmp_path / "config.yaml")
+    assert config.build(sections.InferenceScaling, tmp_path / "config.yaml").config == found
 
 
 def test_shipped_recipes_are_there():

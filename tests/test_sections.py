@@ -21,12 +21,19 @@ from align.sections import (
     Critic,
     Data,
     DirectLoss,
+    Editing,
+    Endpoint,
     Ensemble,
     Evaluation,
+    Generative,
+    Generator,
     Http,
+    InferenceScaling,
     Optimizer,
     Policy,
+    PolicyEvaluation,
     PolicyLoss,
+    QuestionData,
     Reference,
     Replicas,
     Reward,
@@ -34,7 +41,9 @@ from align.sections import (
     RewardService,
     Run,
     Sampling,
+    ScalingPrompts,
     Shaping,
+    Steering,
 )
 
 ALGORITHMS = sorted(module.name for module in pkgutil.iter_modules(algorithms.__path__) if module.name[0] != "_")
@@ -44,10 +53,13 @@ LEAST = {"run.dir": "runs/x", "run.steps": 3, "data.path": "d"}
 POLICY = {**LEAST, "policy.path": "p", "policy.optimizer.lr": 1e-6}
 SCORED = {**POLICY, "reward.path": "r"}
 NEEDED = {
-    **dict.fromkeys(("rloo", "grpo", "reinforce", "best_of_n", "online_dpo"), SCORED),
+    **dict.fromkeys(("rloo", "feedback_edit", "grpo", "reinforce", "best_of_n", "online_dpo"), SCORED),
     "ppo": {**SCORED, "critic.optimizer.lr": 1e-6},
     "dpo": POLICY,
     "sft": POLICY,
+    "genrm": POLICY,
+    "steerlm": SCORED,
+    "steerlm2": {**SCORED, "base.path": "b"},
     "reward_model": {**LEAST, "reward.path": "r", "reward.optimizer.lr": 1e-6},
 }
 
@@ -82,6 +94,8 @@ def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
             check(config.load(write(tmp_path, algorithm, {**NEEDED[algorithm], key: ""})).config)
 
 
+SPEAKING = "prompts.path=p out=o policy.path=a feedback.path=b edit.path=c select.path=d"
+JUDGED = "benchmark=arena-hard baseline_answers.default=b policy.path=p judge.path=j"
 SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean_token_mean"
 CASES = [
     # losses
@@ -122,6 +136,26 @@ CASES = [
     (Reward, "kind=yes_no path=p", ["kind = 'yes_no'", "principle = ''"]),
     (Reward, "kind=yes_no path=p principle=x question=Well?", ["principle = 'x'", "question = 'Well?'"]),
     (Reward, "path=p function=m:f", ["kind = 'auto'", "function = 'm:f'"]),
+    (Reward, "kind=generative", ["kind = 'generative'", "generative.judge.path = ''"]),
+    (Reward, "path=p generative.judge.path=q", ["kind = 'auto'", "generative.judge.path = 'q'"]),
+    (Reward, "kind=generative path=p generative.judge.path=q", ["kind = 'generative'", "path = 'p'"]),
+    (Generative, "form=principle", ["form = 'principle'", "principle = ''"]),
+    (Generative, "form=principle principle=x custom_roles=true", ["form = 'principle'", "custom_roles = True"]),
+    (Generative, "votes=0", ["votes = 0", "retries = 3"]),
+    (Generative, "votes=2 sampling.temperature=0", ["votes = 2", "sampling.temperature = 0.0"]),
+    (Generative, "sampling.num_samples=2", ["sampling.num_samples = 2"]),
+    (Generative, "top=0", ["top = 0.0"]),
+    (Generative, "style_coef=-1", ["style_coef = -1.0"]),
+    (Generative, "judge.zero_stage=3", ["judge.zero_stage = 3"]),
+    (Generator, "kind=endpoint endpoint.url=http://x/v1", ["kind = 'endpoint'", "endpoint.model = ''"]),
+    (Generator, "kind=function function=f", ["kind = 'function'", "function = 'f'"]),
+    (Generator, "path=p function=m:f", ["kind = 'model'", "function = 'm:f'"]),
+    (Generator, "path=p endpoint.url=http://x/v1", ["kind = 'model'", "endpoint.url = 'http://x/v1'"]),
+    (Generator, "kind=function function=m:f date=1", ["kind = 'function'", "date = '1'"]),
+    (Generator, "path=p generation_slots=0", ["generation_slots = 0"]),
+    (Endpoint, "url=http://user:pass@x/v1", ["url = 'http://user:pass@x/v1'"]),
+    (Endpoint, "timeout_s=0", ["timeout_s = 0.0"]),
+    (Endpoint, "retries=-1", ["retries = -1"]),
     (Http, "url=ftp://x", ["url = 'ftp://x'"]),
     (Http, "timeout_s=0", ["timeout_s = 0.0"]),
     (Http, "retries=-1", ["retries = -1"]),
@@ -190,6 +224,21 @@ CASES = [
     ("dpo", "reward.path=r", ["reward.path = 'r'"]),
     ("dpo", "second_reward.path=r", ["second_reward.path = 'r'"]),
     ("dpo", "reference_cache=c loss.kind=simpo", ["reference_cache = 'c'", "loss.kind = 'simpo'"]),
+    (Steering, "attributes=[]", ["attributes = []"]),
+    (Steering, "attributes=[a,'b:c']", ["attributes = ['a', 'b:c']"]),
+    (Steering, "values.verbosity=5", ["values.verbosity = 5"]),
+    (Steering, "values.humor=1", ["values.humor = 1"]),
+    ("steerlm", "rounds=0", ["rounds = 0"]),
+    ("steerlm", "labels=data", ["reward.path = 'r'", "labels = 'data'"]),
+    ("steerlm", "reward.path='' labels=data rounds=2", ["reward.path = ''", "labels = 'data'", "rounds = 2"]),
+    ("steerlm", "second_reward.path=s", ["second_reward.path = 's'"]),
+    ("steerlm2", "sampling.num_samples=1", ["sampling.num_samples = 1"]),
+    ("sft", "responses=all demonstrates=edits", ["responses = 'all'", "demonstrates = 'edits'"]),
+    ("genrm", "reward.path=r", ["reward.path = 'r'"]),
+    ("genrm", "second_reward.path=r", ["second_reward.path = 'r'"]),
+    ("genrm", "format_penalty=-1", ["format_penalty = -1.0"]),
+    ("genrm", "max_attempts=2", ["max_attempts = 2"]),
+    ("genrm", "evaluation.best_by=sampled", ["evaluation.best_by = 'sampled'"]),
     ("reward_model", "loss=regression", ["loss = 'regression'"]),
     ("reward_model", "reward.attributes=[a]", ["reward.attributes = ['a']", "loss = 'scaled'"]),
     ("reward_model", "center_coef=-1", ["center_coef = -1.0"]),
@@ -202,12 +251,40 @@ CASES = [
     ("reward_model", "loss=regression reward.attributes=[a] weights.b=1", ["weights.b = 1.0"]),
     # evaluation
     (BenchmarkData, "max_items=0", ["max_items = 0"]),
+    # feedback and edits
+    (Editing, "instruction=edit", ["instruction = 'edit'"]),
+    (Editing, "min_overlap=2", ["min_overlap = 2.0", "max_permutations = 6"]),
+    ("feedback_edit", "copy_penalty=-1", ["copy_penalty = -1.0"]),
+    (ScalingPrompts, "path=p max_prompts=0", ["max_prompts = 0"]),
+    (InferenceScaling, "prompts.path=p out=o policy.path=''", ["policy.path = ''"]),
+    *(
+        (InferenceScaling, f"{SPEAKING} {text}", named)
+        for text, named in (
+            ("drafts=0", ["drafts = 0"]),
+            ("draft_samples=7", ["draft_samples = 7", "drafts = 8"]),
+            ("max_best_of=-1", ["max_best_of = -1"]),
+            ("sweep.edits=[17]", ["sweep.edits = [17]", "edits = 16"]),
+            ("edit_sampling.num_samples=2", ["edit_sampling.num_samples = 2"]),
+            ("draft_sampling.temperature=0", ["draft_sampling.temperature = 0.0", "drafts = 8"]),
+        )
+    ),
     (RewardEvaluation, "benchmark=judgebench", ["benchmark = 'judgebench'", "reward.path = ''", "scores = ''"]),
     (RewardEvaluation, "benchmark=judgebench reward.path=p scores=s", ["reward.path = 'p'", "scores = 's'"]),
     (RewardEvaluation, "benchmark=heldout reward.path=p", ["benchmark = 'heldout'", "data.path = ''"]),
     (RewardEvaluation, "benchmark=heldout reward.path=p data.path=d data.split=x", ["data.split = 'x'"]),
     (RewardEvaluation, "benchmark=judgebench reward.path=p prior_sets=true", ["prior_sets = True"]),
     (RewardEvaluation, "benchmark=judgebench reward.path=p resamples=-1", ["resamples = -1", "confidence = 0.95"]),
+    (QuestionData, "max_items=0", ["max_items = 0"]),
+    (PolicyEvaluation, f"{JUDGED} answers=a", ["policy.path = 'p'", "answers = 'a'"]),
+    (PolicyEvaluation, "benchmark=wildbench policy.path=p", ["judge.path = ''", "judge.kind = 'model'"]),
+    (PolicyEvaluation, f"{JUDGED} baseline.path=b", ["baseline.path = 'b'"]),
+    (PolicyEvaluation, "benchmark=arena-hard policy.path=p judge.path=j", ["benchmark = 'arena-hard'"]),
+    (PolicyEvaluation, f"{JUDGED} benchmark=mt-bench", ["benchmark = 'mt-bench'", "baseline.path = ''"]),
+    (PolicyEvaluation, f"{JUDGED} benchmark=prompts", ["benchmark = 'prompts'", "data.path = ''"]),
+    (PolicyEvaluation, f"{JUDGED} data.references=r", ["data.references = 'r'", "benchmark = 'arena-hard'"]),
+    (PolicyEvaluation, f"{JUDGED} judge_form=json judge_prompt=f", ["judge_prompt = 'f'", "judge_form = 'json'"]),
+    (PolicyEvaluation, f"{JUDGED} attempts=0", ["attempts = 0", "retry_temperature = 0.6"]),
+    (PolicyEvaluation, f"{JUDGED} confidence=1", ["confidence = 1.0", "resamples = 100"]),
     # service
     (Replicas, "min=0", ["min = 0", "max = 1"]),
     (Replicas, "target_requests=0", ["target_requests = 0.0"]),
@@ -217,6 +294,7 @@ CASES = [
     (RewardService, "reward.path=p port=70000", ["port = 70000"]),
     (RewardService, "reward.kind=yes_no reward.principle=x", ["reward.path = ''"]),
     (RewardService, "reward.kind=http reward.http.url=http://x", ["reward.kind = 'http'"]),
+    (RewardService, "reward.kind=generative reward.generative.judge.path=q", ["reward.kind = 'generative'"]),
     (RewardService, "reward.path=p max_queue=1", ["max_queue = 1", "max_conversations = 256"]),
     (RewardService, "reward.path=p batch_wait_s=-1", ["batch_wait_s = -1.0"]),
     (RewardService, "reward.path=p replicas.shards=2", ["replicas.shards = 2", "reward.zero_stage = 0"]),

@@ -71,7 +71,9 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", RUNS)
+@pytest.mark.parametrize(
+    "algorithm", ["rloo", *(pytest.param(name, marks=pytest.mark.full) for name in ("ppo", "dpo"))]
+)
 def test_raises_the_ground_truth_on_ray(tmp_path, base, algorithm):
     """Four tenths of a point and more, on prompts that were never learned from, and significantly more often better."""
     K, steps, changes, placement = RUNS[algorithm]

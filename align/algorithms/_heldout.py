@@ -8,7 +8,8 @@ with greedy ones of the policy that the round started from, sampled ones with sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from align import data, ops, roles
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from align.data.rows import Message
     from align.run import Run
     from align.sections import Data, Evaluation, Sampling
-    from align.types import Prompts, Rollouts
+    from align.types import Packed, Prompts, Rollouts
 
 START = "heldout/start/"
 """Scores of the starting policy are carried from step to step under names that begin so."""
@@ -36,6 +37,12 @@ class HeldOut:
 
     prompts: Prompts
     messages: list[tuple[Message, ...]]
+    judged: Packed | None = None
+    """The prompts as judges read them, where the policy reads others (its attributes, a draft to be edited)."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What the folder of the best policy gets beside the model, text by name."""
+    originals: list[str] | None = None
+    """The responses to be edited, where the answers are edits."""
 
 
 def prepare(evaluation: Evaluation, source: PreferenceData, renderer: Renderer, data_section: Data) -> HeldOut | None:
@@ -88,8 +95,7 @@ class Evaluator:
 
     def _measure(self, step: int) -> dict[str, float]:
         assert self.held_out is not None
-        metrics: dict[str, float] = {}
-        answers: list[dict[str, object]] = []
+        metrics, answers = dict[str, float](), list[dict[str, object]]()
         for kind, sampling in self.kinds.items():
             rollouts = self.cast.policy.generate(self.held_out.prompts, sampling).result()
             texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
@@ -98,20 +104,23 @@ class Evaluator:
                 metrics[f"heldout/{kind}/{name}"] = float(score_P[score_P.isfinite()].double().mean())
             metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
             metrics[f"heldout/{kind}/unfinished"] = 1.0 - float(rollouts.finished_B.double().mean())
+            if self.held_out.originals is not None:
+                copy_P = data.editing.copies(self.held_out.originals, texts)
+                metrics[f"heldout/{kind}/copies"] = float(copy_P.double().mean())
             metrics |= self._against_start(kind, judged)
             answers += self._written(kind, texts, judged)
         self.run.evaluated(step, metrics, answers)
         score = metrics[f"heldout/{self.evaluation.best_by}/reward"]
         if self.evaluation.keep_best and score > self.run.state.get("best_score", float("-inf")):
-            self.run.keep_best(step, self.cast.policy)
+            self.run.keep_best(step, self.cast.policy, self.held_out.files)
             self.run.state["best_score"] = score
         return metrics
 
     def _judge(self, rollouts: Rollouts, texts: list[str]) -> dict[str, Tensor]:
-        """Scores of every answer by each judge."""
         assert self.held_out is not None
         judges = {"reward": self.cast.reward, "second_reward": self.cast.second_reward}
-        asked = {name: judge.score(rollouts.sequences) for name, judge in judges.items() if judge is not None}
+        sequences = replace(rollouts.sequences, prompts=self.held_out.judged or rollouts.sequences.prompts)
+        asked = {name: judge.score(sequences) for name, judge in judges.items() if judge is not None}
         judged = dict(zip(asked, roles.together(*asked.values()), strict=True))
         truth_P = data.toy.ground_truth(self.held_out.messages, texts)
         return judged if truth_P is None else judged | {"ground_truth": truth_P}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from align import data, roles
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from align.data.helpsteer import PreferenceData
     from align.data.prompts import PromptStream
     from align.sections import OnPolicy
-    from align.types import Batch, Rollouts
+    from align.types import Batch, Packed, Rollouts, Sequences
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,17 @@ class Material:
 
     prompts: PromptStream
     held_out: _heldout.HeldOut | None
+    judged: Packed | None = None
+    """The prompts as judges read them, row by row, where the policy reads others (attributes, a draft to be edited)."""
+
+    def rows(self, rollouts: Rollouts) -> Tensor:
+        """Which row of the prompts each prompt of a step's rollouts is, (P,)."""
+        return self.prompts.order.indices(rollouts.step)
+
+    def as_judged(self, rollouts: Rollouts) -> Sequences:
+        """The responses of a step as judges read them."""
+        sequences = rollouts.sequences
+        return sequences if self.judged is None else replace(sequences, prompts=self.judged.select(self.rows(rollouts)))
 
 
 class Cast(Protocol):
@@ -69,11 +80,14 @@ class Seen:
     """Log-probabilities under the policy as it is now; the rollout's own unless it lags."""
 
 
-def look(cast: Cast, rollouts: Rollouts, score: roles.Future[Tensor] | None = None) -> Seen:
-    """Ask reward models, reference and policy at the same time. ``score`` is given where it is known already."""
-    sequences = rollouts.sequences
-    score = score or cast.reward.score(sequences)
-    second = cast.second_reward.score(sequences) if cast.second_reward else roles.Ready(None)
+def look(
+    cast: Cast, rollouts: Rollouts, score: roles.Future[Tensor] | None = None, judged: Sequences | None = None
+) -> Seen:
+    """Ask reward models, reference and policy at the same time. ``score`` is given where it is known already, and
+    ``judged``, what reward models read, where it is not what the policy read."""
+    sequences, judged = rollouts.sequences, judged or rollouts.sequences
+    score = score or cast.reward.score(judged)
+    second = cast.second_reward.score(judged) if cast.second_reward else roles.Ready(None)
     reference = cast.reference.logprobs(sequences, rollouts.temperature)
     return Seen(rollouts, *roles.together(score, second, reference, cast.policy.proximal(rollouts)))
 

@@ -3,7 +3,8 @@
     L = - sum_i sum_t log pi(y_it | x_i, y_i<t) / sum_i |y_i|
 
 over the response tokens of an optimizer step, end-of-turn token included; prompts are not learned.
-HelpSteer3-Preference gives either the preferred response of each row or both.
+What is demonstrated is answers (of HelpSteer3-Preference the preferred one of each row or both), verdicts of a judge,
+feedback, or edits; see `align.data.tasks`.
 
 Left out: packing several conversations into one row (the packed layout needs none), and learning from earlier assistant
 turns of a conversation.
@@ -12,7 +13,7 @@ turns of a conversation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from align import data, ops, roles, sections
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import PreferenceData
+    from align.data.helpsteer import Corpus
     from align.run import Run
     from align.types import Sequences
 
@@ -33,8 +34,23 @@ class Config(sections.Recipe):
     """The model that learns."""
     batch_size: int = 128
     """Demonstrations of an optimizer step. 128: HelpSteer2's first stage of SFT (arXiv 2406.08673)."""
+    demonstrates: Literal["answers", "verdicts", "feedback", "edits"] = "answers"
+    """What the model learns to write: answers to a conversation; verdicts on two answers, with the reasons that people
+    gave, as a start for ``genrm``; feedback on an answer; or a better answer by feedback."""
     responses: Literal["preferred", "all"] = "preferred"
-    """Imitate the preferred response of each row, or both."""
+    """Imitate the preferred response of each row, or both. Of answers alone."""
+    verdict: sections.Verdict = field(default_factory=sections.Verdict)
+    """What a judge is asked and how it answers. Read where verdicts are demonstrated."""
+    editing: sections.Editing = field(default_factory=sections.Editing)
+    """How feedback and edits are asked for. Read where these are demonstrated."""
+
+    def __post_init__(self) -> None:
+        if self.responses == "all" and self.demonstrates != "answers":
+            raise ValueError(f"responses all is about answers, and demonstrates is {self.demonstrates}")
+
+    def reads(self) -> sections.Reads:
+        """See `align.sections.Recipe.reads`."""
+        return data.tasks.DEMONSTRATIONS[self.demonstrates].reads
 
 
 class Cast(Protocol):
@@ -43,10 +59,9 @@ class Cast(Protocol):
     policy: roles.Policy
 
 
-def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[Sequences, dict[str, int]]:
+def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Sequences, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
-    limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return data.helpsteer.demonstrations(source.train, renderer, config.responses, *limits)
+    return data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
 
 
 def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> roles.Loss:

@@ -13,11 +13,30 @@ if TYPE_CHECKING:
     from . import cache as cache
     from . import chat as chat
     from . import collate as collate
+    from . import editing as editing
     from . import helpsteer as helpsteer
+    from . import judging as judging
+    from . import messages as messages
     from . import prompts as prompts
+    from . import steered as steered
+    from . import tasks as tasks
     from . import toy as toy
+    from . import verdicts as verdicts
 
-_SUBMODULES = ("cache", "chat", "collate", "helpsteer", "prompts", "toy")
+_SUBMODULES = (
+    "cache",
+    "chat",
+    "collate",
+    "editing",
+    "helpsteer",
+    "judging",
+    "messages",
+    "prompts",
+    "steered",
+    "tasks",
+    "toy",
+    "verdicts",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from align.data import helpsteer2, helpsteer3, messages, nemo
-from align.data.rows import BadRow, Edit, Feedback, Preference, Principle, Rating, Row
+from align.data.rows import BadRow, Comparison, Edit, Feedback, Preference, Principle, Rating, Row
 from align.data.sources import Rows
 from align.data.tokenise import PromptSet, demonstrations, pairs, prompts, ratings
 from align.errors import ConfigError, DataError
-from align.sections import Data
+from align.sections import Data, Reads
 
 __all__ = [
     "Corpus",
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation")
-Reads = Literal["preferences", "ratings", "feedback", "edits", "principles"]
-"""What rows are read as: `Preference`, `Rating`, `Feedback`, `Edit` or `Principle`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, dict[Reads, Format]] = {
     "helpsteer3": {
         "preferences": Format(helpsteer3.of("preference"), helpsteer3.preference),
+        "comparisons": Format(helpsteer3.compared, helpsteer3.comparison),
         "feedback": Format(helpsteer3.of("feedback"), helpsteer3.feedback),
         "edits": Format(helpsteer3.of("edit"), helpsteer3.edit),
         "principles": Format(helpsteer3.of("principle"), helpsteer3.principle),
@@ -144,6 +143,8 @@ def usual(name: str) -> Literal["preferences", "ratings"]:
 def load(data: Data, reads: Literal["preferences"] = "preferences") -> Corpus[Preference]: ...
 @overload
 def load(data: Data, reads: Literal["ratings"]) -> Corpus[Rating]: ...
+@overload
+def load(data: Data, reads: Literal["comparisons"]) -> Corpus[Comparison]: ...
 @overload
 def load(data: Data, reads: Literal["feedback"]) -> Corpus[Feedback]: ...
 @overload

@@ -17,18 +17,26 @@ and besides
   changes nothing: what the Edit reward model learns from (arXiv 2503.04378)
 - ``principle``     ``response``, ``principle``, ``fulfilment``: Yes or No
 
-Other fields (``individual_preference``) are not read.
+Comparisons also read what each person wrote of a pair (``individual_preference``: a list of {score, reasoning}), and
+how helpful people called each of its responses: ``feedback`` about the same context and response, where the source has
+that config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from align.data.rows import (
     BadRow,
+    Comparison,
     Context,
     Edit,
     Feedback,
@@ -44,7 +52,13 @@ from align.data.rows import (
     turns,
 )
 from align.data.sources import Rows, tables
+from align.errors import DataError
 from align.sections import Data
+
+PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
+"""How helpful a response is by the first sentence of its feedback, from 1 to 5."""
+
+_PHRASE = re.compile(rf"\s*The response is ({'|'.join(PHRASES)}) helpful", re.IGNORECASE)
 
 _ALL = ("context", "domain", "language")
 _PREFERENCE = ("context", "response1", "response2", "overall_preference", "domain", "language")
@@ -64,8 +78,59 @@ def of(config: str) -> Callable[[Data], dict[str, Rows]]:
 
 
 def _sources(config: str, data: Data) -> dict[str, Rows]:
-    found = tables(data, {split: f"{config}/{split}" for split in ("train", "validation")}, name=config)
-    return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
+    return {split: islice(rows(), data.max_rows) for split, rows in _tables(config, data).items()}
+
+
+def _tables(config: str, data: Data) -> dict[str, Callable[[], Rows]]:
+    return tables(data, {split: f"{config}/{split}" for split in ("train", "validation")}, name=config)
+
+
+def compared(data: Data) -> dict[str, Rows]:
+    """Both splits of ``preference``, each row with what all of ``feedback`` says of how helpful responses are."""
+    said = _helpfulness(data)
+    return {
+        split: ((where, (raw, said)) for where, raw in rows) for split, rows in _sources("preference", data).items()
+    }
+
+
+def _feedback(data: Data) -> dict[str, Callable[[], Rows]]:
+    """Both splits of ``feedback``; none where the source has no such config."""
+    folder = Path(data.path).expanduser()
+    if folder.is_dir() and not (folder / "feedback").is_dir():
+        return {}
+    try:
+        return _tables("feedback", data)
+    except DataError as error:
+        if "BuilderConfig 'feedback' not found" in str(error.__cause__):
+            return {}
+        raise
+
+
+def _helpfulness(data: Data) -> dict[bytes, float]:
+    """Helpfulness by context and response: the median of what people said, the lower of two in the middle, so that a
+    label is always one that somebody gave. Both splits are read whole, ``data.max_rows`` or not: a pair may have its
+    feedback anywhere. Of a response that occurs twice the first is taken."""
+    found: dict[bytes, float] = {}
+    for rows in _feedback(data).values():
+        for where, raw in rows():
+            try:
+                parsed = feedback(raw)
+            except BadRow as error:
+                if data.bad_rows == "stop":
+                    remedy = "mend the row, or leave such rows out: data.bad_rows=skip"
+                    raise DataError(str(error), where=where, remedy=remedy) from None
+                continue
+            for row in parsed:
+                words = [match[1].lower() for text in row.feedback if (match := _PHRASE.match(text))]
+                if words:
+                    score = statistics.median_low([1 + PHRASES.index(word) for word in words])
+                    found.setdefault(_digest(row.context, row.response), float(score))
+    return found
+
+
+def _digest(context: Context, response: str) -> bytes:
+    """Texts of all contexts would be held a second time."""
+    return hashlib.sha256(json.dumps([context, response]).encode()).digest()
 
 
 def preference(raw: Any) -> list[Preference]:
@@ -80,6 +145,31 @@ def preference(raw: Any) -> list[Preference]:
     if preference:
         require_spoken("response1" if preference < 0 else "response2", row.chosen)
     return [row]
+
+
+def comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison]:
+    """A row of ``preference`` with its reasons, and the helpfulness of its responses as `compared` found it."""
+    raw, said = item
+    raw = decoded(raw)
+    (pair,) = preference(raw)
+    labels = [said.get(_digest(pair.context, response)) for response in (pair.response1, pair.response2)]
+    first, second = labels
+    helpfulness = None if first is None or second is None else (first, second)
+    seen = pair.context, pair.response1, pair.response2, pair.preference
+    return [Comparison(*seen, tuple(_reasons(raw)), helpfulness, pair.domain, pair.language)]
+
+
+def _reasons(raw: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """Score and reasoning of each annotator; none where the field is missing, as in files that hold pairs alone."""
+    field = "individual_preference"
+    found = raw.get(field)
+    if not isinstance(found, list | None):
+        raise BadRow(field, "is not a list", found)
+    for one in found or ():
+        if not isinstance(one, dict) or not {"score", "reasoning"} <= one.keys():
+            raise BadRow(field, "has an entry without score and reasoning", one)
+        reasoning = "" if one["reasoning"] is None else text(field, one["reasoning"])
+        yield integer(field, one["score"], -3, 3), reasoning
 
 
 def written(row: Preference) -> list[dict[str, Any]]:

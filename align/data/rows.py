@@ -78,6 +78,27 @@ class Preference(Row):
 
 
 @dataclass(frozen=True)
+class Comparison(Row):
+    """Two responses to one conversation, which of them people preferred, and what each person wrote: what a judge that
+    writes verdicts learns from."""
+
+    KEY = ("context", "response1", "response2")
+
+    context: Context
+    response1: str
+    response2: str
+    preference: int
+    """-3 to 3: negative where response 1 is better, 0 for a tie."""
+    reasons: tuple[tuple[int, str], ...]
+    """Score, -3 to 3, and reasoning of each annotator."""
+    helpfulness: tuple[float, float] | None
+    """Of each response, 1 to 5; None unless people said so of both."""
+    domain: str
+    language: str
+    spread: int = 0
+
+
+@dataclass(frozen=True)
 class Rating(Row):
     """A response to a conversation and how people rated it."""
 

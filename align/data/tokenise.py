@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -44,7 +44,7 @@ def prompts(rows: Iterable[Preference], renderer: Renderer, max_tokens: int) -> 
         ids.append(prompt)
         messages.append(row.context)
     counts["kept"] = len(ids)
-    _require_some(counts, "prompts")
+    require_some(counts, "prompts")
     return PromptSet(Packed.from_lists(ids), messages, counts)
 
 
@@ -75,7 +75,7 @@ def pairs(
             responses += [chosen, rejected]
             strengths.append(row.strength)
     counts["kept"] = len(prompts)
-    _require_some(counts, "pairs")
+    require_some(counts, "pairs")
     prompt_B = torch.arange(len(prompts)).repeat_interleave(2)
     sequences = Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), prompt_B)
     return Pairs(sequences, torch.tensor(strengths, dtype=torch.float32)), counts
@@ -93,19 +93,39 @@ def demonstrations(
     The counts say of ``rows`` how many were ``ties``, and of the responses how many were ``empty`` or ``too_long``
     and how many were ``kept``. Raises `DataError` when none is left.
     """
-    counts = _counts("rows", "ties", "empty", "too_long", "kept")
+    counts = _counts("rows", "ties")
+
+    def items() -> Iterator[tuple[tuple[Message, ...], list[str]]]:
+        for row in rows:
+            counts["rows"] += 1
+            if responses == "preferred" and row.preference == 0:
+                counts["ties"] += 1
+                continue
+            yield row.context, [row.chosen] if responses == "preferred" else [row.response1, row.response2]
+
+    return answered(items(), renderer, max_prompt_tokens, max_response_tokens, counts), counts
+
+
+def answered(
+    items: Iterable[tuple[Sequence[Message], Sequence[str]]],
+    renderer: Renderer,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    counts: dict[str, int],
+) -> Sequences:
+    """Answers to imitate: each item is a conversation and answers to it.
+
+    ``counts`` gets the answers that were ``empty`` or ``too_long`` and those ``kept``. Raises `DataError` when none is
+    left.
+    """
+    counts |= _counts("empty", "too_long", "kept")
     prompts: list[list[int]] = []
     answers: list[list[int]] = []
     prompt_B: list[int] = []
-    for row in rows:
-        counts["rows"] += 1
-        if responses == "preferred" and row.preference == 0:
-            counts["ties"] += 1
-            continue
-        texts = [row.chosen] if responses == "preferred" else [row.response1, row.response2]
+    for messages, texts in items:
         spoken = [text for text in texts if text.strip()]
         counts["empty"] += len(texts) - len(spoken)
-        prompt, ids = renderer.dialogue_ids(row.context, spoken)
+        prompt, ids = renderer.dialogue_ids(messages, spoken)
         fitting = [one for one in ids if len(prompt) <= max_prompt_tokens and len(one) <= max_response_tokens]
         counts["too_long"] += len(ids) - len(fitting)
         if fitting:
@@ -113,9 +133,9 @@ def demonstrations(
             prompts.append(prompt)
             answers += fitting
     counts["kept"] = len(answers)
-    _require_some(counts, "demonstrations")
+    require_some(counts, "demonstrations")
     packed = Packed.from_lists(prompts), Packed.from_lists(answers)
-    return Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64)), counts
+    return Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64))
 
 
 def ratings(
@@ -152,7 +172,7 @@ def ratings(
             responses += [ids[i] for i in kept]
             labels += [[rated[i].ratings.get(name, NOT_RATED) for name in attributes] for i in kept]
     counts["kept"] = len(responses)
-    _require_some(counts, "rated responses")
+    require_some(counts, "rated responses")
     packed = Packed.from_lists(prompts), Packed.from_lists(responses)
     sequences = Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64))
     return Ratings(sequences, torch.tensor(labels, dtype=torch.float32)), counts
@@ -162,7 +182,8 @@ def _counts(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
-def _require_some(counts: Mapping[str, int], what: str) -> None:
+def require_some(counts: Mapping[str, int], what: str) -> None:
+    """Raise `DataError` where nothing was kept."""
     if not counts["kept"]:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "kept")
         remedy = "raise data.max_prompt_tokens and data.max_response_tokens, or give other data"

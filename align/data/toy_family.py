@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from align.data import toy
@@ -35,10 +35,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-_PIECES = r"▁?[A-Za-z_]+|\d|\n|▁|[^A-Za-z0-9_▁\n]"
+_END = "▁"
+"""Ends every word. So a word is one token wherever it stands, and the blank between two words needs none."""
+_PIECES = rf"[A-Za-z_]+{_END}|[^A-Za-z_{_END}]"
 _WORDS = (
     "The response is helpful Word should be It have words are asked for All right was changed to One removed Now "
-    "has Response Yes No and no improve edit feedback score_1 score_2 ranking overall json"
+    "has Response Yes No and no improve edit feedback score_1 score_2 ranking overall json score_"
 )
 _BLOCKS = [
     f"[The {end} of {what}]"
@@ -159,23 +161,25 @@ _CONFIGS = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, with the blank before it where there is one; digits and signs are tokens of their own, and so
-    are the fixed lines of a verdict. Words of the task come first."""
+    """One token a word; digits, signs and blanks beside them are tokens of their own, and so are the fixed lines of a
+    verdict. Words of the task come first."""
     marks = [f"<{role}>" for role in ROLES]
     requests = sorted({word for request in toy.OPERATIONS for word in request.split()})
     named = " ".join(PRINCIPLES).split()
     words = [*toy.WORDS, *toy.FILLER, *requests, *_WORDS.split(), *PHRASES, *NEMO_ATTRIBUTES, *named]
-    words = list(dict.fromkeys(words))
-    signs = ["▁", "\n", *"0123456789", *".,:;{}[]()\"'\\-_/<>!?*#"]
-    entries = ["<pad>", "<s>", "</s>", "<unk>", *marks, *words, *(f"▁{word}" for word in words), *signs]
+    signs = [*" \n0123456789", *".,:;{}[]()\"'\\-/<>!?*#"]
+    entries = ["<pad>", "<s>", "</s>", "<unk>", *marks, *(f"{word}{_END}" for word in dict.fromkeys(words)), *signs]
     found = Tokenizer(models.WordLevel({entry: id for id, entry in enumerate(entries)}, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Sequence(
+    found.normalizer = normalizers.Sequence(
         [
-            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False),
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            normalizers.Replace(Regex("(?<=[A-Za-z_])(?![A-Za-z_])"), _END),
+            normalizers.Replace(Regex(f"{_END} (?=[A-Za-z_])"), _END),
         ]
     )
-    found.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+    found.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    found.decoder = decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace(Regex(f"{_END}(?=[A-Za-z_])"), " "), decoders.Replace(_END, "")]
+    )
     lines = [*_BLOCKS, "\\boxed{", "<think>", "</think>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
     found.add_tokens([AddedToken(line, normalized=False) for line in lines])
     return PreTrainedTokenizerFast(

@@ -57,7 +57,7 @@ def load(name: str, data: BenchmarkData) -> Benchmark:
         return _heldout(data)
     hub, split = HUB[name]
     source, parse, items, bad = data.path or hub, PARSERS[name], {}, Counter()
-    for where, stem, raw in _rows(source, data.split or split, data.revision):
+    for where, stem, raw in tables(source, data.split or split, data.revision):
         if data.max_items is not None and len(items) == data.max_items:
             break
         try:
@@ -97,8 +97,8 @@ def gaps(name: str, items: list[Item]) -> list[str]:
     return [f"without {tag} {', '.join(missing)}: averages are over the others"] if missing else []
 
 
-def _rows(source: str, split: str, revision: str | None) -> Iterator[tuple[str, str, Any]]:
-    """Place, name of the file (or of the split) and content of every row."""
+def tables(source: str, split: str, revision: str | None, **hub: Any) -> Iterator[tuple[str, str, Any]]:
+    """Place, name of the file (or of the split) and content of every row. ``hub`` are arguments of ``load_dataset``."""
     path = Path(source).expanduser()
     if path.exists():
         for file in _files(path, split):
@@ -109,7 +109,7 @@ def _rows(source: str, split: str, revision: str | None) -> Iterator[tuple[str, 
         remedy = "set data.path to a file, a folder or a hub id"
         raise DataError("there is no such file or folder", where=source, remedy=remedy)
     try:
-        table = datasets.load_dataset(source, split=split, revision=revision)
+        table = datasets.load_dataset(source, **hub, split=split, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"neither here nor a split {split} that the hub gives: {next(iter(str(error).splitlines()), '')}",

@@ -29,7 +29,7 @@ from align.evaluation.stored import Scored
 from align.launch import located
 from align.models.load import check as check_model
 from align.report import evaluation as report
-from align.rewards import reading, texts
+from align.rewards import genrm, reading, texts
 from align.sections import BenchmarkData, Recipe, Reward, RewardEvaluation
 from align.sections.evaluation_reward import BenchmarkName
 from align.workers import judges, placement
@@ -70,7 +70,7 @@ def evaluate(section: RewardEvaluation, benchmark: Benchmark | None, console: Co
         folder = Path(section.out).expanduser() if section.out else None
     else:
         assert benchmark is not None  # `_read` leaves it out for scores alone
-        judge, model = _named(section.reward), identity(section.reward)
+        judge, model = section.reward.source, identity(section.reward)
         default = f"{DEFAULT_OUT}/{section.benchmark}-{model[:8]}"
         folder = Path(section.out or default).expanduser()
         manifest = _manifest(benchmark, model)
@@ -89,10 +89,6 @@ def evaluate(section: RewardEvaluation, benchmark: Benchmark | None, console: Co
     return results
 
 
-def _named(reward: Reward) -> str:
-    return {"http": reward.http.url, "function": reward.function}.get(reward.kind, reward.path)
-
-
 def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
     return {
         "version": VERSION,
@@ -107,6 +103,8 @@ def identity(reward: Reward) -> str:
     `AlignError` for a judge that cannot be opened, before anything is started."""
     known: list[Any] = [reading.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
     known += [getattr(reward, name) for name in SETTINGS]
+    if reward.kind == "generative":
+        known += [asdict(reward.generative), genrm.check(reward.generative)]
     for member, read in zip(reading.members(reward), reading.read(reward), strict=True) if reward.is_model else ():
         tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
         check_model(member, len(tokenizer))
@@ -121,12 +119,12 @@ def _score(section: RewardEvaluation, benchmark: Benchmark, store: scoring.Store
     logs = store.path.parent / "logs"
     reward = located(section.reward)
     assert isinstance(reward, Reward)
-    if reward.kind != "http":  # a service that is down stops at once; what has no score alone is left for another call
+    if not reward.remote:  # a service that is down stops at once; what has no score alone is left for another call
         reward = replace(reward, failed="drop")
     with judges.judge(reward, section.executor, slots, section.cluster, logs, tell) as role:
 
-        def score(dialogues: Sequence[Dialogue]) -> list[float]:
-            return role.score_dialogues(dialogues).result().tolist()
+        def score(dialogues: Sequence[Dialogue], groups: Sequence[int]) -> list[float]:
+            return role.score_dialogues(dialogues, groups).result().tolist()
 
         scoring.complete(benchmark, store, score, num_ranks * scoring.RESPONSES_AT_ONCE, console)
 

@@ -28,7 +28,8 @@ RESPONSES_AT_ONCE = 128
 """Responses of a request for each rank: what a kill can cost."""
 PLAIN_LINES = 10
 
-Score = Callable[[Sequence[Dialogue]], Sequence[float]]
+Score = Callable[[Sequence[Dialogue], Sequence[int]], Sequence[float]]
+"""Scores of conversations, and which of them are responses of one item."""
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -41,33 +42,82 @@ def write_whole(path: Path, content: str) -> None:
     os.replace(partial, path)
 
 
-class Store:
-    """The scores of a folder, open for more."""
+class Rows:
+    """A file of JSON lines, open for more."""
 
     def __init__(self, file: IO[bytes], path: Path):
+        """Raises `DataError` for a line that is damaged; one that is cut off is left out."""
         self.path, self._file = path, file
-        self.scores: dict[str, list[float]] = {}
-        """By id of the item, the right responses first."""
+        self.rows: list[dict[str, Any]] = []
         content = file.read()
         end = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
-                row = decoded(line)
-                self.scores[row["id"]] = [float(score) for score in row["scores"]]
+                self._keep(decoded(line))
             except (BadRow, KeyError, TypeError, ValueError) as error:
-                remedy = "delete the folder and score again, or give another one (--out)"
+                remedy = "delete the folder and begin again, or give another one (--out)"
                 raise DataError(f"is damaged: {error!r}", where=f"{path}:{number}", remedy=remedy) from None
         file.truncate(end)
         file.seek(end)
 
-    def add(self, found: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
-        """Write the items with their scores, and bring them to the disk."""
-        more: dict[str, Any] = {"verdicts": True} if verdicts else {}
-        rows = [item.record() | {"scores": scores} | more for item, scores in found]
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows, and bring them to the disk."""
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.scores |= {item.id: scores for item, scores in found}
+        for row in rows:
+            self._keep(row)
+
+
+class Store(Rows):
+    """The scores of a folder, open for more."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self.scores: dict[str, list[float]] = {}
+        """By id of the item, the right responses first."""
+        super().__init__(file, path)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.scores[row["id"]] = [float(score) for score in row["scores"]]
+
+    def add(self, found: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
+        """Write the items with their scores, and bring them to the disk."""
+        more: dict[str, Any] = {"verdicts": True} if verdicts else {}
+        self.write([item.record() | {"scores": scores} | more for item, scores in found])
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """The file, new or begun before, open at its start. Raises `LockError` where another process is at work on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LockError("another process writes here", where=str(path), remedy="wait for it") from error
+        file.seek(0)
+        yield file
+
+
+def agree(file: Path, manifest: Mapping[str, Any], holds: str) -> None:
+    """Write the manifest beside a file that is new, or raise `ConfigError` where the folder ``holds`` something of
+    another model or of other items."""
+    folder = file.parent
+    known = _manifest(folder / MANIFEST)
+    if known is None and file.stat().st_size:
+        remedy = "give another folder (--out); a file of scores is given with --scores"
+        raise ConfigError(f"the folder has {file.name} but no {MANIFEST}", where=str(folder), remedy=remedy)
+    if known is None:
+        known = dict(manifest)
+        write_whole(folder / MANIFEST, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    for name in {**manifest, **known}:
+        if known.get(name) != manifest.get(name):
+            problem = f"the folder holds {holds} of another {name}: {known.get(name)!r}, not {manifest.get(name)!r}"
+            remedy = "give another folder (--out), or delete this one"
+            raise ConfigError(problem, where=str(folder), remedy=remedy)
 
 
 @contextmanager
@@ -77,27 +127,9 @@ def opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Store]:
     Raises `ConfigError` where the folder holds scores of another model or of other items, and `LockError` where
     another process is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ITEMS
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LockError("another process writes here", where=str(path), remedy="wait for it") from error
-        known = _manifest(folder / MANIFEST)
-        if known is None and path.stat().st_size:
-            remedy = "give another folder (--out); a file of scores is given with --scores"
-            raise ConfigError(f"the folder has {ITEMS} but no {MANIFEST}", where=str(folder), remedy=remedy)
-        if known is None:
-            known = dict(manifest)
-            write_whole(folder / MANIFEST, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-        for name, value in manifest.items():
-            if known.get(name) != value:
-                problem = f"the folder holds scores of another {name}: {known.get(name)!r}, not {value!r}"
-                remedy = "give another folder (--out), or delete this one"
-                raise ConfigError(problem, where=str(folder), remedy=remedy)
-        file.seek(0)
-        yield Store(file, path)
+    with locked(folder / ITEMS) as file:
+        agree(folder / ITEMS, manifest, "scores")
+        yield Store(file, folder / ITEMS)
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
@@ -106,7 +138,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     try:
         return decoded(path.read_bytes())
     except BadRow as error:
-        remedy = "delete the folder and score again, or give another one (--out)"
+        remedy = "delete the folder and begin again, or give another one (--out)"
         raise DataError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
 
 
@@ -132,9 +164,10 @@ def complete(benchmark: Benchmark, store: Store, score: Score, most: int, consol
     that another call asks for them again."""
     left, failed = waiting(benchmark, store), 0
     done = len(benchmark.items) - len(left)
-    with _progress(console, benchmark.name, done, len(benchmark.items)) as advance:
+    with progress(console, benchmark.name, done, len(benchmark.items)) as advance:
         for batch in requests(left, most):
-            scores = iter(score([dialogue for item in batch for dialogue in item.dialogues]))
+            dialogues = [dialogue for item in batch for dialogue in item.dialogues]
+            scores = iter(score(dialogues, [i for i, item in enumerate(batch) for _ in item.responses]))
             found = [(item, [float(next(scores)) for _ in item.responses]) for item in batch]
             finite = [(item, values) for item, values in found if all(map(math.isfinite, values))]
             failed += len(found) - len(finite)
@@ -149,7 +182,7 @@ def complete(benchmark: Benchmark, store: Store, score: Score, most: int, consol
 
 
 @contextmanager
-def _progress(console: Console, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+def progress(console: Console, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, else about ten lines; yields what counts items."""
     if console.is_terminal:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -158,7 +191,7 @@ def _progress(console: Console, name: str, done: int, total: int) -> Iterator[Ca
             yield lambda count: bar.advance(task, count)
         return
     if done:
-        console.print(f"{name}: {done} of {total} items are scored already", highlight=False)
+        console.print(f"{name}: {done} of {total} items are done already", highlight=False)
 
     def advance(count: int) -> None:
         nonlocal done

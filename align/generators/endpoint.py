@@ -29,7 +29,10 @@ class EndpointGenerator:
     def __init__(self, section: Endpoint, seed: int):
         """Raises `ConfigError` where the key is missing or cannot be sent."""
         self.section, self.seed = section, seed
-        export = f"export {section.key_env}=KEY before the start"
+        export = (
+            f"export {section.key_env}=KEY before the start; workers on Ray get ALIGN_..._KEY, OPENAI_API_KEY and "
+            "NVIDIA_API_KEY, and no key of another name"
+        )
         self._transport = Transport(
             section,
             section.key_env,

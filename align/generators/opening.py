@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
+from align import plugins
+from align.data import chat
+from align.data.chat import Renderer
 from align.generators.base import Generator
 from align.generators.endpoint import EndpointGenerator
 from align.generators.functions import FunctionGenerator
 from align.generators.models import ModelGenerator
+from align.models import identity, load
 from align.sections import Generator as GeneratorSection
 
 
@@ -23,3 +29,33 @@ def open_generator(section: GeneratorSection, device: torch.device, seed: int = 
             return FunctionGenerator(section.function)
         case _:
             return ModelGenerator(section, device, seed)
+
+
+def check(section: GeneratorSection) -> Renderer | None:
+    """Look at all that a generator needs to come up, without reading weights or asking a server; returns what a model
+    renders conversations by.
+
+    Raises `ModelError`, `ConfigError` or `DataError`, each with a remedy.
+    """
+    match section.kind:
+        case "endpoint":
+            EndpointGenerator(section.endpoint, seed=0).close()
+        case "function":
+            FunctionGenerator(section.function)
+        case _:
+            tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
+            load.check(section, len(tokenizer))
+            return Renderer(tokenizer, section.chat_template, section.date, section="generator")
+    return None
+
+
+def fingerprint(section: GeneratorSection, seed: int) -> str:
+    """As `align.models.identity.fingerprint`; of a function its source. Of an endpoint it says nothing: address and
+    model stand in the recipe."""
+    match section.kind:
+        case "endpoint":
+            return hashlib.sha256(b"endpoint").hexdigest()
+        case "function":
+            return plugins.fingerprint(section.function)
+        case _:
+            return identity.fingerprint(section, seed)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         ratings,
         rewards,
         sampling,
+        steerlm,
+        verdicts,
     )
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "ratings",
     "rewards",
     "sampling",
+    "steerlm",
+    "verdicts",
 ]
 
 

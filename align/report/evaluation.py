@@ -97,40 +97,48 @@ def _is_main(name: str) -> bool:
 def page(results: Mapping[str, Any]) -> str:
     """The results as one HTML document."""
     sizes, boot = results["sizes"], results["bootstrap"]
-    parts = [_section("Scores", _table(rows(results["numbers"]), "%", "{:.1f}"))]
+    parts = [section("Scores", _table(rows(results["numbers"]), "%", "{:.1f}"))]
     if comparison := results["comparison"]:
         heading = f"Difference to {comparison['with']}"
-        parts.append(_section(heading, _table(rows(comparison["numbers"]), "points", "{:+.1f}")))
+        parts.append(section(heading, _table(rows(comparison["numbers"]), "points", "{:+.1f}")))
     if calibration := results["calibration"]:
         error = f"<p>Expected calibration error {calibration['expected_calibration_error']:.3f}. "
         plot = svg.reliability(calibration["bins"], "Reliability diagram")
         words = "A calibrated judge lies on the dashed line.</p>"
-        parts.append(_section("Calibration", f'{error}{words}<div class="square">{plot}</div>'))
+        parts.append(section("Calibration", f'{error}{words}<div class="square">{plot}</div>'))
     if margins := results["margins"]:
         plot = svg.histogram(margins["edges"], margins["counts"], "Histogram of margins")
         words = f"<p>Mean {margins['mean']:.3g}, median {margins['median']:.3g}, {margins['ties']} ties.</p>"
-        parts.append(_section("Margins", words + plot))
+        parts.append(section("Margins", words + plot))
     for kind, members in results["slices"].items():
-        parts.append(_section(TITLES[kind], svg.intervals(rows(members), TITLES[kind])))
+        parts.append(section(TITLES[kind], svg.intervals(rows(members), TITLES[kind])))
     interval = (
         f"Intervals hold {100 * boot['confidence']:g} % of {boot['resamples']} bootstrap resamples of prompts, seed "
         f"{boot['seed']}. "
         if boot["resamples"]
         else ""
     )
-    title = f"{escape(results['benchmark'])}: {escape(results['judge'])}"
-    notes = "".join(f"<li>{escape(note)}</li>" for note in results["notes"])
+    lead = (
+        f"{sizes['items']} items of {sizes['prompts']} prompts, {sizes['responses']} responses, from "
+        f"<code>{escape(results['source'])}</code>. {interval}In pictures, every pair of a right and a wrong response "
+        "counts once."
+    )
+    return document(f"{results['benchmark']}: {results['judge']}", lead, results["notes"], parts)
+
+
+def document(title: str, lead: str, notes: Sequence[str], parts: Sequence[str]) -> str:
+    """A page of HTML. ``lead`` and ``parts`` are HTML, the others text."""
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f"<p>{sizes['items']} items of {sizes['prompts']} prompts, {sizes['responses']} responses, from "
-        f"<code>{escape(results['source'])}</code>. {interval}In pictures, every pair of a right and a wrong response "
-        f"counts once.</p>{f'<ul>{notes}</ul>' if notes else ''}<main>{''.join(parts)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
+        f"<p>{lead}</p>{f'<ul>{listed}</ul>' if listed else ''}<main>{''.join(parts)}</main></body></html>\n"
     )
 
 
-def _section(heading: str, inside: str) -> str:
+def section(heading: str, inside: str) -> str:
+    """A part of the page; ``inside`` is HTML."""
     return f"<section><h2>{escape(heading)}</h2>{inside}</section>"
 
 

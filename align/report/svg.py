@@ -22,6 +22,25 @@ class Row:
     count: int
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Where the numbers of a picture lie, and how they are written."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    marked: float
+    """The tick with a line of its own: chance, or the middle."""
+    labelled: tuple[float, ...]
+    unit: str = ""
+    factor: float = 1.0
+    """What a number is multiplied by."""
+    form: str = "{:.1f}"
+
+
+PERCENT = Axis(0, 100, (0, 25, 50, 75, 100), 50, (0, 50, 100), " %", 100.0)
+
+
 def _scale(value: float, domain: tuple[float, float], span: tuple[float, float]) -> float:
     part = (value - domain[0]) / (domain[1] - domain[0])
     return round(span[0] + part * (span[1] - span[0]), 1)
@@ -40,36 +59,38 @@ def _figure(height: float, label: str, parts: Sequence[str], width: float = WIDT
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'
 
 
-def intervals(rows: Sequence[Row], label: str) -> str:
-    """A point and a line for each row, over 0 to 100 %, with half marked."""
+def intervals(rows: Sequence[Row], label: str, axis: Axis = PERCENT) -> str:
+    """A point and a line for each row, over 0 to 100 % with half marked, or over another axis."""
     left, right, step, top = 212.0, 388.0, 24.0, 8.0
-    bottom = top + step * len(rows)
+    bottom, ends = top + step * len(rows), (axis.low, axis.high)
     parts = []
-    for tick in (0, 25, 50, 75, 100):
-        x = _scale(tick, (0, 100), (left, right))
-        parts.append(_line(x, top, x, bottom, "half" if tick == 50 else "grid"))
-        parts.append("" if tick % 50 else _text(x, bottom + 16, f"{tick} %", "middle"))
+    for tick in axis.ticks:
+        x = _scale(tick, ends, (left, right))
+        parts.append(_line(x, top, x, bottom, "half" if tick == axis.marked else "grid"))
+        parts.append(_text(x, bottom + 16, f"{tick:g}{axis.unit}", "middle") if tick in axis.labelled else "")
     for number, row in enumerate(rows):
         y = top + step * (number + 0.5)
         x, low, high = (
-            _scale(100 * value, (0, 100), (left, right)) for value in (row.value, row.low or 0, row.high or 0)
+            _scale(axis.factor * value, ends, (left, right)) for value in (row.value, row.low or 0, row.high or 0)
         )
         name = row.name if len(row.name) <= LABEL_CHARACTERS else row.name[: LABEL_CHARACTERS - 1] + "…"
         whisker = _line(low, y, high, y, "whisker") if row.low is not None else ""
         texts = (
             _text(left - 12, y + 4, name, "end", "name"),
-            _text(right + 52, y + 4, f"{100 * row.value:.1f}", "end", "name"),
+            _text(right + 52, y + 4, axis.form.format(axis.factor * row.value), "end", "name"),
             _text(WIDTH - 4, y + 4, f"n {row.count}", "end"),
         )
         mark = f'{whisker}<circle class="mark" cx="{x}" cy="{y}" r="4.5"/>'
-        parts.append(f"<g><title>{escape(row.name)}: {words(row)}</title>{mark}{''.join(texts)}</g>")
+        parts.append(f"<g><title>{escape(row.name)}: {words(row, axis)}</title>{mark}{''.join(texts)}</g>")
     return _figure(bottom + 26, label, parts)
 
 
-def words(row: Row) -> str:
+def words(row: Row, axis: Axis = PERCENT) -> str:
     """The row's number and interval in a line of text."""
-    interval = "" if row.low is None or row.high is None else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-    return f"{100 * row.value:.1f}{interval}"
+    value, low, high = (
+        "" if one is None else axis.form.format(axis.factor * one) for one in (row.value, row.low, row.high)
+    )
+    return f"{value} [{low}, {high}]" if low and high else value
 
 
 def reliability(bins: Sequence[dict[str, float]], label: str) -> str:
@@ -120,3 +141,45 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
         _text((left + right) / 2, top + height + 38, "score of the right less the wrong one", "middle", "name")
     )
     return _figure(top + height + 48, label, parts)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a line over a number of things."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    line: str
+    """Class of the line in the page's style sheet."""
+    mark: str
+    """Class of its points."""
+
+
+def curves(found: Sequence[Curve], across: str, up: str) -> str:
+    """Lines over numbers of things, each number at the same distance from the next, as on a scale of powers of two."""
+    height, left, right, top = 220.0, 64.0, WIDTH - 20.0, 34.0
+    numbers = sorted({x for curve in found for x, _ in curve.points})
+    values = [y for curve in found for _, y in curve.points]
+    slack = 0.1 * (max(values) - min(values)) or 0.5
+    domain = min(values) - slack, max(values) + slack
+    place = {x: left + (right - left) * (i + 0.5) / len(numbers) for i, x in enumerate(numbers)}
+    y_of = lambda value: _scale(value, domain, (top + height, top))  # noqa: E731
+    parts = [_text(round(place[x], 1), top + height + 18, f"{x:g}", "middle") for x in numbers]
+    for i in range(5):
+        tick = domain[0] + (domain[1] - domain[0]) * i / 4
+        parts += [
+            _line(left, y_of(tick), right, y_of(tick), "grid"),
+            _text(left - 8, y_of(tick) + 4, f"{tick:.2f}", "end"),
+        ]
+    for number, curve in enumerate(found):
+        points = [(round(place[x], 1), y_of(y)) for x, y in curve.points]
+        parts.append(f'<polyline class="{curve.line}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
+        for (x, y), (given, value) in zip(points, curve.points, strict=True):
+            said = f"<title>{escape(curve.name)}, {given:g} {escape(across)}: {value:.3f}</title>"
+            parts.append(f'<circle class="{curve.mark}" cx="{x}" cy="{y}" r="4.5">{said}</circle>')
+        at = left + number * (right - left) / 2
+        parts.append(_line(at, 14, at + 24, 14, curve.line) + _text(at + 30, 18, curve.name, kind="name"))
+    parts.append(_text((left + right) / 2, top + height + 40, across, "middle", "name"))
+    turn = f'transform="translate(14 {top + height / 2}) rotate(-90)"'
+    parts.append(f"<g {turn}>{_text(0, 0, up, 'middle', 'name')}</g>")
+    return _figure(top + height + 50, f"{up} against number of {across}", parts)

@@ -17,12 +17,13 @@ from align.errors import DataError
 from align.models import heads, load
 from align.rewards import reading, texts
 from align.rewards.functions import FunctionJudge
+from align.rewards.genrm import GenerativeJudge
 from align.rewards.http import HttpJudge
 from align.rewards.reading import Reading
 from align.sections import Reward
 from align.types import Sequences
 
-AVERAGED = ("latency", "disagreement")
+AVERAGED = ("latency", "disagreement", "order_agreement")
 """How metrics begin that are means; all others are counts, which add up."""
 
 
@@ -157,11 +158,14 @@ class EnsembleJudge:
 
 def open_judge(
     section: Reward, device: torch.device, seed: int = 0
-) -> ModelJudge | EnsembleJudge | HttpJudge | FunctionJudge:
-    """The judge that a section names, ready to score. ``seed`` matters to random weights (``init``) only.
+) -> ModelJudge | EnsembleJudge | GenerativeJudge | HttpJudge | FunctionJudge:
+    """The judge that a section names, ready to score. ``seed`` matters to random weights (``init``) and to the words of
+    a judge that writes.
 
     Raises `ModelError`, `ConfigError` or `DataError`, each with a remedy.
     """
+    if section.kind == "generative":
+        return GenerativeJudge(section.generative, device, seed)
     if section.kind == "http":
         return HttpJudge(section.http, section.failed)
     if section.kind == "function":

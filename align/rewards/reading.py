@@ -8,14 +8,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from align import plugins
 from align.data.attributes import resolve
 from align.errors import ConfigError, ModelError
+from align.generators import opening
 from align.models import identity, load
-from align.rewards import card, functions
+from align.rewards import card
 from align.rewards.card import Card, Moments
 from align.sections import Critic, Ensemble, Model, Reward
 
@@ -69,9 +71,22 @@ def read(section: Reward) -> list[Reading]:
     return found
 
 
+def require_attributes(section: Reward, names: Sequence[str]) -> None:
+    """Raises `ConfigError` for a judge that does not give each of the attributes ``names`` a number of its own."""
+    judged = read(section) if section.is_model else []
+    missing = [name for name in names if len(judged) != 1 or name not in judged[0].names]
+    if missing:
+        has = ", ".join(judged[0].names) if len(judged) == 1 else ""
+        raise ConfigError(
+            f"{section.path or section.kind}: it does not rate {', '.join(missing)}, but has {has or 'one score'}",
+            remedy="give one reward model with a head of these attributes, or name those that it has in "
+            "steering.attributes",
+        )
+
+
 def require_head(critic: Critic) -> None:
     """Raises `ConfigError` for a critic that is to start from a judge without a head."""
-    if critic.head == "trained" and critic.kind in ("yes_no", "http", "function"):
+    if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
         raise ConfigError(
             f"critic: a reward of kind {critic.kind} has no head to start from",
             remedy="start the critic from the policy: critic.path=${policy.path} critic.head=new",
@@ -203,12 +218,14 @@ def _template(section: Reward) -> str | None:
 
 def fingerprint(section: Model, seed: int) -> str:
     """What a role starts from, as `align.models.identity.fingerprint`: all models of an ensemble, the source of a
-    function. Of a service it says nothing; its address stands in the recipe."""
+    function, the model of a judge that writes. Of a service it says nothing; its address stands in the recipe."""
     if not isinstance(section, Reward):
         return identity.fingerprint(section, seed)
+    if section.kind == "generative":
+        return opening.fingerprint(section.generative.judge, seed)
     if section.kind == "http":
         return hashlib.sha256(b"http").hexdigest()
     if section.kind == "function":
-        return functions.fingerprint(section.function)
+        return plugins.fingerprint(section.function)
     models = [identity.fingerprint(one, seed) for one in members(section)]
     return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()

@@ -46,7 +46,7 @@ class Text:
         self.question: str | None = None
         if reading.kind == "yes_no":
             yes_and_no(tokenizer)
-            self.question = question_of(section)
+            self.question = question_of(section.principle, section.question)
 
     def sequences(self, dialogues: Sequence[Dialogue]) -> tuple[Sequences, Tensor]:
         """Token ids, in which those of one context are neighbours that share its prompt, and the dialogue that each
@@ -83,9 +83,9 @@ class Text:
         return self.renderer.conversation_ids(turns)
 
 
-def question_of(section: Reward) -> str:
-    """What a ``yes_no`` model is asked."""
-    return (section.question or QUESTION).replace("{principle}", section.principle)
+def question_of(principle: str, question: str = "") -> str:
+    """What is asked after a response; empty takes the model card's question."""
+    return (question or QUESTION).replace("{principle}", principle)
 
 
 def yes_and_no(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

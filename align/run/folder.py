@@ -152,8 +152,12 @@ class Folder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a small file, whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, whole or not at all."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
 
     def cut_back(self, progress: Progress) -> None:

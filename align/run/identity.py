@@ -20,6 +20,8 @@ HARMLESS = (
     r"\w+\.(generation_slots|gather_for_rollouts)",
     r"data\.(path|revision|streaming|chat_template)|\w+\.(path|revision)|reference_cache",
     r"\w+\.(ensemble\.paths|chat_template)",
+    r"\w+\.generative\.judge\.(path|revision|chat_template|micro_batch_tokens|generation_slots)",
+    r"\w+\.generative\.judge\.endpoint\.(key_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency)",
     r"\w+\.http\.(token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size)",
 )
 """Keys that a resumed run may change: where things lie, how work is split, what is shown. Data, models and templates

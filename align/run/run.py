@@ -15,7 +15,7 @@ from torch import Tensor
 from align import faults
 from align.data.prompts import PromptStream
 from align.errors import AlignError, DivergedError, SaveError, StoppedError
-from align.roles import Counting, Future, Policy, Ready, Stateful
+from align.roles import Counting, Future, Policy, Previous, Ready, Stateful
 from align.run import bundle, display
 from align.run.clock import Clock
 from align.run.folder import Folder
@@ -95,11 +95,12 @@ class Run:
     def _best_at(self, step: int) -> Path:
         return self._here / "best" / f"step-{step:06d}"
 
-    def keep_best(self, step: int, policy: Policy) -> None:
-        """Write the policy as the best one so far. Those before go when no snapshot speaks of them any more."""
+    def keep_best(self, step: int, policy: Policy, extra: Mapping[str, str] | None = None) -> None:
+        """Write the policy as the best one so far, with the ``extra`` files, text by name. Those before go when no
+        snapshot speaks of them any more."""
         folder = self._best_at(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        policy.export(folder).result()
+        policy.export(folder, extra).result()
         self.state["best_step"] = step
 
     @property
@@ -110,6 +111,10 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         """Write a small file of the run folder."""
         self.disk.write_json(name, content)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run folder, whole or not at all."""
+        self.disk.write_text(name, text)
 
     def report(self, line: str) -> None:
         """Tell the user something at once."""
@@ -297,7 +302,7 @@ class Run:
         )
 
     def rollouts(
-        self, prompts: PromptStream, policy: Policy, sampling: Sampling, lag: int
+        self, prompts: PromptStream, policy: Previous, sampling: Sampling, lag: int
     ) -> Iterator[tuple[int, Rollouts]]:
         """Each step with the rollouts it learns from.
 

@@ -5,33 +5,44 @@ what a recipe must give. Role sections (`Model` and what extends it) are also th
 starts one role for each field of a recipe whose type is a role section, but for those the recipe calls absent.
 """
 
+from align.sections.editing import Editing
+from align.sections.evaluation_policy import PolicyEvaluation, QuestionData
 from align.sections.evaluation_reward import BenchmarkData, RewardEvaluation
+from align.sections.generators import Endpoint, Generator
+from align.sections.judging import Generative, JudgeSampling
 from align.sections.losses import DirectLoss, PolicyLoss
-from align.sections.roles import (
+from align.sections.rewards import (
     Critic,
-    DType,
     Ensemble,
     Http,
+    OptionalReward,
+    Reward,
+    RewardKind,
+    SecondReward,
+    StartingCritic,
+    TrainedReward,
+)
+from align.sections.roles import (
+    DType,
     Lora,
     Model,
     Optimizer,
-    OptionalReward,
     Policy,
     Reference,
-    Reward,
-    RewardKind,
     Sampler,
-    SecondReward,
-    StartingCritic,
     StartingPolicy,
     Trained,
-    TrainedReward,
 )
 from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping
-from align.sections.runs import Checkpoint, Cluster, Data, DataFormat, Recipe, Run, Sampling
+from align.sections.runs import Checkpoint, Cluster, Data, DataFormat, Reads, Recipe, Run
+from align.sections.sampling import Sampling
+from align.sections.scaling import InferenceScaling, ScalingPrompts, Sweep
 from align.sections.service import Replicas, RewardService
+from align.sections.steering import Base, Previous, Steering
+from align.sections.verdicts import Verdict
 
 __all__ = [
+    "Base",
     "BenchmarkData",
     "Checkpoint",
     "Cluster",
@@ -40,17 +51,27 @@ __all__ = [
     "Data",
     "DataFormat",
     "DirectLoss",
+    "Editing",
+    "Endpoint",
     "Ensemble",
     "Evaluation",
+    "Generative",
+    "Generator",
     "Http",
+    "InferenceScaling",
+    "JudgeSampling",
     "Lora",
     "Model",
     "OnPolicy",
     "Optimizer",
     "OptionalReward",
     "Policy",
+    "PolicyEvaluation",
     "PolicyGradient",
     "PolicyLoss",
+    "Previous",
+    "QuestionData",
+    "Reads",
     "Recipe",
     "Reference",
     "Replicas",
@@ -61,10 +82,14 @@ __all__ = [
     "Run",
     "Sampler",
     "Sampling",
+    "ScalingPrompts",
     "SecondReward",
     "Shaping",
     "StartingCritic",
     "StartingPolicy",
+    "Steering",
+    "Sweep",
     "Trained",
     "TrainedReward",
+    "Verdict",
 ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from align.sections.roles import Reward
+from align.sections.rewards import Reward
 from align.sections.runs import Cluster, DataFormat
 
 BenchmarkName = Literal["rm-bench", "judgebench", "rewardbench", "rewardbench2", "heldout"]

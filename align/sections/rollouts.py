@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from align.sections.losses import PolicyLoss
-from align.sections.roles import Policy, Reference, Reward, Sampler, SecondReward, StartingPolicy
-from align.sections.runs import Recipe, Sampling
+from align.sections.rewards import OptionalReward, Reward, SecondReward
+from align.sections.roles import Policy, Reference, Sampler, StartingPolicy
+from align.sections.runs import Recipe
+from align.sections.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class OnPolicy(Recipe):
     one without ``evaluation.keep_best``), which also becomes the reference (HelpSteer2-Preference's PPO: 2)."""
 
     def __post_init__(self) -> None:
-        if not self.reward.present:
+        if not self.reward.present and not isinstance(self.reward, OptionalReward):
             raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
         if self.prompts_per_step < 1 or self.lag < 0 or self.rounds < 1:
             raise ValueError(

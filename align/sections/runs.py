@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
-from align.sections.roles import Model, OptionalReward, Sampler
+from align.sections.rewards import OptionalReward
+from align.sections.roles import Model, Sampler
 
 DataFormat = Literal[
     "helpsteer3",
@@ -21,6 +22,9 @@ DataFormat = Literal[
     "openai",
     "nemo",
 ]
+
+Reads = Literal["preferences", "comparisons", "ratings", "feedback", "edits", "principles"]
+"""What rows are read as; `align.data.rows` has a class for each."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +70,6 @@ class Data:
             raise ValueError(f"max_rows is even with format helpsteer2, where two rows make a pair: {self.max_rows}")
         if self.max_spread is not None and self.max_spread < 0:
             raise ValueError(f"max_spread must not be negative: {self.max_spread}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn. Order of the filters: temperature, top-k, top-p, min-p (as in transformers)."""
-
-    num_samples: int = 1
-    """K, responses per prompt."""
-    max_tokens: int = 1024
-    """T, longest response in tokens; a response that reaches it without an end token is unfinished."""
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this sum."""
-    min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the most likely one."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.max_tokens < 1:
-            raise ValueError(f"num_samples and max_tokens must be positive: {self.num_samples}, {self.max_tokens}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(f"temperature and top_k must not be negative: {self.temperature}, {self.top_k}")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"top_p lies in (0, 1] and min_p in [0, 1]: {self.top_p}, {self.min_p}")
 
 
 @dataclass(frozen=True)
@@ -230,9 +208,13 @@ class Recipe:
         """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
         return 1
 
-    def reads(self) -> Literal["preferences", "ratings"]:
-        """What ``data`` is read as: pairs, or single responses with their ratings."""
+    def reads(self) -> Reads:
+        """What ``data`` is read as."""
         return "preferences"
+
+    def rated(self) -> Mapping[str, Sequence[str]]:
+        """Attributes that frozen reward models are asked for one by one, by role."""
+        return {}
 
     def evaluations(self) -> Mapping[str, str]:
         """Benchmarks that the trained model is judged on after training, each with the folder of its data."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.sections.roles import Reward
+from align.sections.rewards import Reward
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine reaches."""
@@ -46,7 +46,7 @@ class RewardService:
     """A reward model behind HTTP: docs/reward_service.md."""
 
     reward: Reward = field(default_factory=Reward)
-    """The judge, of any kind but ``http``."""
+    """The judge, of any kind but ``http`` and ``generative``."""
     executor: Literal["local", "ray"] = "ray"
     """``ray``: replicas by Ray Serve, on a Ray of the service's own on 127.0.0.1. ``local``: one in this process."""
     dir: str = "runs/reward-service"
@@ -86,6 +86,10 @@ class RewardService:
             raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
         if self.reward.kind == "http":
             raise ValueError("reward.kind http is a service already")
+        if self.reward.kind == "generative":
+            raise ValueError(
+                "reward.kind generative compares the responses to a prompt, and requests do not say which these are"
+            )
         numbers = (self.max_batch_size, self.max_conversations, self.max_request_bytes)
         if min(numbers) < 1 or self.max_queue < self.max_conversations:
             raise ValueError(

@@ -17,6 +17,7 @@ from align.models import export, heads, load
 from align.roles import Future, LossFunction, Metrics, Ready
 from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
+from align.sections import Previous as PreviousSection
 from align.sections import Sampler as SamplerSection
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences, Weights
 from align.workers.base import (
@@ -120,6 +121,18 @@ class Sampler(Role):
         return self.ranks.call("sync", SamplerWorker.receive, self.ranks.everywhere(sent), lambda parts: None)
 
 
+class PreviousWorker(ReferenceWorker):
+    """A frozen policy that samples."""
+
+    @answered
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Responses to this rank's prompts."""
+        section = self.spec.section
+        assert isinstance(section, PreviousSection)
+        with self.engine.full(self.model.parameters()):
+            return generation.generate(self.model, prompts, sampling, self.spec.seed, section.generation_slots)
+
+
 class Reference(Role):
     """The driver's side of `ReferenceWorker`."""
 
@@ -135,6 +148,22 @@ class Reference(Role):
             [(sequences.select(index), temperature) for index in rows],
             lambda parts: merged(parts, rows),
         )
+
+
+class Base(Reference):
+    """The model without attributes, of SteerLM 2.0."""
+
+    phase = "base"
+
+
+class Previous(Role):
+    """The driver's side of `PreviousWorker`."""
+
+    worker = PreviousWorker
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+        """See `align.roles.Previous`."""
+        return _generate(self.ranks, PreviousWorker.generate, prompts, sampling)
 
 
 class Policy(TrainedRole, Reference):

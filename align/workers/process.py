@@ -13,13 +13,14 @@ from pathlib import Path
 
 INHERITED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|TMPDIR|PWD|LANG|LC_.*|VIRTUAL_ENV|CONDA_.*|PYTHON.*|LD_LIBRARY_PATH|LD_PRELOAD"
-    r"|(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|GOMP|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|DS|DEEPSPEED)_.*"
+    r"|(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|GOMP|TORCH|TORCHDYNAMO|TORCHINDUCTOR|PYTORCH|TRITON|DS|DEEPSPEED)_.*"
     r"|(HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|SAFETENSORS|RAY|SLURM|XDG)_.*"
-    r"|ALIGN_REWARD_TOKEN\w*|SSL_CERT_.*|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(http|https|no|all|HTTP|HTTPS|NO|ALL)_(proxy|PROXY)"
+    r"|ALIGN_REWARD_TOKEN\w*|ALIGN_\w+_KEY|OPENAI_API_KEY|SSL_CERT_.*|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(http|https|no|all|HTTP|HTTPS|NO|ALL)_(proxy|PROXY)"
 )
 """Names of variables that Ray and its workers get from the driver; no others, for they may hold secrets of other
-programs. ``HF_TOKEN`` is among them, because workers read models from the hub, and ``ALIGN_REWARD_TOKEN``, because they
-ask reward services. ``SLURM_JOB_ID`` is, because jobs find what is left of them by it."""
+programs. ``HF_TOKEN`` is among them, because workers read models from the hub, and ``ALIGN_REWARD_TOKEN``,
+``ALIGN_..._KEY``, ``OPENAI_API_KEY`` and ``NVIDIA_API_KEY``, because they ask services and endpoints. ``SLURM_JOB_ID``
+is, because jobs find what is left of them by it."""
 STACKS = signal.SIGUSR2
 """Signal on which a worker writes the stacks of all its threads into its log."""
 PR_SET_PDEATHSIG = 1

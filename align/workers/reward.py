@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from align.errors import DivergedError
 from align.models import heads, load
 from align.rewards import readers
 from align.rewards.functions import FunctionJudge
+from align.rewards.genrm import GenerativeJudge
 from align.rewards.readers import EnsembleJudge, ModelJudge
 from align.roles import Future, Metrics
 from align.sections import Model
@@ -54,11 +56,22 @@ class RewardWorker(Worker):
         return Scored(self.judge.score_ids(sequences), self.judge.metrics())
 
     @answered
-    def score_dialogues(self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None) -> Scored:
-        """Scores of this rank's conversations; ``ids`` are those of the responses, where there are any."""
+    def score_dialogues(
+        self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None, groups: Sequence[int]
+    ) -> Scored:
+        """Scores of this rank's conversations; ``ids`` are those of the responses, where there are any, and ``groups``
+        say which belong to one prompt."""
+        if isinstance(self.judge, GenerativeJudge):
+            return Scored(self.judge.score(dialogues, groups), self.judge.metrics())
         if isinstance(self.judge, FunctionJudge):
             return Scored(self.judge.score(dialogues, ids), self.judge.metrics())
         return Scored(self.judge.score(dialogues), self.judge.metrics())
+
+    @answered
+    def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Tensor:
+        """The attributes ``names`` of this rank's conversations, whatever the order of the head's outputs, (B, A)."""
+        assert isinstance(self.judge, ModelJudge)
+        return self.judge.attributes(dialogues)[:, [self.judge.names.index(name) for name in names]]
 
 
 class TrainedRewardWorker(TrainedWorker):
@@ -115,21 +128,35 @@ class Reward(Role):
     def score(self, sequences: Sequences) -> Future[Tensor]:
         """See `align.roles.Reward`."""
         if self._conversations is not None:
-            return self._score_text(self._conversations.dialogues(sequences), sequences.responses.lists())
+            dialogues = self._conversations.dialogues(sequences)
+            return self._score_text(dialogues, sequences.prompt_B.tolist(), sequences.responses.lists())
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
         return self.ranks.call(self.phase, RewardWorker.score, arguments, lambda parts: self._gathered(parts, rows))
 
-    def score_dialogues(self, dialogues: Sequence[Dialogue]) -> Future[Tensor]:
-        """Scores of conversations given as text, (B,)."""
-        return self._score_text(dialogues, None)
+    def score_dialogues(self, dialogues: Sequence[Dialogue], groups: Sequence[int] | None = None) -> Future[Tensor]:
+        """Scores of conversations given as text, (B,). Neighbours with one number in ``groups`` are responses that a
+        judge may compare, and no others have it; without numbers, those of one context."""
+        return self._score_text(dialogues, _by_context(dialogues) if groups is None else groups, None)
 
-    def _score_text(self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None) -> Future[Tensor]:
-        new = [i for i in range(1, len(dialogues)) if dialogues[i].context != dialogues[i - 1].context]
-        sizes = [len(one.response) + sum(len(turn.content) for turn in one.context) for one in dialogues]
-        rows = collate.balanced([0, *new], sizes, self.ranks.world_size)
+    def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Future[Tensor]:
+        """See `align.roles.Reward`."""
+        rows = _shares(dialogues, _by_context(dialogues), self.ranks.world_size)
+        arguments = [([dialogues[i] for i in index.tolist()], names) for index in rows]
+        return self.ranks.call(
+            self.phase, RewardWorker.rate, arguments, lambda parts: self._passed(merged(parts, rows))
+        )
+
+    def _score_text(
+        self, dialogues: Sequence[Dialogue], groups: Sequence[int], ids: Sequence[Sequence[int]] | None
+    ) -> Future[Tensor]:
+        rows = _shares(dialogues, groups, self.ranks.world_size)
         arguments = [
-            ([dialogues[i] for i in index], None if ids is None else [ids[i] for i in index])
+            (
+                [dialogues[i] for i in index],
+                None if ids is None else [ids[i] for i in index],
+                [groups[i] for i in index],
+            )
             for index in map(Tensor.tolist, rows)
         ]
         return self.ranks.call(
@@ -145,8 +172,12 @@ class Reward(Role):
                 else:
                     self._counts[name] = self._counts.get(name, 0.0) + value
         score_B = merged([part.score_B for part in parts], rows)
-        passed = isinstance(self.section, RewardSection) and self.section.failed == "drop"
-        return score_B if passed else _finite(score_B)
+        return self._passed(score_B)
+
+    def _passed(self, score: Tensor) -> Tensor:
+        """Scores or attributes that a run may go on with."""
+        dropped = isinstance(self.section, RewardSection) and self.section.failed == "drop"
+        return score if dropped else _finite(score)
 
     def drain(self) -> Metrics:
         """See `align.roles.Counting`: counts of all ranks, and means over responses. Those of a service depend on the
@@ -154,7 +185,7 @@ class Reward(Role):
         means = {name: total / count for name, (total, count) in self._averaged.items() if count}
         found = self._counts | means
         self._counts, self._averaged = {}, {}
-        service = isinstance(self.section, RewardSection) and self.section.kind == "http"
+        service = isinstance(self.section, RewardSection) and self.section.remote
         return {f"service/{name}": value for name, value in found.items()} if service else found
 
 
@@ -175,6 +206,18 @@ class TrainedReward(TrainedRole, Reward):
         arguments = [(sequences.select(index),) for index in rows]
         gather = lambda parts: _finite(merged(parts, rows))  # noqa: E731
         return self.ranks.call(self.phase, TrainedRewardWorker.attributes, arguments, gather)
+
+
+def _by_context(dialogues: Sequence[Dialogue]) -> list[int]:
+    """A number for each dialogue, the same for neighbours of one context."""
+    return list(accumulate(i > 0 and one.context != dialogues[i - 1].context for i, one in enumerate(dialogues)))
+
+
+def _shares(dialogues: Sequence[Dialogue], groups: Sequence[int], num_ranks: int) -> list[Tensor]:
+    """Numbers of the dialogues of each rank; those of one group stay together."""
+    new = [i for i in range(1, len(dialogues)) if groups[i] != groups[i - 1]]
+    sizes = [len(one.response) + sum(len(turn.content) for turn in one.context) for one in dialogues]
+    return collate.balanced([0, *new], sizes, num_ranks)
 
 
 def _finite(score_B: Tensor) -> Tensor:

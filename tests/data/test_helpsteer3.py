@@ -12,8 +12,8 @@ import pytest
 from align.data import helpsteer
 from align.data.chat import Message
 from align.data.helpsteer import SplitCounts
-from align.data.rows import Edit, Feedback, Preference, Principle
-from align.errors import ConfigError
+from align.data.rows import Comparison, Edit, Feedback, Preference, Principle
+from align.errors import ConfigError, DataError
 from align.sections import Data
 from align.sections.runs import DataFormat
 
@@ -32,6 +32,60 @@ def test_feedback_is_of_one_response(tmp_path: Path):
         Feedback(CAT, "cat pig", ("It errs.", "It is short."), "code", "python"),
     ]
     assert read.counts["train"] == SplitCounts(read=4, bad={}, other_domain=0, duplicates=2, in_validation=0, kept=2)
+
+
+def reasons(*told: tuple[int, str]) -> list[dict[str, Any]]:
+    return [{"score": score, "reasoning": text} for score, text in told]
+
+
+def helpful(*words: str) -> list[str]:
+    return [f"The response is {word} helpful. And more." for word in words]
+
+
+def test_comparisons_have_reasons_and_the_helpfulness_of_both_responses(tmp_path: Path):
+    told = {"individual_preference": reasons((-2, "cat dog is right"), (1, ""))}
+    rows = [layouts.preference(**told), layouts.preference("dog"), layouts.preference("pig"), layouts.preference("cat")]
+    layouts.write(tmp_path, "helpsteer3", rows, [layouts.preference("v", individual_preference=None)])
+    feedback = [
+        layouts.feedback(feedback1=helpful("mostly", "not", "Partially"), feedback2=helpful("slightly", "perfectly")),
+        layouts.feedback(feedback1=helpful("not"), feedback2=helpful("not")),  # said before
+        layouts.feedback("dog", feedback1=helpful("mostly")),  # and nothing of the other
+    ]
+    held_out = [layouts.feedback("pig", feedback1=helpful("not"), feedback2=helpful("not"))]  # of the other split
+    read = load(layouts.write(tmp_path, "feedback", feedback, held_out), "comparisons", max_rows=3)
+    place = {"domain": "code", "language": "python"}
+    assert read.train == [
+        Comparison(CAT, "cat dog", "cat pig", -2, ((-2, "cat dog is right"), (1, "")), (3.0, 2.0), **place),
+        Comparison((Message("user", "dog"),), "cat dog", "cat pig", -2, ((-2, ""),), None, **place),
+        Comparison((Message("user", "pig"),), "cat dog", "cat pig", -2, ((-2, ""),), (1.0, 1.0), **place),
+    ]
+    assert read.validation[0].reasons == ()
+
+
+def test_comparisons_need_no_feedback(tmp_path: Path):
+    layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
+    assert load(tmp_path, "comparisons").train[0].helpfulness is None
+    layouts.put(tmp_path / "feedback" / "train.jsonl", [layouts.feedback()])
+    with pytest.raises(DataError, match="no file of split validation"):
+        load(tmp_path, "comparisons")
+
+
+@pytest.mark.parametrize("told", ["text", [{"score": 1}], [{"score": 4, "reasoning": ""}], reasons((1, 5))])
+def test_a_malformed_reason_is_named(tmp_path: Path, told: Any):
+    rows = [layouts.preference(), layouts.preference("dog", individual_preference=told)]
+    layouts.write(tmp_path, "helpsteer3", rows, [layouts.preference("v")])
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz:2: individual_preference"):
+        load(tmp_path, "comparisons")
+    assert len(load(tmp_path, "preferences").train) == 2  # which do not read it
+    assert len(load(tmp_path, "comparisons", bad_rows="skip").train) == 1
+
+
+def test_malformed_feedback_of_a_comparison_is_named(tmp_path: Path):
+    layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
+    layouts.write(tmp_path, "feedback", [layouts.feedback(feedback1="text")], [layouts.feedback("v")])
+    with pytest.raises(DataError, match=r"feedback/train\.jsonl\.gz:1: feedback1"):
+        load(tmp_path, "comparisons")
+    assert load(tmp_path, "comparisons", bad_rows="skip").train[0].helpfulness is None
 
 
 def test_edits(tmp_path: Path):
@@ -143,7 +197,7 @@ def test_a_format_that_does_not_hold_what_is_asked_for(tmp_path: Path):
         load(tmp_path, "ratings")
     assert (
         error.value.message
-        == "data.format=helpsteer3 holds preferences and feedback and edits and principles, not ratings"
+        == "data.format=helpsteer3 holds preferences and comparisons and feedback and edits and principles, not ratings"
     )
     assert error.value.remedy is not None
     assert error.value.remedy.endswith("helpsteer, helpsteer2, helpsteer2_disagreements, nemo, openai")

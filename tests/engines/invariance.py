@@ -22,7 +22,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.algorithms import _direct_loss, _policy_loss, _reward_pairs, _reward_ratings, ppo, sft
+from align.algorithms import _direct_loss, _policy_loss, _reward_pairs, _reward_ratings, ppo, sft, steerlm2
 from align.engines import distributed
 from align.engines.deepspeed import Engine
 from align.models.heads import Head, LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues
@@ -139,6 +139,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 MANY = ([3, 9, 1, 5, 14], [[4, 7], [1, 2], [6, 3], [0, 12, 3], [5, 2]])
 PAIRED = ([4, 7, 2, 5], [[3, 6], [8, 1], [2, 2], [5, 9]])
 FEW, ONE_PAIR = ([6], [[3, 5, 1]]), ([6], [[3, 5]])
+IN_THREES = ([4, 7, 2, 5], [[3, 6, 2], [8, 1, 4], [2, 2, 7], [5, 9, 3]])
 
 
 def _noise(seed: int) -> Callable[[Tensor, float], Tensor]:
@@ -193,6 +194,19 @@ def paired(shapes: Any) -> Batch:
         "gold_B": noise(logprob_B, 1.0),
     }
     return Batch(rows, columns, unit=2, temperature=1.0)
+
+
+@torch.no_grad()
+def weighed(shapes: Any) -> Batch:
+    """Groups of three with the columns of SteerLM 2.0; one sample of most groups is not usable."""
+    rows, noise = shared.sequences(*shapes, seed=10), _noise(11)
+    logprob_BT = outputs_by_hand("policy", _known("policy"), rows, 1.0)["logprob_BT"]
+    columns = {
+        "previous_BT": logprob_BT + noise(logprob_BT, 0.3),
+        "weight_B": noise(logprob_BT[:, 0], 2.0),
+        "learnable_B": torch.arange(len(rows)) % 4 != 2,
+    }
+    return Batch(rows, filled(columns, rows, 0.0), unit=3, temperature=1.0)
 
 
 def rewarded(shapes: Any) -> Batch:
@@ -274,6 +288,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     centred = partial(_reward_pairs.loss, kind="bt", center_coef=0.3)
     yield "reward-centred", Case("reward", centred, rewarded(PAIRED), rewarded(ONE_PAIR))
     yield "regression", Case("attributes", _reward_ratings.loss, rated(MANY), rated(FEW))
+    yield "steerlm2", Case("policy", partial(steerlm2.loss, num_samples=3), weighed(IN_THREES), weighed(FEW))
 
 
 CASES = dict(_cases())
@@ -363,13 +378,15 @@ ONE_RANK_IDLE = [Setting(stage, "packed", 9, False, "few") for stage in (3, 0, 2
 
 
 def on_two(name: str) -> list[Setting]:
-    """The settings of a loss: two stages, two layouts, and a batch that leaves the second rank without a sequence.
+    """The settings of a loss: one that shares the work, two where the kind has few cases, and a batch that leaves the
+    second rank without a sequence.
 
     Neighbours take others, so that each kind of loss, which has several neighbouring cases, meets all of them: an
     engine knows nothing of a loss but its gradient.
     """
     i = list(CASES).index(name)
-    return [TWO_RANKS[i % 8], TWO_RANKS[(i + 5) % 8], ONE_RANK_IDLE[i % 4]]
+    many = name.startswith(("reinforce", "clipped", "direct"))
+    return [TWO_RANKS[i % 8], *(() if many else (TWO_RANKS[(i + 5) % 8],)), ONE_RANK_IDLE[i % 4]]
 
 
 NOTHING = torch.empty(0, dtype=torch.int64)

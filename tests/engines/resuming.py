@@ -224,6 +224,12 @@ CROSSINGS = [
     if case.kind == other.kind and (there != here or (case.stage != other.stage and case.dtype == "float32"))
 ]
 """What was left by how many ranks, and what takes it up on how many."""
+PAIRWISE = [
+    (case, there, other, here)
+    for case, there, other, here in CROSSINGS
+    if (other.stage - case.stage) % 4 <= 1 and (there != here or there == 2)
+]
+"""Those of every change: each stage from and to another number of ranks, into itself and into the one after it."""
 
 
 def leave(case: Case, folder: Path) -> None:
@@ -244,9 +250,9 @@ def take_up(case: Case, source: Path, folder: Path) -> None:
     go_on(worker, folder)
 
 
-def take_up_all(folder: Path) -> None:
-    """The crossings to this number of ranks."""
-    for case, there, other, here in CROSSINGS:
+def take_up_all(folder: Path, crossings: list[tuple[Case, int, Case, int]]) -> None:
+    """Those of the crossings that lead to this number of ranks."""
+    for case, there, other, here in crossings:
         if here == dist.get_world_size():
             left, taken = f"left-{there}", f"taken-{here}"
             take_up(other, folder / left / case.name, folder / taken / f"{there}-{case.name}" / other.name)
@@ -337,10 +343,14 @@ def spoilt(case: Case) -> dict[str, dict[str, Any]]:
 
 def _resumed_on_two(folder: Path) -> dict[Case, Any]:
     found = {case: resumed(case, _new(folder / "exact" / case.name)) for case in ON_TWO}
+    return found | _crossed_on_two(folder, PAIRWISE)
+
+
+def _crossed_on_two(folder: Path, crossings: list[tuple[Case, int, Case, int]]) -> dict[Case, Any]:
     for case in CROSSED:
         leave(case, folder / "left-2" / case.name)
-    take_up_all(folder)
-    return found
+    take_up_all(folder, crossings)
+    return {}
 
 
 def _new(folder: Path) -> Path:
@@ -350,6 +360,7 @@ def _new(folder: Path) -> Path:
 
 PARTS: dict[str, Callable[[Path], dict[Case, Any]]] = {
     "resumed": _resumed_on_two,
+    "crossed": lambda folder: _crossed_on_two(folder, CROSSINGS),
     "spoilt": lambda folder: {case: spoilt(case) for case in SPOILT},
 }
 

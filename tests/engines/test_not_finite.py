@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from pathlib import Path
@@ -26,9 +25,6 @@ QUICK = [
 @pytest.fixture(autouse=True, scope="module")
 def alone():
     distributed.initialize_alone()
-    gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

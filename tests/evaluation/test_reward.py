@@ -81,12 +81,42 @@ class TestFilesOfScores:
         assert values(again) == values(tmp_path / "out") and results(again)["margins"] is None
 
 
+GENRM = """
+def verdict(messages, sample):
+    first, second = [len(turn["content"]) for turn in messages if turn["role"].startswith("response_")]
+    score = 4 if first > second else 3  # and one for the first place
+    other = 4 if second > first else 3
+    ranking = 1 if first > second else 6 if second > first else 3
+    return '{"score_1": %d, "score_2": %d, "ranking": %d}' % (score + 1, other, ranking)
+"""
+
+
+def test_a_judge_that_writes_compares_the_responses_of_an_item(tmp_path: Path):
+    """Two items with one prompt stay apart. The longer response is right in two of the three; and the place is worth
+    nothing, although the judge adds a point to it."""
+    rows = [
+        judge_row(1, pair_id="a", question="q", response_A="longer", response_B="long", label="A>B"),
+        judge_row(2, pair_id="b", question="q", response_A="long", response_B="longer", label="B>A"),
+        judge_row(3, pair_id="c", question="q", response_A="longest", response_B="long", label="B>A"),
+    ]
+    (tmp_path / "genrm.py").write_text(GENRM)
+    keys = {"kind": "function", "function": tmp_path / "genrm.py:verdict"}
+    words = [f"reward.generative.judge.{name}={value}" for name, value in keys.items()]
+    words += ["reward.kind=generative", "reward.generative.form=json", "reward.generative.custom_roles=true"]
+    data, out = lines(tmp_path / "gpt.jsonl", rows), tmp_path / "out"
+    run("executor=local", *words, "--benchmark", "judgebench", "--data", data, "--out", out)
+    scores = [json.loads(line)["scores"] for line in (out / "items.jsonl").read_text().splitlines()]
+    assert scores == [[4.5, 3.5], [4.5, 3.5], [3.5, 4.5]]  # the right one first
+    assert results(out)["judge"].endswith("genrm.py:verdict")
+
+
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A judge that counts characters, in place of a model, and what it was asked."""
     seen = SimpleNamespace(dialogues=[], opened=0)
 
-    def score_dialogues(dialogues):
+    def score_dialogues(dialogues, groups):
+        assert len(groups) == len(dialogues)
         seen.dialogues += dialogues
         return Ready(torch.tensor([float(len(one.response)) for one in dialogues]))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,13 @@ class Judge:
 
     def __init__(self, requests: int = 1000, broken: str = ""):
         self.left, self.broken, self.asked = requests, broken, []
+        self.sizes: list[int] = []
 
-    def __call__(self, dialogues: Sequence[Dialogue]) -> list[float]:
+    def __call__(self, dialogues: Sequence[Dialogue], groups: Sequence[int]) -> list[float]:
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
+        self.sizes += [len(list(group)) for _, group in groupby(groups)]
         self.asked += dialogues
         return [float("nan") if one.response == self.broken else float(len(one.response)) for one in dialogues]
 
@@ -59,6 +62,7 @@ def test_goes_on_after_a_kill_and_asks_for_nothing_twice(tmp_path: Path, benchma
         complete(tmp_path, benchmark, first)
     assert complete(tmp_path, benchmark, second) == expected(benchmark)
     assert first.asked + second.asked == [one for item in benchmark.items for one in item.dialogues]
+    assert first.sizes + second.sizes == [item.num_responses for item in benchmark.items]
     third = Judge()
     assert complete(tmp_path, benchmark, third) == expected(benchmark) and third.asked == []
 

@@ -10,6 +10,8 @@ sys.path.append(str(Path(__file__).parent))  # for harness
 from harness import Runs
 from killed_recipes import ALGORITHMS, HEAD, LORA, PLACEMENTS
 
+from align.data import toy_family
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory):
@@ -19,14 +21,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     made.close()
 
 
+@pytest.fixture(scope="session")
+def family_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rest of the HelpSteer family for the bundled task."""
+    return toy_family.write(tmp_path_factory.mktemp("family"), 100, 20, seed=0)
+
+
 @pytest.fixture(scope="module")
-def write_recipe(tmp_path_factory: pytest.TempPathFactory, toy_data, tiny_policy, tiny_reward):
+def write_recipe(
+    tmp_path_factory: pytest.TempPathFactory,
+    toy_data,
+    family_data,
+    tiny_policy,
+    tiny_family,
+    tiny_reward,
+    tiny_attributes,
+):
     """Writes the recipe of a name of `ALGORITHMS`; the epoch does not divide by the batch."""
 
     def write(name: str) -> str:
         algorithm, text = ALGORITHMS[name]
         lora = LORA if "best" not in name else "{rank: 0}"
         values = {"algorithm": algorithm, "data": toy_data, "policy": tiny_policy, "reward": tiny_reward, "lora": lora}
+        values["data"] = family_data if name == "feedback_edit" else toy_data
+        if algorithm in ("genrm", "steerlm", "steerlm2"):
+            values |= {"data": family_data, "policy": tiny_family, "attributes": tiny_attributes}
         values["judge"] = f"{Path(__file__).with_name('judge.py')}:different_words"
         values["format"] = "helpsteer2" if name.endswith("regression") else "helpsteer3"
         path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"

@@ -20,6 +20,12 @@ evaluation: {{every: 3, prompts: 5, keep_best: true}}
 GRADIENT = "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{running: true}}\n"
 PAIRS = "batch_size: 7\n"
 CRITIC = "critic: {{zero_stage: 2, optimizer: {{lr: 2e-3}}, lora: {lora}}}\n"
+RATED = """
+reward: {{path: {attributes}, dtype: float32, weights: {{helpfulness: 1.0}}}}
+steering: {{attributes: [helpfulness, verbosity]}}
+sampling: {{num_samples: 2, max_tokens: 24}}
+evaluation: {{every: 3, prompts: 5, keep_best: true}}
+"""
 LORA = "{rank: 2, alpha: 4, dropout: 0.1}"
 """Dropout makes the generators of each rank part of the result."""
 
@@ -49,11 +55,26 @@ ALGORITHMS = {
         + GRADIENT
         + "loss: {{kind: clipped}}\n",
     ),
+    "feedback_edit": (
+        "feedback_edit",
+        POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nediting: {{instruction: 'edit {{feedback}}'}}\n",
+    ),
     "grpo": ("grpo", POLICY + SAMPLED + GRADIENT),
     "dapo": ("grpo", POLICY + SAMPLED + GRADIENT + "max_attempts: 3\n"),
+    "genrm": (
+        "genrm",
+        POLICY
+        + SAMPLED.replace("reward: {{path: {reward}, dtype: float32}}", "verdict: {{form: json, custom_roles: true}}")
+        + "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{overlong_buffer: 8}}\n",  # else no spread
+    ),
     "reinforce": ("reinforce", POLICY + SAMPLED + GRADIENT),
     "remax": ("reinforce", POLICY + SAMPLED + GRADIENT + "baseline: greedy\nwhiten: false\n"),
     "ppo, two rounds": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC + "rounds: 2\n"),
+    "steerlm, two rounds": ("steerlm", POLICY + RATED + PAIRS + "rounds: 2\n"),
+    "steerlm2": (
+        "steerlm2",
+        POLICY + RATED + "base: {{path: {policy}, dtype: float32}}\nprompts_per_step: 7\nlag: 1\n",
+    ),
 }
 
 PLACEMENTS = {
@@ -65,8 +86,9 @@ PLACEMENTS = {
     "rloo": "{policy: 0-1, reference: 2, reward: 3}",
     "grpo": "{policy: 0-1, reference: 2, reward: 3}",
     "rloo, two steps behind": "{policy: 0-1, sampler: 2, reference: 3, reward: 3}",
+    "steerlm2": "{policy: 0-1, previous: 2, base: 3, reward: 3}",
 }
 """Of those that are killed on Ray, with the policy on two ranks."""
 
-ALWAYS_ON_RAY = ("ppo", "rloo")
-"""Those of them that every change is tried with; of the others every change is killed in one process."""
+ALWAYS_ON_RAY = ("ppo",)
+"""Those that every change is killed on Ray with, see `test_workers_ray`; the others are killed in one process."""

@@ -4,6 +4,7 @@ Reads one JSON object a line: {"argv", "env", "log"} starts a run and is answere
 by its exit status, negative for a signal. The parent must stay without threads, so nothing is computed in it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from align import cli
 
 for name in ("align.launch", "align.evaluation.compare"):
     importlib.import_module(name)
+gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
 
 
 def child(order: dict) -> None:

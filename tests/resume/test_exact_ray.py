@@ -4,17 +4,14 @@ import signal
 
 import pytest
 from harness import assert_same, steps_done
-from killed_recipes import ALWAYS_ON_RAY, PLACEMENTS
+from killed_recipes import PLACEMENTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 KILLED = -signal.SIGKILL
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long if name in ALWAYS_ON_RAY else pytest.mark.full) for name in PLACEMENTS],
-)
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_a_killed_driver(name, on_ray, runs, tmp_path):
     train, whole = on_ray(name)
     folder, log = f"run.dir={tmp_path / 'run'}", f"killed {name}"

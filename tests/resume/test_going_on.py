@@ -53,8 +53,11 @@ def folder(half, tmp_path) -> Path:
     [
         ("policy.optimizer.lr=3e-3", "policy.optimizer.lr: 0.002 in the snapshot, 0.003 now", "policy.optimizer.lr"),
         ("run.seed=2", "run.seed: 1 in the snapshot, 2 now", None),
-        ("prompts_per_step=8", "prompts_per_step: 7 in the snapshot, 8 now", "prompts_per_step"),
-        ("kl_coef=0.2", "kl_coef: 0.1 in the snapshot, 0.2 now", "kl_coef"),
+        pytest.param(
+            *("prompts_per_step=8", "prompts_per_step: 7 in the snapshot, 8 now", "prompts_per_step"),
+            marks=pytest.mark.full,
+        ),
+        pytest.param("kl_coef=0.2", "kl_coef: 0.1 in the snapshot, 0.2 now", "kl_coef", marks=pytest.mark.full),
         ("run.steps=7", "run.steps: 6 in the snapshot, 7 now", "run.steps"),
         ("data.max_rows=50", "data: rows: ", "[data,data.max_rows]"),
         ("policy.lora.rank=4", "policy.lora.rank: 2 in the snapshot, 4 now", None),
@@ -141,7 +144,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["policy/rank-00000.safetensors", "driver.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "policy/rank-00000.safetensors",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("driver.json", "manifest.json")),
+    ],
+)
 def test_a_flipped_bit_is_named_and_the_snapshot_before_is_taken(name, runs, rloo, folder, whole):
     flip(folder / "checkpoints" / "step-000004" / name)
     assert runs.run("train", rloo, f"run.dir={folder}", log=f"flip {name}") == 0, runs.text(f"flip {name}")
@@ -197,7 +206,13 @@ def test_another_run_goes_on_from_a_snapshot(runs, rloo, folder, whole, tmp_path
 # Stopping
 
 
-@pytest.mark.parametrize("name", ["sigterm", "sigusr1", "sigusr2", "sigint", "sighup"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sigterm", "sigusr1"),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("sigusr2", "sigint", "sighup")),
+    ],
+)
 def test_a_signal_saves_and_ends_with_75(name, runs, rloo, whole, tmp_path):
     train = ("train", rloo, f"run.dir={tmp_path / 'run'}", "checkpoint.every=0")
     assert runs.run(*train, fault=f"role=driver,phase=step,step=3,kind={name}", log=name) == 75
@@ -291,7 +306,7 @@ def test_a_full_disk_costs_no_line_and_no_snapshot_that_was_there(runs, rloo, wh
 # Numbers that are not finite
 
 
-@pytest.mark.parametrize("kind", ["nan_loss", "inf_gradient"])
+@pytest.mark.parametrize("kind", ["nan_loss", pytest.param("inf_gradient", marks=pytest.mark.full)])
 def test_a_number_that_is_not_finite_ends_with_79_and_a_bundle_that_replays(kind, runs, rloo, tmp_path):
     train = ("train", rloo, f"run.dir={tmp_path / 'run'}")
     fault = f"role=policy,phase=update,step=5,at=3,kind={kind}"

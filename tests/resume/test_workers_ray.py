@@ -2,24 +2,42 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_same, metrics, snapshots
+from harness import assert_same, metrics, snapshots, until
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)  # the roles come up four times, beside other tests
+def test_a_worker_without_state_then_the_driver_then_a_worker_with_state(on_ray, runs, tmp_path):
+    """One run is killed three times: a role is replaced in place, the driver is started again, all roles come anew."""
+    train, whole = on_ray("ppo")
+    train = (*train, f"run.dir={tmp_path / 'run'}", "run.max_restarts=1")
+    pid = runs.start(*train, fault="role=reward,phase=score,step=2,kind=sigkill", log="first")
+    assert until(lambda: snapshots(tmp_path / "run"), 300.0), runs.text("first")
+    runs.kill(pid)
+    assert runs.wait(pid) == -signal.SIGKILL, runs.text("first")
+    assert "reward-0 died in score" in runs.text("first")
+    assert "from the last snapshot" not in runs.text("first")
+    fault = "role=policy,rank=1,phase=update,step=5,kind=sigkill"
+    assert runs.run(*train, fault=fault, log="second") == 0, runs.text("second")
+    text = runs.text("second")
+    assert "going on after step" in text.partition("policy-1 died in update")[0]
+    assert re.search(r"policy-1 died in update", text), text
+    assert "restart 1 of 1, from the last snapshot" in text
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("role", "rank", "phase"),
-    [
-        pytest.param("policy", 1, "update", marks=pytest.mark.long),
-        pytest.param("critic", 0, "critic_update", marks=pytest.mark.full),
-        pytest.param("policy", 0, "generate", marks=pytest.mark.full),
-        pytest.param("policy", 0, "save", marks=pytest.mark.full),
-    ],
+    [("policy", 1, "update"), ("critic", 0, "critic_update"), ("policy", 0, "generate"), ("policy", 0, "save")],
 )
 def test_a_killed_worker_with_state_is_never_replaced_and_the_run_goes_on_by_itself(
     role, rank, phase, on_ray, runs, tmp_path
@@ -36,10 +54,8 @@ def test_a_killed_worker_with_state_is_never_replaced_and_the_run_goes_on_by_its
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(
-    "role",
-    [pytest.param("reference", marks=pytest.mark.full), pytest.param("reward", marks=pytest.mark.long)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("role", ["reference", "reward"])
 def test_a_killed_worker_without_state_is_replaced_in_place(role, on_ray, runs, tmp_path):
     train, whole = on_ray("ppo")
     log = f"stateless {role}"

@@ -120,7 +120,7 @@ def learned(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["rloo", pytest.param("ppo", marks=pytest.mark.full)])
 def test_a_service_that_fails_gives_what_a_function_gives(tmp_path, toy_data, tiny_policy, service, algorithm, capsys):
     """Step by step the same numbers and samples, though every fifth request fails; each answer is asked for once."""
     paths = {"data": toy_data, "policy": tiny_policy}
@@ -149,7 +149,7 @@ def test_a_service_that_fails_gives_what_a_function_gives(tmp_path, toy_data, ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+@pytest.mark.parametrize("algorithm", [pytest.param("rloo", marks=pytest.mark.full), "ppo"])
 def test_a_model_with_attributes_learns_like_its_weighted_sum(tmp_path, toy_data, tiny_policy, algorithm):
     """A head of two attributes with goodness weights, against a head whose one row is their weighted sum; PPO's critic
     starts from either."""
@@ -216,6 +216,7 @@ def test_a_function_with_no_score_takes_its_prompt_out(tmp_path, toy_data, tiny_
     assert main(["train", str(tmp_path / "drop.yaml"), *stops]) == 79
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_rloo_learns_a_function(tmp_path, toy_data, tiny_policy):
     """The share of a liked word rises from one in 67 to more than nine in ten."""

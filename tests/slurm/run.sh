@@ -11,7 +11,7 @@ cluster=${ALIGN_SLURM_CLUSTER:-../shared/slurm-test-cluster/setup.sh}
 python=$PWD/.venv/bin/python
 all_cases=(refused across gpus timelimit preempted requeued crashed killed cancelled stopped two_at_once chain array)
 nodes=(node1 node2)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
 
 skip() { echo "SKIP: $*"; exit 0; }
 [[ -x $python ]] || skip "no $python: make install"

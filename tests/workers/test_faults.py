@@ -234,7 +234,9 @@ def test_workers_of_other_nodes_are_signalled_by_a_task_there(company: Company, 
         assert member.log.read_text()[size:].count("Current thread") == 1
 
 
-@pytest.mark.parametrize(("role", "kind"), [("reference", "sigkill"), ("reward", "exit")])
+@pytest.mark.parametrize(
+    ("role", "kind"), [("reference", "sigkill"), pytest.param("reward", "exit", marks=pytest.mark.full)]
+)
 def test_a_role_without_state_comes_back_with_equal_answers(company: Company, step: int, role: str, kind: str):
     """Rank 1 dies at the call; the other calls under way are asked again too; the other roles keep their processes."""
     company.cluster.restarts_left = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from align.data.conversations import Conversations
 from align.errors import DivergedError
 from align.roles import Counting, Ready
 from align.run import Clock
-from align.sections import Cluster, Critic, Http, Optimizer, Reward
+from align.sections import Cluster, Critic, Endpoint, Generative, Generator, Http, Optimizer, Reward
 from align.types import Packed, Sequences
 from align.workers import judges, local
 from align.workers.base import Ranks, Spec
@@ -63,6 +64,27 @@ def test_text_is_split_by_context_and_put_together_in_order(world_size: int):
         assert sorted(map(len, shares)) == [2, 4]
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_prompt_that_comes_twice_in_a_row_is_two_groups_where_numbers_say_so(world_size: int):
+    """Each is whole on one rank, and the ranks are told where one ends."""
+    said, groups = [Dialogue(A, f"word {i}") for i in range(6)], [7, 7, 8, 8, 8, 9]
+    ranks = Pretended(world_size)
+    Role(ranks, Reward(path="p")).score_dialogues(said, groups).result()
+    runs = [[(key, len(list(run))) for key, run in groupby(own[2])] for own in ranks.arguments]
+    assert sorted(run for own in runs for run in own) == [(7, 2), (8, 3), (9, 1)]
+    for dialogues, _, own in ranks.arguments:
+        assert [groups[said.index(one)] for one in dialogues] == own
+
+
+def test_what_is_counted_elsewhere_has_names_that_say_so():
+    remote = Generator(kind="endpoint", endpoint=Endpoint("http://x/v1", "m"))
+    for judge, prefix in ((remote, "service/"), (Generator(kind="function", function="m:f"), "")):
+        section = Reward(kind="generative", generative=Generative(judge=judge))
+        role = Role(Pretended(1, [{"verdicts": 6.0, "order_agreement": 0.5}]), section)
+        role.score_dialogues(SAID).result()
+        assert role.drain() == {f"{prefix}verdicts": 6.0, f"{prefix}order_agreement": 0.5}
+
+
 def test_ids_of_the_responses_go_along_with_their_text():
     tokenizer = toy.tokenizer()
     renderer = chat.Renderer(tokenizer)
@@ -76,7 +98,7 @@ def test_ids_of_the_responses_go_along_with_their_text():
     role = Role(ranks := Pretended(2), Reward(kind="function", function="m:f"))
     role.read_text(Conversations(contexts, renderer))
     assert role.score(sequences).result().tolist() == [1, 2]
-    sent = [pair for dialogues, ids in ranks.arguments for pair in zip(dialogues, ids, strict=True)]
+    sent = [pair for dialogues, ids, _ in ranks.arguments for pair in zip(dialogues, ids, strict=True)]
     assert sorted(sent) == [
         (Dialogue(contexts[0], "cat"), responses[0][0]),
         (Dialogue(contexts[1], "ant pig"), responses[1][0]),
@@ -135,8 +157,8 @@ def test_a_judge_by_itself(tmp_path: Path, tiny_reward: Path):
     assert len(set(alone)) == 3
 
 
+@pytest.mark.full  # `tests/evaluation/test_reward.py` has a judge on two processes too
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_judge_by_itself_on_two_processes(tmp_path: Path, tiny_reward: Path):
     section = Reward(path=str(tiny_reward), dtype="float32")
     dialogues = [

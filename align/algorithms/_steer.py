@@ -1,0 +1,99 @@
+"""What both generations of SteerLM share: responses and their labels, and held-out prompts that ask for the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from align import data, ops, roles
+from align.algorithms import _heldout, _on_policy
+from align.data.steering import Form
+
+if TYPE_CHECKING:
+    from align.data.chat import Renderer
+    from align.data.helpsteer import Corpus
+    from align.data.rows import Rating
+    from align.data.steered import Asked
+    from align.run import Run
+    from align.sections import Data, Evaluation, OnPolicy, Recipe, Steering
+
+Labels = Literal["reward", "data"]
+
+PART = 1024
+"""Responses that are rated by one call, and prompts that are answered by one."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Responses to learn from. Their labels, unless people gave them, wait for the attribute model."""
+
+    rows: Sequence[Rating]
+    form: Form
+    renderer: Renderer
+    held_out: _heldout.HeldOut | None
+    files: Mapping[str, str]
+    """What a trained model's folder gets beside the model, text by name."""
+
+
+def reads(labels: Labels, section: Data) -> Literal["preferences", "ratings"]:
+    """What the data are read as: ratings where they are the labels, else whatever holds responses."""
+    return "ratings" if labels == "data" else data.helpsteer.usual(section.format)
+
+
+def prepare(
+    config: Recipe, evaluation: Evaluation, steering: Steering, labels: Labels, source: Corpus[Any], renderer: Renderer
+) -> tuple[Material, dict[str, int]]:
+    """Responses of the training split, those of people's labels with them, and what became of the rows."""
+    form = Form.of(steering, config.data.date)
+    files = form.files(renderer.template if config.data.chat_template else None)
+    rows, counts = data.steered.answers(
+        source.train, renderer, config.data.max_prompt_tokens, config.data.max_response_tokens
+    )
+    if labels == "data":
+        rated, rating_BA = data.steered.own_ratings(rows, form.names)
+        counts |= {"unrated": len(rows) - len(rated), "kept": len(rated)}
+        rows = data.steered.labelled(rated, ops.steerlm.labels(rating_BA), form.names)
+    held_out = None
+    if evaluation.every:
+        wanted = [(row.context, form.values) for row in source.validation]
+        asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
+        prompts = data.prompts.first(asked.steered, evaluation.prompts, renderer.stop_ids, _heldout.NOISE)
+        contexts = asked.contexts[: evaluation.prompts]
+        held_out = _heldout.HeldOut(prompts, contexts, asked.plain.select(prompts.index_P), files)
+    return Material(rows, form, renderer, held_out, files), counts
+
+
+def rated(rows: Sequence[Rating], reward: roles.Reward, form: Form, run: Run) -> list[Rating]:
+    """The rows as the attribute model labels them, written to the run folder too. Those that it gives no finite rating
+    (``reward.failed: drop``) are left out."""
+    dialogues = [data.chat.Dialogue(row.context, row.response) for row in rows]
+    starts = range(0, len(dialogues), PART)
+    rating_BA = ops.groups.joined([reward.rate(dialogues[i : i + PART], form.names).result() for i in starts])
+    known = rating_BA.isfinite().all(1).nonzero().squeeze(1)
+    label_BA = ops.steerlm.labels(rating_BA[known])
+    found = data.steered.labelled([rows[i] for i in known.tolist()], label_BA, form.names)
+    name = f"labelled-round-{run.round}.jsonl"
+    run.write_text(name, data.steered.dumps(found))
+    run.report(f"{name}: {len(found)} responses, {len(rows) - len(found)} without a rating left out")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups(_on_policy.Material):
+    """Prompts that ask for the labels of the data's responses."""
+
+    asked: Asked
+    """Row by row, what is asked for and of which conversation."""
+    steer: Material
+
+
+def groups(config: OnPolicy, labels: Labels, material: Material, reward: roles.Reward, run: Run) -> Groups:
+    """The prompts, after their labels have come from the attribute model where they must."""
+    rows, form, renderer = material.rows, material.form, material.renderer
+    if labels == "reward":
+        rows = rated(rows, reward, form, run)
+    wanted = ((row.context, data.steered.labels(row, form.names)) for row in rows)
+    asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
+    stream = data.prompts.PromptStream(asked.steered, config.prompts_per_step, config.run.seed, renderer.stop_ids)
+    return Groups(stream, material.held_out, asked.plain, asked=asked, steer=material)

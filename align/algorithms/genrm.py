@@ -1,0 +1,127 @@
+"""A generative reward model by reinforcement learning (HelpSteer3-Preference, Wang et al. 2025, arXiv 2505.11475, whose
+judge learns "similar to DeepSeek-GRM", Liu et al. 2025, arXiv 2504.02495): GRPO on pairs that people compared.
+
+The policy is the judge. It reads a conversation and two responses, and writes reasons, scores s_1, s_2 in 1 to 5 and a
+ranking r in 1 to 6. Each pair is there in both orders. With the labels of people s*, r* (`align.data.judging`)
+
+    R = -c (|s_1 - s*_1| + |s_2 - s*_2|) - C2 |r - r*|        of a verdict
+    R = -C1                                                   of an answer that cannot be read, or was cut off
+
+(Nemotron 3 Nano's report: C1 = 10, C2 = 1, c = 1). Scores that nobody labelled are left out. An answer that cannot be
+read has no distance from a label, so C1 is all it pays. Advantages, KL and loss are those of `align.algorithms.grpo`.
+
+Left out: judging single responses, whose labels are in HelpSteer3's feedback alone; lists of rubrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from align import data, ops, roles, sections
+from align.algorithms import _genrm_heldout, _on_policy, _policy_loss, _rewards, grpo
+from align.rewards import judge_card
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import Corpus
+    from align.data.prompts import PromptStream
+    from align.data.rows import Comparison
+    from align.run import Run
+    from align.types import Rollouts
+
+
+@dataclass(frozen=True)
+class Config(grpo.Config):
+    """Recipe of a generative reward model."""
+
+    verdict: sections.Verdict = field(default_factory=sections.Verdict)
+    """What the judge is asked, and how it answers."""
+    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
+    """Absent: the reward is the distance from the labels."""
+    format_penalty: float = 10.0
+    """C1, what an answer costs that holds no verdict. 10: Nemotron 3 Nano; NeMo-Gym's newer server takes 100."""
+    score_weight: float = 1.0
+    """c, weight of the distance of each score. 1: Nemotron 3 Nano."""
+    ranking_weight: float = 1.0
+    """C2, weight of the distance of the ranking. 1: Nemotron 3 Nano; NeMo-Gym's newer server takes 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward.present or self.second_reward.present:
+            raise ValueError(
+                f"genrm learns from labels and asks no reward model: reward.path {self.reward.path!r}, reward.kind "
+                f"{self.reward.kind}, second_reward.path {self.second_reward.path!r}"
+            )
+        weights = self.format_penalty, self.score_weight, self.ranking_weight
+        if min(weights) < 0:
+            raise ValueError(
+                "format_penalty, score_weight and ranking_weight must not be negative: " + ", ".join(map(str, weights))
+            )
+        if self.max_attempts > 1:
+            raise ValueError(f"genrm samples each pair once: max_attempts must be 1, not {self.max_attempts}")
+        if self.evaluation.best_by != "greedy":
+            raise ValueError(f"held-out verdicts are greedy: evaluation.best_by {self.evaluation.best_by}")
+
+    def reads(self) -> sections.Reads:
+        """See `align.sections.Recipe.reads`."""
+        return "comparisons"
+
+    def reward_of(self, verdict_B3: Tensor, label_B3: Tensor) -> Tensor:
+        """R of each verdict, (B,)."""
+        weights = self.format_penalty, self.score_weight, self.ranking_weight
+        return ops.verdicts.reward(verdict_B3, label_B3, *weights)
+
+
+class Cast(Protocol):
+    """Roles of this algorithm; both reward models are None."""
+
+    policy: roles.Policy
+    reference: roles.Reference
+    reward: roles.Reward
+    second_reward: roles.Reward | None
+
+
+@dataclass(frozen=True)
+class Material:
+    """Pairs in both orders, the label of each row, and held-out pairs."""
+
+    prompts: PromptStream
+    label_R3: Tensor
+    held_out: _genrm_heldout.HeldOut | None
+
+
+def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+    """Pairs of both splits, and what became of the rows of the training split."""
+    found = data.judging.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
+    stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
+    return Material(stream, found.label_P3, _genrm_heldout.prepare(config, source, renderer)), found.counts
+
+
+def grade(
+    config: Config, material: Material, rollouts: Rollouts, decode: Callable[[Sequence[int]], str]
+) -> tuple[Tensor, dict[str, float]]:
+    """R of each response, and how far the verdicts of a step are from the labels."""
+    rows = material.prompts.order.indices(rollouts.step)
+    label_B3 = material.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
+    texts = [decode(ids) for ids in rollouts.sequences.responses.lists()]
+    verdict_B3 = data.judging.read(texts, rollouts.finished_B.tolist(), config.verdict.form)
+    return config.reward_of(verdict_B3, label_B3), ops.verdicts.errors(verdict_B3, label_B3)
+
+
+def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
+    """Judge, compare with people, compare within groups, step."""
+    evaluator = _genrm_heldout.Evaluator(config, material.held_out, cast.policy, run)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+        score_B, distance = grade(config, material, rollouts, run.decode)
+        seen = _on_policy.look(cast, rollouts, roles.Ready(score_B))
+        judged = _rewards.judge(config, seen, run.state)
+        batch, statistics = grpo.learn_from(config, seen, judged)
+        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
+        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        run.log(step, statistics | distance | metrics | evaluator.measure(step), rollouts, score_B)
+    cast.policy.export(run.final, judge_card.files(config.verdict)).result()

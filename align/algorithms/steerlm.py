@@ -1,0 +1,148 @@
+"""SteerLM: supervised fine-tuning on responses after prompts that tell their attributes (Dong et al. 2023, arXiv
+2310.05344; HelpSteer, arXiv 2311.09528).
+
+    L = - sum_i sum_t log pi(y_it | x_i, a_i, y_i<t) / sum_i |y_i|
+
+over the response tokens of an optimizer step. The labels a_i, whole numbers from 0 to 4, are those of people, or of an
+attribute model: its ratings limited to 0 to 4 and rounded. A later round is the paper's bootstrapping: the policy of
+the round before answers training prompts that ask for ``steering.values``, its answers are labelled by the attribute
+model, and the policy learns them after prompts that tell these new labels.
+
+Left out: labels of earlier turns of a conversation, and the first paper's attribute model, which writes its labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from align import data, roles, sections
+from align.algorithms import _steer
+from align.algorithms._heldout import Evaluator
+from align.algorithms.sft import loss
+from align.data.attributes import resolve
+
+if TYPE_CHECKING:
+    from align.data.chat import Renderer
+    from align.data.helpsteer import Corpus
+    from align.data.rows import Rating
+    from align.run import Run
+
+NOISE = -100
+"""Before the rounds in the names of the noise that bootstrapping samples by; training counts from 1."""
+
+
+@dataclass(frozen=True)
+class Config(sections.Recipe):
+    """Recipe of SteerLM."""
+
+    policy: sections.Policy = field(default_factory=sections.Policy)
+    """The model that learns."""
+    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
+    """The attribute model: a frozen regression model that labels responses and judges held-out answers. Absent unless
+    ``path`` is given."""
+    second_reward: sections.SecondReward = field(default_factory=sections.SecondReward)
+    """Judges held-out answers beside the first."""
+    steering: sections.Steering = field(default_factory=sections.Steering)
+    """Which attributes the policy is told, and where."""
+    labels: Literal["reward", "data"] = "reward"
+    """Who labels the responses of the data: the attribute model, or the people who rated them."""
+    batch_size: int = 128
+    """Responses of an optimizer step. 128: NeMo-Aligner's guide to SteerLM."""
+    rounds: int = 1
+    """Times that ``run.steps`` are run. Each later round starts from the policy of the one before (its best with
+    ``evaluation.keep_best``) and bootstraps."""
+    bootstrap_prompts: int = 0
+    """Training prompts that a later round answers, others in each; 0 for all of them."""
+    sampling: sections.Sampling = field(default_factory=lambda: sections.Sampling(temperature=0.7, top_p=0.9))
+    """How training prompts are answered in bootstrapping, ``num_samples`` times each, and held-out ones beside the
+    greedy answers. 0.7 and 0.9: HelpSteer2 (arXiv 2406.08673)."""
+    evaluation: sections.Evaluation = field(default_factory=sections.Evaluation)
+    """Held-out evaluation during training, of answers that ask for ``steering.values``."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.rounds < 1 or self.bootstrap_prompts < 0:
+            raise ValueError(
+                "batch_size and rounds must be positive, bootstrap_prompts not negative: "
+                f"{self.batch_size}, {self.rounds}, {self.bootstrap_prompts}"
+            )
+        used = self.rates or bool(self.evaluation.every)
+        if used and not self.reward.present:
+            raise ValueError(
+                f"reward.path is missing: labels {self.labels}, rounds {self.rounds} and evaluation.every "
+                f"{self.evaluation.every} need an attribute model; labels data without the others needs none"
+            )
+        if self.reward.present and not used:
+            raise ValueError(f"reward.path {self.reward.path!r} is not read: labels data, rounds 1, evaluation.every 0")
+        if self.second_reward.present and not self.evaluation.every:
+            raise ValueError("second_reward.path judges held-out answers: set evaluation.every")
+
+    @property
+    def rates(self) -> bool:
+        """Whether the attribute model labels anything."""
+        return self.labels == "reward" or self.rounds > 1
+
+    def reads(self) -> Literal["preferences", "ratings"]:
+        """See `align.sections.Recipe.reads`."""
+        return _steer.reads(self.labels, self.data)
+
+    def rated(self) -> Mapping[str, Sequence[str]]:
+        """See `align.sections.Recipe.rated`."""
+        return {"reward": resolve(self.steering.attributes)} if self.rates else {}
+
+    def num_rounds(self) -> int:
+        """See `align.sections.Recipe.num_rounds`."""
+        return self.rounds
+
+    def in_round(self, start: str) -> Config:
+        """See `align.sections.Recipe.in_round`."""
+        return replace(self, policy=replace(self.policy, path=start, revision=None, init={}))
+
+
+class Cast(Protocol):
+    """Roles of this algorithm."""
+
+    policy: roles.Policy
+    reward: roles.Reward | None
+    second_reward: roles.Reward | None
+
+
+def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
+    """Responses of the training split, held-out prompts, and what became of the rows."""
+    return _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+
+
+def bootstrapped(config: Config, material: _steer.Material, policy: roles.Policy, run: Run) -> list[Rating]:
+    """Answers of the policy to training prompts that ask for the best values; those that did not end are left out."""
+    contexts = list(dict.fromkeys(row.context for row in material.rows))
+    count = min(config.bootstrap_prompts or len(contexts), len(contexts))
+    chosen = data.prompts.Order(len(contexts), count, config.run.seed).indices(run.round).tolist()
+    wanted = [(contexts[i], material.form.values) for i in chosen]
+    asked = data.steered.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
+    prompts = data.prompts.first(asked.steered, count, material.renderer.stop_ids, NOISE - run.round)
+    return [
+        row
+        for part in data.steered.parts(prompts, _steer.PART)
+        for row in data.steered.sampled(
+            [asked.contexts[i] for i in part.index_P.tolist()],
+            policy.generate(part, config.sampling).result(),
+            material.renderer,
+        )
+    ]
+
+
+def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> None:
+    """Label, then visit the responses in seeded order. All before the first step happens again in a resumed run."""
+    rows = material.rows if run.round == 1 else bootstrapped(config, material, cast.policy, run)
+    if cast.reward and (run.round > 1 or config.labels == "reward"):
+        rows = _steer.rated(rows, cast.reward, material.form, run)
+    limits = config.data.max_prompt_tokens, config.data.max_response_tokens
+    demonstrations, counts = data.steered.demonstrations(rows, material.renderer, material.form, *limits)
+    run.report(f"round {run.round}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
+    for step in run.steps():
+        metrics = cast.policy.update(demonstrations.select(order.indices(step)).batch(), loss).result()
+        run.log(step, metrics | evaluator.measure(step))
+    cast.policy.export(run.final, material.files).result()

@@ -1,0 +1,149 @@
+"""SteerLM 2.0: a policy that is told attributes, brought nearer to what the attribute model says of its answers
+(HelpSteer2, arXiv 2406.08673).
+
+The policy Q should be P(y|a, x), which is as P(a|x, y) P(y|x): a regression model gives the first by a Beta
+distribution around its rating (`align.ops.steerlm.beta_bins`), a base model that is told no attributes the second. n
+samples y_i of the previous policy Q' to each prompt x with attributes a give
+
+    w'_i = softmax_i( log P(a|x, y_i) + log P(y_i|x) - log Q'(y_i|a, x) )
+    b'_i = softmax_i( log Q(y_i|a, x) - log Q'(y_i|a, x) )
+    L    = mean over groups of - sum_i (w'_i - b'_i) log Q(y_i|a, x) / mean |y_i|
+
+with sums of log-probabilities over tokens at temperature 1, and no gradient through w' and b'. The gradient is that of
+KL(w' || b') over the samples, which is the metric ``kl``. a are the labels of a response of the data. In a second
+round Q' and Q start from the policy of the first; the base stays.
+Left out: several epochs over samples that are drawn once (``epochs`` are passes over the samples of a step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from align import data, ops, roles, sections
+from align.algorithms import _candidates, _diagnose, _on_policy, _steer
+from align.algorithms._heldout import Evaluator
+from align.data.attributes import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.data.chat import Renderer
+    from align.data.helpsteer import Corpus
+    from align.run import Run
+    from align.types import Batch, Rollouts
+
+
+@dataclass(frozen=True)
+class Config(sections.OnPolicy):
+    """Recipe of SteerLM 2.0."""
+
+    previous: sections.Previous = field(default_factory=lambda: sections.Previous())
+    """The frozen policy Q' that samples; with slots of its own and ``lag`` while the policy learns, at no loss."""
+    base: sections.Base = field(default_factory=sections.Base)
+    """The model of P(y|x). HelpSteer2's is the supervised model that its SteerLM model started from."""
+    steering: sections.Steering = field(default_factory=sections.Steering)
+    """Which attributes the policy is told, and where: as its SteerLM model learned it."""
+    labels: Literal["reward", "data"] = "reward"
+    """Who gives the labels that are asked for, those of the data's responses: the attribute model, or people."""
+    sampling: sections.Sampling = field(
+        default_factory=lambda: sections.Sampling(num_samples=10, temperature=0.7, top_p=0.9)
+    )
+    """n samples, at least 2. 10 at temperature 0.7 and top-p 0.9: HelpSteer2."""
+    prompts_per_step: int = 128
+    """Groups of a step. 128: HelpSteer2's batch."""
+    rounds: int = 2
+    """Times that ``run.steps`` are run; each later round starts from the policy of the one before. 2: HelpSteer2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_varied()
+
+    def reads(self) -> Literal["preferences", "ratings"]:
+        """See `align.sections.Recipe.reads`."""
+        return _steer.reads(self.labels, self.data)
+
+    def rated(self) -> Mapping[str, Sequence[str]]:
+        """See `align.sections.Recipe.rated`."""
+        return {"reward": resolve(self.steering.attributes)}
+
+
+class Cast(Protocol):
+    """Roles of this algorithm."""
+
+    policy: roles.Policy
+    previous: roles.Previous
+    base: roles.Reference
+    reward: roles.Reward
+    second_reward: roles.Reward | None
+
+
+def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
+    """Responses whose labels are asked for, held-out prompts, and what became of the rows."""
+    return _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+
+
+def loss(
+    *,
+    logprob_BT: Tensor,
+    entropy_BT: Tensor,
+    mask_BT: Tensor,
+    previous_BT: Tensor,
+    weight_B: Tensor,
+    learnable_B: Tensor,
+    num_samples: int,
+) -> roles.Loss:
+    """The group objective, mean over the groups in which two samples are usable, with the KL divergence that it lowers
+    and the mean entropy of the model's predictions."""
+    ratio_B = ops.logprobs.masked_sum(logprob_BT - previous_BT, mask_BT).detach()
+    grouped = ops.logprobs.masked_sum(logprob_BT, mask_BT), weight_B, ratio_B, learnable_B, mask_BT.sum(1)
+    logprob_PK, weight_PK, ratio_PK, usable_PK, tokens_PK = (x.view(-1, num_samples) for x in grouped)
+    target_PK, baseline_PK = (ops.steerlm.shares(x, usable_PK) for x in (weight_PK, ratio_PK))
+    loss_P = ops.steerlm.group_loss(logprob_PK, target_PK, baseline_PK, usable_PK, tokens_PK)
+    learn_P = usable_PK.sum(1) >= 2
+    count = learn_P.sum()
+    over_groups = lambda x_P: x_P.masked_select(learn_P).sum()  # noqa: E731
+    learn_BT = mask_BT & (usable_PK & learn_P[:, None]).flatten()[:, None]
+    entropy = ops.logprobs.masked_sum(entropy_BT.detach(), learn_BT).sum()
+    metrics = {
+        "kl": (over_groups(ops.steerlm.divergence(target_PK, baseline_PK, usable_PK)), count),
+        "entropy": (entropy, learn_BT.sum()),
+    }
+    return roles.Loss(over_groups(loss_P), count, metrics)
+
+
+def weigh(
+    config: Config, material: _steer.Groups, cast: Cast, rollouts: Rollouts
+) -> tuple[Batch, Tensor, dict[str, float]]:
+    """Samples with their weights log P(a|x, y) + log P(y|x) - log Q'(y|a, x); log P(a|x, y); numbers of both."""
+    sequences, previous_BT = rollouts.sequences, rollouts.untempered_logprob_BT
+    rows_B = material.rows(rollouts)[sequences.prompt_B]
+    texts = [material.steer.renderer.text(ids) for ids in sequences.responses.lists()]
+    contexts = [material.asked.contexts[i] for i in rows_B.tolist()]
+    dialogues = [data.chat.Dialogue(context, text) for context, text in zip(contexts, texts, strict=True)]
+    rating = cast.reward.rate(dialogues, material.steer.form.names)
+    rating_BA, base_BT = roles.together(rating, cast.base.logprobs(material.as_judged(rollouts), 1.0))
+    fit_B = ops.steerlm.attribute_logprob(rating_BA, material.asked.label_PA[rows_B]).float()
+    weight_B = fit_B + ops.logprobs.masked_sum(base_BT - previous_BT, rollouts.mask_BT)
+    weight_PK, usable_PK = _candidates.comparable(config, rollouts, weight_B)
+    columns = {"previous_BT": previous_BT, "weight_B": weight_PK.flatten(), "learnable_B": usable_PK.flatten()}
+    batch = replace(rollouts.batch(**columns), unit=config.sampling.num_samples, temperature=1.0)
+    effective = ops.steerlm.effective_samples(ops.steerlm.shares(weight_PK, usable_PK))
+    learnable = float((usable_PK.sum(1) >= 2).double().mean())
+    return batch, fit_B, {"learnable": learnable, "effective_samples": effective}
+
+
+def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> None:
+    """Sample from the previous policy, weigh, step."""
+    prompts = _steer.groups(config, config.labels, material, cast.reward, run)
+    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    for step, rollouts in run.rollouts(prompts.prompts, cast.previous, config.sampling, config.lag):
+        batch, fit_B, statistics = weigh(config, prompts, cast, rollouts)
+        second = cast.second_reward.score(prompts.as_judged(rollouts)) if cast.second_reward else roles.Ready(None)
+        statistics |= _diagnose.describe(rollouts, fit_B, second.result(), None, run.state)
+        lesson = cast.policy, batch, partial(loss, num_samples=config.sampling.num_samples)
+        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson})
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, fit_B)
+    cast.policy.export(run.final, material.files).result()

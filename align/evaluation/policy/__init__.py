@@ -1,0 +1,1 @@
+"""``align eval policy``: what a policy answers, judged by a language model."""

@@ -1,0 +1,314 @@
+"""``align eval policy``: answers of a policy to the questions of a benchmark, judged by a language model.
+
+Written to the folder: ``answers.jsonl`` and ``verdicts.jsonl`` (and ``baseline.jsonl`` where a baseline is asked),
+which grow and from which another call goes on; ``items.jsonl``, every question with answers and verdicts;
+``policy.json``, all numbers with intervals; ``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from align import config, plugins
+from align.data import chat
+from align.data.chat import Renderer
+from align.errors import DataError
+from align.evaluation import scoring
+from align.evaluation.policy import judging, numbers, prompts, questions
+from align.evaluation.policy.judging import Bench, Game, Ruling
+from align.evaluation.policy.numbers import Chance, Group
+from align.evaluation.policy.questions import Answer, Question, Questions
+from align.evaluation.scoring import Rows
+from align.launch import located
+from align.models import identity
+from align.models.load import check as check_model
+from align.report import policy as report
+from align.sections import Generator, PolicyEvaluation
+from align.workers import judges, placement
+
+VERSION = 1
+DEFAULT_OUT = "runs/evaluation"
+ANSWERS, BASELINE, VERDICTS = "answers.jsonl", "baseline.jsonl", "verdicts.jsonl"
+FALLBACK = "default"
+"""Entry of ``baseline_answers`` for categories that are not named."""
+FLAGS = {"data": "data.path", "answers": "answers", "out": "out"}
+"""Options of the command and the keys that they give."""
+NOTHING = '""'
+SPEAKERS = {"model": "policy", "baseline": "baseline", "judge": "judge"}
+"""Options that name a model, an endpoint or a function, and the section they fill."""
+SAYS = ("kind", "path", "revision", "init", "dtype", "function", "date")
+"""Fields of a generator that change what it says, beside its weights, its template and its endpoint."""
+SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "temperatures", "seed", "benchmark")
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align eval policy``."""
+    named = list(arguments.benchmark or [])
+    words = [*arguments.recipe, *(word for word in named[1:] if "=" in word)]
+    files = [word for word in named[1:] if "=" not in word]
+    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    given = {key: getattr(arguments, flag) for flag, key in FLAGS.items()}
+    given |= {"benchmark": next(iter(named), None)}
+    given |= {"data.path": files[0]} if files else {}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    for flag, section in SPEAKERS.items():
+        text = getattr(arguments, flag)
+        flags += speaker(section, text) if text is not None else []
+    section = config.build(PolicyEvaluation, recipe, [*words, *flags]).config
+    evaluate(section, questions.load(section.benchmark, section.data), console)
+    return 0
+
+
+def speaker(section: str, text: str) -> list[str]:
+    """The keys of a generator that one word names: ``http://HOST/v1#MODEL``, ``module:function``, a folder or hub id;
+    of a baseline also a file of answers. They replace what a recipe says."""
+    if section == "baseline" and Path(text).expanduser().is_file():
+        return [f"baseline_answers.{FALLBACK}={text}"]
+    address, _, model = text.partition("#")
+    keys = {"kind": "model", "path": NOTHING, "function": NOTHING, "endpoint.url": NOTHING}
+    if re.match("https?://", text):
+        keys |= {"kind": "endpoint", "endpoint.url": address, "endpoint.model": model}
+    elif re.fullmatch(r"[^:]+:[A-Za-z_]\w*", text):
+        keys |= {"kind": "function", "function": text}
+    else:
+        keys |= {"path": text}
+    return [f"{section}.{key}={value}" for key, value in keys.items()]
+
+
+def evaluate(section: PolicyEvaluation, found: Questions, console: Console) -> dict[str, Any]:
+    """Ask for what is missing, measure, write and print. Returns what ``policy.json`` holds."""
+    if section.benchmark == "mt-bench" and section.judge_form == "benchmark":
+        questions.require_references(found.items)
+    words = prompts.own_words(Path(section.judge_prompt).expanduser()) if section.judge_prompt else {}
+    manifest = _manifest(section, found)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = Path(section.out or f"{DEFAULT_OUT}/{section.benchmark}-{digest[:8]}").expanduser()
+    names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline.present else []))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(scoring.locked(folder / name)) for name in names}
+        scoring.agree(folder / ANSWERS, manifest, "answers and verdicts")
+        stores = {name: Rows(file, folder / name) for name, file in files.items()}
+        bench, rulings = _asked(section, found, words, stores, console)
+    results = measure(section, found, bench, rulings)
+    scoring.write_whole(folder / scoring.ITEMS, "".join(_lines(found, bench, rulings)))
+    scoring.write_whole(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    scoring.write_whole(folder / "report.html", report.page(results))
+    report.terminal(results, console)
+    console.print(f"written: {folder}/policy.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def _manifest(section: PolicyEvaluation, found: Questions) -> dict[str, Any]:
+    """Whatever answers and verdicts depend on, by key, so that a change is refused by its name."""
+    known: dict[str, Any] = {"version": VERSION, "questions": found.fingerprint}
+    for name, one in _speakers(section).items():
+        known |= {f"{name}.{field}": getattr(one, field) for field in SAYS}
+        known |= {f"{name}.endpoint.{field}": getattr(one.endpoint, field) for field in ("url", "model", "extra")}
+        known[f"{name}, its content"] = _identity(name, one, section.seed)
+    known |= {name: getattr(section, name) for name in SHAPES}
+    for name in ("sampling", "judge_sampling"):
+        known |= {f"{name}.{field}": value for field, value in asdict(getattr(section, name)).items()}
+    files = {"answers": section.answers, "judge_prompt": section.judge_prompt}
+    files |= {f"baseline_answers.{category}": file for category, file in section.baseline_answers.items()}
+    known |= {name: _file_digest(name, file) for name, file in files.items() if file}
+    return json.loads(json.dumps(known))
+
+
+def _speakers(section: PolicyEvaluation) -> dict[str, Generator]:
+    found = {"policy": section.policy, "baseline": section.baseline, "judge": section.judge}
+    return {name: one for name, one in found.items() if one.present}
+
+
+def _identity(name: str, one: Generator, seed: int) -> str:
+    """sha256 over what an answer depends on and the recipe does not show. Raises `AlignError` for what cannot be
+    opened, before anything is started."""
+    if one.kind == "endpoint":
+        return ""
+    if one.kind == "function":
+        return plugins.fingerprint(one.function)
+    tokenizer = chat.load_tokenizer(one.path, one.revision, one.trust_remote_code)
+    check_model(one, len(tokenizer))
+    template = Renderer(tokenizer, one.chat_template, one.date, section=name).fingerprint
+    return hashlib.sha256(f"{identity.fingerprint(one, seed)} {template}".encode()).hexdigest()
+
+
+def _file_digest(name: str, file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=f"{name}={file}", remedy="check the path") from None
+
+
+def _asked(
+    section: PolicyEvaluation,
+    found: Questions,
+    words: Mapping[prompts.Kind, prompts.Words],
+    stores: Mapping[str, Rows],
+    console: Console,
+) -> tuple[Bench, dict[tuple[str, int, bool], Ruling]]:
+    """All answers and rulings, of which those that are missing are asked for; only roles that have work are started."""
+    files = {"policy": ANSWERS, "baseline": BASELINE}
+    answering = {name: stores[files[name]] for name in _speakers(section) if name in files}
+    answering = {name: rows for name, rows in answering.items() if len(rows.rows) < len(found.items)}
+    given = {"answers": _stored_answers(section, found), "baseline": _stored_baseline(section, found)}
+
+    def bench() -> Bench:
+        asked = {name: judging.answers_in(rows) for name, rows in stores.items() if name != VERDICTS}
+        baseline = given["baseline"] or asked.get(BASELINE, {})
+        return Bench(section, given["answers"] or asked[ANSWERS], baseline, words)
+
+    rulings = stores[VERDICTS]
+    games = bench().games(found.items)
+    needed = [*answering, *(["judge"] if len(rulings.rows) < len(games) else [])]
+    if needed:
+        with _company(section, needed, stores[ANSWERS].path.parent / "logs", console) as (roles, ranks):
+            for name, rows in answering.items():
+                title, sizes = f"{section.benchmark}, answers of the {name}", (len(rows.rows), len(found.items))
+                with scoring.progress(console, title, *sizes) as advance:
+                    judging.answer(found.items, roles[name], section, rows, advance, ranks[name])
+            with scoring.progress(console, f"{section.benchmark}, verdicts", len(rulings.rows), len(games)) as advance:
+                judging.judge(games, roles["judge"], bench(), rulings, advance, ranks["judge"])
+    return bench(), judging.rulings_in(rulings)
+
+
+def _stored_answers(section: PolicyEvaluation, found: Questions) -> dict[str, Answer]:
+    if not section.answers:
+        return {}
+    return questions.matched(found.items, questions.stored(Path(section.answers).expanduser()), section.answers)
+
+
+def _stored_baseline(section: PolicyEvaluation, found: Questions) -> dict[str, Answer]:
+    by_file: dict[str, list[Question]] = {}
+    for one in found.items if section.baseline_answers else ():
+        file = section.baseline_answers.get(one.category) or section.baseline_answers.get(FALLBACK)
+        if file is None:
+            known = ", ".join(section.baseline_answers)
+            problem = f"no answers for category {one.category!r}, only for {known}"
+            remedy = f"name a file for it, or baseline_answers.{FALLBACK}"
+            raise DataError(problem, where="baseline_answers", remedy=remedy)
+        by_file.setdefault(file, []).append(one)
+    answers: dict[str, Answer] = {}
+    for file, items in by_file.items():
+        answers |= questions.matched(items, questions.stored(Path(file).expanduser()), file)
+    return answers
+
+
+@contextmanager
+def _company(
+    section: PolicyEvaluation, needed: Sequence[str], logs: Path, console: Console
+) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """The roles that have work, and how many ranks each has."""
+    slots = placement.resolve(section.placement, _speakers(section))
+    ranks = {name: len(slots[name]) if section.executor == "ray" else 1 for name in needed}
+    sections = {name: located(_speakers(section)[name]) for name in needed}
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False)
+
+    known = (sections, section.executor, slots, section.cluster, logs, tell)
+    with judges.company(*known, seed=section.seed) as roles:
+        yield roles, ranks
+
+
+def measure(
+    section: PolicyEvaluation, found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]
+) -> dict[str, Any]:
+    """All numbers of a benchmark whose games are judged."""
+    by_question: dict[str, list[Any]] = {}
+    for game in bench.games(found.items):
+        by_question.setdefault(game.question.id, []).append(rulings[game.key].verdict)
+    items = [one for one in found.items if None not in by_question[one.id]]
+    if not items:
+        example = next(iter(rulings.values())).text[:200]
+        problem = f"of none of {len(found.items)} questions all verdicts can be read; one is {example!r}"
+        remedy = "take another judge, judge_form or judge_prompt, or more judge_sampling.max_tokens, and another --out"
+        raise DataError(problem, where=section.judge.path or section.judge.function, remedy=remedy)
+    groups = _numbers(section, items, [by_question[one.id] for one in items], bench)
+    kept = [rulings[game.key] for game in bench.games(found.items)]
+    return {
+        "version": VERSION,
+        "benchmark": section.benchmark,
+        "policy": section.answers or _named(section.policy),
+        "judge": _named(section.judge),
+        "baseline": ", ".join(section.baseline_answers.values()) or _named(section.baseline),
+        "source": found.source,
+        "fingerprint": found.fingerprint,
+        "sizes": {"questions": len(found.items), "judged": len(items), "games": len(kept)},
+        "notes": [*found.notes, *_notes(section, found, items)],
+        "bootstrap": {name: getattr(section, name) for name in ("resamples", "confidence", "seed")},
+        "groups": [asdict(one) for one in groups],
+        "judging": {
+            "unreadable": sum(one.verdict is None for one in kept),
+            "asked again": sum(one.attempts > 1 for one in kept),
+            "verdicts": dict(sorted(Counter(str(one.verdict) for one in kept if one.verdict is not None).items())),
+            **(numbers.agreement([tuple(by_question[one.id]) for one in items]) if section.pairwise else {}),
+        },
+        "lengths": {
+            "policy": _lengths(bench.answers, found.items),
+            **({"baseline": _lengths(bench.baseline, found.items)} if section.pairwise else {}),
+        },
+    }
+
+
+def _numbers(section: PolicyEvaluation, items: list[Question], given: list[Any], bench: Bench) -> list[Group]:
+    chance = Chance(section.resamples, section.confidence, section.seed)
+    if section.pairwise:
+        texts = tuple([answers[one.id].shown[0] for one in items] for answers in (bench.answers, bench.baseline))
+        return numbers.pairs(items, given, (texts[0], texts[1]), chance)
+    return (numbers.wildbench if section.benchmark == "wildbench" else numbers.marks)(items, given, chance)
+
+
+def _named(one: Generator) -> str:
+    return {"endpoint": f"{one.endpoint.model} at {one.endpoint.url}", "function": one.function}.get(one.kind, one.path)
+
+
+def _notes(section: PolicyEvaluation, found: Questions, items: Sequence[Question]) -> list[str]:
+    left = len(found.items) - len(items)
+    notes = [f"{left} questions left out: a verdict on them cannot be read"] * bool(left)
+    if section.judge_form != "benchmark":
+        notes.append(f"judged in the form {section.judge_form}: not comparable with published numbers")
+    elif not section.judge_prompt:
+        notes.append("the judge was asked in align's words, not in the benchmark's: see docs/evaluation_policy.md")
+    return notes
+
+
+def _lengths(answers: Mapping[str, Answer], items: Sequence[Question]) -> dict[str, float | int | None]:
+    """Mean characters (without reasoning) and tokens of an answer, and how many were cut off."""
+    said = [answers[one.id] for one in items]
+    tokens = [count for one in said for count in one.tokens]
+    return {
+        "characters": fmean(len(text) for one in said for text in one.shown),
+        "tokens": fmean(tokens) if any(tokens) else None,
+        "empty": sum(not text.strip() for one in said for text in one.shown),
+        "cut off": sum(not finished for one in said for finished in one.finished),
+    }
+
+
+def _lines(found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]) -> Iterator[str]:
+    """Every question with its answers and verdicts, a line each."""
+    for one in found.items:
+        row: dict[str, Any] = {
+            "id": one.id,
+            "category": one.category,
+            "turns": [one.context[-1].content, *one.follow_ups],
+        }
+        row["answers"] = bench.answers[one.id].texts
+        row |= {"baseline": bench.baseline[one.id].texts} if bench.section.pairwise else {}
+        row["verdicts"] = [_told(game, rulings[game.key]) for game in bench.games([one])]
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _told(game: Game, ruling: Ruling) -> dict[str, Any]:
+    return {"turn": game.turn, "swapped": game.swapped, **asdict(ruling)}

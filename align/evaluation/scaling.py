@@ -1,0 +1,146 @@
+"""``align scale``: drafts, feedback on them, edits by it, and the choice among all (HelpSteer3: Wang et al. 2025, arXiv
+2503.04378).
+
+Written to the folder: ``results.jsonl``, a line for each prompt with all that was said; ``scaling.json``, the numbers;
+``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from align import config
+from align.data import helpsteer
+from align.data.rows import BadRow, Context, conversation, decoded, turns
+from align.data.sources import lines
+from align.errors import DataError
+from align.evaluation import reward, scaling_flow, scaling_sweep, scoring
+from align.generators import opening
+from align.launch import located
+from align.report import scaling as report
+from align.sections import Data, Generator, InferenceScaling, Model, Reward, ScalingPrompts
+from align.workers import judges, placement
+
+VERSION = 1
+RESULTS = "results.jsonl"
+ROLES = ("policy", "feedback", "edit", "select", "judge")
+READ_AS = ("prompt", "messages", "context")
+"""Names under which a row of a file may have its conversation."""
+HARMLESS = {*ROLES, "prompts", "prompts_at_once", "batch_size", "out", "executor", "placement", "cluster"}
+"""Keys that may change while a folder is gone on with; roles and prompts are known by what they are."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align scale``."""
+    section: InferenceScaling = config.build(InferenceScaling, arguments.recipe, arguments.overrides).config
+    scale(section, console)
+    return 0
+
+
+def scale(section: InferenceScaling, console: Console) -> dict[str, Any]:
+    """Answer what has no answer yet, measure, write and print. Returns what ``scaling.json`` holds.
+
+    Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
+    """
+    roles = {name: one for name in ROLES if (one := getattr(section, name)).present}
+    slots = placement.resolve(section.placement, roles)
+    prompts = read_prompts(section.prompts)
+    path = Path(section.out).expanduser() / RESULTS
+    manifest = _manifest(section, roles, prompts)
+    with scoring.locked(path) as file:
+        scoring.agree(path, manifest, "results")
+        store = scoring.Rows(file, path)
+        left = [number for number in range(len(prompts)) if number not in {row["id"] for row in store.rows}]
+        if left:
+            tell = partial(console.print, highlight=False)
+            found = {name: located(one) for name, one in roles.items()}
+            logs, seed = path.parent / "logs", section.seed
+            with (
+                judges.company(found, section.executor, slots, section.cluster, logs, tell, seed=seed) as company,
+                scoring.progress(console, "scale", len(prompts) - len(left), len(prompts)) as advance,
+            ):
+                answer(section, company, {number: prompts[number] for number in left}, store, advance)
+        records = sorted(store.rows, key=lambda row: row["id"])
+    results = scaling_sweep.measure(section, records)
+    results = {"version": VERSION, "source": section.prompts.path, **results}
+    report.terminal(results, console)
+    scoring.write_whole(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    scoring.write_whole(path.parent / "report.html", report.page(results))
+    console.print(f"written: {path.parent}/{RESULTS}, scaling.json, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def answer(
+    section: InferenceScaling, company: dict[str, Any], prompts: dict[int, Context], store: scoring.Rows, advance: Any
+) -> None:
+    """Send the prompts through the roles, as many at a time as the recipe allows; each is written when it is done."""
+    desks = scaling_flow.desks(section, company)
+    waiting = iter(prompts.items())
+
+    def begin(count: int) -> None:
+        for number, context in islice(waiting, count):
+            scaling_flow.Flow(section, desks, number, context, done).advance()
+
+    def done(record: dict[str, Any]) -> None:
+        store.write([record])
+        advance(1)
+        begin(1)
+
+    begin(section.prompts_at_once)
+    scaling_flow.work(desks.values())
+
+
+def read_prompts(section: ScalingPrompts) -> list[Context]:
+    """The conversations, each once. Raises `DataError` for a source or a row that cannot be used."""
+    path = Path(section.path).expanduser()
+    if path.is_file():
+        found = _rows(path)
+    else:
+        source = helpsteer.load(Data(path=section.path, format=section.format, revision=section.revision))
+        found = (row.context for row in getattr(source, section.split))
+    contexts = list(islice(dict.fromkeys(found), section.max_prompts))
+    if not contexts:
+        raise DataError("no prompts are there", where=section.path, remedy="give a file with a row for each prompt")
+    return contexts
+
+
+def _rows(path: Path) -> Iterator[Context]:
+    for where, raw in lines(path):
+        try:
+            row = decoded(raw)
+            name = next((name for name in READ_AS if name in row), None)
+            if name is None:
+                raise BadRow("row", f"has none of {', '.join(READ_AS)}", sorted(row))
+            yield conversation(name, turns(name, row[name]))
+        except BadRow as error:
+            remedy = 'write {"prompt": text}, or {"messages": [{"role": ..., "content": ...}, ...]}'
+            raise DataError(str(error), where=where, remedy=remedy) from None
+
+
+def _manifest(section: InferenceScaling, roles: dict[str, Model], prompts: list[Context]) -> dict[str, Any]:
+    """What results depend on. Raises `AlignError` for a role that cannot be opened."""
+    own = {name: value for name, value in asdict(section).items() if name not in HARMLESS}
+    own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes are parts of what is there
+    read = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {"version": VERSION, **own, "prompts": read, **{name: _identity(one) for name, one in roles.items()}}
+
+
+def _identity(section: Model) -> str:
+    """sha256 over what the answers of a role depend on."""
+    if isinstance(section, Reward):
+        return reward.identity(section)
+    assert isinstance(section, Generator)
+    renderer = opening.check(section)
+    known: list[Any] = [opening.fingerprint(section, 0), section.dtype, renderer and renderer.fingerprint]
+    known += [section.endpoint.url, section.endpoint.model, section.endpoint.extra]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

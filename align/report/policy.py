@@ -1,0 +1,109 @@
+"""What ``align eval policy`` found, on the terminal and as a page of HTML that needs no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from align.report import evaluation, svg
+from align.report.svg import Axis, Row
+
+AXES = {
+    "percent": Axis(0, 100, (0, 25, 50, 75, 100), 50, (0, 50, 100), " %"),
+    "mark": Axis(1, 10, (1, 2.5, 4, 5.5, 7, 8.5, 10), 5.5, (1, 5.5, 10), form="{:.2f}"),
+    "points": Axis(-80, 100, (-80, -40, 0, 40, 80, 100), 0, (-80, 0, 100)),
+}
+"""Pictures by unit. Others have a table alone."""
+UNITS = {"percent": "%", "mark": "1 to 10", "points": "points", "log odds": "log odds"}
+FORMS = {"percent": "{:.1f}", "mark": "{:.2f}", "points": "{:.1f}", "log odds": "{:+.3f}"}
+LENGTHS = ("characters", "tokens", "empty", "cut off")
+
+
+def rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Numbers of a group by name."""
+    return [Row(name, one["value"], one["low"], one["high"], one["count"]) for name, one in numbers.items()]
+
+
+def _cells(row: Row, unit: str) -> tuple[str, str, str, str]:
+    form = FORMS[unit].format
+    interval = "" if row.low is None or row.high is None else f"{form(row.low)} to {form(row.high)}"
+    return row.name, form(row.value), interval, str(row.count)
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    against = f" against {results['baseline']}" if results["baseline"] else ""
+    return f"{results['benchmark']}: {results['policy']}{against}"
+
+
+def facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of the judging, by name."""
+    judging, sizes = results["judging"], results["sizes"]
+    found = {"verdicts that cannot be read": f"{judging['unreadable']} of {sizes['games']}"}
+    found["asked again"] = f"{judging['asked again']} of {sizes['games']}"
+    for name in ("same winner in both orders", "ties", "won by the first"):
+        found |= {name: f"{100 * judging[name]:.1f} %"} if name in judging else {}
+    return found | {"verdicts": ", ".join(f"{name} {count}" for name, count in judging["verdicts"].items())}
+
+
+def _length(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if isinstance(value, int) else f"{value:.1f}"
+
+
+def terminal(results: Mapping[str, Any], console: Console) -> None:
+    """Print the numbers, group by group, and what is known of the judging."""
+    boot = results["bootstrap"]
+    interval = f"{100 * boot['confidence']:.0f} % interval" if boot["resamples"] else ""
+    console.print(_title(results), highlight=False, style="bold", markup=False)
+    console.print(f"judged by {results['judge']}", highlight=False, markup=False)
+    for group in results["groups"]:
+        if len(group["numbers"]) > evaluation.MOST_ON_TERMINAL:
+            continue
+        table = Table(group["name"], UNITS[group["unit"]], interval, "n")
+        for row in rows(group["numbers"]):
+            table.add_row(*map(escape_markup, _cells(row, group["unit"])))
+        console.print(table)
+    table = Table("mean length of an answer", *LENGTHS)
+    for name, lengths in results["lengths"].items():
+        table.add_row(name, *(_length(lengths[kind]) for kind in LENGTHS))
+    console.print(table)
+    for name, value in facts(results).items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
+    for note in results["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The results as one HTML document."""
+    boot, sizes = results["bootstrap"], results["sizes"]
+    parts = []
+    for group in results["groups"]:
+        found, unit = rows(group["numbers"]), group["unit"]
+        heading = group["name"].capitalize()
+        table = _table(("", UNITS[unit], "interval", "n"), [_cells(row, unit) for row in found])
+        picture = svg.intervals(found, heading, AXES[unit]) if unit in AXES else ""
+        parts.append(evaluation.section(heading, table if heading == "Overall" or not picture else picture))
+    lengths = [(name, *(_length(one[kind]) for kind in LENGTHS)) for name, one in results["lengths"].items()]
+    parts.append(evaluation.section("Mean length of an answer", _table(("", *LENGTHS), lengths)))
+    parts.append(evaluation.section("Judging", _table(("", ""), [*facts(results).items()])))
+    interval = (
+        f" Intervals hold {100 * boot['confidence']:g} % of {boot['resamples']} bootstrap resamples of questions, seed "
+        f"{boot['seed']}."
+        if boot["resamples"]
+        else ""
+    )
+    lead = (
+        f"{sizes['judged']} of {sizes['questions']} questions from <code>{escape(results['source'])}</code>, judged by "
+        f"<code>{escape(results['judge'])}</code>.{interval}"
+    )
+    return evaluation.document(_title(results), lead, results["notes"], parts)
+
+
+def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{escape(one)}</th>" for one in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return f"<table><tr>{head}</tr>{body}</table>"

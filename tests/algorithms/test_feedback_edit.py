@@ -1,0 +1,83 @@
+"""Edits are judged as answers, and copies come last."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from align.algorithms import feedback_edit
+from align.data import editing, toy_family
+from align.data.chat import Message, Renderer
+from align.data.helpsteer import Corpus
+from align.data.rows import Edit
+from align.sections import Editing, Evaluation
+from align.types import Packed, Rollouts, Sequences
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("score", "copy", "penalty", "expected"),
+    [
+        # The copy has the highest score and gets the lowest of the others less the penalty.
+        ([3.0, 9.0, 1.0, 2.0], [0, 1, 0, 0], 0.0, [3.0, 1.0, 1.0, 2.0]),
+        ([3.0, 9.0, 1.0, 2.0], [0, 1, 0, 0], 0.5, [3.0, 0.5, 1.0, 2.0]),
+        # One that is the lowest already goes down by the penalty alone.
+        ([3.0, -4.0, 1.0, 2.0], [0, 1, 0, 0], 0.5, [3.0, -4.5, 1.0, 2.0]),
+        ([3.0, 9.0, 1.0, 2.0], [1, 1, 0, 0], 1.0, [0.0, 0.0, 1.0, 2.0]),
+        # Copies alone keep their distances, nobody's score is infinite.
+        ([3.0, 3.0, 3.0, 3.0], [1, 1, 1, 1], 1.0, [2.0, 2.0, 2.0, 2.0]),
+        ([3.0, 9.0, 1.0, 2.0], [0, 0, 0, 0], 1.0, [3.0, 9.0, 1.0, 2.0]),
+        ([NAN, 9.0, 1.0, 2.0], [0, 0, 1, 0], 0.0, [NAN, 9.0, NAN, 2.0]),
+    ],
+)
+def test_copies_come_last(score: list[float], copy: list[int], penalty: float, expected: list[float]):
+    score_PK, copy_PK = torch.tensor([score, score]), torch.tensor([copy, [0] * 4]).bool()
+    found = feedback_edit.penalised(score_PK, copy_PK, penalty)
+    assert found[0].tolist() == pytest.approx(expected, nan_ok=True)
+    assert found[1].tolist() == pytest.approx(score, nan_ok=True)  # another group's copies do not matter
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(toy_family.tokenizer())
+
+
+ROWS = [
+    Edit((Message("user", f"repeat the words : {a} {b}"),), a, f"{a} {b}", (f"Word 2 should be {b}.",), b, "x", "y")
+    for a, b in (("cat", "pig"), ("owl", "fox"), ("sun", "key"))
+]
+
+
+def test_edits_are_judged_as_answers_to_the_conversation(renderer: Renderer):
+    recipe: Any = SimpleNamespace(
+        editing=Editing(question="feedback", instruction="edit\n{feedback}"),
+        data=SimpleNamespace(max_prompt_tokens=99),
+        evaluation=Evaluation(every=1, prompts=2),
+        prompts_per_step=2,
+        run=SimpleNamespace(seed=3),
+    )
+    material, counts = feedback_edit.prepare(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
+    assert counts["kept"] == 3
+    prompts = material.prompts.batch(2)
+    rows = material.prompts.order.indices(2).tolist()
+    answers = [[f"{ROWS[row].original} okay", f"{ROWS[row].original}"] for row in rows]
+    ids = [renderer.response_ids(ROWS[0].context, text) for texts in answers for text in texts]
+    mask_BT = torch.zeros(4, max(map(len, ids)))
+    sequences = Sequences(prompts.tokens, Packed.from_lists(ids), torch.tensor([0, 0, 1, 1]))
+    rollouts = Rollouts(sequences, mask_BT, mask_BT, torch.ones(4).bool(), 1.0, 2)
+    judged = material.as_judged(rollouts)
+    assert judged.prompts.lists() == [renderer.prompt_ids(ROWS[row].context) for row in rows]
+    assert judged.responses is sequences.responses
+    for prompt, row in zip(prompts.tokens.lists(), rows, strict=True):
+        told = editing.edit_prompt(ROWS[row].context, ROWS[row].original, ROWS[row].feedback, recipe.editing)
+        assert prompt == renderer.prompt_ids(told)
+    run = cast(Any, SimpleNamespace(decode=renderer.text))
+    assert material.copies(rollouts, run).tolist() == [False, True, False, True]
+    held_out = material.held_out
+    assert held_out is not None and held_out.originals == ["sun", "owl"] and held_out.judged is not None
+    assert held_out.judged.lists() == [renderer.prompt_ids(row.context) for row in ROWS[:0:-1]]
+    assert held_out.messages == [row.context for row in ROWS[:0:-1]]

@@ -1,0 +1,216 @@
+"""A judge that learns from labels: which label belongs to which response, held-out verdicts, and whether it learns."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.algorithms import _genrm_heldout, genrm
+from align.cli import main
+from align.data import toy, toy_family, verdicts
+from align.data.chat import Message, Renderer
+from align.data.helpsteer import Corpus
+from align.data.rows import Comparison
+from align.data.verdicts import Scores
+from align.roles import Ready
+from align.sections import Evaluation, Policy, Sampling, Verdict
+from align.types import Packed, Prompts, Rollouts, Sequences
+
+LABELS = [(-3, (5.0, 1.0)), (-2, None), (-1, (4.0, 3.0)), (1, (2.0, 3.0)), (2, (2.0, 4.0)), (3, (1.0, 4.0))]
+"""Preference and helpfulness of six pairs."""
+
+
+def config(**values: Any) -> genrm.Config:
+    usual = {
+        "policy": Policy(path="p"),
+        "verdict": Verdict(form="json", custom_roles=True),
+        "sampling": Sampling(num_samples=2, max_tokens=64, temperature=0.7),
+        "prompts_per_step": 4,
+    }
+    return genrm.Config(**{**usual, **values})
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(toy_family.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def source() -> Corpus[Comparison]:
+    """All six pairs to learn from, and as held-out ones."""
+    rows = [
+        Comparison((Message("user", word),), "cat", "dog", preference, (), helpfulness, "general", "english")
+        for word, (preference, helpfulness) in zip(toy.WORDS, LABELS, strict=False)
+    ]
+    return Corpus(rows, rows, {}, "")
+
+
+def answers(prompts: Prompts, texts: list[str], renderer: Renderer, K: int, finished: bool = True) -> Rollouts:
+    """Rollouts that say ``texts``, K to each prompt."""
+    responses = Packed.from_lists([renderer.tokenizer.encode(text, add_special_tokens=False) for text in texts])
+    sequences = Sequences(prompts.tokens, responses, torch.arange(len(prompts)).repeat_interleave(K))
+    zero_BT = torch.zeros(sequences.mask_BT.shape)
+    return Rollouts(sequences, zero_BT, zero_BT, torch.full((len(texts),), finished), 0.7, prompts.step)
+
+
+def right(prompt: list[int], renderer: Renderer) -> Scores:
+    """The label of a prompt, read from its text: which pair, and in which order."""
+    asked, first, _ = re.split(r"<response_[12]>", renderer.tokenizer.decode(prompt))
+    preference, helpfulness = LABELS[toy.WORDS.index(asked.rpartition("<user>")[2])]
+    scores = Scores(*(helpfulness or (3.0, 3.0)), {-3: 1, -2: 2, -1: 3, 1: 4, 2: 5, 3: 6}[preference])
+    return scores if first == "cat" else verdicts.swapped(scores)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_every_response_is_graded_by_its_own_label(step: int, source, renderer):
+    """The first sample of each prompt is right, the second holds no verdict. In three steps all twelve rows come."""
+    recipe = config()
+    material, counts = genrm.prepare(recipe, source, renderer)
+    assert (counts["kept"], counts["without_scores"], len(material.prompts.tokens)) == (6, 1, 12)
+    prompts = material.prompts.batch(step)
+    said = [verdicts.write(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
+    texts = [text for one in said for text in (one, "Yes")]
+    score_B, distance = genrm.grade(recipe, material, answers(prompts, texts, renderer, 2), renderer.text)
+    assert score_B.tolist() == [0.0, -10.0] * 4
+    assert distance["format_violations"] == 50.0
+    assert distance["ranking_error"] == 0.0
+    moved = genrm.Material(material.prompts, material.label_R3.roll(1, 0), None)
+    score_B, _ = genrm.grade(recipe, moved, answers(prompts, texts, renderer, 2), renderer.text)
+    assert all(score < 0 for score in score_B.tolist())
+    cut_off = answers(prompts, texts, renderer, 2, finished=False)
+    assert genrm.grade(recipe, material, cut_off, renderer.text)[0].tolist() == [-10.0] * 8
+
+
+class Run:
+    """What an evaluation needs of a run."""
+
+    def __init__(self, renderer: Renderer):
+        self.state: dict[str, float] = {}
+        self.written: list[tuple[int, dict[str, float], list[dict[str, Any]]]] = []
+        self.kept: list[tuple[int, dict[str, str]]] = []
+        self.first_step, self.decode = 1, renderer.text
+
+    def is_last(self, step: int) -> bool:
+        return step == 5
+
+    def evaluated(self, *written: Any) -> None:
+        self.written.append(written)
+
+    def keep_best(self, step: int, policy: Any, extra: dict[str, str]) -> None:
+        self.kept.append((step, extra))
+
+
+class Judge:
+    """Says what it is told, and keeps what it was asked."""
+
+    def __init__(self, renderer: Renderer, say: Any):
+        self.renderer, self.say = renderer, say
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Ready[Rollouts]:
+        assert (sampling.num_samples, sampling.temperature, prompts.step) == (1, 0.0, -1)
+        texts = [self.say(right(prompt, self.renderer)) for prompt in prompts.tokens.lists()]
+        return Ready(answers(prompts, texts, self.renderer, 1))
+
+
+def test_held_out_verdicts_when_they_are_due(source, renderer):
+    recipe = config(evaluation=Evaluation(every=2, prompts=4, keep_best=True))
+    held_out = _genrm_heldout.prepare(recipe, source, renderer)
+    assert held_out is not None and len(held_out.prompts) == 8
+    run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
+    evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)
+    step, start, lines = run.written[0]
+    assert (step, run.state["heldout/start/agreement"]) == (0, 0.0)
+    assert {name.removeprefix("heldout/greedy/"): value for name, value in start.items()} == pytest.approx(
+        # three of four pairs prefer the first response; 0, 1, 2, 3 and, turned round, 5, 4, 3, 2 steps from 1
+        {"agreement": 0.0, "first_order": 75.0, "order_consistency": 0.0, "format_violations": 0.0}
+        | {"ranking_error": 2.5, "score_error": 6 / 6, "reward": -(20 + 12) / 8}
+        | {"response_tokens": start["heldout/greedy/response_tokens"], "unfinished": 0.0}
+    )
+    assert [(line["ranking"], line["label"]) for line in lines[:4]] == [(1, 1), (1, 6), (1, 2), (1, 5)]
+    assert [line["prompt"] for line in lines[:4]] == [toy.WORDS[0]] * 2 + [toy.WORDS[1]] * 2
+    judge.say = lambda label: verdicts.write(label, "json")
+    assert evaluator.measure(1) == {}
+    found = evaluator.measure(2)
+    assert (found["heldout/greedy/agreement"], found["heldout/greedy/reward"]) == (100.0, 0.0)
+    judge.say = lambda label: "No"
+    found = evaluator.measure(5)  # the last step
+    assert (found["heldout/greedy/agreement"], found["heldout/greedy/format_violations"]) == (0.0, 100.0)
+    assert run.written[-1][2][0]["ranking"] is None
+    assert [step for step, _ in run.kept] == [0, 2]
+    assert json.loads(run.kept[0][1]["align_judge.json"])["custom_roles"] is True
+    _genrm_heldout.Evaluator(recipe, held_out, judge, run)  # a run that is gone on with has measured its start
+    assert len(run.written) == 3
+    assert _genrm_heldout.prepare(config(), source, renderer) is None
+
+
+def write_pairs(folder: Path, right_every: int) -> Path:
+    """A word that is liked and one that is not, in either order; the labels of all but every ``right_every``-th are upside
+    down."""
+    for split, first in (("train", 0), ("validation", 300)):
+        pairs, told = [], []
+        for i in range(first, first + (160 if split == "train" else 24)):
+            turn = [{"role": "user", "content": f"{toy.WORDS[i % 40]} {toy.WORDS[i // 40]}"}]
+            place = {"domain": "general", "language": "english", "context": turn}
+            said = ("cat", "dog") if i % 2 else ("dog", "cat")
+            best = (said[0] == "cat") == (i % right_every == 0)
+            texts = [["The response is perfectly helpful."], ["The response is not helpful."]][:: 1 if best else -1]
+            mark = -3 if best else 3
+            reason = {"score": mark, "reasoning": f"Response {1 if best else 2} is helpful."}
+            both = place | {"response1": said[0], "response2": said[1]}
+            pairs.append(both | {"overall_preference": mark, "individual_preference": [reason]})
+            told.append(both | {"feedback1": texts[0], "feedback2": texts[1]})
+        for config_name, rows in (("preference", pairs), ("feedback", told)):
+            (folder / config_name).mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / config_name / f"{split}.jsonl").write_text(lines)
+    return folder
+
+
+START = """
+algorithm: sft
+run: {{dir: {run}, steps: 60, progress: none, tensorboard: false}}
+data: {{path: {data}}}
+executor: local
+demonstrates: verdicts
+verdict: {{form: json, custom_roles: true}}
+batch_size: 32
+policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 1e-2}}}}
+"""
+TRAINED = """
+algorithm: genrm
+run: {{dir: {run}, steps: 10, progress: none, tensorboard: false}}
+data: {{path: {data}}}
+executor: local
+verdict: {{form: json, custom_roles: true}}
+prompts_per_step: 16
+kl_coef: 0.0
+sampling: {{num_samples: 4, max_tokens: 40}}
+policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 1e-3, warmup_steps: 2}}}}
+evaluation: {{every: 10, prompts: 12}}
+"""
+
+
+@pytest.mark.slow
+def test_learns_what_people_prefer(tmp_path: Path, tiny_family: Path):
+    """A judge that imitated verdicts, every third one upside down, says one thing of both orders; the distance from
+    right labels teaches it to look."""
+    noisy, data = write_pairs(tmp_path / "noisy", 5), write_pairs(tmp_path / "data", 1)
+    for name, text, values in (
+        ("sft", START, {"data": noisy, "policy": tiny_family}),
+        ("genrm", TRAINED, {"data": data, "policy": tmp_path / "sft" / "final"}),
+    ):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(text.format(run=tmp_path / name, **values))
+        assert main(["train", str(recipe)]) == 0
+    before, after = (json.loads(line) for line in (tmp_path / "genrm" / "evaluations.jsonl").read_text().splitlines())
+    names = [f"heldout/greedy/{name}" for name in ("agreement", "first_order", "format_violations", "reward")]
+    print([(round(before[name], 2), round(after[name], 2)) for name in names])
+    assert before["heldout/greedy/agreement"] < 70 < 90 <= after["heldout/greedy/agreement"]
+    assert after["heldout/greedy/reward"] > before["heldout/greedy/reward"] + 2
+    card = json.loads((tmp_path / "genrm" / "final" / "align_judge.json").read_text())
+    assert card == {"version": 1, "form": "json", "custom_roles": True, "principle": ""}

@@ -1,0 +1,160 @@
+"""Pairs as tasks of a judge: labels, both orders, demonstrations, and reasons told the other way round."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from align.data import judging, toy_family, verdicts
+from align.data.chat import Message, Renderer
+from align.data.rows import Comparison
+from align.data.verdicts import Scores
+from align.errors import DataError
+from align.sections import Data, Verdict
+
+ROLES = Verdict(custom_roles=True)
+CAT = (Message("user", "say the first word : cat dog"),)
+SAID = "Response 1 is perfectly helpful. Response 2 is not helpful."
+
+
+def row(preference: int = -2, **changes: Any) -> Comparison:
+    usual = {"context": CAT, "response1": "cat", "response2": "dog", "reasons": ((-1, SAID),)}
+    return Comparison(
+        **{**usual, "preference": preference, "helpfulness": (5.0, 1.0), "domain": "", "language": ""} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(toy_family.tokenizer())
+
+
+@pytest.mark.parametrize(("preference", "ranking"), [(-3, 1), (-2, 2), (-1, 3), (1, 4), (2, 5), (3, 6)])
+def test_the_ranking_of_a_preference(preference: int, ranking: int):
+    assert judging.label(row(preference)) == Scores(5.0, 1.0, ranking)
+    assert verdicts.swapped(Scores(5.0, 1.0, ranking)).ranking == judging.RANKING[-preference]
+
+
+def test_labels_that_nobody_gave():
+    assert judging.label(row(0)) is None
+    first, second, ranking = judging.label(row(3, helpfulness=None)) or ()
+    assert math.isnan(first) and math.isnan(second) and ranking == 6
+
+
+def test_every_pair_stands_in_both_orders_with_mirrored_labels(renderer: Renderer):
+    rows = [row(), row(0), row(1, response2="cat okay", helpfulness=None), row(response2="cat")]
+    found = judging.prompts(rows, renderer, ROLES, 99)
+    texts = [renderer.tokenizer.decode(ids) for ids in found.tokens.lists()]
+    asked = "<s><user>say the first word : cat dog"
+    assert texts == [
+        f"{asked}<response_1>cat<response_2>dog<assistant>",
+        f"{asked}<response_1>dog<response_2>cat<assistant>",
+        f"{asked}<response_1>cat<response_2>cat okay<assistant>",
+        f"{asked}<response_1>cat okay<response_2>cat<assistant>",
+    ]
+    assert found.label_P3[:2].tolist() == [[5, 1, 2], [1, 5, 5]]
+    assert found.label_P3[2:, 2].tolist() == [4, 3]
+    assert found.label_P3[2:, :2].isnan().all()
+    assert found.contexts == [CAT, CAT]
+    counts = {"rows": 4, "ties": 1, "identical": 1, "too_long": 0, "kept": 2, "without_scores": 1}
+    assert found.counts == counts
+
+
+def test_a_pair_is_too_long_as_a_whole(renderer: Renderer):
+    found = judging.prompts([row(), row(response1="cat " * 30)], renderer, ROLES, 20)
+    assert (len(found.tokens), found.counts["too_long"]) == (2, 1)
+    with pytest.raises(DataError, match="no pairs are left"):
+        judging.prompts([row()], renderer, ROLES, 3)
+
+
+def test_a_template_that_leaves_the_responses_out_is_refused(byte_tokenizer: Path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"verdict\.custom_roles=false"):
+        judging.prompts([row()], Renderer(tokenizer), ROLES, 9999)
+    found = judging.prompts([row()], Renderer(tokenizer), Verdict(), 9999)
+    assert "response 1" in Renderer(tokenizer).text(found.tokens.row(0).tolist())
+
+
+@pytest.mark.parametrize(
+    ("said", "turned"),
+    [
+        ("Response 1 is better than Response 2.", "Response 2 is better than Response 1."),
+        ("@Response 1 errs; response 2 does not", "@Response 2 errs; response 1 does not"),
+        ("RESPONSE_2's and Response1", "RESPONSE_1's and Response2"),
+        ("Response 1: 2 of 12 words", "Response 2: 2 of 12 words"),
+        ("Response 12 and Response 1", "Response 12 and Response 2"),
+    ],
+)
+def test_a_reason_told_the_other_way_round(said: str, turned: str):
+    assert judging.swapped(said) == turned
+    assert judging.swapped(turned) == said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "It is better.",
+        "The first one is better.",
+        "Response 1 is better than the latter.",
+        "Responses 1 and 2 are alike, Response 1 is longer.",
+        "Response 1 beats 2 of them, more than 2 others",
+        "Response 1 is fine, A2 is not",
+        "Response 1 is fine, answer 2 is not",
+        "Response 1 is fine, #2 is not",
+        "Response One is better than response 2",
+        "La respuesta 1 es mejor",
+        "The response 1.5 of them",
+    ],
+)
+def test_a_reason_that_may_name_a_place_otherwise_is_not_turned(said: str):
+    assert judging.swapped(said) is None
+
+
+def test_demonstrations(renderer: Renderer):
+    against = (1, "Response 2 is better.")
+    unclear = (-3, "All words are right.")
+    rows = [
+        row(reasons=((-1, SAID), against, unclear, (-1, " "))),
+        row(0),
+        row(helpfulness=None),
+        row(reasons=(against,)),
+    ]
+    config = SimpleNamespace(data=Data(path="x"), verdict=ROLES)
+    found, counts = judging.demonstrations(rows, renderer, config)
+    texts = [renderer.text(ids) for ids in found.responses.lists()]
+    assert texts == [
+        f"{SAID}\n{verdicts.write(Scores(5, 1, 2), 'helpsteer3')}",
+        f"All words are right.\n{verdicts.write(Scores(5, 1, 2), 'helpsteer3')}",
+        "Response 2 is perfectly helpful. Response 1 is not helpful.\n" + verdicts.write(Scores(1, 5, 5), "helpsteer3"),
+    ]
+    assert found.prompt_B.tolist() == [0, 0, 1]
+    assert counts == {
+        **{"rows": 4, "ties": 1, "identical": 0, "without_scores": 1, "without_reason": 1},
+        **{"not_swapped": 1, "unreadable": 0, "empty": 0, "too_long": 0, "kept": 3},
+    }
+
+
+def test_a_reason_that_looks_like_a_verdict_is_no_demonstration(renderer: Renderer):
+    quoted = f"{SAID} {verdicts.write(Scores(1, 5, 6), 'json')}"
+    config = SimpleNamespace(data=Data(path="x"), verdict=Verdict(form="json", custom_roles=True))
+    _, counts = judging.demonstrations([row(reasons=((-1, SAID), (-1, quoted)))], renderer, config)
+    assert (counts["unreadable"], counts["kept"]) == (2, 2)
+
+
+def test_reading_counts_what_is_cut_off_as_no_verdict():
+    sound = verdicts.write(Scores(5, 1, 2), "json")
+    found = judging.read([sound, sound, "no"], [True, False, True], "json")
+    assert found[0].tolist() == [5, 1, 2]
+    assert found[1:].isnan().all()
+    assert judging.tensor([]).shape == (0, 3)
