@@ -8,7 +8,7 @@ RECIPES := recipes/quickstart
 # Which recipe of $(RECIPES) the quickstart aligns with.
 ALGORITHM ?= rloo
 
-.PHONY: install quickstart test test-long test-faults test-slurm check format clean
+.PHONY: install quickstart family test test-long test-faults test-slurm check format clean
 
 install: $(STAMP)
 
@@ -29,6 +29,19 @@ quickstart: $(STAMP)
 	$(BIN)/align train $(RECIPES)/$(ALGORITHM).yaml
 	$(BIN)/align compare $(QUICKSTART)/sft/final $(QUICKSTART)/$(ALGORITHM)/final \
 		--reward $(QUICKSTART)/reward_model/final --data $(QUICKSTART)/data --json $(QUICKSTART)/verdict.json
+
+# The HelpSteer family on the bundled task; what is there already is not made again.
+FAMILY_OF_steerlm := family_sft family_attributes steerlm steerlm2
+FAMILY_OF_genrm := family_sft genrm_sft genrm rloo_genrm
+FAMILY_OF_feedback_edit := family_sft feedback_edit_feedback feedback_edit_edit feedback_edit_reward feedback_edit_select feedback_edit
+# One of the three above.
+SYSTEM ?= steerlm
+
+family: $(STAMP)
+	@test -n "$(FAMILY_OF_$(SYSTEM))" || { echo "SYSTEM=$(SYSTEM): there are steerlm, genrm and feedback_edit"; exit 2; }
+	test -d runs/family/data || $(BIN)/align toy runs/family/data --family --train 8000
+	set -e; for recipe in $(FAMILY_OF_$(SYSTEM)); do $(BIN)/align train $(RECIPES)/$$recipe.yaml; done
+	test $(SYSTEM) != feedback_edit || $(BIN)/align scale recipes/scale/quickstart.yaml
 
 # A test uses one thread, or few processes: two files at a time on two cores.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

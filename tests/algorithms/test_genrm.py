@@ -12,7 +12,7 @@ import torch
 
 from align.algorithms import _genrm_heldout, genrm
 from align.cli import main
-from align.data import toy, toy_family, verdicts
+from align.data import judging, toy, toy_family, verdicts
 from align.data.chat import Message, Renderer
 from align.data.helpsteer import Corpus
 from align.data.rows import Comparison
@@ -148,69 +148,52 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     assert _genrm_heldout.prepare(config(), source, renderer) is None
 
 
-def write_pairs(folder: Path, right_every: int) -> Path:
-    """A word that is liked and one that is not, in either order; the labels of all but every ``right_every``-th are upside
-    down."""
-    for split, first in (("train", 0), ("validation", 300)):
-        pairs, told = [], []
-        for i in range(first, first + (160 if split == "train" else 24)):
-            turn = [{"role": "user", "content": f"{toy.WORDS[i % 40]} {toy.WORDS[i // 40]}"}]
-            place = {"domain": "general", "language": "english", "context": turn}
-            said = ("cat", "dog") if i % 2 else ("dog", "cat")
-            best = (said[0] == "cat") == (i % right_every == 0)
-            texts = [["The response is perfectly helpful."], ["The response is not helpful."]][:: 1 if best else -1]
-            mark = -3 if best else 3
-            reason = {"score": mark, "reasoning": f"Response {1 if best else 2} is helpful."}
-            both = place | {"response1": said[0], "response2": said[1]}
-            pairs.append(both | {"overall_preference": mark, "individual_preference": [reason]})
-            told.append(both | {"feedback1": texts[0], "feedback2": texts[1]})
-        for config_name, rows in (("preference", pairs), ("feedback", told)):
-            (folder / config_name).mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / config_name / f"{split}.jsonl").write_text(lines)
+def write_pairs(folder: Path) -> Path:
+    """A word that people like and one that they do not, in either order."""
+    (folder / "preference").mkdir()
+    for split, count in (("train", 160), ("validation", 24)):
+        lines = ""
+        for i in range(count):
+            asked = f"{toy.WORDS[i % 40]} {toy.FILLER[i // 40 if split == 'train' else 5]}"
+            said, mark = (("cat", "dog"), -3) if i % 2 else (("dog", "cat"), 3)
+            row = {"domain": "general", "language": "english", "context": asked, "response1": said[0]}
+            lines += json.dumps(row | {"response2": said[1], "overall_preference": mark}) + "\n"
+        (folder / "preference" / f"{split}.jsonl").write_text(lines)
     return folder
 
 
-START = """
-algorithm: sft
+RECIPE = """
+algorithm: genrm
 run: {{dir: {run}, steps: 60, progress: none, tensorboard: false}}
 data: {{path: {data}}}
 executor: local
-demonstrates: verdicts
 verdict: {{form: json, custom_roles: true}}
-batch_size: 32
-policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 1e-2}}}}
-"""
-TRAINED = """
-algorithm: genrm
-run: {{dir: {run}, steps: 10, progress: none, tensorboard: false}}
-data: {{path: {data}}}
-executor: local
-verdict: {{form: json, custom_roles: true}}
-prompts_per_step: 16
+prompts_per_step: 32
 kl_coef: 0.0
-sampling: {{num_samples: 4, max_tokens: 40}}
-policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 1e-3, warmup_steps: 2}}}}
-evaluation: {{every: 10, prompts: 12}}
+sampling: {{num_samples: 8, max_tokens: 1}}
+policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 5e-3}}}}
+evaluation: {{every: 20, prompts: 24}}
 """
+
+
+def read_first_word(texts: list[str], finished: list[bool], form: str) -> torch.Tensor:
+    """Every word is a ranking, by its length: what a random model says is a verdict."""
+    return torch.tensor([[3.0, 3.0, float(1 + len(text.strip()) % 6)] for text in texts])
 
 
 @pytest.mark.slow
-def test_learns_what_people_prefer(tmp_path: Path, tiny_family: Path):
-    """A judge that imitated verdicts, every third one upside down, says one thing of both orders; the distance from
-    right labels teaches it to look."""
-    noisy, data = write_pairs(tmp_path / "noisy", 5), write_pairs(tmp_path / "data", 1)
-    for name, text, values in (
-        ("sft", START, {"data": noisy, "policy": tiny_family}),
-        ("genrm", TRAINED, {"data": data, "policy": tmp_path / "sft" / "final"}),
-    ):
-        recipe = tmp_path / f"{name}.yaml"
-        recipe.write_text(text.format(run=tmp_path / name, **values))
-        assert main(["train", str(recipe)]) == 0
-    before, after = (json.loads(line) for line in (tmp_path / "genrm" / "evaluations.jsonl").read_text().splitlines())
-    names = [f"heldout/greedy/{name}" for name in ("agreement", "first_order", "format_violations", "reward")]
-    print([(round(before[name], 2), round(after[name], 2)) for name in names])
-    assert before["heldout/greedy/agreement"] < 70 < 90 <= after["heldout/greedy/agreement"]
-    assert after["heldout/greedy/reward"] > before["heldout/greedy/reward"] + 2
-    card = json.loads((tmp_path / "genrm" / "final" / "align_judge.json").read_text())
+def test_learns_what_people_prefer(tmp_path: Path, tiny_family: Path, monkeypatch: pytest.MonkeyPatch):
+    """A random model comes to rank the response first that people like, wherever it stands, on pairs that it has not
+    seen. Rankings are 1 or 6, so with labels that belong to other rows it would learn the opposite."""
+    monkeypatch.setattr(judging, "read", read_first_word)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(run=tmp_path / "run", data=write_pairs(tmp_path), policy=tiny_family))
+    assert main(["train", str(recipe)]) == 0
+    found = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    names = [f"heldout/greedy/{name}" for name in ("agreement", "order_consistency", "reward")]
+    print([[round(one[name], 2) for name in names] for one in found])
+    start, end = found[0], found[-1]
+    assert start["heldout/greedy/agreement"] < 60 < 90 < end["heldout/greedy/agreement"]
+    assert end["heldout/greedy/reward"] > start["heldout/greedy/reward"] + 1
+    card = json.loads((tmp_path / "run" / "final" / "align_judge.json").read_text())
     assert card == {"version": 1, "form": "json", "custom_roles": True, "principle": ""}

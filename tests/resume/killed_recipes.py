@@ -65,7 +65,8 @@ ALGORITHMS = {
         "genrm",
         POLICY
         + SAMPLED.replace("reward: {{path: {reward}, dtype: float32}}", "verdict: {{form: json, custom_roles: true}}")
-        + "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{overlong_buffer: 8}}\n",  # else no spread
+        # Random weights write no verdict: length and entropy are what is learned.
+        + "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{overlong_buffer: 8}}\nloss: {{entropy_coef: 0.1}}\n",
     ),
     "reinforce": ("reinforce", POLICY + SAMPLED + GRADIENT),
     "remax": ("reinforce", POLICY + SAMPLED + GRADIENT + "baseline: greedy\nwhiten: false\n"),
