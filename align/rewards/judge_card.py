@@ -33,9 +33,12 @@ def require_same(section: Generative) -> None:
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy="export the judge again") from error
     asked = {name: getattr(section, name) for name in learned}
     if asked != learned:
-        settings = " ".join(f"reward.generative.{name}={json.dumps(value)}" for name, value in learned.items())
+        said, wanted = (
+            " ".join(f"reward.generative.{name}={str(x).lower()}" for name, x in one.items())
+            for one in (learned, asked)
+        )
         raise ConfigError(
-            f"this judge learned {learned} and would be asked {asked}",
+            f"this judge learned with {said} and would be asked with {wanted}",
             where=section.judge.path,
-            remedy=f"set {settings.replace(chr(34), '')}",
+            remedy=f"ask as it learned: {said}",
         )

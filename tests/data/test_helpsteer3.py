@@ -146,18 +146,17 @@ def test_every_kind_has_a_fingerprint_of_its_content(tmp_path: Path, reads: str)
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_from_the_hub_cached_or_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
-    # A folder with a card stands in for the hub: `load_dataset` treats both alike.
-    layouts.write(tmp_path, "principle", [layouts.principle(), layouts.principle("dog")], [layouts.principle("v")])
-    layouts.write(tmp_path, "edit", [layouts.edit()], [layouts.edit("v")])
-    (tmp_path / "README.md").write_text(
+def stand_in_for_the_hub(
+    folder: Path, configs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
+    """A folder with a card: `load_dataset` treats both alike. Returns the options of each call, as they come."""
+    (folder / "README.md").write_text(
         "---\nconfigs:\n"
         + "".join(
             f"- config_name: {name}\n  data_files:\n"
             f"  - split: train\n    path: {name}/train.jsonl.gz\n"
             f"  - split: validation\n    path: {name}/validation.jsonl.gz\n"
-            for name in ("edit", "principle")
+            for name in configs
         )
         + "---\n"
     )
@@ -165,9 +164,28 @@ def test_from_the_hub_cached_or_streamed(tmp_path: Path, monkeypatch: pytest.Mon
 
     def stand_in(path: str, name: str, revision: str | None, **options: Any) -> Any:
         asked.append(options)
-        return load_dataset(str(tmp_path), name, cache_dir=str(tmp_path / "cache"), **options)
+        return load_dataset(str(folder), name, cache_dir=str(folder / "cache"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    return asked
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_comparisons_from_the_hub_with_feedback_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+):
+    layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
+    layouts.write(tmp_path, "feedback", [layouts.feedback(feedback2=helpful("not"))], [layouts.feedback("v")])
+    stand_in_for_the_hub(tmp_path, ("preference", "feedback") if told else ("preference",), monkeypatch)
+    read = load(Path("nvidia/HelpSteer3"), "comparisons")
+    assert [row.helpfulness for row in read.train] == [(4.0, 1.0) if told else None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_from_the_hub_cached_or_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
+    layouts.write(tmp_path, "principle", [layouts.principle(), layouts.principle("dog")], [layouts.principle("v")])
+    layouts.write(tmp_path, "edit", [layouts.edit()], [layouts.edit("v")])
+    asked = stand_in_for_the_hub(tmp_path, ("edit", "principle"), monkeypatch)
     read = load(Path("nvidia/HelpSteer3"), "principles", streaming=streaming)
     assert asked == [{"streaming": True} if streaming else {}]
     assert [row.context[0].content for row in read.train] == ["cat", "dog"]

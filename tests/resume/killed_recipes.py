@@ -66,7 +66,8 @@ ALGORITHMS = {
         POLICY
         + SAMPLED.replace("reward: {{path: {reward}, dtype: float32}}", "verdict: {{form: json, custom_roles: true}}")
         # Random weights write no verdict: length and entropy are what is learned.
-        + "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\nshaping: {{overlong_buffer: 8}}\nloss: {{entropy_coef: 0.1}}\n",
+        + "kl_target: 0.5\nkl_horizon: 50\nkl_coef: 0.1\n"
+        + "shaping: {{overlong_buffer: 8}}\nloss: {{entropy_coef: 0.1}}\n",
     ),
     "reinforce": ("reinforce", POLICY + SAMPLED + GRADIENT),
     "remax": ("reinforce", POLICY + SAMPLED + GRADIENT + "baseline: greedy\nwhiten: false\n"),

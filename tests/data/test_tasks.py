@@ -1,0 +1,42 @@
+"""What can be demonstrated: rows that each task reads, and that all of them give demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from align.algorithms import sft
+from align.data import helpsteer, tokenise, toy_family
+from align.data.chat import Renderer, load_tokenizer
+from align.data.tasks import DEMONSTRATIONS
+from align.sections import Data, Policy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_family.write(tmp_path_factory.mktemp("family"), 20, 5, seed=0)
+
+
+def test_every_task_of_a_recipe_is_there():
+    assert set(DEMONSTRATIONS) == set(get_args(get_type_hints(sft.Config)["demonstrates"]))
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_a_task_makes_demonstrations_of_what_it_reads(name: str, folder: Path):
+    config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), demonstrates=name)
+    source = helpsteer.load(config.data, config.reads())
+    found, counts = sft.prepare(config, source, Renderer(load_tokenizer(folder / "tokenizer")))
+    assert len(found) == counts["kept"] > 0
+
+
+@pytest.mark.parametrize("responses", ["preferred", "all"])
+def test_answers_are_as_before(responses: str, folder: Path):
+    renderer = Renderer(load_tokenizer(folder / "tokenizer"))
+    config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), responses=responses)
+    source = helpsteer.load(config.data, config.reads())
+    found, counts = sft.prepare(config, source, renderer)
+    wanted, others = tokenise.demonstrations(source.train, renderer, responses, 2048, 2048)
+    assert (found.prompts.lists(), found.responses.lists()) == (wanted.prompts.lists(), wanted.responses.lists())
+    assert counts == others

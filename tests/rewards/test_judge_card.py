@@ -1,0 +1,46 @@
+"""What a judge's folder says of how it learned to be asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from align.errors import ConfigError, ModelError
+from align.rewards import judge_card
+from align.sections import Generative, Generator, Verdict
+
+
+def asked(folder: Path, **values: object) -> Generative:
+    return replace(Generative(judge=Generator(path=str(folder))), **values)
+
+
+def card(folder: Path, verdict: Verdict) -> Path:
+    ((name, text),) = judge_card.files(verdict).items()
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
+    folder = card(tmp_path, Verdict(form="json", custom_roles=True, principle="clear"))
+    judge_card.require_same(asked(folder, form="json", custom_roles=True))  # by any principle
+    with pytest.raises(ConfigError) as caught:
+        judge_card.require_same(asked(folder))
+    assert caught.value.where == str(folder)
+    assert caught.value.remedy == "ask as it learned: reward.generative.form=json reward.generative.custom_roles=true"
+
+
+def test_nothing_is_known_of_others(tmp_path: Path):
+    judge_card.require_same(asked(tmp_path))
+    judge_card.require_same(Generative(judge=Generator(kind="function", function="m:f")))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", json.dumps({"version": 2}), json.dumps({"version": 1, "form": "json"})]
+)
+def test_a_card_that_cannot_be_read(tmp_path: Path, text: str):
+    (tmp_path / judge_card.NAME).write_text(text)
+    with pytest.raises(ModelError, match=judge_card.NAME):
+        judge_card.require_same(asked(tmp_path))
