@@ -98,7 +98,7 @@ def test_margins_are_those_of_a_plain_forward_pass(section: Generator, sampled: 
     found = generator.complete(requests, replace(SAMPLING, max_tokens=30), margins=True)
     model = AutoModelForCausalLM.from_pretrained(section.path, dtype=torch.float32)
     vocabulary = generator.renderer.tokenizer.get_vocab()
-    pairs = [(vocabulary[f"{blank}Yes"], vocabulary[f"{blank}No"]) for blank in ("", "▁")]
+    pairs = [(vocabulary["Yes▁"], vocabulary["No▁"])]  # the task's tokenizer has them in one form
     prompt, checked = generator.renderer.prompt_ids(requests[0].messages), set()
     for one, ids in zip(found, sampled[0].sequences.responses.lists(), strict=True):
         places = [(i, pair) for i, id in enumerate(ids) for pair in pairs if id in pair]
@@ -109,7 +109,7 @@ def test_margins_are_those_of_a_plain_forward_pass(section: Generator, sampled: 
                 logits = model(torch.tensor([[*prompt, *ids[:place]]])).logits[0, -1]
             assert one.margin == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
             checked.add(ids[place])
-    assert len(checked) == 4, "each of the four words was last somewhere"
+    assert len(checked) == 2, "each of the two words was last somewhere"
 
 
 def test_what_does_not_fit_is_refused(generator: ModelGenerator):

@@ -146,7 +146,7 @@ class Writer:
         self.fails_at = fails_at
         self.beside: list[list[str]] = []
 
-    def export(self, folder: Path) -> Ready[None]:
+    def export(self, folder: Path, extra: object) -> Ready[None]:
         self.beside.append(sorted(path.name for path in folder.parent.iterdir()))
         if len(self.beside) == self.fails_at:
             raise OSError("disk full")

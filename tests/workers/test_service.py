@@ -175,7 +175,7 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
     """The reward role raises an error of the whole request unless it is told to leave such scores."""
 
     class Role(replicas.Reward):
-        def _score_text(self, dialogues: Any, _: Any) -> Future[torch.Tensor]:
+        def _score_text(self, dialogues: Any, *_: Any) -> Future[torch.Tensor]:
             scored = SimpleNamespace(score_B=torch.tensor([1.0, math.nan]), metrics={})
             future: Future[torch.Tensor] = Future()
             future.set_result(self._gathered([scored], [torch.tensor([0, 1])]))  # type: ignore[list-item]
