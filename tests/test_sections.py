@@ -238,7 +238,6 @@ CASES = [
     ("genrm", "second_reward.path=r", ["second_reward.path = 'r'"]),
     ("genrm", "format_penalty=-1", ["format_penalty = -1.0"]),
     ("genrm", "max_attempts=2", ["max_attempts = 2"]),
-    ("genrm", "evaluation.best_by=sampled", ["evaluation.best_by = 'sampled'"]),
     ("reward_model", "loss=regression", ["loss = 'regression'"]),
     ("reward_model", "reward.attributes=[a]", ["reward.attributes = ['a']", "loss = 'scaled'"]),
     ("reward_model", "center_coef=-1", ["center_coef = -1.0"]),

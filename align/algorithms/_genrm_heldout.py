@@ -1,5 +1,5 @@
-"""Held-out evaluation of a judge in training: greedy verdicts on pairs of the validation split, each in both orders,
-against the labels of people."""
+"""Held-out evaluation of a judge in training: greedy verdicts, and sampled ones whose noise is the same each time, on
+pairs of the validation split, each in both orders, against the labels of people."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from align.data.rows import Comparison, Context
     from align.roles import Policy
     from align.run import Run
-    from align.types import Prompts, Rollouts
+    from align.sections import Sampling
+    from align.types import Prompts
 
-START = "heldout/start/agreement"
-"""The starting judge's agreement is carried from step to step under this name."""
+START = "heldout/start/"
+"""Agreement of the starting judge is carried from step to step under names that begin so."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,41 @@ class Evaluator:
     def __init__(self, config: Config, held_out: HeldOut | None, policy: Policy, run: Run):
         """Measures the judge as it is now, before its first step, unless a run that is gone on with has done so."""
         self.config, self.held_out, self.policy, self.run = config, held_out, policy, run
-        self.sampling = replace(config.sampling, num_samples=1, temperature=0.0)
-        if held_out is not None and START not in run.state:
-            run.state[START] = self._measure(run.first_step - 1)["heldout/greedy/agreement"]
+        self.kinds = {
+            "greedy": replace(config.sampling, num_samples=1, temperature=0.0),
+            "sampled": replace(config.sampling, num_samples=1),
+        }
+        if held_out is not None and f"{START}greedy/agreement" not in run.state:
+            found = self._measure(run.first_step - 1)
+            for kind in self.kinds:
+                run.state[f"{START}{kind}/agreement"] = found[f"heldout/{kind}/agreement"]
 
     def measure(self, step: int) -> dict[str, float]:
-        """Metrics ``heldout/greedy/...`` of the judge after ``step``; none where no measurement is due."""
+        """Metrics ``heldout/...`` of the judge after ``step``, with the agreement of the one that training began with;
+        none where no measurement is due."""
         due = self.held_out is not None and (step % self.config.evaluation.every == 0 or self.run.is_last(step))
-        return self._measure(step) | {START: self.run.state[START]} if due else {}
+        start = {name: value for name, value in self.run.state.items() if name.startswith(START)}
+        return self._measure(step) | start if due else {}
 
     def _measure(self, step: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        answers: list[dict[str, object]] = []
+        for kind, sampling in self.kinds.items():
+            found, written = self._judge(kind, sampling)
+            metrics |= {f"heldout/{kind}/{name}": value for name, value in found.items()}
+            answers += written
+        self.run.evaluated(step, metrics, answers)
+        score = metrics[f"heldout/{self.config.evaluation.best_by}/agreement"]
+        if self.config.evaluation.keep_best and score > self.run.state.get("best_score", -1.0):
+            self.run.keep_best(step, self.policy, judge_card.files(self.config.verdict))
+            self.run.state["best_score"] = score
+        return metrics
+
+    def _judge(self, kind: str, sampling: Sampling) -> tuple[dict[str, float], list[dict[str, object]]]:
+        """Numbers, and what was said."""
         assert self.held_out is not None
-        label_B3 = self.held_out.label_B3
-        rollouts = self.policy.generate(self.held_out.prompts, self.sampling).result()
+        label_B3, contexts = self.held_out.label_B3, self.held_out.contexts
+        rollouts = self.policy.generate(self.held_out.prompts, sampling).result()
         texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
         verdict_B3 = data.judging.read(texts, rollouts.finished_B.tolist(), self.config.verdict.form)
         found = {
@@ -72,20 +95,11 @@ class Evaluator:
             "response_tokens": float(rollouts.mask_BT.sum(1).double().mean()),
             "unfinished": 1.0 - float(rollouts.finished_B.double().mean()),
         }
-        metrics = {f"heldout/greedy/{name}": value for name, value in found.items()}
-        self.run.evaluated(step, metrics, self._written(rollouts, texts, verdict_B3))
-        if self.config.evaluation.keep_best and found["agreement"] > self.run.state.get("best_score", -1.0):
-            self.run.keep_best(step, self.policy, judge_card.files(self.config.verdict))
-            self.run.state["best_score"] = found["agreement"]
-        return metrics
-
-    def _written(self, rollouts: Rollouts, texts: list[str], verdict_B3: Tensor) -> list[dict[str, object]]:
-        assert self.held_out is not None
-        rankings = zip(verdict_B3[:, 2].tolist(), self.held_out.label_B3[:, 2].tolist(), strict=True)
-        return [
+        rankings = zip(verdict_B3[:, 2].tolist(), label_B3[:, 2].tolist(), strict=True)
+        return found, [
             {
-                "kind": "greedy",
-                "prompt": self.held_out.contexts[i // 2][-1].content,
+                "kind": kind,
+                "prompt": contexts[i // 2][-1].content,
                 "answer": texts[i],
                 "ranking": None if said != said else said,  # NaN
                 "label": wanted,

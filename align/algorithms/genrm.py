@@ -64,8 +64,6 @@ class Config(grpo.Config):
             )
         if self.max_attempts > 1:
             raise ValueError(f"genrm samples each pair once: max_attempts must be 1, not {self.max_attempts}")
-        if self.evaluation.best_by != "greedy":
-            raise ValueError(f"held-out verdicts are greedy: evaluation.best_by {self.evaluation.best_by}")
 
     def reads(self) -> sections.Reads:
         """See `align.sections.Recipe.reads`."""

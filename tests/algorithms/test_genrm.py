@@ -109,10 +109,11 @@ class Judge:
     """Says what it is told, and keeps what it was asked."""
 
     def __init__(self, renderer: Renderer, say: Any):
-        self.renderer, self.say = renderer, say
+        self.renderer, self.say, self.temperatures = renderer, say, list[float]()
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Ready[Rollouts]:
-        assert (sampling.num_samples, sampling.temperature, prompts.step) == (1, 0.0, -1)
+        assert (sampling.num_samples, prompts.step) == (1, -1)
+        self.temperatures.append(sampling.temperature)
         texts = [self.say(right(prompt, self.renderer)) for prompt in prompts.tokens.lists()]
         return Ready(answers(prompts, texts, self.renderer, 1))
 
@@ -124,18 +125,22 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
     evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)
     step, start, lines = run.written[0]
-    assert (step, run.state["heldout/start/agreement"]) == (0, 0.0)
-    assert {name.removeprefix("heldout/greedy/"): value for name, value in start.items()} == pytest.approx(
+    assert (step, run.state["heldout/start/greedy/agreement"], judge.temperatures) == (0, 0.0, [0.0, 0.7])
+    greedy = {name: value for name, value in start.items() if name.startswith("heldout/greedy/")}
+    assert {name.replace("sampled", "greedy"): value for name, value in start.items()} == greedy  # it says the same
+    assert {name.removeprefix("heldout/greedy/"): value for name, value in greedy.items()} == pytest.approx(
         # three of four pairs prefer the first response; 0, 1, 2, 3 and, turned round, 5, 4, 3, 2 steps from 1
         {"agreement": 0.0, "first_order": 75.0, "order_consistency": 0.0, "format_violations": 0.0}
         | {"ranking_error": 2.5, "score_error": 6 / 6, "reward": -(20 + 12) / 8}
         | {"response_tokens": start["heldout/greedy/response_tokens"], "unfinished": 0.0}
     )
     assert [(line["ranking"], line["label"]) for line in lines[:4]] == [(1, 1), (1, 6), (1, 2), (1, 5)]
+    assert [line["kind"] for line in lines] == ["greedy"] * 8 + ["sampled"] * 8
     assert [line["prompt"] for line in lines[:4]] == [toy.WORDS[0]] * 2 + [toy.WORDS[1]] * 2
     judge.say = lambda label: verdicts.write(label, "json")
     assert evaluator.measure(1) == {}
     found = evaluator.measure(2)
+    assert found["heldout/start/greedy/agreement"] == found["heldout/start/sampled/agreement"] == 0.0
     assert (found["heldout/greedy/agreement"], found["heldout/greedy/reward"]) == (100.0, 0.0)
     judge.say = lambda label: "No"
     found = evaluator.measure(5)  # the last step
