@@ -32,7 +32,7 @@ quickstart: $(STAMP)
 
 # The HelpSteer family on the bundled task; what is there already is not made again.
 FAMILY_OF_steerlm := family_sft family_attributes steerlm steerlm2
-FAMILY_OF_genrm := family_sft genrm_sft genrm rloo_genrm
+FAMILY_OF_genrm := family_sft feedback_edit_feedback genrm_sft genrm rloo_genrm
 FAMILY_OF_feedback_edit := family_sft feedback_edit_feedback feedback_edit_edit feedback_edit_reward feedback_edit_select feedback_edit
 # One of the three above.
 SYSTEM ?= steerlm

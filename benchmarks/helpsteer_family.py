@@ -2,11 +2,11 @@
 
     python benchmarks/helpsteer_family.py OUT [--seeds 0 1 2] [--only steerlm genrm feedback_edit]
 
-Trained once: a fine-tuned model and a reward model of five attributes. For each seed (data order, new heads, noise):
-SteerLM asked for high and low helpfulness and verbosity, and SteerLM 2.0 from it; a generative judge by imitation and
-then GRPO, and RLOO against it; feedback and edit models, their reward models, RLOO of the edit model, and drafts that
-are improved against the best of as many tokens of drafts. Every run is one process with one thread. Runs that are there
-are not repeated, so seeds may be started side by side once the first has made what they share.
+Trained once: all that is imitated (the fine-tuned model, the feedback model, the edit and the judge by imitation) and
+the reward models. For each seed (data order and noise): SteerLM asked for high and low helpfulness and verbosity, and
+SteerLM 2.0 from it; GRPO of the judge, and RLOO against it; RLOO of the edit model, and drafts that are improved
+against the best of as many tokens of drafts. Every run is one process with one thread. Runs that are there are not
+repeated, so seeds may be started side by side once ``--seeds`` without a number has made what they share.
 """
 
 from __future__ import annotations
@@ -32,11 +32,25 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
 SCALE = RECIPES.parent / "scale" / "quickstart.yaml"
 ROWS, HELD_OUT, PROMPTS = 8000, 300, 200
 SETTINGS = {
-    "helpfulness 4, verbosity 2": {"helpfulness": 4, "verbosity": 2},
-    "helpfulness 1, verbosity 2": {"helpfulness": 1, "verbosity": 2},
-    "helpfulness 3, verbosity 4": {"helpfulness": 3, "verbosity": 4},
-    "helpfulness 0, verbosity 1": {"helpfulness": 0, "verbosity": 1},
+    f"helpfulness {helpfulness}, verbosity {verbosity}": {"helpfulness": helpfulness, "verbosity": verbosity}
+    for helpfulness, verbosity in ((4, 2), (1, 2), (3, 2), (3, 4))
 }
+
+SHARED = {  # the role that learns, and what it starts from
+    "family_sft": ("policy", ""),
+    "family_attributes": ("reward", "family_sft"),
+    "feedback_edit_feedback": ("policy", "family_sft"),
+    "feedback_edit_edit": ("policy", "family_sft"),
+    "feedback_edit_reward": ("reward", "family_sft"),
+    "feedback_edit_select": ("reward", "family_sft"),
+    "genrm_sft": ("policy", "feedback_edit_feedback"),
+}
+
+VERDICTS = [
+    f"{kind}/{measure}"
+    for kind in ("sampled", "greedy")
+    for measure in ("agreement", "first_order", "order_consistency", "reward")
+]
 
 Numbers = dict[str, float]
 
@@ -57,12 +71,13 @@ class Seed:
             raise SystemExit(f"{folder} failed")
         return folder
 
-    def shared(self) -> tuple[Path, Path]:
-        """The fine-tuned model and the attribute model."""
+    def shared(self, recipe: str) -> Path:
+        """A model that all seeds start from, after those that it starts from."""
         if not (self.out / "data").is_dir():
             toy_family.write(self.out / "data", ROWS, HELD_OUT, seed=0)
-        base = self.train("family_sft", f"policy.path={self.out / 'data' / 'tokenizer'}", shared=True) / "final"
-        return base, self.train("family_attributes", f"reward.path={base}", shared=True) / "final"
+        role, start = SHARED[recipe]
+        path = self.shared(start) if start else self.out / "data" / "tokenizer"
+        return self.train(recipe, f"{role}.path={path}", shared=True) / "final"
 
 
 def held_out(out: Path) -> list[str]:
@@ -91,7 +106,7 @@ def lines(folder: Path, name: str) -> list[dict[str, float]]:
 
 def steerlm(seed: Seed) -> Numbers:
     """SteerLM at four settings, and SteerLM 2.0 at the best."""
-    base, attributes = seed.shared()
+    base, attributes = seed.shared("family_sft"), seed.shared("family_attributes")
     first = seed.train("steerlm", f"policy.path={base}", f"reward.path={attributes}") / "final"
     places = [f"policy.path={first}", f"base.path={base}", f"reward.path={attributes}"]
     second = seed.train("steerlm2", *places) / "final"
@@ -105,14 +120,13 @@ def steerlm(seed: Seed) -> Numbers:
 
 def genrm(seed: Seed) -> Numbers:
     """Agreement of a generative judge with the ground truth before and after GRPO, and of a policy aligned with it."""
-    base, _ = seed.shared()
-    start = seed.train("genrm_sft", f"policy.path={base}") / "final"
-    trained = seed.train("genrm", f"policy.path={start}")
+    trained = seed.train("genrm", f"policy.path={seed.shared('genrm_sft')}")
     measured = lines(trained, "evaluations.jsonl")
     found = {}
     for when, line in (("before", measured[0]), ("after", measured[-1])):
-        for key in (key for key in line if "agree" in key):
-            found[f"judge {when} GRPO: {key.removeprefix('heldout/greedy/')}"] = line[key]
+        for key in VERDICTS:
+            found[f"judge {when} GRPO: {key}"] = line[f"heldout/{key}"]
+    base = seed.shared("family_sft")
     aligned = seed.train("rloo_genrm", f"policy.path={base}", f"reward.generative.judge.path={trained / 'final'}")
     measured = lines(aligned, "evaluations.jsonl")
     for when, line in (("before", measured[0]), ("after", measured[-1])):
@@ -123,17 +137,16 @@ def genrm(seed: Seed) -> Numbers:
 def feedback_edit(seed: Seed) -> Numbers:
     """Ground truth of drafts, of drafts that were improved, and of the best of as many tokens of drafts; what RLOO did
     to the edit model."""
-    base, _ = seed.shared()
-    start = f"policy.path={base}"
-    feedback = seed.train("feedback_edit_feedback", start, shared=True) / "final"
-    judge = seed.train("feedback_edit_reward", f"reward.path={base}", shared=True) / "final"
-    select = seed.train("feedback_edit_select", f"reward.path={base}", shared=True) / "final"
-    imitated = seed.train("feedback_edit_edit", start) / "final"
+    base, feedback, imitated, judge, select = map(
+        seed.shared, ("family_sft", *(f"feedback_edit_{name}" for name in ("feedback", "edit", "reward", "select")))
+    )
     edit = seed.train("feedback_edit", f"policy.path={imitated}", f"reward.path={judge}")
     measured = lines(edit, "evaluations.jsonl")
     found = {}
     for when, line in (("before", measured[0]), ("after", measured[-1])):
-        found[f"edits {when} RLOO: ground truth"] = line["heldout/sampled/ground_truth"]
+        for kind in ("sampled", "greedy"):
+            for key in ("ground_truth", "copies"):
+                found[f"edits {when} RLOO: {kind}/{key}"] = line[f"heldout/{kind}/{key}"]
     out = seed.own / "scale"
     models = {"policy": base, "feedback": feedback, "edit": edit / "final", "select": select}
     places = [f"{role}.path={model}" for role, model in models.items()]
@@ -163,14 +176,18 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts (all)")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    for recipe in SHARED:
+        Seed(given.out.resolve(), 0).shared(recipe)
     numbers = {seed: {} for seed in given.seeds}
     for name in given.only:
         for number in given.seeds:
             numbers[number] |= PARTS[name](Seed(given.out.resolve(), number))
+    if not given.seeds:
+        return
     print(f"| | mean | spread | seeds {' '.join(map(str, given.seeds))} |\n|---|---|---|---|")
     for key in numbers[given.seeds[0]]:
         values = [numbers[number][key] for number in given.seeds]

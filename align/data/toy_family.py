@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.data import toy
 from align.data.attributes import NEMO_ATTRIBUTES
-
-PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
-"""HelpSteer3's words for how helpful a response is, by score."""
+from align.data.helpsteer3 import PHRASES
 
 PRINCIPLES = {
     "says no word too much": lambda right, words: len(words) <= len(right),
@@ -40,7 +38,7 @@ _END = "▁"
 _PIECES = rf"[A-Za-z_]+{_END}|[^A-Za-z_{_END}]"
 _WORDS = (
     "The response is helpful Word should be It have words are asked for All right was changed to One removed Now "
-    "has Response Yes No and no improve edit feedback score_1 score_2 ranking overall json score_"
+    "has Response Yes No and no improve edit feedback ranking overall json score_"
 )
 _BLOCKS = [
     f"[The {end} of {what}]"
@@ -88,20 +86,11 @@ def _remark(instruction: str, response: str, rng: random.Random) -> str:
 
 
 def _with_reasons(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A pair in which everybody says why."""
-    instruction = row["context"][-1]["content"]
-    reasons = [_reason(instruction, row, rng) for _ in row["individual_preference"]]
-    marks = [one["score"] for one in row["individual_preference"]]
-    told = [{"score": mark, "reasoning": reason} for mark, reason in zip(marks, reasons, strict=True)]
+    """A pair in which everybody says why: the right answer, to which a verdict holds both responses. ``rng`` is not
+    used."""
+    reason = f"It should be {' '.join(toy.answer(row['context'][-1]['content']))}."
+    told = [{"score": one["score"], "reasoning": reason} for one in row["individual_preference"]]
     return {**row, "individual_preference": told}
-
-
-def _reason(instruction: str, row: dict[str, Any], rng: random.Random) -> str:
-    return " ".join(
-        f"Response {i} is {_phrase(instruction, row[f'response{i}'])} helpful. "
-        f"{_remark(instruction, row[f'response{i}'], rng)}"
-        for i in (1, 2)
-    )
 
 
 def _feedback(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:

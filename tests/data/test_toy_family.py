@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.data import helpsteer, toy, toy_family, verdicts
+from align.data import helpsteer, helpsteer3, toy, toy_family, verdicts
 from align.data.chat import Message, Renderer, load_tokenizer
 from align.data.verdicts import Scores
 from align.sections import Data
@@ -37,7 +37,7 @@ def true_score(text: str) -> int:
     """The score that the first sentence of a feedback names."""
     found = re.match(r"The response is (\w+) helpful\. ", text)
     assert found is not None
-    return toy_family.PHRASES.index(found[1])
+    return helpsteer3.PHRASES.index(found[1])
 
 
 def is_true(remark: str, row: dict[str, Any], response: str) -> bool:
@@ -85,14 +85,10 @@ def test_feedback_is_true(folder: Path):
                 assert is_true(text.partition(". ")[2], row, response)
 
 
-def test_reasons_speak_of_both_responses(folder: Path):
+def test_reasons_name_the_right_answer(folder: Path):
     for row in rows(folder, "preference"):
-        for one in row["individual_preference"]:
-            first, second = re.split(r" (?=Response 2)", one["reasoning"])
-            for i, text in ((1, first), (2, second)):
-                said = text.replace(f"Response {i}", "The response")
-                assert true_score(said) == toy.score(instruction(row), row[f"response{i}"])
-                assert is_true(said.partition(". ")[2], row, row[f"response{i}"])
+        said = f"It should be {' '.join(toy.answer(instruction(row)))}."
+        assert [one["reasoning"] for one in row["individual_preference"]] == [said] * 3
 
 
 def test_edits_are_right_and_their_feedback_is_of_the_original(folder: Path):
