@@ -72,11 +72,21 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Loaded:
     return _build(_find_schema(recipe, root, pairs), recipe, root, pairs)
 
 
-def build(schema: type, recipe: Path | None, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a recipe against a given dataclass, or the overrides alone. Raises `ConfigError` with everything that is
-    wrong."""
+def build(schema: type, recipe: Path | None, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Loaded:
+    """Read a recipe against a given dataclass, or the overrides alone. Keys and sections ``without`` are left out of
+    the recipe, for an override cannot empty a mapping. Raises `ConfigError` with everything that is wrong."""
     root = compose_file(recipe) if recipe else yaml.MappingNode(f"{TAG}map", [])
+    for key in without:
+        _leave_out(root, key.split("."))
     return _build(schema, recipe or Path(COMMAND_LINE), root, compose_overrides(overrides))
+
+
+def _leave_out(node: yaml.Node, names: Sequence[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == names[0] and names[1:]:
+                _leave_out(value, names[1:])
+        node.value = [(key, value) for key, value in node.value if key.value != names[0] or names[1:]]
 
 
 def dump(config: Any, path: Path) -> None:

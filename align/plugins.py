@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ def load(name: str) -> Callable[..., Any]:
     return found
 
 
+def signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
+    """What a function takes. Raises `ConfigError` for one that does not say, such as ``builtins:max``."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        remedy = "call it in a function of your own file, path/to/file.py:function"
+        raise ConfigError(f"function={name} does not say what it takes", remedy=remedy) from None
+
+
 def _module(name: str) -> Any:
     place = name.rpartition(":")[0]
     try:
@@ -41,14 +51,25 @@ def _module(name: str) -> Any:
 
 
 def _from_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"align_plugin_{file.stem}", file)
+    name = f"align_plugin_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
     return module
 
 
 def fingerprint(name: str) -> str:
-    """sha256 of the file that a function is taken from; modules that it imports do not count."""
-    return hashlib.sha256(Path(_module(name).__file__).read_bytes()).hexdigest()
+    """sha256 of the file that a function is taken from; modules that it imports do not count. Raises `ConfigError` for
+    a module without a file."""
+    file = getattr(_module(name), "__file__", None)
+    if file is None:
+        remedy = "call it in a function of your own file, path/to/file.py:function"
+        raise ConfigError(f"function={name}: {name.rpartition(':')[0]} has no file to be known by", remedy=remedy)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

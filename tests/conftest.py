@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from align.data import toy, toy_family
+from align.data.verdicts import Scores
+from align.data.verdicts import write as verdict
 
 LLAMA = {
     "model_type": "llama",
@@ -99,6 +101,36 @@ def tiny_attributes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = LLAMA | {"max_position_embeddings": 256, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     folder = tmp_path_factory.mktemp("attributes")
     return _save(AutoModelForSequenceClassification, folder, toy_family.tokenizer(), **fields)
+
+
+def _judge(folder: Path, words: list[str]) -> Path:
+    """A random model that mostly says one of ``words``, each of which is a token, and ends: which one hangs on what it
+    reads. Now and then it says more, which is no verdict."""
+    tokenizer = toy_family.tokenizer()
+    tokenizer.add_tokens(words)
+    ids = [id for word in words for id in tokenizer.encode(word, add_special_tokens=False)]
+    fields = LLAMA | {"max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2}
+    _save(AutoModelForCausalLM, folder, tokenizer, **fields)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    read, said = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    read[:, 0], read[:, 1], read[ids, 1] = 4.0, 0.0, 20.0  # the second number is of what has been said
+    said[:, 0], said[:, 1] = -3.0, 0.0
+    said[ids, 0], said[ids, 1], said[tokenizer.eos_token_id, 1] = 3.0, -5.0, 5.0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that writes verdicts of form json on one response or two; some of them are broken."""
+    found = [(4, 2, 2), (2, 4, 5), (3, 3, 3), (3, 3, 4), (5, 1, 1), (1, 2, 4), (2, None, None), (4, None, None)]
+    return _judge(tmp_path_factory.mktemp("judge"), [verdict(Scores(*one), "json") for one in found])
+
+
+@pytest.fixture(scope="session")
+def tiny_yes_no(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that answers mostly by Yes or No."""
+    return _judge(tmp_path_factory.mktemp("yes_no"), ["Yes", "No"])
 
 
 @pytest.fixture

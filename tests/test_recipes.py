@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 
 from align import algorithms, config, sections
+from align.evaluation.policy.command import SPEAKERS
 from align.launch import ROLES, cast_sections, check
 from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
@@ -61,7 +62,7 @@ def test_judged_evaluation_is_complete(path: Path, tmp_path: Path):
     given += re.findall(r"(?:baseline_answers\.\w+|(?:policy|baseline)\.path)=F\S+", path.read_text())
     found = config.build(sections.PolicyEvaluation, path, given).config
     assert path.stem.startswith(found.benchmark)
-    placement.resolve(found.placement, ["policy", "baseline", "judge"])
+    placement.resolve(found.placement, SPEAKERS.values())
     config.dump(found, tmp_path / "config.yaml")
     assert config.build(sections.PolicyEvaluation, tmp_path / "config.yaml").config == found
 
@@ -80,6 +81,14 @@ def test_scaling_is_complete(path: Path, tmp_path: Path):
     assert set(placement.resolve(found.placement, roles)) == set(roles)
     config.dump(found, tmp_path / "config.yaml")
     assert config.build(sections.InferenceScaling, tmp_path / "config.yaml").config == found
+
+
+def test_scaling_with_a_server_as_its_recipe_says():
+    path = ROOT / "recipes" / "scale" / "llama3.3-70b.yaml"
+    (words,) = re.findall(r"^#   (policy\.kind=.*)$", path.read_text(), flags=re.M)
+    for name in ("policy", "feedback", "edit"):
+        found = config.build(sections.InferenceScaling, path, words.replace("policy.", f"{name}.").split()).config
+        assert getattr(found, name).kind == "endpoint"
 
 
 def test_shipped_recipes_are_there():

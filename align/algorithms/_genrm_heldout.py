@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from align import data, ops
 from align.algorithms._heldout import NOISE
-from align.rewards import judge_card
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from align.algorithms.genrm import Config
@@ -33,16 +34,18 @@ class HeldOut:
     prompts: Prompts
     label_B3: Tensor
     contexts: list[Context]
+    files: Mapping[str, str]
+    """What the folder of the best judge gets beside the model, text by name."""
 
 
-def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer) -> HeldOut | None:
+def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer, files: Mapping[str, str]) -> HeldOut | None:
     """The first pairs of the validation split; None where nothing is to be measured."""
     count = config.evaluation.prompts
     if not config.evaluation.every:
         return None
     found = data.judging.prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
     prompts = data.prompts.first(found.tokens, 2 * count, renderer.stop_ids, NOISE)
-    return HeldOut(prompts, found.label_P3[: 2 * count], found.contexts[:count])
+    return HeldOut(prompts, found.label_P3[: 2 * count], found.contexts[:count], files)
 
 
 class Evaluator:
@@ -68,6 +71,7 @@ class Evaluator:
         return self._measure(step) | start if due else {}
 
     def _measure(self, step: int) -> dict[str, float]:
+        assert self.held_out is not None
         metrics: dict[str, float] = {}
         answers: list[dict[str, object]] = []
         for kind, sampling in self.kinds.items():
@@ -77,7 +81,7 @@ class Evaluator:
         self.run.evaluated(step, metrics, answers)
         score = metrics[f"heldout/{self.config.evaluation.best_by}/agreement"]
         if self.config.evaluation.keep_best and score > self.run.state.get("best_score", -1.0):
-            self.run.keep_best(step, self.policy, judge_card.files(self.config.verdict))
+            self.run.keep_best(step, self.policy, self.held_out.files)
             self.run.state["best_score"] = score
         return metrics
 

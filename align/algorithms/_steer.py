@@ -37,8 +37,9 @@ class Material:
 
 
 def reads(labels: Labels, section: Data) -> Literal["preferences", "ratings"]:
-    """What the data are read as: ratings where they are the labels, else whatever holds responses."""
-    return "ratings" if labels == "data" else data.helpsteer.usual(section.format)
+    """What the data are read as: responses one by one where the format has them so, else pairs, without labels."""
+    by_one = labels == "data" or "ratings" in data.helpsteer.FORMATS[section.format]
+    return "ratings" if by_one else "preferences"
 
 
 def prepare(
@@ -61,6 +62,7 @@ def prepare(
         prompts = data.prompts.first(asked.steered, evaluation.prompts, renderer.stop_ids, _heldout.NOISE)
         contexts = asked.contexts[: evaluation.prompts]
         held_out = _heldout.HeldOut(prompts, contexts, asked.plain.select(prompts.index_P), files)
+        counts |= {f"held_out_{name}": count for name, count in asked.counts.items()}
     return Material(rows, form, renderer, held_out, files), counts
 
 
@@ -79,6 +81,11 @@ def rated(rows: Sequence[Rating], reward: roles.Reward, form: Form, run: Run) ->
     return found
 
 
+def told(counts: Mapping[str, int]) -> str:
+    """As one line."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Groups(_on_policy.Material):
     """Prompts that ask for the labels of the data's responses."""
@@ -95,5 +102,6 @@ def groups(config: OnPolicy, labels: Labels, material: Material, reward: roles.R
         rows = rated(rows, reward, form, run)
     wanted = ((row.context, data.steered.labels(row, form.names)) for row in rows)
     asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
+    run.report(f"training prompts: {told(asked.counts)}")
     stream = data.prompts.PromptStream(asked.steered, config.prompts_per_step, config.run.seed, renderer.stop_ids)
     return Groups(stream, material.held_out, asked.plain, asked=asked, steer=material)

@@ -23,7 +23,7 @@ from align.algorithms import _genrm_heldout, _on_policy, _policy_loss, _rewards,
 from align.rewards import judge_card
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -91,13 +91,17 @@ class Material:
     prompts: PromptStream
     label_R3: Tensor
     held_out: _genrm_heldout.HeldOut | None
+    files: Mapping[str, str]
+    """What a trained judge's folder gets beside the model, text by name."""
 
 
 def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[Material, dict[str, int]]:
     """Pairs of both splits, and what became of the rows of the training split."""
     found = data.judging.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
-    return Material(stream, found.label_P3, _genrm_heldout.prepare(config, source, renderer)), found.counts
+    files = judge_card.files(config.verdict, renderer.template if config.data.chat_template else None, config.data.date)
+    held_out = _genrm_heldout.prepare(config, source, renderer, files)
+    return Material(stream, found.label_P3, held_out, files), found.counts
 
 
 def grade(
@@ -122,4 +126,4 @@ def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
         lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
         metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
         run.log(step, statistics | distance | metrics | evaluator.measure(step), rollouts, score_B)
-    cast.policy.export(run.final, judge_card.files(config.verdict)).result()
+    cast.policy.export(run.final, material.files).result()

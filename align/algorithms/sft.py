@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from align import data, ops, roles, sections
+from align.rewards import judge_card
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from align.data.chat import Renderer
@@ -59,9 +62,21 @@ class Cast(Protocol):
     policy: roles.Policy
 
 
-def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Sequences, dict[str, int]]:
+@dataclass(frozen=True)
+class Material:
+    """What is imitated."""
+
+    demonstrations: Sequences
+    files: Mapping[str, str]
+    """What the folder of a judge gets beside the model, text by name; nothing of other models."""
+
+
+def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Material, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
-    return data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
+    made, counts = data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
+    template = renderer.template if config.data.chat_template else None
+    judges = config.demonstrates == "verdicts"
+    return Material(made, judge_card.files(config.verdict, template, config.data.date) if judges else {}), counts
 
 
 def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> roles.Loss:
@@ -71,11 +86,12 @@ def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> roles.Lo
     return roles.Loss(total, count, {"entropy": (entropy, count)})
 
 
-def train(config: Config, demonstrations: Sequences, cast: Cast, run: Run) -> None:
+def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
     """Visit the demonstrations in seeded order."""
+    demonstrations = material.demonstrations
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():
         batch = demonstrations.select(order.indices(step)).batch()
         metrics = cast.policy.update(batch, loss).result()
         run.log(step, metrics)
-    cast.policy.export(run.final).result()
+    cast.policy.export(run.final, material.files).result()

@@ -121,15 +121,12 @@ def bootstrapped(config: Config, material: _steer.Material, policy: roles.Policy
     wanted = [(contexts[i], material.form.values) for i in chosen]
     asked = data.steered.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
     prompts = data.prompts.first(asked.steered, count, material.renderer.stop_ids, NOISE - run.round)
-    return [
-        row
-        for part in data.steered.parts(prompts, _steer.PART)
-        for row in data.steered.sampled(
-            [asked.contexts[i] for i in part.index_P.tolist()],
-            policy.generate(part, config.sampling).result(),
-            material.renderer,
-        )
-    ]
+    parts = data.steered.parts(prompts, _steer.PART)
+    answered = ((part.index_P, policy.generate(part, config.sampling).result()) for part in parts)
+    rows, counts = data.steered.sampled(asked.contexts, answered, material.renderer)
+    run.report(f"round {run.round}, bootstrap prompts: {_steer.told(asked.counts)}")
+    run.report(f"round {run.round}, their answers: {_steer.told(counts)}")
+    return rows
 
 
 def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> None:
@@ -139,7 +136,7 @@ def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> No
         rows = _steer.rated(rows, cast.reward, material.form, run)
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     demonstrations, counts = data.steered.demonstrations(rows, material.renderer, material.form, *limits)
-    run.report(f"round {run.round}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+    run.report(f"round {run.round}, demonstrations: {_steer.told(counts)}")
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():

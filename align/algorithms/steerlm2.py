@@ -26,6 +26,7 @@ from align import data, ops, roles, sections
 from align.algorithms import _candidates, _diagnose, _on_policy, _steer
 from align.algorithms._heldout import Evaluator
 from align.data.attributes import resolve
+from align.data.steering import Form, require_same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,7 @@ class Cast(Protocol):
 
 def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
     """Responses whose labels are asked for, held-out prompts, and what became of the rows."""
+    require_same(Form.of(config.steering), config.policy.path)
     return _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
 
 
@@ -120,9 +122,8 @@ def weigh(
     """Samples with their weights log P(a|x, y) + log P(y|x) - log Q'(y|a, x); log P(a|x, y); numbers of both."""
     sequences, previous_BT = rollouts.sequences, rollouts.untempered_logprob_BT
     rows_B = material.rows(rollouts)[sequences.prompt_B]
-    texts = [material.steer.renderer.text(ids) for ids in sequences.responses.lists()]
-    contexts = [material.asked.contexts[i] for i in rows_B.tolist()]
-    dialogues = [data.chat.Dialogue(context, text) for context, text in zip(contexts, texts, strict=True)]
+    said = zip(rows_B.tolist(), map(material.steer.renderer.text, sequences.responses.lists()), strict=True)
+    dialogues = [data.chat.Dialogue(material.asked.contexts[i], text) for i, text in said]
     rating = cast.reward.rate(dialogues, material.steer.form.names)
     rating_BA, base_BT = roles.together(rating, cast.base.logprobs(material.as_judged(rollouts), 1.0))
     fit_B = ops.steerlm.attribute_logprob(rating_BA, material.asked.label_PA[rows_B]).float()

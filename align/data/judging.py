@@ -8,7 +8,7 @@ mapping is the plausible one. Ties have no ranking and are left out. Every pair 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from align.data.rows import Comparison, Context
 from align.data.tokenise import answered, require_some
 from align.data.verdicts import Scores
 from align.errors import DataError
-from align.sections import Data, Verdict
+from align.sections import Data, Generative, Verdict
 from align.types import Packed, Sequences
 
 RANKING = {-3: 1.0, -2: 2.0, -1: 3.0, 1: 4.0, 2: 5.0, 3: 6.0}
@@ -30,24 +30,28 @@ RANKING = {-3: 1.0, -2: 2.0, -1: 3.0, 1: 4.0, 2: 5.0, 3: 6.0}
 NONE = float("nan")
 """In a label, a number that nobody gave; in a verdict, one that cannot be read."""
 
+KEYS = "verdict.custom_roles", "data.chat_template"
+"""Of a judge in training: what `require_roles` is told."""
+
 _NAMED = re.compile(r"\b(responses?[ _#-]*)([12])\b(?!\.\d)", re.IGNORECASE)
 _OTHERWISE = re.compile(
     r"\b(?:first|second|former|latter|1st|2nd|[RA][12]|responses? (?:one|two|[ab]))\b"
     r"|\b(?:answer|option|model|assistant|output|reply|number)s?[ _#-]*[12]\b"
-    r"|(?:#|&|/|,|\b(?:and|or|than|vs\.?|versus)) *[12]\b",
+    r"|(?<!\w)(?<!\d\.)[12]\b(?!\.\d)",
     re.IGNORECASE,
 )
-"""Other words that may name a response by its place."""
+"""Other words and bare numbers that may name a response by its place."""
 
 
 def swapped(reason: str) -> str | None:
     """What a person said of a pair, as it would be said of the pair in the other order: Response 1 is called Response 2
     and the other way round.
 
-    None where that is not certain: no response is named so, or a place may be meant by other words (the former, the
-    second, A2, responses 1 and 2).
+    None where that is not certain: no response is named so, or the rest of the text may mean a place (the former, the
+    second, A2, any bare 1 or 2).
     """
-    if not _NAMED.search(reason) or _OTHERWISE.search(reason):
+    rest, named = _NAMED.subn(" ", reason)
+    if not named or _OTHERWISE.search(rest):
         return None
     return _NAMED.sub(lambda found: found[1] + "21"[int(found[2]) - 1], reason)
 
@@ -80,19 +84,19 @@ class JudgePrompts:
 def prompts(rows: Iterable[Comparison], renderer: Renderer, verdict: Verdict, max_tokens: int) -> JudgePrompts:
     """Every pair in both orders, in the order of the rows.
 
-    The counts say of ``rows`` how many were dropped as ``ties``, ``identical`` or ``too_long`` (in one order is in
-    both), how many were ``kept``, and how many of those are ``without_scores``. Raises `DataError` when none is left,
-    and for a template that leaves responses out.
+    The counts say of ``rows`` how many were dropped as ``ties``, ``identical`` (responses of the same tokens) or
+    ``too_long`` (in one order is in both), how many were ``kept``, and how many of those are ``without_scores``. Raises
+    `DataError` when none is left, and for a template that leaves a role out.
     """
+    require_roles(renderer, verdict, KEYS)
     counts: dict[str, int] = dict.fromkeys(("rows", "ties", "identical", "too_long", "kept", "without_scores"), 0)
     ids: list[list[int]] = []
     labels: list[Scores] = []
     contexts: list[Context] = []
     for row, wanted in _labelled(rows, counts):
         both = [renderer.prompt_ids(asked) for asked in _orders(row, verdict)]
-        _require_shown(row, both, renderer)
-        if max(map(len, both)) > max_tokens:
-            counts["too_long"] += 1
+        if both[0] == both[1] or max(map(len, both)) > max_tokens:
+            counts["identical" if both[0] == both[1] else "too_long"] += 1
             continue
         ids += both
         labels += [wanted, verdicts.swapped(wanted)]
@@ -120,15 +124,24 @@ def _orders(row: Comparison, verdict: Verdict) -> list[tuple[Message, ...]]:
     return [verdicts.ask(row.context, responses, *how) for responses in (both, both[::-1])]
 
 
-def _require_shown(row: Comparison, both: Sequence[Sequence[int]], renderer: Renderer) -> None:
-    if both[0] == both[1]:
-        raise DataError(
-            "the chat template gives a pair and the same pair in the other order alike: it leaves out turns of the "
-            f"roles response_1 and response_2, or the tokenizer cannot tell {row.response1[:30]!r} and "
-            f"{row.response2[:30]!r}",
-            where=renderer.tokenizer.name_or_path or None,
-            remedy="set verdict.custom_roles=false, or give a template that knows them: data.chat_template=FILE",
-        )
+def require_roles(renderer: Renderer, asked: Verdict | Generative, keys: tuple[str, str]) -> None:
+    """Raise `DataError` for a template that leaves out a turn of a custom role: its judge would rank what it does not
+    see. ``keys`` are those of ``custom_roles`` and of the template."""
+    if not asked.custom_roles:
+        return
+    probes = [
+        verdicts.ask([Message("user", "1")], responses, "helpsteer3", roles=True, principle=asked.principle and text)
+        for *responses, text in (("1", "2", "1"), ("2", "2", "1"), ("1", "1", "1"), ("1", "2", "2"))
+    ]
+    first, *others = (renderer.prompt_ids(probe) for probe in probes)
+    for role, ids in zip(("response_1", "response_2", "principle"), others, strict=True):
+        if ids == first and (role != "principle" or asked.principle):
+            raise DataError(
+                f"the chat template leaves out turns of the role {role}",
+                where=renderer.tokenizer.name_or_path or None,
+                remedy=f"{keys[0]}=false asks in words that any model reads; or give a template that knows the roles: "
+                f"{keys[1]}=FILE",
+            )
 
 
 class Config(Protocol):
@@ -153,8 +166,10 @@ def demonstrations(rows: Iterable[Comparison], renderer: Renderer, config: Confi
     stands before the verdict as plain text, since it speaks of both responses and the analyses of the form speak of one
     each. The counts say of ``rows`` how many were ``ties``, ``identical``, ``without_scores`` or ``without_reason``; of
     the reasons how many were ``not_swapped`` and how many ``unreadable`` (they look like verdicts themselves); and of
-    the demonstrations how many were ``too_long`` and ``kept``. Raises `DataError` when none is left.
+    the demonstrations how many were ``too_long`` and ``kept``. Raises `DataError` when none is left, and for a template
+    that leaves a role out.
     """
+    require_roles(renderer, config.verdict, KEYS)
     names = ("rows", "ties", "identical", "without_scores", "without_reason", "not_swapped", "unreadable")
     counts: dict[str, int] = dict.fromkeys(names, 0)
 

@@ -14,6 +14,7 @@ from align.data.chat import Renderer
 from align.data.rows import Context, Preference, Rating
 from align.data.steering import Form
 from align.data.tokenise import require_some
+from align.errors import DataError
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 
@@ -62,12 +63,29 @@ def labels(row: Rating, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(int(row.ratings[name]) for name in names)
 
 
-def sampled(contexts: Sequence[Context], rollouts: Rollouts, renderer: Renderer) -> list[Rating]:
-    """Responses that ended and say something, without ratings; ``contexts`` are those of the rollouts' prompts."""
-    sequences, finished = rollouts.sequences, rollouts.finished_B.tolist()
-    texts = [renderer.text(ids) for ids in sequences.responses.lists()]
-    said = zip(sequences.prompt_B.tolist(), texts, finished, strict=True)
-    return [Rating(contexts[prompt], text, {}, "", "") for prompt, text, ended in said if ended and text.strip()]
+def sampled(
+    contexts: Sequence[Context], answered: Iterable[tuple[Tensor, Rollouts]], renderer: Renderer
+) -> tuple[list[Rating], dict[str, int]]:
+    """Responses that ended and say something, without ratings. Each item is rollouts, and before them which of
+    ``contexts`` their prompts are, (P,).
+
+    The counts say of the ``answers`` how many were dropped as ``unfinished`` or ``empty`` and how many were ``kept``.
+    Raises `DataError` when none is left.
+    """
+    counts: dict[str, int] = dict.fromkeys(("answers", "unfinished", "empty", "kept"), 0)
+    found: list[Rating] = []
+    for index_P, rollouts in answered:
+        texts = [renderer.text(ids) for ids in rollouts.sequences.responses.lists()]
+        asked = index_P[rollouts.sequences.prompt_B].tolist()
+        counts["answers"] += len(texts)
+        for i, text, ended in zip(asked, texts, rollouts.finished_B.tolist(), strict=True):
+            became = "unfinished" if not ended else "kept" if text.strip() else "empty"
+            counts[became] += 1
+            found += [Rating(contexts[i], text, {}, "", "")] if became == "kept" else []
+    if not found:
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(f"no answer of the policy is left to learn from: {told}", remedy="raise sampling.max_tokens")
+    return found, counts
 
 
 def dumps(rows: Iterable[Rating]) -> str:

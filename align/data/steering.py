@@ -27,6 +27,9 @@ USUAL = {"complexity": 2, "verbosity": 2, "toxicity": 0, "humor": 0, "creativity
 """What is asked for where nothing is said, 4 of all others: complexity and verbosity as in HelpSteer2 (arXiv
 2406.08673), the others as in NeMo-Aligner's guide to SteerLM."""
 
+_KEYS = {"names": "steering.attributes"} | {name: f"steering.{name}" for name in ("place", "prefix", "suffix")}
+"""What a policy must be told as it learned, and the keys of a recipe that say so."""
+
 Turns = tuple["Message", ...]
 
 
@@ -106,3 +109,23 @@ def read(file: Path) -> Form:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "export the model again"
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error
+
+
+def require_same(form: Form, folder: str) -> None:
+    """Raise `ConfigError` where a policy would be told attributes otherwise than its folder says that it learned, and
+    `ModelError` for a card that cannot be read. Nothing is known of a model without a card."""
+    file = Path(folder).expanduser() / NAME
+    if not file.is_file():
+        return
+    learned = read(file)
+    differing = [name for name in _KEYS if getattr(form, name) != getattr(learned, name)]
+    said, wanted = (
+        " ".join(f"{_KEYS[name]}={json.dumps(getattr(one, name), ensure_ascii=False)}" for name in differing)
+        for one in (learned, form)
+    )
+    if differing:
+        raise ConfigError(
+            f"this policy learned with {said} and would be told with {wanted}",
+            where=folder,
+            remedy=f"tell it as it learned: {said}",
+        )

@@ -339,6 +339,6 @@ def generate(
         return Decoder(model, num_slots, agree).generate(prompts, sample, seed)
     if agree is not None:
         raise ModelError(
-            f"{model.config.model_type} cannot be sampled layer by layer", remedy="set policy.gather_for_rollouts=true"
+            f"{model.config.model_type} cannot be sampled layer by layer", remedy="set gather_for_rollouts=true"
         )
     return generate_any(model, prompts, sample, seed)

@@ -58,9 +58,10 @@ def scale(section: InferenceScaling, console: Console) -> dict[str, Any]:
     path = Path(section.out).expanduser() / RESULTS
     manifest = _manifest(section, roles, prompts)
     with scoring.locked(path) as file:
-        scoring.agree(path, manifest, "results")
+        scoring.agree([path], manifest, "results")
         store = scoring.Rows(file, path)
-        left = [number for number in range(len(prompts)) if number not in {row["id"] for row in store.rows}]
+        done = {row["id"] for row in store.rows}
+        left = [number for number in range(len(prompts)) if number not in done]
         if left:
             tell = partial(console.print, highlight=False)
             found = {name: located(one) for name, one in roles.items()}
@@ -132,15 +133,11 @@ def _manifest(section: InferenceScaling, roles: dict[str, Model], prompts: list[
     own = {name: value for name, value in asdict(section).items() if name not in HARMLESS}
     own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes are parts of what is there
     read = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return {"version": VERSION, **own, "prompts": read, **{name: _identity(one) for name, one in roles.items()}}
-
-
-def _identity(section: Model) -> str:
-    """sha256 over what the answers of a role depend on."""
-    if isinstance(section, Reward):
-        return reward.identity(section)
-    assert isinstance(section, Generator)
-    renderer = opening.check(section)
-    known: list[Any] = [opening.fingerprint(section, 0), section.dtype, renderer and renderer.fingerprint]
-    known += [section.endpoint.url, section.endpoint.model, section.endpoint.extra]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    known = {"version": VERSION, **own, "prompts": read}
+    for name, one in roles.items():
+        if isinstance(one, Generator):
+            known |= opening.depends_on(name, one, section.seed)
+        elif isinstance(one, Reward):
+            known |= {f"{name}.{field}": getattr(one, field) for field in ("kind", "path", "function")}
+            known[f"{name}, its content"] = reward.identity(one)
+    return known

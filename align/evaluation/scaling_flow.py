@@ -18,7 +18,7 @@ from typing import Any
 from align.data.chat import Dialogue
 from align.data.editing import edit_prompt, feedback_prompt
 from align.data.rows import Context
-from align.evaluation.scaling_sweep import Set, feedback_sets, ranked, tokens, whole
+from align.evaluation.scaling_sweep import Set, feedback_sets, ranked, tokens, uncounted, whole
 from align.generators.base import Completion, Request
 from align.roles import Future
 from align.sections import InferenceScaling
@@ -157,7 +157,7 @@ class Flow:
         self._sample("drafts", range(section.num_samples))
         yield True
         kept = list(range(section.num_samples))
-        if section.num_samples > section.drafts:
+        if section.draft_samples is not None:  # also for as many as are kept: smaller settings keep the best of them
             self._score("draft_select", "select", [self.samples[k].text for k in kept])
             yield True
             kept = ranked(self.scores["draft_select"])[: section.drafts]
@@ -170,11 +170,12 @@ class Flow:
             self._score(judge, judge, texts)
         yield True
         record = self._record(kept, edits)
-        while more := self._missing(tokens(section, record, whole(section))):
+        most = 0 if any(uncounted(record).values()) else section.max_best_of
+        while more := self._missing(tokens(section, record, whole(section)), most):
             self._sample("best_of", more)
             yield True
-        for judge in self._judges() if section.max_best_of else ():
-            self._score(f"best_of_{judge}", judge, [self.samples[k].text for k in sorted(self.samples)])
+        for judge in self._judges() if most else ():
+            self._score(f"best_of_{judge}", judge, [self.samples[k].text for k in sorted(self.samples)[:most]])
         yield True
         self.done(self._record(kept, edits))
 
@@ -222,13 +223,13 @@ class Flow:
             stage = "edits" if chosen in every[0] else "sweep_edits"
             self._ask("edit", stage, Request(messages), partial(self.edits.__setitem__, (k, chosen)))
 
-    def _missing(self, budget: int) -> range | None:
-        """Numbers of further samples of the policy, until all have as many tokens as ``budget``."""
+    def _missing(self, budget: int, most: int) -> range | None:
+        """Numbers of further samples of the policy, until all have as many tokens as ``budget``; ``most`` in all."""
         count, have = len(self.samples), sum(one.tokens for one in self.samples.values())
-        if have >= budget or count >= self.section.max_best_of or not have:
+        if have >= budget or count >= most or not have:
             return None
         more = math.ceil((budget - have) * count / have)
-        return range(count, min(count + more, self.section.max_best_of))
+        return range(count, min(count + more, most))
 
     def _record(self, kept: list[int], edits: list[tuple[int, Set]]) -> dict[str, Any]:
         order = sorted(self.samples)

@@ -95,7 +95,7 @@ def tokens(section: InferenceScaling, record: Record, setting: Setting) -> int:
 
 
 def _spent(section: InferenceScaling, record: Record, setting: Setting, drafts: list[int], edits: list[int]) -> int:
-    sampled = range(section.num_samples) if section.num_samples > section.drafts else drafts
+    sampled = range(section.num_samples) if section.draft_samples is not None else drafts
     told = [one for k in drafts for one in record["feedback"][str(k)][: setting.feedbacks]] if setting.edits else []
     said = [record["samples"][k] for k in sampled] + told + [record["edits"][i] for i in edits]
     return sum(one["tokens"] for one in said)
@@ -124,10 +124,10 @@ def first(record: Record) -> Chosen:
 def best_of(record: Record, budget: int) -> Chosen | None:
     """The best of the first samples of the policy that have no more tokens than ``budget`` together, at least one;
     None where best-of-n was not measured."""
-    if "best_of_select" not in record["scores"]:
+    if "best_of_select" not in record["scores"] or any(uncounted(record).values()):
         return None
     count, spent = 1, record["samples"][0]["tokens"]
-    while count < len(record["samples"]) and spent + record["samples"][count]["tokens"] <= budget:
+    while count < len(record["scores"]["best_of_select"]) and spent + record["samples"][count]["tokens"] <= budget:
         spent += record["samples"][count]["tokens"]
         count += 1
     best = ranked(record["scores"]["best_of_select"][:count])[0]
@@ -162,11 +162,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def point(section: InferenceScaling, records: Sequence[Record], setting: Setting) -> dict[str, Any]:
-    """A setting and best-of-n of the same number of tokens, prompt by prompt."""
+    """A setting and best-of-n of the same number of tokens, prompt by prompt; none where one prompt lacks it."""
     found = [chosen(section, record, setting) for record in records]
     other = [best_of(record, one.tokens) for record, one in zip(records, found, strict=True)]
     beside = [one for one in other if one is not None]
-    best = _summary(records, beside) if beside else None
+    best = _summary(records, beside) if len(beside) == len(records) else None
     return {**setting._asdict(), "feedback_edit": _summary(records, found), "best_of_n": best}
 
 
@@ -186,7 +186,8 @@ def measure(section: InferenceScaling, records: Sequence[Record]) -> dict[str, A
         "whole": point(section, records, full),
         "sweep": sweep,
         "budget": budget(section, records),
-        "unfinished": _unfinished(records),
+        "unfinished": _added([unfinished(record) for record in records]),
+        "uncounted": _added([uncounted(record) for record in records]),
     }
 
 
@@ -235,11 +236,20 @@ def _stages(section: InferenceScaling, record: Record) -> dict[str, list[Any]]:
     }
 
 
-def _unfinished(records: Sequence[Record]) -> dict[str, int]:
-    """Answers that were cut off at their limit, by stage."""
-    said = {
-        "drafts": [one for record in records for one in record["samples"]],
-        "feedback": [one for record in records for told in record["feedback"].values() for one in told],
-        "edits": [one for record in records for one in record["edits"]],
-    }
-    return {name: sum(not one["finished"] for one in found) for name, found in said.items()}
+def unfinished(record: Record) -> dict[str, int]:
+    """Answers that were cut off at their limit, by role."""
+    return {name: sum(not one["finished"] for one in said) for name, said in _said(record).items()}
+
+
+def uncounted(record: Record) -> dict[str, int]:
+    """Answers whose tokens nobody counted, by role."""
+    return {name: sum(bool(one["text"]) and not one["tokens"] for one in said) for name, said in _said(record).items()}
+
+
+def _said(record: Record) -> dict[str, list[Any]]:
+    told = [one for said in record["feedback"].values() for one in said]
+    return {"drafts": record["samples"], "feedback": told, "edits": record["edits"]}
+
+
+def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {name: sum(one[name] for one in counts) for name in counts[0]}

@@ -91,8 +91,13 @@ class Store(Rows):
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """The file, new or begun before, open at its start. Raises `LockError` where another process is at work on it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file, new or begun before, open at its start. Raises `LockError` where another process is at work on it, and
+    `ConfigError` where its folder cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem, remedy = f"cannot be made a folder: {error.strerror}", "give another folder to write to (--out)"
+        raise ConfigError(problem, where=str(path.parent), remedy=remedy) from None
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,20 +107,22 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def agree(file: Path, manifest: Mapping[str, Any], holds: str) -> None:
-    """Write the manifest beside a file that is new, or raise `ConfigError` where the folder ``holds`` something of
-    another model or of other items."""
-    folder = file.parent
+def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> None:
+    """Write the manifest beside files that are all empty, or raise `ConfigError` where their folder ``holds`` something
+    of another model or of other items."""
+    folder = files[0].parent
+    begun = [file.name for file in files if file.is_file() and file.stat().st_size]
+    wanted = json.loads(json.dumps(manifest))
+    if not begun:
+        write_whole(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        return
     known = _manifest(folder / MANIFEST)
-    if known is None and file.stat().st_size:
-        remedy = "give another folder (--out); a file of scores is given with --scores"
-        raise ConfigError(f"the folder has {file.name} but no {MANIFEST}", where=str(folder), remedy=remedy)
     if known is None:
-        known = dict(manifest)
-        write_whole(folder / MANIFEST, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-    for name in {**manifest, **known}:
-        if known.get(name) != manifest.get(name):
-            problem = f"the folder holds {holds} of another {name}: {known.get(name)!r}, not {manifest.get(name)!r}"
+        remedy = "give another folder (--out); a file of scores is given with --scores"
+        raise ConfigError(f"the folder has {begun[0]} but no {MANIFEST}", where=str(folder), remedy=remedy)
+    for name in {**wanted, **known}:
+        if known.get(name) != wanted.get(name):
+            problem = f"the folder holds {holds} of another {name}: {known.get(name)!r}, not {wanted.get(name)!r}"
             remedy = "give another folder (--out), or delete this one"
             raise ConfigError(problem, where=str(folder), remedy=remedy)
 
@@ -128,7 +135,7 @@ def opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Store]:
     another process is at work there.
     """
     with locked(folder / ITEMS) as file:
-        agree(folder / ITEMS, manifest, "scores")
+        agree([folder / ITEMS], manifest, "scores")
         yield Store(file, folder / ITEMS)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from align.data.rows import BadRow, decoded
@@ -51,7 +51,8 @@ class EndpointGenerator:
         limit = ANSWER_BYTES + sampling.max_tokens * TOKEN_BYTES
         futures = [self._pool.submit(self._ask, body, limit, stop) for body in bodies]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in as_completed(futures):
+                future.result()  # the first failure ends the call, whatever is still under way
             return [future.result() for future in futures]
         finally:
             stop.set()  # nothing is sent again once one has failed
@@ -131,13 +132,13 @@ def _remedies(section: Endpoint) -> dict[int, str]:
 
 
 def _message_of(data: bytes) -> str:
-    """What a server says of a failure, cut short."""
+    """What a server says of a failure."""
     try:
         error = json.loads(data)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
     except (ValueError, KeyError, TypeError, RecursionError):
         text = data.decode("utf-8", "replace")
-    return " ".join(str(text).split())[:300] or "without a word"
+    return " ".join(str(text).split()) or "without a word"
 
 
 def _read(data: bytes) -> Completion:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 from align import plugins
@@ -20,13 +19,14 @@ class FunctionGenerator:
     def __init__(self, name: str):
         """Raises `ConfigError` for what cannot be imported or called so."""
         self.name, self.function = name, plugins.load(name)
-        parameters = inspect.signature(self.function).parameters.values()
+        signature = plugins.signature(name, self.function)
+        parameters = signature.parameters.values()
         positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         needed = [one for one in parameters if one.default is one.empty and one not in positional]
         needed = [one for one in needed if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         if needed or not 2 <= len(positional) <= 3:
             raise ConfigError(
-                f"function={name} does not take two or three arguments: {inspect.signature(self.function)}",
+                f"function={name} does not take two or three arguments: {signature}",
                 remedy="take (messages, sample), or (messages, sample, opening)",
             )
         self._arguments = len(positional)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -15,6 +16,9 @@ from align.generators.functions import FunctionGenerator
 from align.generators.models import ModelGenerator
 from align.models import identity, load
 from align.sections import Generator as GeneratorSection
+
+SAYS = ("kind", "path", "revision", "init", "dtype", "function", "date")
+"""Fields of a generator that change what it says, beside its weights, its template and its endpoint."""
 
 
 def open_generator(section: GeneratorSection, device: torch.device, seed: int = 0) -> Generator:
@@ -31,9 +35,9 @@ def open_generator(section: GeneratorSection, device: torch.device, seed: int = 
             return ModelGenerator(section, device, seed)
 
 
-def check(section: GeneratorSection) -> Renderer | None:
+def check(section: GeneratorSection, name: str = "generator") -> Renderer | None:
     """Look at all that a generator needs to come up, without reading weights or asking a server; returns what a model
-    renders conversations by.
+    renders conversations by. ``name`` is that of the section, for messages.
 
     Raises `ModelError`, `ConfigError` or `DataError`, each with a remedy.
     """
@@ -45,8 +49,17 @@ def check(section: GeneratorSection) -> Renderer | None:
         case _:
             tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
             load.check(section, len(tokenizer))
-            return Renderer(tokenizer, section.chat_template, section.date, section="generator")
+            return Renderer(tokenizer, section.chat_template, section.date, section=name)
     return None
+
+
+def depends_on(name: str, section: GeneratorSection, seed: int) -> dict[str, Any]:
+    """Whatever its answers depend on, by key below ``name``. Raises as `check` does."""
+    renderer = check(section, name)
+    known = {f"{name}.{field}": getattr(section, field) for field in SAYS}
+    known |= {f"{name}.endpoint.{field}": getattr(section.endpoint, field) for field in ("url", "model", "extra")}
+    content = f"{fingerprint(section, seed)} {renderer.fingerprint if renderer else ''}"
+    return known | {f"{name}, its content": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def fingerprint(section: GeneratorSection, seed: int) -> str:

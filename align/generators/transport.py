@@ -28,6 +28,8 @@ RETRIED = {408, 425, 429}
 """Statuses beside 5xx after which the same request may succeed."""
 IDLE_S = 1.0
 """A connection that lay idle for longer is not used again: servers close theirs after a few seconds."""
+WORDS = 500
+"""Signs of what a server says of a failure that a message holds."""
 TLS, MOVED = 0, 300
 """Stand for a status where no answer came because the certificate is not trusted, and for all redirects."""
 
@@ -130,15 +132,20 @@ class Transport:
         except ssl.SSLCertVerificationError as error:
             raise self._refused(f"its certificate is not trusted: {error.verify_message}", TLS) from error
         except (OSError, HTTPException) as error:
-            raise Again(f"{type(error).__name__}: {error}") from error
-        said = message_of(data).replace(self._token or "\0", f"<{self._token_env}>")
+            raise Again(f"{type(error).__name__}: {self._masked(str(error))}") from error
+        raw = data.replace(self._token.encode() or b"\0", f"<{self._token_env}>".encode())  # `message_of` may cut it
+        said = self._masked(message_of(raw))[:WORDS]
         if response.status in RETRIED or response.status >= 500:
             raise Again(f"status {response.status}: {said}", retry_after(response.getheader("Retry-After")))
         if 300 <= response.status < 400:
-            said = f"it redirects to {(response.getheader('Location') or 'nowhere')[:200]}"
+            said = f"it redirects to {self._masked(response.getheader('Location') or 'nowhere')[:200]}"
         if response.status != 200:
             raise self._refused(f"the service refuses with status {response.status}: {said}", response.status)
         return data
+
+    def _masked(self, text: str) -> str:
+        """Without the token, which a server may send back; to be done before a text is cut, or a part would stay."""
+        return text.replace(self._token or "\0", f"<{self._token_env}>")
 
     def _exchange(self, path: str, body: bytes, limit: int) -> tuple[HTTPResponse, bytes]:
         """Status and headers of an answer, and its body of at most ``limit`` bytes, within the time of a request."""

@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from align.sections.steering import LABEL_MAX
 from align.types import checked
 
-LARGEST = 4
-"""Of a label; the smallest is 0."""
 CONCENTRATION = 24.0
 """alpha + beta of the Beta distribution of an attribute (HelpSteer2)."""
 FLOOR = -100.0
@@ -35,7 +34,7 @@ _NODES, _WEIGHTS = (torch.from_numpy(one) for one in np.polynomial.legendre.legg
 @checked
 def labels(rating_BA: Float[Tensor, "B A"]) -> Int[Tensor, "B A"]:
     """Ratings limited to 0 to 4 and rounded, halves to the even number, as NeMo-Aligner's annotation does."""
-    return rating_BA.clamp(0, LARGEST).round().long()
+    return rating_BA.clamp(0, LABEL_MAX).round().long()
 
 
 @checked
@@ -47,26 +46,26 @@ def beta_bins(rating_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A L"]:
     logarithms), so that small ones keep their digits; the bin at an end where the density may be infinite is what the
     others leave.
     """
-    alpha_BA = CONCENTRATION * (rating_BA.double().clamp(0, LARGEST) / LARGEST)[..., None, None]
+    alpha_BA = CONCENTRATION * (rating_BA.double().clamp(0, LABEL_MAX) / LABEL_MAX)[..., None, None]
     beta_BA = CONCENTRATION - alpha_BA
-    width = 1.0 / (LARGEST + 1)
-    at_LN = width * (torch.arange(LARGEST + 1, dtype=torch.float64)[:, None] + (_NODES + 1) / 2)
+    width = 1.0 / (LABEL_MAX + 1)
+    at_LN = width * (torch.arange(LABEL_MAX + 1, dtype=torch.float64)[:, None] + (_NODES + 1) / 2)
     density = (alpha_BA - 1) * at_LN.log() + (beta_BA - 1) * (-at_LN).log1p()
     scale_BA = torch.lgamma(alpha_BA) + torch.lgamma(beta_BA) - torch.lgamma(alpha_BA + beta_BA)
     bin_BAL = (density - scale_BA + (_WEIGHTS * width / 2).log()).logsumexp(-1)
     low_BA = alpha_BA[..., 0, 0] < CONCENTRATION / 2
-    end_BAL = torch.where(low_BA[..., None], torch.arange(LARGEST + 1) == 0, torch.arange(LARGEST + 1) == LARGEST)
+    end_BAL = torch.where(low_BA[..., None], torch.arange(LABEL_MAX + 1) == 0, torch.arange(LABEL_MAX + 1) == LABEL_MAX)
     others_BA = torch.where(end_BAL, 0.0, bin_BAL.exp()).sum(-1, keepdim=True)
     return torch.where(end_BAL, (-others_BA).log1p(), bin_BAL).clamp(min=FLOOR)
 
 
 @checked
 def attribute_logprob(rating_BA: Float[Tensor, "B A"], label_BA: Int[Tensor, "B A"]) -> Float[Tensor, " B"]:
-    """log P(a|x, y), nats: the sum over attributes of `beta_bins` at their labels; NaN where a rating is not a number.
+    """log P(a|x, y), nats: the sum over attributes of `beta_bins` at their labels; NaN where a rating is not finite.
 
     float64.
     """
-    known_B = ~rating_BA.isnan().any(1)
+    known_B = rating_BA.isfinite().all(1)
     chosen_BA = beta_bins(rating_BA.nan_to_num()).gather(-1, label_BA[..., None]).squeeze(-1)
     return torch.where(known_B, chosen_BA.sum(1), torch.nan)
 

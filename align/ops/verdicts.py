@@ -56,15 +56,18 @@ def agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) 
     other order.
 
     ``agreement``: by the mean of both rankings, the second one turned round. ``first_order``: by the first alone.
-    ``order_consistency``: pairs of which both rankings prefer the same response. A ranking that cannot be read prefers
-    neither, and to prefer neither is wrong.
+    A ranking that cannot be read prefers neither, and to prefer neither is wrong. ``order_consistency``: of the pairs
+    both of whose verdicts can be read, where there are any, those of which both rankings prefer the same response, or
+    neither.
     """
     lean_P2 = torch.where(broken(verdict_B3), 0.0, verdict_B3[:, 2] - MIDDLE).view(-1, 2)
     first_P, second_P = lean_P2[:, 0], -lean_P2[:, 1]
     label_P = label_B3[0::2, 2] - MIDDLE
-    percent = lambda right_P: 100.0 * float((right_P > 0).double().mean())  # noqa: E731
-    return {
-        "agreement": percent((first_P + second_P) * label_P),
-        "first_order": percent(first_P * label_P),
-        "order_consistency": percent(first_P * second_P),
+    percent = lambda right_P: 100.0 * float(right_P.double().mean())  # noqa: E731
+    found = {
+        "agreement": percent((first_P + second_P) * label_P > 0),
+        "first_order": percent(first_P * label_P > 0),
     }
+    read_P = ~broken(verdict_B3).view(-1, 2).any(1)
+    same_P = (first_P.sign() == second_P.sign())[read_P]
+    return found | ({"order_consistency": percent(same_P)} if len(same_P) else {})

@@ -73,9 +73,12 @@ def _relative(value: float | None) -> str:
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
-    return [
+    notes = [
         f"{count} answers were cut off at their limit: {name}" for name, count in results["unfinished"].items() if count
     ]
+    if names := [name for name, count in results["uncounted"].items() if count]:
+        notes.append(f"best-of-n is left out, for tokens are not counted everywhere: {', '.join(names)}")
+    return notes
 
 
 def terminal(results: Mapping[str, Any], console: Console) -> None:

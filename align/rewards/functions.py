@@ -32,7 +32,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _check_signature(name: str, function: Callable[..., Any]) -> None:
-    parameters = inspect.signature(function).parameters.values()
+    parameters = plugins.signature(name, function).parameters.values()
     for one in parameters:
         if one.kind is one.POSITIONAL_ONLY or (one.kind is one.VAR_POSITIONAL):
             raise ConfigError(

@@ -15,12 +15,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from align.data import verdicts
-from align.data.chat import Dialogue, Message, Renderer
+from align.data import judging, verdicts
+from align.data.chat import Dialogue, Message
 from align.data.verdicts import FALLBACK, Scores
-from align.errors import DataError
 from align.generators import opening
 from align.generators.base import Completion, Request
+from align.ops.verdicts import MIDDLE
 from align.rewards import groups as grouping
 from align.rewards import judge_card, principles
 from align.sections import Generative
@@ -104,10 +104,10 @@ class GenerativeJudge:
 
     def metrics(self) -> dict[str, float]:
         """What the generator counted; ``verdicts`` that were wanted, ``retried``, how often one was asked for again,
-        and ``fallbacks``, those that could not be read in the end; ``order_agreement``: the share of pairs of which
-        both orders favour the same response."""
+        and ``fallbacks``, those that could not be read in the end; ``order_consistency``: of the pairs whose votes
+        could all be read, the share of which both orders favour the same response, or neither."""
         found = self.generator.metrics() | {name: float(self._counts[name]) for name in COUNTED}
-        found |= {"order_agreement": sum(self._agreed) / len(self._agreed)} if self._agreed else {}
+        found |= {"order_consistency": sum(self._agreed) / len(self._agreed)} if self._agreed else {}
         self._counts, self._agreed = Counter(), []
         return found
 
@@ -175,15 +175,16 @@ def _merged(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> Co
     """From the votes in each order."""
     none = FALLBACK if num_responses == 2 else Scores(FALLBACK.first, None, None)
     unread = sum(vote is None for votes in orders for vote in votes)
-    means = [_mean([vote or none for vote in votes]) for votes in orders]
-    if len(means) == 1:
-        return Comparison(means[0], unread, None)
-    there, back = means[0], verdicts.swapped(means[1])
-    agreed = None if unread else _favours(there) == _favours(back)
-    return Comparison(_mean([there, back]), unread, agreed)
+    there, *back = [[vote or none for vote in votes] for votes in orders]
+    if not back:
+        return Comparison(_mean(there), unread, None)
+    swapped = [verdicts.swapped(vote) for vote in back[0]]
+    agreed = None if unread else _favours(_mean(there)) == _favours(_mean(swapped))
+    return Comparison(_mean([*there, *swapped]), unread, agreed)
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:
+    """By one sum, which is exact, and one division: means are equal where sums are, which a tie-break looks at."""
     first, second, ranking = (
         sum(column) / len(column) if None not in column else None for column in zip(*scores, strict=True)
     )
@@ -194,7 +195,7 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 def _favours(scores: Scores) -> int:
     """1 for the first response, -1 for the second, 0 for neither."""
     assert scores.ranking is not None
-    return (scores.ranking < grouping.MIDDLE) - (scores.ranking > grouping.MIDDLE)
+    return (scores.ranking < MIDDLE) - (scores.ranking > MIDDLE)
 
 
 def check(section: Generative) -> str:
@@ -207,24 +208,6 @@ def check(section: Generative) -> str:
     judge_card.require_same(section)
     if renderer is None:
         return ""
-    if section.custom_roles and section.form != "principle":
-        _require_roles(renderer, section)
+    keys = "reward.generative.custom_roles", "reward.generative.judge.chat_template"
+    judging.require_roles(renderer, section, keys)
     return renderer.fingerprint
-
-
-def _require_roles(renderer: Renderer, section: Generative) -> None:
-    """A template that leaves a turn out would have the judge rank what it does not see."""
-    probes = [
-        verdicts.ask([Message("user", "1")], responses, "helpsteer3", roles=True, principle=section.principle and text)
-        for *responses, text in (("1", "2", "1"), ("2", "2", "1"), ("1", "1", "1"), ("1", "2", "2"))
-    ]
-    first, *others = (renderer.prompt_ids(probe) for probe in probes)
-    changed = [ids != first for ids in others]
-    for role, told in zip(("response_1", "response_2", "principle"), changed, strict=True):
-        if not told and (role != "principle" or section.principle):
-            raise DataError(
-                f"the chat template leaves out turns of the role {role}",
-                where=section.judge.path,
-                remedy="generative.custom_roles=false asks in words that any model reads; or give a judge whose "
-                "template knows the roles",
-            )

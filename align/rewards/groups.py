@@ -11,10 +11,8 @@ from itertools import combinations
 from typing import Literal
 
 from align.data.verdicts import Scores, thought
+from align.ops.verdicts import MIDDLE
 from align.sections import Generative
-
-MIDDLE = 3.5
-"""A ranking that favours neither response."""
 
 _CODE = re.compile(r"```.*?```", re.DOTALL)
 _STYLE = (

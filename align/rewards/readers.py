@@ -23,7 +23,7 @@ from align.rewards.reading import Reading
 from align.sections import Reward
 from align.types import Sequences
 
-AVERAGED = ("latency", "disagreement", "order_agreement")
+AVERAGED = ("latency", "disagreement", "order_consistency")
 """How metrics begin that are means; all others are counts, which add up."""
 
 

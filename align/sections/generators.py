@@ -9,6 +9,16 @@ from typing import Any, Literal
 from align.sections.roles import Model
 
 
+def is_address(url: str) -> bool:
+    """Whether ``url`` is an address of HTTP without user, query and fragment; hosts may be IPv6 in brackets."""
+    return bool(re.fullmatch(r"https?://[^\s/?#@:]+(:\d+)?(/[^\s?#]*)?", re.sub(r"\[[\d:a-fA-F]+\]", "v6", url)))
+
+
+def is_function(name: str) -> bool:
+    """Whether ``name`` has the form ``module:function`` or ``path/file.py:function``."""
+    return bool(re.fullmatch(r"[^:]+:[A-Za-z_]\w*", name))
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A server with OpenAI's chat-completions protocol: OpenAI itself, vLLM, SGLang, TensorRT-LLM, NIM."""
@@ -39,9 +49,7 @@ class Endpoint:
     and null leaves one out: ``{max_tokens: null, max_completion_tokens: 4096}``."""
 
     def __post_init__(self) -> None:
-        if self.url and not re.fullmatch(
-            r"https?://[^\s/?#@:]+(:\d+)?(/[^\s?#]*)?", re.sub(r"\[[\d:a-fA-F]+\]", "v6", self.url)
-        ):
+        if self.url and not is_address(self.url):
             raise ValueError(f"url must be http://HOST:PORT/v1 or https://HOST/v1, without user or query: {self.url!r}")
         if min(self.timeout_s, self.backoff_s, self.max_backoff_s) <= 0:
             numbers = f"{self.timeout_s}, {self.backoff_s}, {self.max_backoff_s}"
@@ -79,7 +87,7 @@ class Generator(Model):
             raise ValueError(
                 f"kind endpoint needs endpoint.url and endpoint.model: {self.endpoint.url!r}, {self.endpoint.model!r}"
             )
-        if self.kind == "function" and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.function):
+        if self.kind == "function" and not is_function(self.function):
             raise ValueError(f"kind function needs function=module:name or file.py:name: {self.function!r}")
         if self.kind != "function" and self.function:
             raise ValueError(f"kind {self.kind} calls no function: {self.function!r}")

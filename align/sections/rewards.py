@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.sections.generators import is_address, is_function
 from align.sections.judging import Generative
 from align.sections.roles import DType, Model, Trained
 
@@ -48,9 +48,7 @@ class Http:
     """Scores that are remembered by the hash of their conversation, so that none is asked for twice; 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.url and not re.fullmatch(
-            r"https?://[^\s/?#@:]+(:\d+)?(/[^\s?#]*)?", re.sub(r"\[[\d:a-fA-F]+\]", "v6", self.url)
-        ):
+        if self.url and not is_address(self.url):
             raise ValueError(f"url must be http://HOST:PORT or https://HOST:PORT, without user or query: {self.url!r}")
         if min(self.timeout_s, self.backoff_s, self.max_backoff_s) <= 0:
             numbers = f"{self.timeout_s}, {self.backoff_s}, {self.max_backoff_s}"
@@ -129,7 +127,7 @@ class Reward(Model):
         super().__post_init__()
         if self.kind == "http" and not self.http.url:
             raise ValueError(f"kind http needs http.url: {self.http.url!r}")
-        if self.kind == "function" and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.function):
+        if self.kind == "function" and not is_function(self.function):
             raise ValueError(f"kind function needs function=module:name or file.py:name: {self.function!r}")
         if (self.kind == "generative") != self.generative.judge.present:
             raise ValueError(

@@ -57,6 +57,8 @@ class Previous(Reference):
     """Follows the policy."""
     generation_slots: int = 64
     """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+    gather_for_rollouts: bool = True
+    """As ``policy.gather_for_rollouts``: False fetches weights layer by layer at ZeRO 3, for every token."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -70,6 +71,13 @@ class Call:
     """What each rank will answer."""
     first: int = 0
     """Rank of the first of ``references``."""
+    since: float | None = None
+    """When its answer was first waited or looked for, by `time.monotonic`; its deadline counts from then."""
+
+    def waited_for(self) -> float:
+        """`since`, which is now where nobody has waited yet."""
+        self.since = time.monotonic() if self.since is None else self.since
+        return self.since
 
     @property
     def place(self) -> str:

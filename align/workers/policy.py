@@ -56,6 +56,15 @@ class ReferenceWorker(Worker):
         """log pi(token t | before) of this rank's sequences, (B, T)."""
         return self.engine.infer(sequences, temperature=temperature)["logprob_BT"]
 
+    def _sampled(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Responses on whole weights, or on weights that are fetched layer by layer."""
+        section, seed = self.spec.section, self.spec.seed
+        assert isinstance(section, PolicySection | PreviousSection)
+        if self.engine.sharded and not section.gather_for_rollouts:
+            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots, self.engine.agree)
+        with self.engine.full(self.model.parameters()):
+            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots)
+
 
 class PolicyWorker(TrainedWorker, ReferenceWorker):
     """The actor."""
@@ -72,12 +81,7 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     @answered
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Responses to this rank's prompts, with dropout off and on the weights as they are now."""
-        section, seed = self.spec.section, self.spec.seed
-        assert isinstance(section, PolicySection)
-        if self.engine.sharded and not section.gather_for_rollouts:
-            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots, self.engine.agree)
-        with self.engine.full(self.model.parameters()):
-            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots)
+        return self._sampled(prompts, sampling)
 
     @answered
     def weights(self) -> Weights:
@@ -127,10 +131,7 @@ class PreviousWorker(ReferenceWorker):
     @answered
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Responses to this rank's prompts."""
-        section = self.spec.section
-        assert isinstance(section, PreviousSection)
-        with self.engine.full(self.model.parameters()):
-            return generation.generate(self.model, prompts, sampling, self.spec.seed, section.generation_slots)
+        return self._sampled(prompts, sampling)
 
 
 class Reference(Role):

@@ -32,7 +32,7 @@ from align.workers.base import Answer, Ranks, Spec, Worker
 from align.workers.evidence import Call, DiedError
 from align.workers.process import worker_environment
 from align.workers.session import LOOPBACK, Session
-from align.workers.watch import Watch
+from align.workers.watch import FETCH_S, Watch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -62,6 +62,8 @@ class RayFuture(Generic[U]):
 
     def __init__(self, ranks: RayRanks, call: Call, gather: Callable[[list[Any]], U]):
         self._ranks, self._call, self._gather = ranks, call, gather
+        self._sound: set[Any] = set()
+        """References whose answers were looked at and are no errors."""
 
     def result(self) -> U:
         """Wait; see `align.roles.Future`."""
@@ -72,8 +74,19 @@ class RayFuture(Generic[U]):
     def done(self) -> bool:
         """See `align.roles.Future`. True also where an answer cannot come, which `result` then says."""
         references = self._call.references
-        ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
-        return len(ready) == len(references)
+        ready, pending = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        return not pending or self._failed(ready) or self._ranks.given_up(self._call)
+
+    def _failed(self, ready: Sequence[Any]) -> bool:
+        """Whether a rank has failed while others have not answered: they may hang in a collective."""
+        for reference in ready:
+            if reference not in self._sound:
+                try:
+                    ray.get(reference, timeout=FETCH_S)
+                except RayError:
+                    return True
+                self._sound.add(reference)
+        return False
 
 
 class RayRanks(Ranks):
@@ -120,6 +133,7 @@ class RayRanks(Ranks):
                 f"{self.role}: {call.place} cannot be sent to its workers: {type(error).__name__}: {cause}; remedy: "
                 "losses and their arguments must be picklable, and fit into Ray's object store (/dev/shm)"
             ) from error
+        call.since = None
         self.cluster.watch.calls.append((self.role, call))
         return call
 
@@ -135,12 +149,18 @@ class RayRanks(Ranks):
 
     def wait(self, call: Call) -> list[Any]:
         """Wait for a call, within the time its phase has."""
+        return self.cluster.watch.wait(self.role, call, *self._limit(call))
+
+    def given_up(self, call: Call) -> bool:
+        """Whether `wait` would not go on waiting for a call that is not answered."""
+        return self.cluster.watch.gives_up(call, self._limit(call)[0])
+
+    def _limit(self, call: Call) -> tuple[float, str]:
+        """Seconds that a call may take, and the key of the recipe that says so."""
         section = self.cluster.section
         if call.phase in section.phase_timeout_s:
-            key, seconds = f"cluster.phase_timeout_s.{call.phase}", section.phase_timeout_s[call.phase]
-        else:
-            key, seconds = "cluster.call_timeout_s", section.call_timeout_s
-        return self.cluster.watch.wait(self.role, call, seconds, key)
+            return section.phase_timeout_s[call.phase], f"cluster.phase_timeout_s.{call.phase}"
+        return section.call_timeout_s, "cluster.call_timeout_s"
 
 
 class RayCluster:

@@ -19,7 +19,6 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] - compiled
-from ray.exceptions import RayError
 
 from align.errors import WorkerError
 from align.sections import Cluster
@@ -63,7 +62,7 @@ class Session:
             else:
                 self._knock(str(self.section.address))
                 ray.init(address=self.section.address, **QUIET)
-        except (RayError, ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # Ray raises a bare one where its own processes are slow to start
             self.close()
             raise WorkerError(
                 f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",

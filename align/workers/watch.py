@@ -40,6 +40,8 @@ class Watch:
         """Whether one of Ray's own processes is gone, so that nothing can be asked of Ray any more."""
         self.hung = False
         """Whether a deadline has passed: workers may not listen to Ray any more."""
+        self._looked = 0.0
+        """When `gives_up` looked after Ray's own processes last."""
 
     def look_after_daemons(self) -> None:
         """From now on, end a wait when one of Ray's own processes on the workers' nodes is gone."""
@@ -56,8 +58,8 @@ class Watch:
     def wait(self, role: str, call: Call, timeout_s: float, key: str) -> list[Any]:
         """Answers in the order of ranks. The first failure ends the wait, though peers may hang in a collective.
 
-        ``key`` is the key of the recipe that gave ``timeout_s``. Raises `DiedError` when a process ended, `WorkerError`
-        for a deadline or any other failure, and an `AlignError` of the worker as itself.
+        ``timeout_s`` counts from `Call.since`; ``key`` is the key of the recipe that gave it. Raises `DiedError` when a
+        process ended, `WorkerError` for a deadline or any other failure, and an `AlignError` of the worker as itself.
         """
         try:
             return self._wait(role, call, timeout_s, key)
@@ -68,7 +70,7 @@ class Watch:
             raise
 
     def _wait(self, role: str, call: Call, timeout_s: float, key: str) -> list[Any]:
-        deadline = time.monotonic() + timeout_s
+        deadline = call.waited_for() + timeout_s
         rank_of = {reference: call.first + index for index, reference in enumerate(call.references)}
         pending, answers = list(rank_of), {}
         while pending:
@@ -86,6 +88,16 @@ class Watch:
                 if time.monotonic() >= deadline:
                     raise self._late(role, call, [rank_of[one] for one in pending], (timeout_s, key))
         return [answers[rank] for rank in sorted(answers)]
+
+    def gives_up(self, call: Call, timeout_s: float) -> bool:
+        """Whether a call that has not been answered has had its time, or one of Ray's own processes is gone."""
+        now = time.monotonic()
+        if now >= call.waited_for() + timeout_s:
+            return True
+        if self.daemons is None or now < self._looked + POLL_S:
+            return False
+        self._looked = now
+        return self.daemons.dead() is not None
 
     def _check_daemons(self, role: str, call: Call) -> None:
         dead = self.daemons.dead() if self.daemons else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,9 +13,11 @@ from align.algorithms import feedback_edit
 from align.data import editing, toy_family
 from align.data.chat import Message, Renderer
 from align.data.helpsteer import Corpus
+from align.data.prompts import PromptStream
 from align.data.rows import Edit
-from align.sections import Editing, Evaluation
-from align.types import Packed, Rollouts, Sequences
+from align.roles import Ready
+from align.sections import Editing, Evaluation, Policy, Reward, Sampling
+from align.types import Batch, Packed, Rollouts, Sequences
 
 NAN = float("nan")
 
@@ -81,3 +84,65 @@ def test_edits_are_judged_as_answers_to_the_conversation(renderer: Renderer):
     assert held_out is not None and held_out.originals == ["sun", "owl"] and held_out.judged is not None
     assert held_out.judged.lists() == [renderer.prompt_ids(row.context) for row in ROWS[:0:-1]]
     assert held_out.messages == [row.context for row in ROWS[:0:-1]]
+
+
+class Roles:
+    """Policy, reference and reward in one. Two prompts get a copy, a short edit and a longer one; copies score best."""
+
+    def __init__(self, renderer: Renderer, texts: list[str]):
+        self.ids, self.texts, self.second_reward = (
+            [renderer.response_ids(ROWS[0].context, t) for t in texts],
+            texts,
+            None,
+        )
+        self.policy = self.reference = self.reward = self
+
+    def rollouts(self, prompts: PromptStream, *_: Any) -> Iterator[tuple[int, Rollouts]]:
+        tokens = prompts.batch(1).tokens
+        sequences = Sequences(tokens, Packed.from_lists(self.ids), torch.arange(2).repeat_interleave(3))
+        self.zero_BT = torch.zeros(sequences.mask_BT.shape)
+        yield 1, Rollouts(sequences, self.zero_BT, self.zero_BT, torch.ones(6).bool(), 1.0, 1)
+
+    def score(self, sequences: Sequences) -> Ready[torch.Tensor]:
+        self.judged = sequences.prompts.lists()
+        return Ready(torch.tensor([9.0, 1.0, 3.0] * 2))
+
+    def logprobs(self, *_: Any) -> Ready[torch.Tensor]:
+        return Ready(self.zero_BT)
+
+    proximal = logprobs
+
+    def update(self, batch: Batch, loss: Any) -> Ready[dict[str, float]]:
+        self.batch = batch
+        return Ready({})
+
+    def export(self, *_: Any) -> Ready[None]:
+        return Ready(None)
+
+    def log(self, step: int, metrics: dict[str, float], *_: Any) -> None:
+        self.metrics = metrics
+
+
+@pytest.mark.parametrize(("penalty", "copy"), [(0.0, -1.0), (None, 7.0)])
+def test_a_step_against_copies(renderer: Renderer, penalty: float | None, copy: float):
+    """A copy counts as the worst edit, 1 - (1 + 3) / 2; without the rule it is the best, 9 - (1 + 3) / 2."""
+    recipe = feedback_edit.Config(
+        policy=Policy(path="p"),
+        reward=Reward(path="r"),
+        sampling=Sampling(num_samples=3),
+        prompts_per_step=2,
+        copy_penalty=penalty,
+        editing=Editing(instruction="edit\n{feedback}"),
+    )
+    material, _ = feedback_edit.prepare(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
+    asked = [ROWS[i] for i in material.prompts.order.indices(1).tolist()]
+    made = Roles(renderer, [text for row in asked for text in (row.original, f"{row.edited} okay", row.edited)])
+    run: Any = SimpleNamespace(
+        rollouts=made.rollouts, decode=renderer.text, log=made.log, state={}, tensors={}, final=None
+    )
+    feedback_edit.train(recipe, material, made, run)  # type: ignore[arg-type]
+    assert made.judged == [renderer.prompt_ids(row.context) for row in asked]  # not the edit prompts
+    said = [renderer.text(ids) for ids in made.batch.sequences.responses.lists()]
+    advantage = dict(zip(said, made.batch.columns["advantage_BT"][:, 0].tolist(), strict=True))
+    assert [advantage[row.original] for row in asked] == pytest.approx([copy] * 2)
+    assert made.metrics["copies"] == pytest.approx(1 / 3)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from align.algorithms import _genrm_heldout, genrm
+from align.algorithms import _genrm_heldout, genrm, sft
 from align.cli import main
 from align.data import judging, toy, toy_family, verdicts
 from align.data.chat import Message, Renderer
 from align.data.helpsteer import Corpus
 from align.data.rows import Comparison
 from align.data.verdicts import Scores
+from align.rewards import judge_card
 from align.roles import Ready
-from align.sections import Evaluation, Policy, Sampling, Verdict
+from align.sections import Data, Evaluation, Policy, Sampling, Verdict
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 LABELS = [(-3, (5.0, 1.0)), (-2, None), (-1, (4.0, 3.0)), (1, (2.0, 3.0)), (2, (2.0, 4.0)), (3, (1.0, 4.0))]
@@ -79,11 +81,27 @@ def test_every_response_is_graded_by_its_own_label(step: int, source, renderer):
     assert score_B.tolist() == [0.0, -10.0] * 4
     assert distance["format_violations"] == 50.0
     assert distance["ranking_error"] == 0.0
-    moved = genrm.Material(material.prompts, material.label_R3.roll(1, 0), None)
+    moved = replace(material, label_R3=material.label_R3.roll(1, 0))
     score_B, _ = genrm.grade(recipe, moved, answers(prompts, texts, renderer, 2), renderer.text)
     assert all(score < 0 for score in score_B.tolist())
     cut_off = answers(prompts, texts, renderer, 2, finished=False)
     assert genrm.grade(recipe, material, cut_off, renderer.text)[0].tolist() == [-10.0] * 8
+
+
+def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer):
+    """Of reinforcement and of imitation; the best one of an evaluation too."""
+    file = tmp_path / "t.jinja"
+    file.write_text(f"{{# {{{{ date_string }}}} #}}{toy_family.CHAT_TEMPLATE}")
+    section = Data(path="d", chat_template=str(file), date="26 Jul 2024")
+    recipe = config(data=section, evaluation=Evaluation(every=1))
+    read = Renderer(renderer.tokenizer, section.chat_template, section.date)
+    material, _ = genrm.prepare(recipe, source, read)
+    card = json.loads(material.files[judge_card.NAME])
+    assert (card["form"], card["date"], material.files["chat_template.jinja"]) == ("json", section.date, read.template)
+    assert material.held_out is not None and material.held_out.files == material.files
+    said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
+    imitated = sft.Config(policy=Policy(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
+    assert sft.prepare(imitated, Corpus(said, said, {}, ""), read)[0].files == material.files
 
 
 class Run:
@@ -120,7 +138,7 @@ class Judge:
 
 def test_held_out_verdicts_when_they_are_due(source, renderer):
     recipe = config(evaluation=Evaluation(every=2, prompts=4, keep_best=True))
-    held_out = _genrm_heldout.prepare(recipe, source, renderer)
+    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None, None))
     assert held_out is not None and len(held_out.prompts) == 8
     run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
     evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)
@@ -150,7 +168,7 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     assert json.loads(run.kept[0][1]["align_judge.json"])["custom_roles"] is True
     _genrm_heldout.Evaluator(recipe, held_out, judge, run)  # a run that is gone on with has measured its start
     assert len(run.written) == 3
-    assert _genrm_heldout.prepare(config(), source, renderer) is None
+    assert _genrm_heldout.prepare(config(), source, renderer, {}) is None
 
 
 def write_pairs(folder: Path) -> Path:
@@ -201,4 +219,4 @@ def test_learns_what_people_prefer(tmp_path: Path, tiny_family: Path, monkeypatc
     assert start["heldout/greedy/agreement"] < 60 < 90 < end["heldout/greedy/agreement"]
     assert end["heldout/greedy/reward"] > start["heldout/greedy/reward"] + 1
     card = json.loads((tmp_path / "run" / "final" / "align_judge.json").read_text())
-    assert card == {"version": 1, "form": "json", "custom_roles": True, "principle": ""}
+    assert card == {"version": 1, "form": "json", "custom_roles": True, "principle": "", "date": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +17,22 @@ from rich.console import Console
 from align import config, launch
 from align.algorithms import _steer, steerlm, steerlm2
 from align.data import helpsteer, messages, steering
+from align.data.attributes import HELPSTEER_ATTRIBUTES
 from align.data.chat import Dialogue, Message, Renderer, load_tokenizer
 from align.data.rows import Rating
+from align.engines.deepspeed import Engine
 from align.errors import ConfigError
 from align.ops import steerlm as ops
 from align.rewards import reading
 from align.roles import Ready
 from align.run import Clock
-from align.sections import Cluster, Data, Evaluation, Reward
-from align.types import Packed, Rollouts, Sequences
+from align.sections import Cluster, Data, Evaluation, Previous, Reward, Sampling
+from align.types import Packed, Prompts, Rollouts, Sequences
 from align.workers import judges, local, policy, reward
 from align.workers.base import Ranks, Spec
 
 NAMES = ("helpfulness", "verbosity")
+SAID = {"from": "Assistant", "value": "ant pig", "label": "quality:0"}
 
 
 class Written:
@@ -138,6 +142,24 @@ def test_a_judge_with_one_score_cannot_label(tiny_reward: Path):
             reading.require_attributes(section, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        ("openai", {"messages": [{"role": "user", "content": "pig"}, {"role": "assistant", "content": "ant pig"}]}),
+        ("helpsteer", {"prompt": "pig", "response": "ant pig", **dict.fromkeys(HELPSTEER_ATTRIBUTES, 1)}),
+        ("nemo", {"conversations": [{"from": "User", "value": "pig"}, SAID]}),
+    ],
+)
+def test_one_response_to_a_prompt_can_be_labelled(tmp_path, family_data, tiny_family, tiny_attributes, layout, row):
+    """The attribute model gives labels, so data need no second response and no rating of the attributes."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    for split in ("validation", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row).replace("pig", "owl"))
+    settings = "steerlm", tmp_path, tiny_family, tiny_attributes, f"data.format={layout}"
+    (said,) = launch.prepare(recipe(tmp_path, *settings)).material.rows
+    assert (said.context, said.response) == ((Message("user", "pig"),), "ant pig")
+
+
 def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family, tiny_attributes):
     """Judges read plain prompts; the policy is asked for the best."""
     more = "labels=data", "data.format=helpsteer2", "evaluation.every=1", "evaluation.prompts=3"
@@ -148,6 +170,7 @@ def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family
     assert len(material.rows) == prepared.counts["kept"] > 200
     assert all(dict(row.ratings) == known[row.context, row.response] for row in material.rows)
     held_out = material.held_out
+    assert prepared.counts["held_out_kept"] >= len(held_out.messages) == 3
     asked = [renderer.text(ids) for ids in held_out.prompts.tokens.lists()]
     assert asked == [f"{m[-1].content}<extra_id_2>helpfulness:4,verbosity:2\n" for m in held_out.messages]
     assert held_out.judged.lists() == [renderer.prompt_ids(m) for m in held_out.messages]
@@ -164,7 +187,11 @@ def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_
         number: steerlm.bootstrapped(prepared.config, prepared.material, role, Written(number))  # type: ignore[arg-type]
         for number in (2, 3)
     }
-    again = steerlm.bootstrapped(prepared.config, prepared.material, role, Written(2))  # type: ignore[arg-type]
+    run = Written(2)
+    again = steerlm.bootstrapped(prepared.config, prepared.material, role, run)  # type: ignore[arg-type]
+    assert run.lines[0] == "round 2, bootstrap prompts: 20 asked, 0 repeated, 0 too_long, 20 kept"
+    assert run.lines[1].startswith("round 2, their answers: 40 answers, ")
+    assert run.lines[1].endswith(f", {len(again)} kept")
     assert found[2] == again and found[2] and found[3]
     assert all(row.response.strip() and not row.ratings for row in found[2])
     contexts = [{row.context for row in rows} for rows in found.values()]
@@ -221,7 +248,9 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     renderer = Renderer(load_tokenizer(tiny_family))
     source = helpsteer.load(settings.data, "ratings")
     material, _ = steerlm2.prepare(settings, source, renderer)
-    groups = _steer.groups(settings, "data", material, None, Written())  # type: ignore[arg-type]
+    run = Written()
+    groups = _steer.groups(settings, "data", material, None, run)  # type: ignore[arg-type]
+    assert run.lines[0].endswith(f", 0 too_long, {len(groups.asked.contexts)} kept")
     prompts = groups.prompts.batch(1)
     rows = groups.prompts.order.indices(1).tolist()
     texts = ["ant", "ant pig", "ant pig owl", "ant pig owl hen"]
@@ -243,6 +272,30 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     assert (batch.unit, batch.temperature, statistics["learnable"]) == (2, 1.0, 0.5)
     assert cast.base.asked.prompts.lists() == [renderer.prompt_ids(groups.asked.contexts[row]) for row in rows]
     assert batch.sequences.prompts.lists() == groups.asked.steered.select(torch.tensor(rows)).lists()
+
+
+def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same tokens as on whole weights, which are never gathered."""
+    said = []
+    prompts = Prompts(Packed.from_lists([[5, 6], [7]]), torch.arange(2), (2,), 1)
+    for keys in ({}, {"zero_stage": 3}, {"zero_stage": 3, "gather_for_rollouts": False}):
+        section = Previous(path=str(tiny_family), revision=None, init={}, dtype="float32", trust_remote_code=False)
+        spec = Spec("previous", 0, 1, replace(section, **keys), 0, 2, 60.0)
+        role = policy.Previous(local.bring_up(policy.PreviousWorker, spec, Clock()), section)
+        if "gather_for_rollouts" in keys:
+            monkeypatch.setattr(Engine, "full", None)
+        said.append(role.generate(prompts, Sampling(num_samples=2, max_tokens=4)).result())
+    assert [one.sequences.responses.lists() for one in said[1:]] == [said[0].sequences.responses.lists()] * 2
+
+
+def test_a_policy_that_learned_another_form_is_refused(tmp_path, family_data, tiny_family, tiny_attributes):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_family, model)
+    for name, text in steering.Form(NAMES, (4, 2), "user", "", "").files(None).items():
+        (model / name).write_text(text)
+    settings = "steerlm2", family_data, model, tiny_attributes, f"base.path={tiny_family}", "steering.prefix=''"
+    with pytest.raises(ConfigError, match=r'learned with steering\.place="user" steering\.suffix=""'):
+        launch.prepare(recipe(tmp_path, *settings))
 
 
 def test_the_loss_counts_groups_in_which_two_samples_are_usable():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from align.data import judging, toy_family, verdicts
 from align.data.chat import Message, Renderer
@@ -72,17 +71,30 @@ def test_a_pair_is_too_long_as_a_whole(renderer: Renderer):
         judging.prompts([row()], renderer, ROLES, 3)
 
 
-def test_a_template_that_leaves_the_responses_out_is_refused(byte_tokenizer: Path):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}"
-        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    with pytest.raises(DataError, match=r"verdict\.custom_roles=false"):
-        judging.prompts([row()], Renderer(tokenizer), ROLES, 9999)
-    found = judging.prompts([row()], Renderer(tokenizer), Verdict(), 9999)
-    assert "response 1" in Renderer(tokenizer).text(found.tokens.row(0).tolist())
+@pytest.mark.parametrize("hidden", ["response_1", "response_2", "principle"])
+def test_a_template_that_leaves_out_a_role_is_refused(hidden: str):
+    tokenizer = toy_family.tokenizer()
+    shown = f"in messages if message.role != '{hidden}' %}}"
+    tokenizer.chat_template = toy_family.CHAT_TEMPLATE.replace("in messages %}", shown)
+    renderer = Renderer(tokenizer)
+
+    def make(verdict: Verdict) -> Iterator[Callable[[], Any]]:
+        config = SimpleNamespace(data=Data(path="x"), verdict=verdict)
+        yield lambda: judging.prompts([row()], renderer, verdict, 9999)
+        yield lambda: judging.demonstrations([row()], renderer, config)
+
+    for refused in make(Verdict(custom_roles=True, principle="right")):
+        with pytest.raises(DataError, match=f"leaves out turns of the role {hidden}") as caught:
+            refused()
+        assert "verdict.custom_roles=false" in (caught.value.remedy or "")
+    for works in make(Verdict(principle="right")):
+        works()
+
+
+def test_responses_of_the_same_tokens_are_identical(renderer: Renderer):
+    """The tokenizer knows neither letter."""
+    found = judging.prompts([row(), row(response1="\u00e9", response2="\u00fc")], renderer, ROLES, 99)
+    assert (found.counts["identical"], found.counts["kept"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +103,7 @@ def test_a_template_that_leaves_the_responses_out_is_refused(byte_tokenizer: Pat
         ("Response 1 is better than Response 2.", "Response 2 is better than Response 1."),
         ("@Response 1 errs; response 2 does not", "@Response 2 errs; response 1 does not"),
         ("RESPONSE_2's and Response1", "RESPONSE_1's and Response2"),
-        ("Response 1: 2 of 12 words", "Response 2: 2 of 12 words"),
+        ("Response #1: 3 of 12 words, 1.5 lines", "Response #2: 3 of 12 words, 1.5 lines"),
         ("Response 12 and Response 1", "Response 12 and Response 2"),
     ],
 )
@@ -112,6 +124,11 @@ def test_a_reason_told_the_other_way_round(said: str, turned: str):
         "Response 1 is fine, A2 is not",
         "Response 1 is fine, answer 2 is not",
         "Response 1 is fine, #2 is not",
+        "I prefer response 2 over 1.",
+        "Response 1 > 2",
+        "Response 1 is wrong. 2 is better.",
+        "Response 1 is wrong.2 is better.",
+        "Response 1: 2 of 12 words",
         "Response One is better than response 2",
         "La respuesta 1 es mejor",
         "The response 1.5 of them",
@@ -149,7 +166,7 @@ def test_a_reason_that_looks_like_a_verdict_is_no_demonstration(renderer: Render
     quoted = f"{SAID} {verdicts.write(Scores(1, 5, 6), 'json')}"
     config = SimpleNamespace(data=Data(path="x"), verdict=Verdict(form="json", custom_roles=True))
     _, counts = judging.demonstrations([row(reasons=((-1, SAID), (-1, quoted)))], renderer, config)
-    assert (counts["unreadable"], counts["kept"]) == (2, 2)
+    assert (counts["unreadable"], counts["not_swapped"], counts["kept"]) == (1, 1, 2)
 
 
 def test_reading_counts_what_is_cut_off_as_no_verdict():

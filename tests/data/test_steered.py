@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,7 +108,10 @@ def test_samples_without_an_end_or_a_word_are_left_out():
     sequences = Sequences(Packed.from_lists([[1], [1]]), packed, torch.tensor([0, 0, 0, 1]))
     number_BT = torch.zeros(4, packed.mask().shape[1])
     rollouts = Rollouts(sequences, number_BT, number_BT, torch.tensor([True, False, True, True]), 1.0, 1)
-    assert [(row.context, row.response) for row in steered.sampled([A, B], rollouts, RENDERER)] == [
-        (A, "ant"),
-        (B, "owl"),
-    ]
+    rows, counts = steered.sampled([B, A], [(torch.tensor([1, 0]), rollouts)], RENDERER)
+    assert [(row.context, row.response) for row in rows] == [(A, "ant"), (B, "owl")]
+    assert counts == {"answers": 4, "unfinished": 1, "empty": 1, "kept": 2}
+    cut_off = replace(rollouts, finished_B=torch.zeros(4).bool())
+    with pytest.raises(DataError, match="4 answers, 4 unfinished, 0 empty, 0 kept") as caught:
+        steered.sampled([B, A], [(torch.tensor([1, 0]), cut_off)], RENDERER)
+    assert caught.value.remedy == "raise sampling.max_tokens"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from align.data import toy_family
 from align.data.chat import Message, Renderer
-from align.data.steering import NAME, Form, read
+from align.data.steering import NAME, Form, read, require_same
 from align.errors import ConfigError, ModelError
 from align.sections import Steering
 
@@ -111,3 +112,21 @@ def test_a_card_that_cannot_be_read(change, tmp_path: Path):
     (tmp_path / NAME).write_text("[" if change is None else json.dumps(card | change))
     with pytest.raises(ModelError):
         read(tmp_path / NAME)
+
+
+def test_a_policy_is_told_as_it_learned(tmp_path: Path):
+    """By any values."""
+    learned = Steering(attributes=["helpfulness", "verbosity"], place="user", prefix="\n\n", suffix="")
+    for name, text in Form.of(learned).files(None).items():
+        (tmp_path / name).write_text(text)
+    require_same(Form.of(replace(learned, values={"helpfulness": 1})), str(tmp_path))
+    require_same(Form.of(Steering()), str(tmp_path / "of another"))
+    for changes, said in (
+        ({"attributes": ["verbosity", "helpfulness"]}, 'steering.attributes=["helpfulness", "verbosity"]'),
+        ({"place": "system", "prefix": "x"}, 'steering.place="user" steering.prefix="\\n\\n"'),
+        ({"suffix": "\n"}, 'steering.suffix=""'),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            require_same(Form.of(replace(learned, **changes)), str(tmp_path))
+        assert caught.value.remedy == f"tell it as it learned: {said}"
+        assert caught.value.where == str(tmp_path)

@@ -28,7 +28,8 @@ def test_a_task_makes_demonstrations_of_what_it_reads(name: str, folder: Path):
     config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), demonstrates=name)
     source = helpsteer.load(config.data, config.reads())
     found, counts = sft.prepare(config, source, Renderer(load_tokenizer(folder / "tokenizer")))
-    assert len(found) == counts["kept"] > 0
+    assert len(found.demonstrations) == counts["kept"] > 0
+    assert bool(found.files) == (name == "verdicts")
 
 
 @pytest.mark.parametrize("responses", ["preferred", "all"])
@@ -36,7 +37,8 @@ def test_answers_are_as_before(responses: str, folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
     config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), responses=responses)
     source = helpsteer.load(config.data, config.reads())
-    found, counts = sft.prepare(config, source, renderer)
+    material, counts = sft.prepare(config, source, renderer)
+    found = material.demonstrations
     wanted, others = tokenise.demonstrations(source.train, renderer, responses, 2048, 2048)
     assert (found.prompts.lists(), found.responses.lists()) == (wanted.prompts.lists(), wanted.responses.lists())
     assert counts == others

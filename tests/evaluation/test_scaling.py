@@ -22,6 +22,7 @@ from align.evaluation import scaling, scaling_flow, scaling_sweep
 from align.evaluation.scaling_flow import STRIDE, Desk, Flow, work
 from align.evaluation.scaling_sweep import Setting
 from align.generators.base import Completion, Request
+from align.generators.functions import FunctionGenerator
 from align.roles import Ready
 from align.sections import InferenceScaling, Sampling, ScalingPrompts
 
@@ -143,6 +144,42 @@ def test_drafts_are_chosen_from_more_samples(tmp_path: Path):
     assert scaling_sweep.tokens(section, row, Setting(2, 6, 0)) == spent
 
 
+def test_a_smaller_setting_keeps_the_best_also_of_as_many_samples_as_drafts(tmp_path: Path):
+    """Sample 5 is right. A smaller number of drafts has it, as in a run of its own."""
+    (tmp_path / "alone").mkdir()
+    found = run(recipe(tmp_path, "draft_samples=6", "drafts=6", "sweep={drafts: [2]}", "max_best_of=0"))
+    alone = run(recipe(tmp_path / "alone", "draft_samples=6", "drafts=2", "max_best_of=0"))
+    assert records(tmp_path)[0]["kept"][0] == 5 and len(records(tmp_path)[0]["kept"]) == 6
+    assert found["sweep"]["drafts"][0]["feedback_edit"] == alone["whole"]["feedback_edit"]
+
+
+def test_best_of_n_has_no_more_samples_than_its_bound(tmp_path: Path):
+    """Sample 5 is right, and among the first two none."""
+    results = run(recipe(tmp_path, "drafts=8", "max_best_of=2"))
+    (row, *_), best = records(tmp_path), results["whole"]["best_of_n"]
+    assert len(row["samples"]) == 8 and len(row["scores"]["best_of_select"]) == 2
+    assert best["candidates"] <= 2 and best["ground_truth"] < 4.0
+
+
+def test_without_counts_of_tokens_there_is_no_best_of_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Feedback on one of the prompts has none, as from a server that counts for some requests alone."""
+    answer = FunctionGenerator._answer
+
+    def uncounted(self: FunctionGenerator, request: Request) -> Completion:
+        told = self.name.endswith(":feedback") and request.messages[0].content == PROMPTS[1]
+        return answer(self, request)._replace(**({"tokens": 0} if told else {}))
+
+    monkeypatch.setattr(FunctionGenerator, "_answer", uncounted)
+    console = Console(record=True, width=160)
+    results = scaling.scale(recipe(tmp_path, SWEEP), console)
+    points = [results["whole"], *(point for axis in results["sweep"].values() for point in axis)]
+    assert all(point["best_of_n"] is None for point in points)
+    assert ["best_of_select" in row["scores"] for row in records(tmp_path)] == [True, False, True]
+    assert results["uncounted"] == {"drafts": 0, "feedback": 24, "edits": 0}
+    note = "best-of-n is left out, for tokens are not counted everywhere: feedback"
+    assert note in console.export_text() and note in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_draft_that_nobody_would_change_stays_as_it_is(tmp_path: Path):
     section = recipe(tmp_path, "editing.perfect=The response")
     results = run(section)
@@ -162,10 +199,19 @@ def test_a_command_goes_on_where_it_was_cut(tmp_path: Path, whole: tuple[Path, I
     for changed, value in (("feedbacks_kept", 2), ("edit_sampling", Sampling(max_tokens=3)), ("seed", 1)):
         with pytest.raises(ConfigError, match=f"another {changed}"):
             run(replace(section, **{changed: value}))
+    with pytest.raises(ConfigError, match="another policy.function"):  # of the same file
+        run(recipe(tmp_path, SWEEP, f"policy.function={SPEAKERS}:edit"))
     run(recipe(tmp_path, "prompts_at_once=1", "sweep={drafts: [3], feedbacks: [3, 1]}"))  # nothing is asked again
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "sort the words : ant"}\n')
     with pytest.raises(ConfigError, match="another prompts"):
         run(section)
+
+
+def test_a_first_call_that_fails_does_not_bind_its_folder(tmp_path: Path):
+    (tmp_path / "bad.py").write_text("def f(messages, sample): return 1 / 0\n")
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        run(recipe(tmp_path, f"policy.function={tmp_path}/bad.py:f", "seed=7"))
+    run(recipe(tmp_path))
 
 
 class Slow:

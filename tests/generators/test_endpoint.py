@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,8 +31,11 @@ Fault = Callable[[int, dict[str, Any]], tuple[int, bytes]]
 
 
 @contextmanager
-def server(fault: Fault) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, str]]]]:
-    """``fault`` gets the number of a request, from 1, and its body, and returns status and answer."""
+def server(
+    fault: Fault, more: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, str]]]]:
+    """``fault`` gets the number of a request, from 1, and its body, and returns status and answer; ``more`` are headers
+    of every answer."""
     bodies: list[dict[str, Any]] = []
     headers: list[dict[str, str]] = []
     lock = threading.Lock()
@@ -48,6 +52,8 @@ def server(fault: Fault) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[
             status, data = fault(number, body)
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            for name, value in more.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 
@@ -188,6 +194,42 @@ def test_what_repeating_cannot_change_is_an_error_at_once(status: int, remedy: s
     ):
         found.complete(requests(1), SAMPLING)
     assert len(bodies) == 1 and KEY not in str(failed.value)
+
+
+def test_the_first_failure_does_not_wait_for_who_is_slow():
+    """The request that fails is not the first; the first has no answer before the test is over."""
+    over, waited = threading.Event(), threading.Event()
+
+    def fault(number: int, body: dict[str, Any]) -> tuple[int, bytes]:
+        if body["messages"][-1]["content"] == "question 0":
+            if not over.wait(10.0):
+                waited.set()
+            return 200, answer("late")
+        return (400, b"no") if body["messages"][-1]["content"] == "question 2" else (200, answer("yes"))
+
+    with server(fault) as (url, _, _), client(url, timeout_s=20.0) as found:
+        try:
+            with pytest.raises(ConfigError, match="status 400"):
+                found.complete(requests(3), SAMPLING)
+            assert not waited.is_set()
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("status", [400, 302, 503])
+def test_the_key_is_in_no_message_where_a_text_is_cut(status: int, monkeypatch: pytest.MonkeyPatch):
+    """At whatever place the limit of a message falls into it."""
+    monkeypatch.setenv("MY_KEY", KEY)
+    for place in (190, 290, 490):
+        said = f"{'x' * place}{KEY}"
+        told = said.encode() if status != 302 else b""
+        with (
+            server(lambda number, body, told=told: (status, told), {"Location": said}) as (url, _, _),
+            client(url, key_env="MY_KEY", retries=0) as found,
+            pytest.raises((ConfigError, WorkerError)) as failed,
+        ):
+            found.complete(requests(1), SAMPLING)
+        assert "xxx" in str(failed.value) and KEY[:4] not in str(failed.value)
 
 
 def test_the_key_must_be_there_and_an_opening_cannot_be_sent(monkeypatch: pytest.MonkeyPatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from align import plugins
 from align.data.chat import Message
 from align.errors import ConfigError, DataError
 from align.generators.base import Completion, Request
@@ -37,11 +39,41 @@ def test_it_is_given_messages_sample_and_opening(tmp_path: Path):
         ("async def answer(messages, sample): return ''", "is asynchronous"),
         ("def other(messages, sample): return ''", "has no function answer"),
         ("import no_such_module_of_mine", "ModuleNotFoundError"),
+        ("answer = max", "does not say what it takes"),
     ],
 )
 def test_what_cannot_be_called_is_refused(tmp_path: Path, source: str, message: str):
     with pytest.raises(ConfigError, match=message):
         generator(tmp_path, source)
+
+
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Said:
+    text: str
+
+def answer(messages, sample): return Said("{text}").text
+"""
+
+
+def test_files_of_one_name_are_modules_of_their_own_that_know_their_types(tmp_path: Path):
+    before = set(sys.modules)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, second = (generator(tmp_path / name, DATACLASS.format(text=name)) for name in "ab")
+    assert [one.complete([REQUEST], Sampling())[0].text for one in (first, second)] == ["a", "b"]
+    assert len(set(sys.modules) - before) == 2
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        generator(tmp_path, "1 / 0")
+    assert len(set(sys.modules) - before) == 2
+
+
+def test_a_function_without_a_file_cannot_be_known_again():
+    with pytest.raises(ConfigError, match="time has no file to be known by"):
+        plugins.fingerprint("time:sleep")
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ def test_ends_and_what_lies_beyond_them():
 
 
 def test_attributes_multiply():
-    rating = torch.tensor([[1 / 6, 3.0], [3.0, math.nan]], dtype=torch.float64)
-    label = torch.tensor([[4, 3], [4, 3]])
+    rating = torch.tensor([[1 / 6, 3.0], [3.0, math.nan], [math.inf, 3.0]], dtype=torch.float64)
+    label = torch.tensor([[4, 3], [4, 3], [4, 3]])
     found = steerlm.attribute_logprob(rating, label)
     assert float(found[0]) == pytest.approx(by_sums(1)[4] + by_sums(18)[3], abs=1e-9)
-    assert found[1].isnan()  # never a number in place of one that is missing
+    assert found[1:].isnan().all()  # never a number in place of one that is missing
 
 
 USABLE = torch.tensor([[True, True, True], [True, False, True], [False, True, False], [False, False, False]])

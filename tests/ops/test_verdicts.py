@@ -52,15 +52,18 @@ def label(ranking: float) -> list[list[float]]:
         ((1, 1), 0, 100, 0),  # a bias for the first place cancels out, and a tie is wrong
         ((3, 1), 0, 100, 0),  # and the stronger opinion wins
         ((4, 6), 100, 0, 0),
-        ((0, 5), 100, 0, 0),  # one order cannot be read, the other decides
-        ((2, 0), 100, 100, 0),
-        ((0, 0), 0, 0, 0),
+        ((0, 5), 100, 0, None),  # one order cannot be read, the other decides
+        ((2, 0), 100, 100, None),
+        ((0, 0), 0, 0, None),
+        ((3.5, 3.5), 0, 0, 100),  # both prefer neither
+        ((3.5, 5), 100, 0, 0),
     ],
 )
-def test_agreement_of_one_pair(rankings: tuple[int, int], agreement: int, first: int, consistent: int):
+def test_agreement_of_one_pair(rankings: tuple[float, float], agreement: int, first: int, consistent: int | None):
     """People prefer the first response, and then the second."""
     found = verdicts.agreement(torch.tensor(pair(*rankings)), torch.tensor(label(1)))
-    assert found == {"agreement": agreement, "first_order": first, "order_consistency": consistent}
+    known = {} if consistent is None else {"order_consistency": consistent}
+    assert found == {"agreement": agreement, "first_order": first} | known
     turned = torch.tensor(pair(*(7 - one if one else 0 for one in rankings)))
     assert verdicts.agreement(turned, torch.tensor(label(6))) == found
 
@@ -68,4 +71,4 @@ def test_agreement_of_one_pair(rankings: tuple[int, int], agreement: int, first:
 def test_agreement_is_in_percent_of_pairs():
     said = torch.tensor(pair(2, 5) + pair(5, 2) + pair(2, 5) + pair(0, 0))
     wanted = torch.tensor(label(3) * 4)
-    assert verdicts.agreement(said, wanted) == {"agreement": 50.0, "first_order": 50.0, "order_consistency": 75.0}
+    assert verdicts.agreement(said, wanted) == {"agreement": 50.0, "first_order": 50.0, "order_consistency": 100.0}

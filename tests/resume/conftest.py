@@ -10,8 +10,6 @@ sys.path.append(str(Path(__file__).parent))  # for harness
 from harness import Runs
 from killed_recipes import ALGORITHMS, HEAD, LORA, PLACEMENTS
 
-from align.data import toy_family
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory):
@@ -19,12 +17,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     made = Runs(tmp_path_factory.mktemp("logs"))
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def family_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rest of the HelpSteer family for the bundled task."""
-    return toy_family.write(tmp_path_factory.mktemp("family"), 100, 20, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +28,7 @@ def write_recipe(
     tiny_family,
     tiny_reward,
     tiny_attributes,
+    tiny_judge,
 ):
     """Writes the recipe of a name of `ALGORITHMS`; the epoch does not divide by the batch."""
 
@@ -43,9 +36,11 @@ def write_recipe(
         algorithm, text = ALGORITHMS[name]
         lora = LORA if "best" not in name else "{rank: 0}"
         values = {"algorithm": algorithm, "data": toy_data, "policy": tiny_policy, "reward": tiny_reward, "lora": lora}
-        values["data"] = family_data if name == "feedback_edit" else toy_data
+        if algorithm == "feedback_edit":
+            values["data"] = family_data
         if algorithm in ("genrm", "steerlm", "steerlm2"):
             values |= {"data": family_data, "policy": tiny_family, "attributes": tiny_attributes}
+        values["writer"] = tiny_judge
         values["judge"] = f"{Path(__file__).with_name('judge.py')}:different_words"
         values["format"] = "helpsteer2" if name.endswith("regression") else "helpsteer3"
         path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"

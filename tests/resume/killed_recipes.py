@@ -55,6 +55,17 @@ ALGORITHMS = {
         + GRADIENT
         + "loss: {{kind: clipped}}\n",
     ),
+    "rloo with a judge that writes": (
+        "rloo",
+        POLICY
+        + SAMPLED.replace(
+            "{{path: {reward}, dtype: float32}}",
+            "{{kind: generative, generative: {{judge: {{path: {writer}, dtype: float32}}, form: json, "
+            "custom_roles: true, retries: 1, sampling: {{max_tokens: 4}}}}}}",
+        )
+        + GRADIENT
+        + "loss: {{kind: clipped}}\n",
+    ),
     "feedback_edit": (
         "feedback_edit",
         POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nediting: {{instruction: 'edit {{feedback}}'}}\n",
@@ -86,6 +97,7 @@ PLACEMENTS = {
     "ppo": "{policy: 0-1, critic: 2, reference: 3, reward: 3}",
     "online_dpo": "{policy: 0-1, reference: 2, reward: 3}",
     "rloo": "{policy: 0-1, reference: 2, reward: 3}",
+    "rloo with a judge that writes": "{policy: 0-1, reference: 2, reward: 3}",
     "grpo": "{policy: 0-1, reference: 2, reward: 3}",
     "rloo, two steps behind": "{policy: 0-1, sampler: 2, reference: 3, reward: 3}",
     "steerlm2": "{policy: 0-1, previous: 2, base: 3, reward: 3}",

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from align.cli import main
 from align.data import toy
-from align.rewards import card
+from align.rewards import card, judge_card
 from align.rewards.card import Card, Moments
+from align.sections import Verdict
 
 RECIPE = """
 algorithm: {algorithm}
@@ -37,6 +38,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     bytes_only = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     bare = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     bare.chat_template = None
+    deaf = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
+    known = "in messages if m.role in ('user', 'assistant') %}"
+    deaf.chat_template = str(bytes_only.chat_template).replace("in messages %}", known)
     dated = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     dated.chat_template = "{{ strftime_now('%d') }}" + str(bytes_only.chat_template)
 
@@ -61,6 +65,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     save("bytes", AutoModelForSequenceClassification, bytes_only, num_labels=1)
     save("bare", AutoModelForSequenceClassification, bare, num_labels=1)
     save("dated", AutoModelForSequenceClassification, dated, num_labels=1)
+    save("deaf", AutoModelForCausalLM, deaf)
+    save("learned", AutoModelForCausalLM, bytes_only)
+    for name, text in judge_card.files(Verdict(form="json"), None, None).items():
+        (root / "learned" / name).write_text(text)
     (root / "judge.py").write_text("def f(prompts, completions, answer): return [0.0] * len(prompts)\n")
     return {path.stem: path for path in root.iterdir()}
 
@@ -115,6 +123,25 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "no token": (
         "reward.kind=http reward.http.url=http://127.0.0.1:9 reward.http.token_env=ALIGN_NO_SUCH_TOKEN",
         ["ALIGN_NO_SUCH_TOKEN is not set"],
+    ),
+    "a judge that is nobody": ("reward.kind=generative", ["needs generative.judge.path", "reward.kind = 'generative'"]),
+    "a judge without its key": (
+        "reward.kind=generative reward.generative.judge.kind=endpoint reward.generative.judge.endpoint.model=m "
+        "reward.generative.judge.endpoint.url=http://127.0.0.1:9/v1 "
+        "reward.generative.judge.endpoint.key_env=ALIGN_NO_SUCH_KEY",
+        ["endpoint.key_env", "ALIGN_NO_SUCH_KEY is not set", "export ALIGN_NO_SUCH_KEY=KEY"],
+    ),
+    "a judge in shards": (
+        "reward.kind=generative reward.generative.judge.path={causal} reward.generative.judge.zero_stage=3",
+        ["judge.zero_stage must be below 3", "reward.generative.judge.zero_stage = 3"],
+    ),
+    "a judge that does not see the responses": (
+        "reward.kind=generative reward.generative.judge.path={deaf} reward.generative.custom_roles=true",
+        ["leaves out turns of the role response_1", "reward.generative.custom_roles=false"],
+    ),
+    "a judge that learned another form": (
+        "reward.kind=generative reward.generative.judge.path={learned}",
+        ["learned with reward.generative.form=json", "ask as it learned: reward.generative.form=json"],
     ),
 }
 

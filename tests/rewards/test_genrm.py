@@ -18,7 +18,7 @@ from align.data.chat import Dialogue, Message
 from align.data.verdicts import FALLBACK, Scores
 from align.errors import ConfigError, DataError, ModelError
 from align.generators.base import Completion, Request
-from align.rewards import genrm, judge_card, principles, reading
+from align.rewards import genrm, groups, judge_card, principles, reading
 from align.rewards.genrm import GenerativeJudge
 from align.sections import Generative, Generator, Reward, Sampling, Verdict
 
@@ -115,6 +115,15 @@ def test_votes_have_numbers_and_their_mean_counts():
     assert one.compare(A, "x", "y").scores == Scores(4.5, 2, 3.5)
 
 
+def test_equal_scores_are_equal_however_they_come_about():
+    """Over both orders both have 17 / 6; means of means, 9 / 3 and 8 / 3 and 10 / 3 and 7 / 3, differ by rounding."""
+    there = [Scores(1, 4, 2), Scores(4, 4, 2), Scores(4, 2, 2)]
+    back = [Scores(2, 2, 5), Scores(3, 2, 5), Scores(2, 4, 5)]
+    found = genrm._merged([there, back], 2).scores
+    assert found == Scores(17 / 6, 17 / 6, 2)
+    assert groups.from_verdicts(2, [(0, 1)], [found], tie_break=True) == [17 / 6 + 1.5, 17 / 6 - 1.5]
+
+
 def test_what_cannot_be_read_is_asked_again_under_a_new_number():
     one = judge("late", votes=2, pairs="all", both_orders=False)
     calls = asked(one)
@@ -146,9 +155,9 @@ def test_orders_that_agree_are_counted():
     sure, partial = judge("length"), judge("partial")
     sure.score(GROUP)
     partial.score(GROUP)
-    assert sure.metrics()["order_agreement"] == 1.0
+    assert sure.metrics()["order_consistency"] == 1.0
     # Differences 2, 1, 2, 3; of 1 the second place of (a b c, a b) draws level and is ranked 3, for the first.
-    assert partial.metrics()["order_agreement"] == 0.75
+    assert partial.metrics()["order_consistency"] == 0.75
 
 
 def test_the_judge_does_not_see_reasoning_unless_told():
@@ -260,14 +269,18 @@ def test_rloo_learns_what_a_judge_prefers(tmp_path: Path, toy_data: Path, tiny_p
 
 def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     toy_family.tokenizer().save_pretrained(tmp_path)
-    for name, text in judge_card.files(Verdict(form="json", custom_roles=True)).items():
+    for name, text in judge_card.files(Verdict(form="json", custom_roles=True), None, None).items():
         (tmp_path / name).write_text(text)
     learned = Generator(path=str(tmp_path), init={"model_type": "llama"})
     assert genrm.check(Generative(judge=learned, form="json", custom_roles=True))
-    for keys in ({"form": "json"}, {"custom_roles": True}, {"form": "principle", "principle": "x"}):
+    for keys, remedy in (
+        ({"form": "json"}, "custom_roles=true"),
+        ({"custom_roles": True}, "form=json"),
+        ({"form": "principle", "principle": "x"}, "form=json reward.generative.custom_roles=true"),
+    ):
         with pytest.raises(ConfigError, match="this judge learned") as caught:
             genrm.check(Generative(judge=learned, **keys))
-        assert "reward.generative.form=json reward.generative.custom_roles=true" in str(caught.value)
+        assert caught.value.remedy == f"ask as it learned: reward.generative.{remedy}"
     (tmp_path / judge_card.NAME).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         genrm.check(Generative(judge=learned, form="json", custom_roles=True))

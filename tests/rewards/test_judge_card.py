@@ -17,8 +17,8 @@ def asked(folder: Path, **values: object) -> Generative:
     return replace(Generative(judge=Generator(path=str(folder))), **values)
 
 
-def card(folder: Path, verdict: Verdict) -> Path:
-    ((name, text),) = judge_card.files(verdict).items()
+def card(folder: Path, verdict: Verdict, date: str | None = None) -> Path:
+    ((name, text),) = judge_card.files(verdict, None, date).items()
     (folder / name).write_text(text)
     return folder
 
@@ -30,6 +30,18 @@ def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
         judge_card.require_same(asked(folder))
     assert caught.value.where == str(folder)
     assert caught.value.remedy == "ask as it learned: reward.generative.form=json reward.generative.custom_roles=true"
+
+
+def test_a_judge_reads_the_date_that_it_learned_with(tmp_path: Path):
+    folder = card(tmp_path, Verdict(), "26 Jul 2024")
+    judge_card.require_same(asked(folder, judge=Generator(path=str(folder), date="26 Jul 2024")))
+    with pytest.raises(ConfigError, match=r"would be asked with reward\.generative\.judge\.date=null") as caught:
+        judge_card.require_same(asked(folder))
+    assert caught.value.remedy == "ask as it learned: reward.generative.judge.date=26 Jul 2024"
+
+
+def test_a_template_stands_beside_the_card():
+    assert judge_card.files(Verdict(), "text", None)["chat_template.jinja"] == "text"
 
 
 def test_nothing_is_known_of_others(tmp_path: Path):

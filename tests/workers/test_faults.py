@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from toy_workers import Frozen, NoConstructor, NoLoad, Toy, specs
+from toy_workers import GROUP_TIMEOUT_S, Frozen, NoConstructor, NoLoad, Toy, specs
 
 from align import faults
 from align.errors import DivergedError, WorkerError
@@ -184,6 +184,45 @@ def test_who_raised_is_named_while_its_peer_waits(company: Company, step: int, t
     )
     settle(asked)
     company.ask("policy", "regroup", f"{tmp_path}-after").result()
+
+
+def looked_at(asked: RayFuture) -> float:
+    """Seconds until it calls itself done."""
+    begun = time.monotonic()
+    while not asked.done():
+        assert time.monotonic() - begun < 30.0
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+def test_who_looks_now_and_then_hears_of_a_failure_while_its_peer_waits(company: Company, step: int, tmp_path: Path):
+    ranks = company.ranks["policy"]
+    asked = ranks.call("update", Toy.meet, [("deadlock",), ("bug",)], list)
+    assert looked_at(asked) < GROUP_TIMEOUT_S / 2
+    with pytest.raises(WorkerError, match=f"policy-1 failed in update, step {step}: ArithmeticError"):
+        asked.result()
+    settle(asked)
+    company.ask("policy", "regroup", f"{tmp_path}-after").result()
+
+
+def test_who_looks_now_and_then_hears_of_a_deadline_which_runs_from_the_first_look(company: Company, step: int):
+    asked = company.ask("critic", "sleep", LATE_S + 2.0, phase="late")
+    assert LATE_S / 2 < looked_at(asked) < LATE_S + 1.0
+    begun = time.monotonic()
+    with pytest.raises(WorkerError, match=f"critic-0, critic-1: no answer to late within 1 s, step {step}"):
+        asked.result()
+    assert time.monotonic() - begun < LATE_S
+    settle(asked)
+
+
+def test_who_looks_now_and_then_hears_that_ray_is_gone(company: Company, monkeypatch: pytest.MonkeyPatch):
+    asked = company.ask("critic", "sleep", 2.0)
+    monkeypatch.setattr(company.cluster.watch, "daemons", SimpleNamespace(dead=lambda: "the raylet at here:1"))
+    assert looked_at(asked) < 1.5
+    with pytest.raises(WorkerError, match="the raylet at here:1, is gone"):
+        asked.result()
+    company.cluster.watch.broken = False
+    settle(asked)
 
 
 @pytest.mark.parametrize(("kind", "number"), [("nan_answer", "nan"), ("inf_answer", "inf")])

@@ -80,9 +80,9 @@ def test_what_is_counted_elsewhere_has_names_that_say_so():
     remote = Generator(kind="endpoint", endpoint=Endpoint("http://x/v1", "m"))
     for judge, prefix in ((remote, "service/"), (Generator(kind="function", function="m:f"), "")):
         section = Reward(kind="generative", generative=Generative(judge=judge))
-        role = Role(Pretended(1, [{"verdicts": 6.0, "order_agreement": 0.5}]), section)
+        role = Role(Pretended(1, [{"verdicts": 6.0, "order_consistency": 0.5}]), section)
         role.score_dialogues(SAID).result()
-        assert role.drain() == {f"{prefix}verdicts": 6.0, f"{prefix}order_agreement": 0.5}
+        assert role.drain() == {f"{prefix}verdicts": 6.0, f"{prefix}order_consistency": 0.5}
 
 
 def test_ids_of_the_responses_go_along_with_their_text():

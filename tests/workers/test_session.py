@@ -242,6 +242,19 @@ def test_an_address_where_no_ray_is_gives_a_remedy_in_time():
     assert not ray.is_initialized()
 
 
+def test_a_ray_that_does_not_start_is_told_and_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine that is too busy makes Ray raise an exception of no class of its own."""
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(session, "FOLDERS", tmp_path)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(WorkerError, match="Ray cannot be reached or started: The current node timed out"):
+        Session(Cluster()).open()
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session, "FOLDERS", tmp_path)
     names = ("align-ray-1-dead", "align-ray-2-held", "align-ray-3-starting", "align-ray-4-foreign", "other-5-dead")

@@ -10,32 +10,31 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
-from align import config, plugins
-from align.data import chat
-from align.data.chat import Renderer
-from align.errors import DataError
+from align import config
+from align.data.judging import require_roles
+from align.errors import ConfigError, DataError
 from align.evaluation import scoring
 from align.evaluation.policy import judging, numbers, prompts, questions
 from align.evaluation.policy.judging import Bench, Game, Ruling
 from align.evaluation.policy.numbers import Chance, Group
 from align.evaluation.policy.questions import Answer, Question, Questions
 from align.evaluation.scoring import Rows
+from align.generators import opening
 from align.launch import located
-from align.models import identity
-from align.models.load import check as check_model
 from align.report import policy as report
-from align.sections import Generator, PolicyEvaluation
+from align.rewards import judge_card
+from align.sections import Generative, Generator, PolicyEvaluation
+from align.sections.generators import is_function
 from align.workers import judges, placement
 
 VERSION = 1
@@ -45,45 +44,58 @@ FALLBACK = "default"
 """Entry of ``baseline_answers`` for categories that are not named."""
 FLAGS = {"data": "data.path", "answers": "answers", "out": "out"}
 """Options of the command and the keys that they give."""
-NOTHING = '""'
 SPEAKERS = {"model": "policy", "baseline": "baseline", "judge": "judge"}
 """Options that name a model, an endpoint or a function, and the section they fill."""
-SAYS = ("kind", "path", "revision", "init", "dtype", "function", "date")
-"""Fields of a generator that change what it says, beside its weights, its template and its endpoint."""
+OWN = ("kind", "path", "revision", "init", "trust_remote_code", "function", "chat_template", "date")
+OWN += tuple(f"endpoint.{name}" for name in ("url", "model", "key_env", "extra"))
+"""Keys of a generator that belong to what it names: those of a recipe do not count for another that an option names."""
+INSTEAD = {"model": "answers", "answers": "policy", "baseline": "baseline_answers"}
+"""Options, and what of a recipe they stand in the place of."""
+JUDGE_KEYS = {"form": "judge_form", "custom_roles": "judge_custom_roles", "judge.date": "judge.date"}
+"""What a judge's card tells, and the keys that ask for it here."""
 SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "temperatures", "seed", "benchmark")
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align eval policy``."""
+    section = configured(arguments)
+    evaluate(section, questions.load(section.benchmark, section.data), console)
+    return 0
+
+
+def configured(arguments: argparse.Namespace) -> PolicyEvaluation:
+    """The recipe, what options put in the place of it, then the words of the command line. Raises `ConfigError`."""
     named = list(arguments.benchmark or [])
     words = [*arguments.recipe, *(word for word in named[1:] if "=" in word)]
     files = [word for word in named[1:] if "=" not in word]
+    if len(files) > 1:
+        problem = f"--benchmark {' '.join(named)}: more than one file"
+        raise ConfigError(problem, where="command line", remedy="give one; a recipe stands before options")
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
     given = {key: getattr(arguments, flag) for flag, key in FLAGS.items()}
     given |= {"benchmark": next(iter(named), None)}
     given |= {"data.path": files[0]} if files else {}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    for flag, section in SPEAKERS.items():
-        text = getattr(arguments, flag)
-        flags += speaker(section, text) if text is not None else []
-    section = config.build(PolicyEvaluation, recipe, [*words, *flags]).config
-    evaluate(section, questions.load(section.benchmark, section.data), console)
-    return 0
+    named_here = {flag: text for flag in SPEAKERS if (text := getattr(arguments, flag)) is not None}
+    speakers = [pair for flag, text in named_here.items() for pair in speaker(SPEAKERS[flag], text)]
+    without = [f"{SPEAKERS[flag]}.{key}" for flag in named_here for key in OWN]
+    answered = any(word.startswith("answers=") for word in [*words, *flags])
+    without += [key for flag, key in INSTEAD.items() if flag in named_here or (flag == "answers" and answered)]
+    return config.build(PolicyEvaluation, recipe, [*speakers, *words, *flags], without).config
 
 
 def speaker(section: str, text: str) -> list[str]:
     """The keys of a generator that one word names: ``http://HOST/v1#MODEL``, ``module:function``, a folder or hub id;
-    of a baseline also a file of answers. They replace what a recipe says."""
+    of a baseline also a file of answers."""
     if section == "baseline" and Path(text).expanduser().is_file():
         return [f"baseline_answers.{FALLBACK}={text}"]
     address, _, model = text.partition("#")
-    keys = {"kind": "model", "path": NOTHING, "function": NOTHING, "endpoint.url": NOTHING}
-    if re.match("https?://", text):
-        keys |= {"kind": "endpoint", "endpoint.url": address, "endpoint.model": model}
-    elif re.fullmatch(r"[^:]+:[A-Za-z_]\w*", text):
-        keys |= {"kind": "function", "function": text}
+    if text.startswith(("http://", "https://")):
+        keys = {"kind": "endpoint", "endpoint.url": address, "endpoint.model": model}
+    elif is_function(text):
+        keys = {"kind": "function", "function": text}
     else:
-        keys |= {"path": text}
+        keys = {"kind": "model", "path": text}
     return [f"{section}.{key}={value}" for key, value in keys.items()]
 
 
@@ -92,13 +104,14 @@ def evaluate(section: PolicyEvaluation, found: Questions, console: Console) -> d
     if section.benchmark == "mt-bench" and section.judge_form == "benchmark":
         questions.require_references(found.items)
     words = prompts.own_words(Path(section.judge_prompt).expanduser()) if section.judge_prompt else {}
+    placement.resolve(section.placement, SPEAKERS.values())
     manifest = _manifest(section, found)
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     folder = Path(section.out or f"{DEFAULT_OUT}/{section.benchmark}-{digest[:8]}").expanduser()
     names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline.present else []))
     with ExitStack() as stack:
         files = {name: stack.enter_context(scoring.locked(folder / name)) for name in names}
-        scoring.agree(folder / ANSWERS, manifest, "answers and verdicts")
+        scoring.agree([folder / name for name in (ANSWERS, BASELINE, VERDICTS)], manifest, "answers and verdicts")
         stores = {name: Rows(file, folder / name) for name, file in files.items()}
         bench, rulings = _asked(section, found, words, stores, console)
     results = measure(section, found, bench, rulings)
@@ -111,19 +124,20 @@ def evaluate(section: PolicyEvaluation, found: Questions, console: Console) -> d
 
 
 def _manifest(section: PolicyEvaluation, found: Questions) -> dict[str, Any]:
-    """Whatever answers and verdicts depend on, by key, so that a change is refused by its name."""
+    """Whatever answers and verdicts depend on, by key, so that a change is refused by its name. Raises `AlignError` for
+    a speaker that cannot be opened, before anything is written."""
     known: dict[str, Any] = {"version": VERSION, "questions": found.fingerprint}
     for name, one in _speakers(section).items():
-        known |= {f"{name}.{field}": getattr(one, field) for field in SAYS}
-        known |= {f"{name}.endpoint.{field}": getattr(one.endpoint, field) for field in ("url", "model", "extra")}
-        known[f"{name}, its content"] = _identity(name, one, section.seed)
+        known |= opening.depends_on(name, one, section.seed)
+    if section.judge_form != "benchmark":
+        _check_judge(section)
     known |= {name: getattr(section, name) for name in SHAPES}
     for name in ("sampling", "judge_sampling"):
         known |= {f"{name}.{field}": value for field, value in asdict(getattr(section, name)).items()}
     files = {"answers": section.answers, "judge_prompt": section.judge_prompt}
     files |= {f"baseline_answers.{category}": file for category, file in section.baseline_answers.items()}
     known |= {name: _file_digest(name, file) for name, file in files.items() if file}
-    return json.loads(json.dumps(known))
+    return known
 
 
 def _speakers(section: PolicyEvaluation) -> dict[str, Generator]:
@@ -131,17 +145,15 @@ def _speakers(section: PolicyEvaluation) -> dict[str, Generator]:
     return {name: one for name, one in found.items() if one.present}
 
 
-def _identity(name: str, one: Generator, seed: int) -> str:
-    """sha256 over what an answer depends on and the recipe does not show. Raises `AlignError` for what cannot be
-    opened, before anything is started."""
-    if one.kind == "endpoint":
-        return ""
-    if one.kind == "function":
-        return plugins.fingerprint(one.function)
-    tokenizer = chat.load_tokenizer(one.path, one.revision, one.trust_remote_code)
-    check_model(one, len(tokenizer))
-    template = Renderer(tokenizer, one.chat_template, one.date, section=name).fingerprint
-    return hashlib.sha256(f"{identity.fingerprint(one, seed)} {template}".encode()).hexdigest()
+def _check_judge(section: PolicyEvaluation) -> None:
+    """As `align.rewards.genrm.check`, with the keys of this command."""
+    assert section.judge_form != "benchmark"
+    judge = replace(section.judge, zero_stage=0, offload_parameters=False)
+    asked = Generative(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
+    judge_card.require_same(asked, JUDGE_KEYS)
+    renderer = opening.check(section.judge, "judge")
+    if renderer is not None:
+        require_roles(renderer, asked, ("judge_custom_roles", "judge.chat_template"))
 
 
 def _file_digest(name: str, file: str) -> str:
@@ -170,6 +182,12 @@ def _asked(
         return Bench(section, given["answers"] or asked[ANSWERS], baseline, words)
 
     rulings = stores[VERDICTS]
+    if rulings.rows and answering:
+        name, rows = next(iter(answering.items()))
+        gone = len(found.items) - len(rows.rows)
+        problem = f"{gone} of {len(found.items)} answers of the {name} are gone, the verdicts on them are not"
+        remedy = f"delete {VERDICTS} too, or give another folder (--out)"
+        raise DataError(problem, where=str(rows.path), remedy=remedy)
     games = bench().games(found.items)
     needed = [*answering, *(["judge"] if len(rulings.rows) < len(games) else [])]
     if needed:
@@ -210,7 +228,7 @@ def _company(
     section: PolicyEvaluation, needed: Sequence[str], logs: Path, console: Console
 ) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
     """The roles that have work, and how many ranks each has."""
-    slots = placement.resolve(section.placement, _speakers(section))
+    slots = placement.resolve(section.placement, SPEAKERS.values())
     ranks = {name: len(slots[name]) if section.executor == "ray" else 1 for name in needed}
     sections = {name: located(_speakers(section)[name]) for name in needed}
 

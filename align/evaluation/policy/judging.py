@@ -188,7 +188,8 @@ def judge(games: Sequence[Game], role: Answering, bench: Bench, rows: Rows, adva
             requests = [Request(messages[i], sample=attempt) for i in open_ones]
             sampling = replace(section.judge_sampling, temperature=hot) if attempt else section.judge_sampling
             for i, one in zip(open_ones, role.complete(requests, sampling).result(), strict=True):
-                found[i] = Ruling(bench.read(one.text), attempt + 1, one.text)
+                verdict = bench.read(one.text) if one.finished else None  # what looks like one may be part of reasoning
+                found[i] = Ruling(verdict, attempt + 1, one.text)
         rows.write(
             [
                 {"id": id, "turn": turn, "swapped": swapped, **vars(found[i])}

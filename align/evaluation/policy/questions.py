@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from align.data import verdicts
 from align.data.chat import Message
@@ -26,6 +26,8 @@ from align.data.rows import BadRow, Context, conversation, decoded, require, tex
 from align.errors import DataError
 from align.evaluation import benchmarks
 from align.sections import QuestionData
+
+T = TypeVar("T")
 
 HUB: dict[str, tuple[str, str, dict[str, str]]] = {
     "arena-hard": ("lmarena-ai/arena-hard-auto-v0.1", "train", {}),
@@ -204,8 +206,8 @@ def matched(items: Iterable[Question], answers: Mapping[str, Answer], where: str
 def _answer(row: dict[str, Any]) -> tuple[str, Answer]:
     id = _id(row, "id", "question_id", "uid", "session_id")
     if "answers" in row:
-        counted = {name: tuple(row.get(name) or ()) for name in ("tokens", "finished")}
-        return id, Answer(texts("answers", row["answers"]), **counted)
+        said = texts("answers", row["answers"])
+        return id, Answer(said, _each(row, "tokens", int, len(said)), _each(row, "finished", bool, len(said)))
     if "choices" in row:
         if not isinstance(row["choices"], list) or not row["choices"] or not isinstance(row["choices"][0], dict):
             raise BadRow("choices", "is not a list of {turns}", row["choices"])
@@ -219,6 +221,16 @@ def _answer(row: dict[str, Any]) -> tuple[str, Answer]:
         output = row["output"]
         return id, Answer(texts("output", [output] if isinstance(output, str) else output)[:1])
     raise BadRow("answers", "is missing, and so are choices, messages and output")
+
+
+def _each(row: Mapping[str, Any], field: str, kind: type[T], count: int) -> tuple[T, ...]:
+    """A value for each answer; nothing where none is given."""
+    found = row.get(field)
+    if found is None or found == []:
+        return ()
+    if not isinstance(found, list) or len(found) != count or not all(type(one) is kind for one in found):
+        raise BadRow(field, f"is not a list with {kind.__name__} for each answer", found)
+    return tuple(found)
 
 
 def _content(field: str, value: Any) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,18 @@ import pytest
 from question_rows import arena_answer, arena_row, lines, mt_row, reference_row, wild_row
 
 from align import cli, config
+from align.data import toy
+from align.data.chat import Message
+from align.errors import ConfigError
 from align.evaluation.policy import command, judging
+from align.evaluation.policy.judging import Bench
+from align.evaluation.policy.questions import Answer, Question
+from align.evaluation.scoring import Rows, locked
+from align.generators.base import Completion, Request
 from align.report import policy as report
-from align.sections import PolicyEvaluation
+from align.rewards import judge_card
+from align.roles import Ready
+from align.sections import PolicyEvaluation, Sampling, Verdict
 
 HERE = Path(judge.__file__)
 
@@ -259,19 +270,168 @@ def test_the_judge_is_asked_in_other_words(arena: tuple[Path, Path], tmp_path: P
     assert "pair: lacks {answer_b}" in capsys.readouterr().err
 
 
-def test_one_word_names_a_speaker_and_replaces_that_of_a_recipe(tmp_path: Path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("judge: {kind: endpoint, endpoint: {url: 'http://h/v1', model: m}}\npolicy: {path: p}\n")
-    given = ["benchmark=wildbench", *command.speaker("judge", "a/b.py:c")]
-    given += command.speaker("policy", "https://h.org/v1#org/m")
-    found = config.build(PolicyEvaluation, recipe, given).config
-    assert (found.judge.kind, found.judge.function, found.judge.endpoint.url) == ("function", "a/b.py:c", "")
-    assert (found.policy.kind, found.policy.path) == ("endpoint", "")
-    assert (found.policy.endpoint.url, found.policy.endpoint.model) == ("https://h.org/v1", "org/m")
-    assert "policy.path=org/model" in command.speaker("policy", "org/model")
-    file = lines(tmp_path / "answers.jsonl", [])
-    assert command.speaker("baseline", str(file)) == [f"baseline_answers.default={file}"]
-    assert f"baseline.path={tmp_path}" in command.speaker("baseline", str(tmp_path))
+def configured(*words: object) -> PolicyEvaluation:
+    return command.configured(cli._parser().parse_args(["eval", "policy", *map(str, words)]))
+
+
+class TestOptions:
+    """One word names a speaker, and what a recipe says of its own does not count for it."""
+
+    def recipe(self, folder: Path, *rows: str) -> Path:
+        file = folder / "r.yaml"
+        file.write_text("".join(f"{row}\n" for row in ("benchmark: wildbench", *rows)))
+        return file
+
+    def test_another_kind(self, tmp_path: Path):
+        policy = f"policy: {{path: {tmp_path}, trust_remote_code: true, init: {{a: 1}}, date: x, dtype: float32}}"
+        judge = "judge: {kind: endpoint, endpoint: {url: 'http://h/v1', model: m, retries: 3}}"
+        recipe = self.recipe(tmp_path, policy, judge)
+        found = configured(recipe, "--judge", "a/b.py:c", "--model", "https://h.org/v1#org/m")
+        assert (found.judge.kind, found.judge.function, found.judge.endpoint.url) == ("function", "a/b.py:c", "")
+        assert (found.policy.kind, found.policy.path, found.policy.init) == ("endpoint", "", {})
+        assert (found.policy.endpoint.url, found.policy.endpoint.model) == ("https://h.org/v1", "org/m")
+        other = configured(recipe, "--judge", "http://o/v1#n", "--model", "org/model")
+        assert (other.policy.path, other.policy.trust_remote_code, other.policy.dtype) == (
+            "org/model",
+            False,
+            "float32",
+        )
+        assert other.judge.endpoint.retries == 3
+
+    def test_a_key_does_not_go_to_another_host(self, tmp_path: Path):
+        """Nor do further fields; what the command line says of its own stays."""
+        judge = "{kind: endpoint, endpoint: {url: 'http://h/v1', model: m, key_env: K, extra: {a: 1, b: 2}}}"
+        recipe = self.recipe(tmp_path, "policy: {path: p}", f"judge: {judge}")
+        found = configured(recipe, "--judge", "http://other/v1#M").judge.endpoint
+        assert (found.url, found.model, found.key_env, found.extra) == ("http://other/v1", "M", "", {})
+        words = ("judge.endpoint.key_env=MINE", "judge.endpoint.extra.c=3")
+        found = configured(recipe, *words, "--judge", "http://other/v1#M").judge.endpoint
+        assert (found.key_env, found.extra) == ("MINE", {"c": 3})
+        shipped = Path(__file__).parents[3] / "recipes" / "evaluation" / "arena-hard.yaml"
+        found = configured(shipped, "baseline_answers.default=a.jsonl", "--judge", "http://other/v1#M")
+        assert found.judge.endpoint.key_env == ""
+
+    def test_answers_stand_in_the_place_of_a_policy_and_a_policy_of_answers(self, tmp_path: Path):
+        shipped = Path(__file__).parents[3] / "recipes" / "evaluation" / "arena-hard.yaml"
+        for words in (("answers=a.jsonl",), ("--answers", "a.jsonl")):
+            found = configured(shipped, "baseline_answers.default=b.jsonl", *words)
+            assert found.answers == "a.jsonl" and not found.policy.present
+        recipe = self.recipe(tmp_path, "answers: a.jsonl", "judge: {path: j}")
+        assert configured(recipe, "--model", "p").answers == ""
+        with pytest.raises(ConfigError, match="give one of policy"):
+            configured(recipe, "--model", "p", "--answers", "a.jsonl")
+
+    def test_a_baseline_of_one_form_stands_in_the_place_of_the_other(self, tmp_path: Path):
+        file = lines(tmp_path / "answers.jsonl", [])
+        more = ("benchmark=arena-hard", "policy.path=p", "judge.path=j")
+        recipe = self.recipe(tmp_path, "baseline_answers: {one: x.jsonl, two: y.jsonl}")
+        assert configured(recipe, *more, "--baseline", file).baseline_answers == {"default": str(file)}
+        found = configured(recipe, *more, "--baseline", "org/model")
+        assert (found.baseline.path, found.baseline_answers) == ("org/model", {})
+        recipe = self.recipe(tmp_path, "baseline: {kind: endpoint, endpoint: {url: 'http://h/v1', model: m}}")
+        found = configured(recipe, *more, "--baseline", file)
+        assert not found.baseline.present and found.baseline_answers == {"default": str(file)}
+
+    def test_a_second_file_is_refused(self):
+        with pytest.raises(ConfigError, match="--benchmark prompts a b: more than one file"):
+            configured("--benchmark", "prompts", "a", "b", "--model", "p", "--judge", "j")
+
+
+def test_a_shipped_recipe_without_a_baseline(tmp_path: Path):
+    """Its placement names one."""
+    recipe = Path(__file__).parents[3] / "recipes" / "evaluation" / "prompts.yaml"
+    file = lines(tmp_path / "prompts.jsonl", [{"prompt": "one?"}])
+    own = (f"data.path={file}", "executor=local", "judge_custom_roles=false")
+    found = run(tmp_path / "out", recipe, *own, "--model", name("short"), "--judge", name("boxed"))
+    assert values(found)["overall/mark"] == 3.25
+
+
+class TestBeforeAnythingIsWritten:
+    """Mistakes are told in one line each, and leave no folder."""
+
+    def line(self, folder: Path, **words: object) -> list[object]:
+        given = {"benchmark": "prompts", "data": lines(folder / "p.jsonl", [{"prompt": "one?"}])}
+        given |= {"model": name("short"), "judge": name("longer")}
+        return [word for key, value in (given | words).items() for word in (f"--{key}", value)]
+
+    @pytest.mark.parametrize(
+        ("word", "judge", "message"),
+        [
+            ("seed=0", "time:sleep", "function=time:sleep does not "),  # by version of Python for another reason
+            ("seed=0", "builtins:max", "function=builtins:max does not say what it takes"),
+            ("placement.referee=0", name("longer"), "placement: no role is called referee"),
+            ("judge.endpoint.key_env=NO_SUCH", "http://127.0.0.1:1/v1#m", "NO_SUCH is not set"),
+        ],
+    )
+    def test_a_speaker_that_cannot_be(self, tmp_path: Path, word: str, judge: str, message: str, capsys):
+        run(tmp_path / "out", word, *self.line(tmp_path, judge=judge), status=78)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_judge_that_learned_another_form(self, tmp_path: Path, tiny_policy: Path, capsys):
+        folder = shutil.copytree(tiny_policy, tmp_path / "judge")
+        for file, text in judge_card.files(Verdict(form="json"), None, None).items():
+            (folder / file).write_text(text)
+        line = self.line(tmp_path, judge=folder)
+        run(tmp_path / "out", "judge_form=helpsteer3", "judge_custom_roles=false", *line, status=78)
+        assert "ask as it learned: judge_form=json" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_template_that_leaves_out_the_responses(self, tmp_path: Path, tiny_policy: Path, capsys):
+        template = tmp_path / "t.jinja"
+        known = "in messages if message.role in ('user', 'assistant') %}"
+        template.write_text(toy.CHAT_TEMPLATE.replace("in messages %}", known))
+        line = self.line(tmp_path, judge=tiny_policy)
+        own = ("judge_form=json", "judge_custom_roles=true", f"judge.chat_template={template}")
+        run(tmp_path / "out", *own, *line, status=78)
+        told = capsys.readouterr().err
+        assert "leaves out turns of the role response_1" in told and "judge_custom_roles=false" in told
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_is_a_file(self, tmp_path: Path, capsys):
+        (tmp_path / "out").write_text("")
+        run(tmp_path / "out", *self.line(tmp_path), status=78)
+        assert f"{tmp_path}/out: cannot be made a folder: File exists" in capsys.readouterr().err
+
+
+def test_a_first_call_that_fails_does_not_bind_its_folder(arena: tuple[Path, Path], tmp_path: Path, capsys):
+    (tmp_path / "bad.py").write_text("def f(messages, sample): return 1 / 0\n")
+    line = ["--benchmark", "arena-hard", arena[0], "--baseline", arena[1], "--judge", name("longer")]
+    run(tmp_path / "out", *line, "--model", f"{tmp_path / 'bad.py'}:f", status=78)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    run(tmp_path / "out", *line, "--model", name("short"))
+
+
+def test_verdicts_whose_answers_are_gone_are_refused(arena: tuple[Path, Path], tmp_path: Path, capsys):
+    line = ["--benchmark", "arena-hard", arena[0], "--baseline", arena[1], "--judge", name("longer")]
+    line += ["--model", name("short")]
+    run(tmp_path / "out", *line)
+    (tmp_path / "out" / "answers.jsonl").unlink()
+    run(tmp_path / "out", *line, status=78)
+    assert "6 of 6 answers of the policy are gone, the verdicts on them are not" in capsys.readouterr().err
+    assert len(rows(tmp_path / "out" / "verdicts.jsonl")) == 12
+
+
+class CutOff:
+    """A judge whose first answer is not whole."""
+
+    def __init__(self):
+        self.said = iter([Completion("at first [[2]]", False, 1, 9), Completion("[[7]]", True, 1, 3)])
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Ready[list[Completion]]:
+        return Ready([next(self.said) for _ in requests])
+
+
+def test_a_verdict_that_was_cut_off_is_none(tmp_path: Path):
+    """A mark may be a thought of a judge that has not come to its end."""
+    given = ["benchmark=prompts", "data.path=x", "answers=a.jsonl", "judge.path=j"]
+    section = config.build(PolicyEvaluation, None, given).config
+    question = Question("q", "all", (Message("user", "one?"),))
+    bench = Bench(section, {"q": Answer(("yes",))}, {}, {})
+    with locked(tmp_path / "verdicts.jsonl") as file:
+        kept = Rows(file, tmp_path / "verdicts.jsonl")
+        judging.judge(bench.games([question]), CutOff(), bench, kept, lambda count: None)
+        assert judging.rulings_in(kept) == {("q", 0, False): judging.Ruling(7, 2, "[[7]]")}
 
 
 def test_a_page_that_needs_nothing_else(arena: tuple[Path, Path], tmp_path: Path):

@@ -165,6 +165,9 @@ class TestAnswers:
             {"id": "a", "choices": [{"turns": [3]}]},
             {"id": "a", "messages": [{"role": "user", "content": "x"}]},
             {"id": True, "answers": ["x"]},
+            {"id": "a", "answers": ["x"], "tokens": 5},
+            {"id": "a", "answers": ["x"], "tokens": [5, 6]},
+            {"id": "a", "answers": ["x"], "finished": ["no"]},
         ],
     )
     def test_rows_that_hold_none(self, tmp_path: Path, row: dict[str, Any]):
