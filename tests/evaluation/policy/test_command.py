@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import judge
+import fake_judge
 import pytest
 from question_rows import arena_answer, arena_row, lines, mt_row, reference_row, wild_row
 
@@ -25,7 +25,7 @@ from align.rewards import judge_card
 from align.roles import Ready
 from align.sections import PolicyEvaluation, Sampling, Verdict
 
-HERE = Path(judge.__file__)
+HERE = Path(fake_judge.__file__)
 
 
 def name(function: str) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import judge
+import fake_judge
 import pytest
 from question_rows import lines
 
@@ -23,7 +23,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory, toy_data: Path, tiny_judge: 
     """The command but for its folder."""
     rows = [{"prompt": f"sort the words : {one} sun {other}"} for one in toy.WORDS[:4] for other in toy.WORDS[4:7]]
     file = lines(tmp_path_factory.mktemp("questions") / "prompts.jsonl", rows)
-    speakers = ("--model", tiny_judge, "--baseline", tiny_yes_no, "--judge", f"{judge.__file__}:longer")
+    speakers = ("--model", tiny_judge, "--baseline", tiny_yes_no, "--judge", f"{fake_judge.__file__}:longer")
     return [*ASKED, *map(str, ("--benchmark", "prompts", file, *speakers))]
 
 
