@@ -64,10 +64,15 @@ class Session:
                 ray.init(address=self.section.address, **QUIET)
         except Exception as error:  # Ray raises a bare one where its own processes are slow to start
             self.close()
+            remedy = (
+                "look for what else keeps this machine busy, and try again"
+                if self.own
+                else "check cluster.address=HOST:PORT, that its Ray has this version, and RAY_AUTH_TOKEN_PATH if it "
+                "wants a token"
+            )
             raise WorkerError(
                 f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",
-                remedy="check cluster.address=HOST:PORT, that its Ray has this version, and RAY_AUTH_TOKEN_PATH if it "
-                "wants a token",
+                remedy=remedy,
             ) from error
 
     def _open_own(self) -> None:
