@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from align.launch import cast_sections, check, remote_code
+from align.prepare import cast_sections, check, remote_code
 from align.sections import Recipe, Reward, Trained
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import align
 from align import config
 from align.errors import ConfigError
-from align.launch import cast_sections, check, located
+from align.prepare import cast_sections, check, located
 from align.private import require_private
 from align.run.stopping import check_no_stop_file
 from align.sections import RewardService

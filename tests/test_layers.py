@@ -14,7 +14,7 @@ ROWS = [
     {"ops", "data", "roles"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
-    {"launch", "plan", "evaluation", "report", "cli"},
+    {"prepare", "launch", "plan", "evaluation", "report", "cli"},
 ]
 """A unit (a module or package directly below align) may import its own unit and those of rows above it."""
 
@@ -32,9 +32,10 @@ BESIDE = {
     ("rewards", "generators"),
     ("generators", "models"),
     ("generators", "engines"),
-    ("plan", "launch"),
+    ("launch", "prepare"),
+    ("plan", "prepare"),
     ("evaluation", "report"),
-    ("evaluation", "launch"),
+    ("evaluation", "prepare"),
 }
 """Edges within a row that are meant; docs/architecture.md says why."""
 

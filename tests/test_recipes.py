@@ -13,7 +13,8 @@ import pytest
 
 from align import algorithms, config, sections
 from align.evaluation.policy.command import SPEAKERS
-from align.launch import ROLES, cast_sections, check
+from align.launch import ROLES
+from align.prepare import cast_sections, check
 from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
 from align.workers import placement

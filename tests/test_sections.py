@@ -14,7 +14,8 @@ import yaml
 
 from align import algorithms, config
 from align.errors import ConfigError
-from align.launch import ROLES, cast_sections, check
+from align.launch import ROLES
+from align.prepare import cast_sections, check
 from align.sections import (
     BenchmarkData,
     Checkpoint,

@@ -26,8 +26,8 @@ from align.evaluation import benchmarks, measures, scoring, stored
 from align.evaluation.items import Benchmark
 from align.evaluation.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
 from align.evaluation.stored import Scored
-from align.launch import located
 from align.models.load import check as check_model
+from align.prepare import located
 from align.report import evaluation as report
 from align.rewards import genrm, reading, texts
 from align.sections import BenchmarkData, Recipe, Reward, RewardEvaluation

@@ -26,7 +26,7 @@ from align.data.sources import lines
 from align.errors import DataError
 from align.evaluation import reward, scaling_flow, scaling_sweep, scoring
 from align.generators import opening
-from align.launch import located
+from align.prepare import located
 from align.report import scaling as report
 from align.sections import Data, Generator, InferenceScaling, Model, Reward, ScalingPrompts
 from align.workers import judges, placement

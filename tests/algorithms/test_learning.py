@@ -13,7 +13,8 @@ from align import config
 from align.algorithms import sft
 from align.data import helpsteer, toy
 from align.data.prompts import PromptStream
-from align.launch import cast, load_renderer
+from align.launch import cast
+from align.prepare import load_renderer
 from align.roles import Ready
 from align.run import Run
 from align.sections import Sampling

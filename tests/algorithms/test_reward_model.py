@@ -22,7 +22,8 @@ from align.data import helpsteer
 from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES
 from align.data.toy import WORDS
 from align.errors import ConfigError, ModelError
-from align.launch import cast, load_renderer
+from align.launch import cast
+from align.prepare import load_renderer
 from align.rewards import card
 from align.rewards.card import Moments
 from align.roles import Ready

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from secret_names import SECRET_NAMES
 
-from align import launch
+from align import prepare
 from align.cli import main
 from align.redact import redact, secrets
 
@@ -67,7 +67,7 @@ def test_an_unexpected_error_is_printed_with_its_traceback_and_without_secrets(r
     def fail(*_: object) -> None:
         raise RuntimeError("cannot log in with canary-0123456789")
 
-    monkeypatch.setattr(launch, "check", fail)
+    monkeypatch.setattr(prepare, "check", fail)
     assert main(["train", str(recipe)]) == 1
     out, err = capsys.readouterr()
     assert err.endswith("RuntimeError: cannot log in with <HF_TOKEN>\n")

@@ -30,7 +30,7 @@ from align.evaluation.policy.numbers import Chance, Group
 from align.evaluation.policy.questions import Answer, Question, Questions
 from align.evaluation.scoring import Rows
 from align.generators import opening
-from align.launch import located
+from align.prepare import located
 from align.report import policy as report
 from align.rewards import judge_card
 from align.sections import Generative, Generator, PolicyEvaluation

@@ -1,0 +1,195 @@
+"""What is checked before anything starts: placement, tokenizers, models and data of a recipe."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from align import sections
+from align.config import Loaded
+from align.data import chat, helpsteer
+from align.data.chat import Renderer
+from align.data.conversations import Conversations
+from align.errors import ConfigError, DataError
+from align.models.load import check as check_model
+from align.rewards import functions, genrm, reading, texts
+from align.rewards.http import HttpJudge
+from align.run import Identity
+from align.sections import Model, Recipe
+from align.workers import placement
+
+
+def cast_sections(config: Recipe) -> dict[str, Model]:
+    """The role sections of a recipe by name, the trained ones first; without those it calls absent."""
+    absent = config.absent()
+    found = {name: one for name, one in vars(config).items() if isinstance(one, Model) and name not in absent}
+    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], sections.Trained)))
+
+
+def check(config: Recipe) -> dict[str, tuple[int, ...]]:
+    """Slots of every role. Raises `ConfigError` for a placement that cannot be."""
+    roles = cast_sections(config)
+    slots = placement.resolve(config.placement, roles)
+    for name, section in roles.items():
+        if isinstance(section, sections.Critic):
+            reading.require_head(section)
+        if not section.path and not (isinstance(section, sections.Reward) and section.present):
+            raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
+    return slots
+
+
+def remote_code(config: Recipe) -> list[str]:
+    """A line for each role that runs code which comes with its model."""
+    models = cast_sections(config)
+    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, sections.Reward)}
+    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
+    trusted = {name: one for name, one in models.items() if one.trust_remote_code}
+    commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
+    return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
+
+
+def load_renderer(config: Recipe) -> Renderer:
+    """Tokenizer and template of the run: roles that are no frozen judges must read the same token ids."""
+    found = {name: one for name, one in cast_sections(config).items() if not isinstance(one, sections.Reward)}
+    loaded = {name: _tokenizer(section) for name, section in found.items()}
+    (first, tokenizer), *others = loaded.items()
+    for name, other in others:
+        try:
+            chat.require_same(tokenizer, other, first, name)
+        except DataError as error:
+            if not isinstance(found[name], sections.Critic):
+                raise
+            remedy = "start the critic from the policy: critic.path=${policy.path} critic.head=new"
+            raise DataError(error.message, where=error.where, remedy=remedy) from None
+    for section in found.values():
+        check_model(section, len(tokenizer))
+        if isinstance(section, sections.Critic) and section.head == "trained":
+            reading.start_of(section)
+    return Renderer(tokenizer, config.data.chat_template, config.data.date)
+
+
+def _tokenizer(section: Model) -> Any:
+    return chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A judge that reads conversations and not the policy's token ids."""
+
+    why: str
+    renderers: str
+    """Fingerprints of what its models render text by; none where it has no model."""
+
+
+def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
+    """Judges that read text, by role, after a look at everything that a judge needs to come up."""
+    for name, attributes in config.rated().items():
+        reading.require_attributes(getattr(config, name), attributes)
+    found = {}
+    for name, section in cast_sections(config).items():
+        if not isinstance(section, sections.Reward):
+            continue
+        if section.kind == "generative":
+            found[name] = TextReader(section.source, genrm.check(section.generative))
+        elif section.kind == "http":
+            HttpJudge(section.http, section.failed).close()
+            found[name] = TextReader(section.http.url, "")
+        elif section.kind == "function":
+            functions.load(section.function)
+            found[name] = TextReader(section.function, "")
+        elif (reader := _reads_text(section, renderer)) is not None:
+            found[name] = reader
+    return found
+
+
+def _reads_text(section: sections.Reward, renderer: Renderer) -> TextReader | None:
+    """None where all models of a judge can read the policy's token ids."""
+    members = reading.members(section)
+    tokenizers = [_tokenizer(member) for member in members]
+    for member, tokenizer in zip(members, tokenizers, strict=True):
+        check_model(member, len(tokenizer))
+    reads = reading.read(section)
+    reasons = {
+        member.path: texts.why_text(read, tokenizer, renderer)
+        for member, read, tokenizer in zip(members, reads, tokenizers, strict=True)
+    }
+    why = [f"{path}: {reason}" for path, reason in reasons.items() if reason]
+    if not why:
+        return None
+    prints = [
+        texts.Text(tokenizer, read, section).renderer.fingerprint
+        for tokenizer, read in zip(tokenizers, reads, strict=True)
+    ]
+    return TextReader("; ".join(why), " ".join(prints))
+
+
+def located(section: Model) -> Model:
+    """The section with local files and folders named in full: workers may have another working directory."""
+    if isinstance(section, sections.Reward):
+        judge = located(section.generative.judge)
+        assert isinstance(judge, sections.Generator)
+        section = replace(
+            section,
+            ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
+            generative=replace(section.generative, judge=judge),
+        )
+    if isinstance(section, (sections.Reward, sections.Generator)):
+        file, colon, function = section.function.rpartition(":")
+        section = replace(
+            section,
+            chat_template=section.chat_template and _full(section.chat_template),
+            function=f"{_full(file)}{colon}{function}" if file.endswith(".py") else section.function,
+        )
+    return replace(section, path=_full(section.path))
+
+
+def _full(path: str) -> str:
+    """The name in full of what is there; a hub id as it is."""
+    found = Path(path).expanduser()
+    return str(found.absolute()) if path and found.exists() else path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose data, tokenizers and models have been looked at, before anything is started."""
+
+    config: Any
+    algorithm: ModuleType
+    material: Any
+    counts: dict[str, int]
+    renderer: Renderer
+    description: dict[str, Any]
+    identity: Identity
+    readers: dict[str, TextReader]
+    """Judges that read text."""
+    spoken: dict[str, Conversations]
+    """What they read, by role."""
+
+
+def prepare(loaded: Loaded) -> Prepared:
+    """Check data, tokenizers and models of a recipe."""
+    config: Any = loaded.config
+    algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
+    check(config)
+    renderer = load_renderer(config)
+    readers = text_readers(config, renderer)
+    source = helpsteer.load(config.data, config.reads())
+    material, counts = algorithm.prepare(config, source, renderer)
+    description = {
+        "source": {name: asdict(split) for name, split in source.counts.items()},
+        "prepared": counts,
+        "fingerprint": source.fingerprint,
+        "renderer_fingerprint": renderer.fingerprint,
+    }
+    read = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
+    read |= {f"renderers of {name}": one.renderers for name, one in readers.items() if one.renderers}
+    models = {name: reading.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
+    identity = Identity.of(config, read, models)
+    spoken = {}
+    if readers:
+        contexts = (row.context for rows in (source.train, source.validation) for row in rows)
+        spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
+    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken)
