@@ -21,7 +21,7 @@ from torch import Tensor
 
 from align import roles
 from align.algorithms import _direct_loss, best_of_n, dpo, online_dpo
-from align.sections import DirectLoss, OptionalReward, Policy, Reference, Reward, Sampling
+from align.sections import DirectLoss, OptionalReward, Policy, Reference, Reward, Run, Sampling
 from align.types import Packed, Pairs, Rollouts, Sequences
 
 NAN, INF = math.nan, math.inf
@@ -130,12 +130,13 @@ def test_the_gradient_of_dpo_is_that_of_sums():
 
 
 def test_metrics_by_hand():
-    metrics = loss(DirectLoss(beta=0.5), NAN)[0].metrics
+    # The reference is moved from the table's, so that no mean is 0: d = 2 + 2 = 4 and -1 - 2.5 = -3.5.
+    metrics = loss(DirectLoss(beta=0.5), NAN, [-4.0, -1.0, -1.0, -4.5])[0].metrics
     assert {name: (total.item(), count.item()) for name, (total, count) in metrics.items()} == {
         "accuracy": (1, 2),
-        "margin": (0, 2),  # 1.5 - 1.5
-        "chosen_logratio": (0, 2),  # 1 - 1
-        "rejected_logratio": (0, 2),  # -2 + 2
+        "margin": (0.25, 2),  # 2 - 1.75
+        "chosen_logratio": (1, 2),  # 2 - 1
+        "rejected_logratio": (0.5, 2),  # -2 + 2.5
         "entropy": (4, 8),  # 1/2 at each of 8 tokens
     }
 
@@ -225,6 +226,19 @@ def test_cached_reference_numbers_are_those_of_the_policy_by_row(tmp_path: Path,
     assert len(model.temperatures) == 1
     workers = dpo.reference_sums(configured(), pairs(), Cast(model))  # type: ignore[arg-type]
     assert workers(pairs().select(rows), rows).tolist() == [*SUMS[2:], *SUMS[:2]]
+
+
+def test_random_weights_of_another_seed_are_not_found_in_the_cache(tmp_path: Path):
+    init, model = {"model_type": "llama"}, Model()
+    for seed in (0, 1, 0):
+        settings = dpo.Config(
+            policy=Policy(path="m", init=init),
+            reference=Reference(path="m", init=init),
+            reference_cache=str(tmp_path),
+            run=Run(seed=seed),
+        )
+        dpo.reference_sums(settings, pairs(), Cast(model))  # type: ignore[arg-type]
+    assert len(model.temperatures) == len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_reference_is_cached_for_a_loss_that_reads_none(tmp_path: Path):

@@ -18,6 +18,7 @@ import random
 import statistics
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,3 +324,57 @@ def test_one_pass_in_one_batch_keeps_the_order(seen):
     asked, both = lessons(seen, lambda count: 0.0)
     _on_policy.learn(config(minibatches=1, prompts_per_step=5), 1, 2, both)
     assert asked == [("critic", list(range(10))), ("policy", list(range(10)))]
+
+
+# Warm-up and value clipping, as the loop passes them on
+
+
+class Critic(Learner):
+    """A critic whose values are `VALUE`; after the update each is one higher."""
+
+    def values(self, sequences: Any) -> roles.Ready[Tensor]:
+        return roles.Ready(padded(VALUE))
+
+    def update(self, batch: Batch, loss: Any) -> roles.Ready[roles.Metrics]:
+        result = loss(value_BT=padded(VALUE) + 1, mask_BT=batch.sequences.mask_BT, **batch.columns)
+        self.asked.append(("critic", [result.sum.item()]))
+        return roles.Ready({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0})
+
+
+class Policy(Learner):
+    """A policy that records its updates."""
+
+    def update(self, batch: Batch, loss: Any) -> roles.Ready[roles.Metrics]:
+        self.asked.append(("policy", []))
+        return roles.Ready({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0, "policy_kl": 0.0})
+
+    def export(self, folder: Any) -> roles.Ready[None]:
+        return roles.Ready(None)
+
+
+def trained(settings: ppo.Config, seen: Any, first_step: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Updates of three steps of a round that begins with ``first_step``, in order."""
+    shown, updates = seen(X, SCORE, FINISHED), []
+    monkeypatch.setattr(_on_policy, "look", lambda cast, rollouts: shown)
+    cast: Any = SimpleNamespace(policy=Policy("policy", updates), critic=Critic("critic", updates))
+    steps = [(step, shown.rollouts) for step in range(first_step, first_step + 3)]
+    run: Any = SimpleNamespace(first_step=first_step, state={}, final="", log=lambda *_: updates.append("step"))
+    run.rollouts = lambda *_: iter(steps)
+    ppo.train(settings, SimpleNamespace(prompts=None, held_out=None), cast, run)  # type: ignore[arg-type]
+    return updates
+
+
+@pytest.mark.parametrize("first_step", [1, 4], ids=["first round", "second round"])
+def test_in_each_round_the_critic_learns_alone_for_its_warmup(seen, monkeypatch, first_step: int):
+    settings = config(critic_warmup_steps=2, minibatches=1, prompts_per_step=3)
+    updates = [entry if entry == "step" else entry[0] for entry in trained(settings, seen, first_step, monkeypatch)]
+    assert updates == ["critic", "step", "critic", "step", "critic", "policy", "step"]
+
+
+@pytest.mark.parametrize(("clip", "last"), [({}, 3.24), ({"value_clip": 0.5}, 2.25), ({"value_clip": 0.0}, 1.0)])
+def test_the_recipes_value_clip_bounds_the_critics_step(seen, monkeypatch, clip: dict[str, float], last: float):
+    # V is V_old + 1 and R = V_old + A: 1/2 max((1 - A)^2, (e - A)^2) over A = -0.375 0.5 | -2.5 | -0.5 0 2. Only for
+    # A = 2 is the limit farther from the target than V: (0.2 - 2)^2, (0.5 - 2)^2, or (1 - 2)^2 without a limit.
+    updates = trained(config(**clip, minibatches=1, prompts_per_step=3), seen, 1, monkeypatch)
+    expected = (1.375**2 + 0.5**2 + 3.5**2 + 1.5**2 + 1 + last) / 2
+    assert updates[0][1] == [pytest.approx(expected, rel=1e-6)]

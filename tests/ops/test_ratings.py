@@ -59,6 +59,12 @@ def test_sums_that_differ_by_rounding_are_equal():
     assert sorted(together.tolist()) == [1, 2, 2, 3]  # rows 2 and 3 over rows 0 and 1
 
 
+@pytest.mark.parametrize(("apart", "number"), [(0.5e-6, 0), (2e-6, 1)])
+def test_labels_within_the_tolerance_are_ties(apart: float, number: int):
+    label = torch.tensor([0.0, apart])
+    assert len(ratings.differences(torch.tensor([0.0, 1.0]), label, torch.tensor([0, 0]))) == number
+
+
 def test_loop_over_all_pairs():
     source = torch.Generator().manual_seed(0)
     prompt = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3, 3])

@@ -160,6 +160,11 @@ def test_filters_by_hand(top_k: int, top_p: float, min_p: float, survivors: list
     assert filtered[0, survivors].equal(LOGITS[0, survivors])  # those that stay are not changed
 
 
+@pytest.mark.parametrize(("top_p", "number"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)])
+def test_top_p_stops_where_the_mass_is_reached_exactly(top_p: float, number: int):
+    assert kept(sampling.filtered(torch.zeros(1, 4), 0, top_p, 0.0)) == [list(range(number))]  # 25 % each, exactly
+
+
 def test_top_k_larger_than_the_vocabulary_and_equal_logits():
     tied = torch.tensor([[1.0, 3.0, 1.0, 1.0]])
     assert kept(sampling.filtered(tied, 2, 1.0, 0.0)) == [[0, 1, 2, 3]]  # ties at the border of top-k all stay

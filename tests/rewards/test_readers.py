@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,7 +201,8 @@ def test_batches_and_neighbours_change_no_score(save: Save, kind: str):
     small = opened(path, **options, micro_batch_tokens=12).score(DIALOGUES)
     padded = opened(path, **options, attention="sdpa").score(DIALOGUES)
     for other in (alone, backwards, small, padded):
-        assert torch.allclose(together, other, atol=1e-6), (together - other).abs().max()
+        # Float32 rounding of outputs of order 3, which the weights 1 and -2 subtract from each other.
+        assert torch.allclose(together, other, atol=1e-5), (together - other).abs().max()
     assert judge.score([]).shape == (0,)
 
 
@@ -402,6 +404,14 @@ def test_an_ensemble_of_two(save: Save, combine: Any, wanted: Callable[..., torc
     assert judge.metrics() == {}
     ids = ids_of(words(), DIALOGUES)
     assert torch.allclose(judge.score_ids(ids), wanted(score_a, score_b), atol=1e-5)
+
+
+def test_a_member_without_a_score_takes_no_part_in_the_disagreement():
+    scores = iter([[1.0, math.nan, 3.0], [3.0, 2.0, 7.0]])
+    members: Any = [SimpleNamespace(score=lambda dialogues: torch.tensor(next(scores)))] * 2
+    judge = EnsembleJudge(members, Reward(path="a", ensemble=Ensemble(["b"], "mean")))
+    assert judge.score(DIALOGUES).tolist() == pytest.approx([2.0, math.nan, 5.0], nan_ok=True)
+    assert judge.metrics() == {"disagreement": 1.5}  # (1 + 2) / 2, of the two responses that both scored
 
 
 def test_members_of_an_ensemble_have_what_is_theirs():
