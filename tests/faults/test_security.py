@@ -67,9 +67,9 @@ def test_a_recipe_cannot_make_objects_or_compute(recipe: Path, line: str, reason
 def test_an_alias_bomb_stops_at_its_first_alias(recipe: Path, capsys):
     levels = "\n".join(f"  l{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40))
     recipe.write_text(f"algorithm: rloo\nplacement:\n  l0: &a0 [x]\n{levels}\n")
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert main(["train", str(recipe)]) == 78
-    assert time.perf_counter() - begun < 1.0
+    assert time.process_time() - begun < 5.0  # 10^39 entries would not end
     assert "recipe.yaml:4: not readable: alias *a0" in capsys.readouterr().err
 
 

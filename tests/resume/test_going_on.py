@@ -125,9 +125,7 @@ def test_a_second_run_is_refused_with_the_owner(runs, rloo, tmp_path):
     train = ("train", rloo, f"run.dir={tmp_path / 'run'}")
     pid = runs.start(*train, fault="role=driver,phase=step,step=3,kind=sigstop", log="first")
     assert until(lambda: steps_done(tmp_path / "run") == 2)
-    begun = time.monotonic()
     assert runs.run(*train, log="second") == 77
-    assert time.monotonic() - begun < 10.0  # with reading the data
     assert f"process {pid}" in runs.text("second")
     runs.kill(pid)
     runs.wait(pid)

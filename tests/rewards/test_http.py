@@ -286,7 +286,7 @@ def test_an_answer_that_does_not_come_in_time_is_given_up(drip: bool):
             WorkerError, match=r"in 2 attempts; the last one: TimeoutError: no whole answer within 0.3 s"
         ):
             judge.score([dialogue(1)])
-        assert 0.6 <= time.monotonic() - begun < 2
+        assert 0.6 <= time.monotonic() - begun < 5  # one whole answer takes 5 s
         done.set()
 
 
@@ -440,7 +440,7 @@ def test_an_error_stops_the_requests_that_wait():
         begun = time.monotonic()
         with pytest.raises(ConfigError, match="status 400"):
             judge.score([dialogue(1), dialogue(2), dialogue(3)])
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30  # the other request waits for 60 s
 
 
 def test_generators_of_training_stay_as_they_are():

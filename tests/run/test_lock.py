@@ -95,6 +95,12 @@ def short_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", BEAT)
 
 
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watching a heartbeat, which takes 15 s, fails the test; a loaded machine does not."""
+    monkeypatch.setattr(module, "_moves", lambda *_: pytest.fail("the heartbeat is watched"))
+
+
 def left_by(folder: Path, epoch: int = 1, age: float = 0.0, **changed: object) -> Path:
     """The file of an owner like this process but for what is ``changed``, and its heartbeat ``age`` seconds old."""
     path = folder / "lock" / f"epoch-{epoch:06d}.json"
@@ -172,14 +178,12 @@ def test_the_heartbeat_moves_until_release(tmp_path: Path, short_beats: None):
 # Owners on this machine
 
 
-def test_a_live_owner_is_named_within_two_seconds(tmp_path: Path, children: Callable[[], Child]):
+def test_a_live_owner_is_named_at_once(tmp_path: Path, children: Callable[[], Child], no_waiting: None):
     child = children()
     child.tell("acquire", tmp_path)
     assert child.answer() == "1"
-    begun = time.monotonic()
     with pytest.raises(LockError) as caught:
         Lock.acquire(tmp_path)
-    assert time.monotonic() - begun < 2
     me = Owner.this_process()
     for word in (f"run.dir={tmp_path}", f"{me.user}@{me.host}", f"process {child.pid}", "since 2", "s ago", "remedy:"):
         assert word in str(caught.value)
@@ -194,7 +198,9 @@ def test_the_refusal_names_the_slurm_job(tmp_path: Path):
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["a dead process", "a zombie"])
-def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, children: Callable[[], Child], reaped: bool):
+def test_a_killed_owner_is_replaced_at_once(
+    tmp_path: Path, children: Callable[[], Child], reaped: bool, no_waiting: None
+):
     child = children()
     child.tell("acquire", tmp_path)
     assert child.answer() == "1"
@@ -203,9 +209,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, children: Callable[[
         child.process.wait()
     else:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    begun = time.monotonic()
     with Lock.acquire(tmp_path) as lock:
-        assert time.monotonic() - begun < 2
         assert lock.epoch == 2
         assert f"process {child.pid}" in lock.took_over
         assert names(tmp_path) == ["epoch-000002.json"]
@@ -251,12 +255,10 @@ def test_a_heartbeat_decides_about_owners_elsewhere_whatever_their_clock(
     assert try_it(tmp_path, path, age, moves) == ("refused" if moves or fresh else 2)
 
 
-def test_a_fresh_heartbeat_is_refused_without_waiting(tmp_path: Path):
+def test_a_fresh_heartbeat_is_refused_without_waiting(tmp_path: Path, no_waiting: None):
     left_by(tmp_path, host="elsewhere", age=10)
-    begun = time.monotonic()
     with pytest.raises(LockError, match="elsewhere.*last heartbeat 10 s ago"):
         Lock.acquire(tmp_path)
-    assert time.monotonic() - begun < 2
 
 
 def test_the_heartbeat_of_a_fast_clock_is_told_as_such(tmp_path: Path):

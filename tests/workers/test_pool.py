@@ -101,7 +101,7 @@ def test_a_dead_rank_ends_the_wait_at_once_though_its_peer_hangs(ranks):
     begun = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         ranks.call("die", Toy.die, ranks.everywhere(1), list).result()
-    assert time.monotonic() - begun < 10.0
+    assert time.monotonic() - begun < 30.0  # the peer sleeps for 60 s
     message = str(caught.value)
     assert message.startswith("toy-1 died in die")
     assert "last words" in message
@@ -114,7 +114,7 @@ def test_a_placement_that_does_not_fit_is_refused_at_once(cluster):
     begun = time.monotonic()
     with pytest.raises(PlacementError) as caught, RayCluster(SECTION, there + 3):
         pass
-    assert time.monotonic() - begun < 30.0
+    assert time.monotonic() - begun < 60.0  # cluster.start_timeout_s is 120
     message = str(caught.value)
     assert f"asks for {there + 3} slots, {there} are there" in message
     assert "3 are missing" in message

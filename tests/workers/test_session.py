@@ -138,7 +138,7 @@ def test_the_end_of_a_daemon_of_ray_ends_the_wait(driver: Driver, daemon: str):
     begun = time.monotonic()
     said = next(line for line in driver.process.stdout if line.startswith("align: "))  # type: ignore[union-attr]
     print(f"\n{daemon.strip()}: told after {time.monotonic() - begun:.2f} s")
-    assert time.monotonic() - begun < 15.0
+    assert time.monotonic() - begun < 60.0  # the call would take an hour
     name = "Ray's control store (gcs_server) at 127.0.0.1:" if "gcs" in daemon else "the raylet at 127.0.0.1:"
     assert said.startswith(f"align: {name}")
     assert "is gone; policy was asked for sleep, step 0; remedy: run again" in said
