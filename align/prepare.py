@@ -68,7 +68,7 @@ def load_renderer(config: Recipe) -> Renderer:
         check_model(section, len(tokenizer))
         if isinstance(section, sections.Critic) and section.head == "trained":
             reading.start_of(section)
-    return Renderer(tokenizer, config.data.chat_template, config.data.date)
+    return Renderer(tokenizer, config.data.chat_template, config.data.date, bad_rows=config.data.bad_rows)
 
 
 def _tokenizer(section: Model) -> Any:

@@ -38,12 +38,16 @@ class HeldOut:
     """What the folder of the best judge gets beside the model, text by name."""
 
 
-def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer, files: Mapping[str, str]) -> HeldOut | None:
-    """The first pairs of the validation split; None where nothing is to be measured."""
+def prepare(
+    config: Config, source: Corpus[Comparison], renderer: Renderer, files: Mapping[str, str], counts: dict[str, int]
+) -> HeldOut | None:
+    """The first pairs of the validation split; None where nothing is to be measured. ``counts`` gets what became of its
+    rows, as ``held_out_...``."""
     count = config.evaluation.prompts
     if not config.evaluation.every:
         return None
     found = data.judging.prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
+    counts |= {f"held_out_{name}": n for name, n in found.counts.items()}
     prompts = data.prompts.first(found.tokens, 2 * count, renderer.stop_ids, NOISE)
     return HeldOut(prompts, found.label_P3[: 2 * count], found.contexts[:count], files)
 

@@ -45,15 +45,17 @@ class HeldOut:
     """The responses to be edited, where the answers are edits."""
 
 
-def prepare(evaluation: Evaluation, source: PreferenceData, renderer: Renderer, data_section: Data) -> HeldOut | None:
-    """The first prompts of the validation split; None where nothing is to be measured."""
+def prepare(
+    evaluation: Evaluation, source: PreferenceData, renderer: Renderer, data_section: Data, counts: dict[str, int]
+) -> HeldOut | None:
+    """The first prompts of the validation split; None where nothing is to be measured. ``counts`` gets what became of
+    its rows, as ``held_out_...``."""
     if not evaluation.every:
         return None
     found = data.helpsteer.prompts(source.validation, renderer, data_section.max_prompt_tokens)
-    return HeldOut(
-        data.prompts.first(found.tokens, evaluation.prompts, renderer.stop_ids, NOISE),
-        found.messages[: evaluation.prompts],
-    )
+    counts |= {f"held_out_{name}": count for name, count in found.counts.items()}
+    prompts = data.prompts.first(found.tokens, evaluation.prompts, renderer.stop_ids, NOISE)
+    return HeldOut(prompts, found.messages[: evaluation.prompts])
 
 
 class Cast(Protocol):
@@ -140,11 +142,7 @@ class Evaluator:
     def _written(self, kind: str, texts: list[str], judged: dict[str, Tensor]) -> list[dict[str, object]]:
         assert self.held_out is not None
         return [
-            {
-                "kind": kind,
-                "prompt": messages[-1].content,
-                "answer": text,
-                **{name: float(score_P[i]) for name, score_P in judged.items()},
-            }
+            dict[str, object](kind=kind, prompt=messages[-1].content, answer=text)
+            | {name: float(score_P[i]) for name, score_P in judged.items()}
             for i, (messages, text) in enumerate(zip(self.held_out.messages, texts, strict=True))
         ]

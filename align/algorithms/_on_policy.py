@@ -64,8 +64,8 @@ def prepare(
     stream = data.prompts.PromptStream(
         found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids, attempts
     )
-    held_out = _heldout.prepare(config.evaluation, source, renderer, config.data)
-    return Material(stream, held_out), dict(found.counts)
+    counts = dict(found.counts)
+    return Material(stream, _heldout.prepare(config.evaluation, source, renderer, config.data, counts)), counts
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def prepare(
         rows = data.steered.labelled(rated, ops.steerlm.labels(rating_BA), form.names)
     held_out = None
     if evaluation.every:
-        wanted = [(row.context, form.values) for row in source.validation]
+        wanted = [(row.where, row.context, form.values) for row in source.validation]
         asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
         prompts = data.prompts.first(asked.steered, evaluation.prompts, renderer.stop_ids, _heldout.NOISE)
         contexts = asked.contexts[: evaluation.prompts]
@@ -100,7 +100,7 @@ def groups(config: OnPolicy, labels: Labels, material: Material, reward: roles.R
     rows, form, renderer = material.rows, material.form, material.renderer
     if labels == "reward":
         rows = rated(rows, reward, form, run)
-    wanted = ((row.context, data.steered.labels(row, form.names)) for row in rows)
+    wanted = ((row.where, row.context, data.steered.labels(row, form.names)) for row in rows)
     asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
     run.report(f"training prompts: {told(asked.counts)}")
     stream = data.prompts.PromptStream(asked.steered, config.prompts_per_step, config.run.seed, renderer.stop_ids)

@@ -106,7 +106,7 @@ def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple
     """Pairs of the training split, ties dropped, and what became of its rows."""
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     pairs, counts = data.helpsteer.pairs(source.train, renderer, *limits)
-    return Material(pairs, _heldout.prepare(config.evaluation, source, renderer, config.data)), counts
+    return Material(pairs, _heldout.prepare(config.evaluation, source, renderer, config.data, counts)), counts
 
 
 def reference_sums(config: Config, pairs: Pairs, cast: Cast) -> Callable[[Pairs, Tensor], Tensor]:

@@ -72,14 +72,15 @@ def prepare(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[M
     limits = config.editing, config.data.max_prompt_tokens
     found = data.editing.edit_prompts(source.train, renderer, *limits)
     stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
-    held_out = None
+    counts, held_out = found.counts, None
     if config.evaluation.every:
         other, count = data.editing.edit_prompts(source.validation, renderer, *limits), config.evaluation.prompts
+        counts |= {f"held_out_{name}": n for name, n in other.counts.items()}
         prompts = data.prompts.first(other.tokens, count, renderer.stop_ids, _heldout.NOISE)
         judged = data.prompts.first(other.judged, count, renderer.stop_ids, _heldout.NOISE).tokens
         kept = other.contexts[:count], judged
         held_out = _heldout.HeldOut(prompts, *kept, originals=other.originals[:count])
-    return Material(stream, held_out, found.judged, tuple(found.originals)), found.counts
+    return Material(stream, held_out, found.judged, tuple(found.originals)), counts
 
 
 def penalised(score_PK: Tensor, copy_PK: Tensor, penalty: float) -> Tensor:

@@ -118,7 +118,7 @@ def bootstrapped(config: Config, material: _steer.Material, policy: roles.Policy
     contexts = list(dict.fromkeys(row.context for row in material.rows))
     count = min(config.bootstrap_prompts or len(contexts), len(contexts))
     chosen = data.prompts.Order(len(contexts), count, config.run.seed).indices(run.round).tolist()
-    wanted = [(contexts[i], material.form.values) for i in chosen]
+    wanted = [("", contexts[i], material.form.values) for i in chosen]
     asked = data.steered.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
     prompts = data.prompts.first(asked.steered, count, material.renderer.stop_ids, NOISE - run.round)
     parts = data.steered.parts(prompts, _steer.PART)

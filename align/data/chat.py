@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -40,6 +41,10 @@ class Message(NamedTuple):
     role: str
     """``system``, ``user`` or ``assistant``."""
     content: str
+
+
+class RenderError(DataError):
+    """A conversation that the chat template or the tokenizer refuses."""
 
 
 class Dialogue(NamedTuple):
@@ -121,9 +126,9 @@ class Renderer:
     """Conversations as token ids, by one tokenizer and one chat template.
 
     ``chat_template`` is a file that replaces the tokenizer's own template, ``date`` the text passed to the template as
-    ``date_string``; ``section`` is where a recipe has both, for remedies. Raises `DataError` when there is no template,
-    when it cannot be read or rendered, when it asks for today's date, and when the tokenizer has no end-of-sequence
-    token.
+    ``date_string``; ``section`` is where a recipe has both, for remedies; ``bad_rows`` is that of `row`. Raises
+    `DataError` when there is no template, when it cannot be read or rendered, when it asks for today's date, and when
+    the tokenizer has no end-of-sequence token.
     """
 
     def __init__(
@@ -132,22 +137,44 @@ class Renderer:
         chat_template: str | None = None,
         date: str | None = None,
         section: str = "data",
+        bad_rows: Literal["stop", "skip"] = "stop",
     ):
         self._bos, eos = _marks(tokenizer)
         if eos is None:
             raise DataError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path)
         self._eos = eos
         self.tokenizer = tokenizer
-        self.date, self._section = date, section
+        self.date, self._section, self._bad_rows = date, section, bad_rows
         self._name = chat_template or f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         self.template = _read_template(tokenizer, chat_template, section)
         self._end_of_turn = self._find_end_of_turn()
 
+    @contextmanager
+    def row(self, where: str, counts: dict[str, int]) -> Iterator[None]:
+        """Render the row at ``where`` in this block.
+
+        A row that template or tokenizer refuses raises `DataError` with its place, or with ``bad_rows: skip`` ends the
+        block and is counted as ``not_rendered``.
+        """
+        try:
+            yield
+        except RenderError as error:
+            if self._bad_rows == "stop":
+                remedy = (
+                    f"change the row, or give another template ({self._section}.chat_template=FILE), or leave such "
+                    "rows out and have them counted: data.bad_rows=skip"
+                )
+                message = f"{error.where} cannot render the row: {error.message}"
+                raise DataError(message, where=where or error.where, remedy=remedy) from error
+            counts["not_rendered"] = counts.get("not_rendered", 0) + 1
+
     def prompt_ids(self, messages: Sequence[Message], opening: str = "") -> list[int]:
         """Ids of the conversation up to where the assistant's next words begin, or ``opening``, its first words."""
         ids = self._encode(self._render(messages, add_generation_prompt=True) + opening)
+        if not ids:
+            raise RenderError("the prompt has no tokens", where=self._name)
         if ids[:2] == [self._bos, self._bos]:
-            raise DataError(
+            raise RenderError(
                 f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})",
                 where=self._name,
                 remedy="write it once in the template, and not in the messages",
@@ -181,7 +208,7 @@ class Renderer:
     ) -> list[int]:
         text = self._render([*messages, Message("assistant", response)], add_generation_prompt=False)
         if not text.startswith(prompt):
-            raise DataError(
+            raise RenderError(
                 f"the prompt {prompt[-60:]!r} is not the beginning of the conversation with its answer",
                 where=self._name,
                 remedy="give a template that writes the same text before an answer: "
@@ -223,7 +250,10 @@ class Renderer:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise RenderError(f"the tokenizer fails: {_first_line(error)}", where=self._name) from error
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         date: dict[str, Any] = {} if self.date is None else {"date_string": self.date}
@@ -238,7 +268,7 @@ class Renderer:
             return cast(str, text)
         except Exception as error:  # an expression of a template may raise anything
             if str(error) != _ASKED_FOR_TODAY:
-                raise DataError(f"the template fails: {_first_line(error)}", where=self._name) from error
+                raise RenderError(f"the template fails: {_first_line(error)}", where=self._name) from error
         raise DataError(
             "the template writes today's date, so the same run would differ from day to day",
             where=self._name,

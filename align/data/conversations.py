@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 
-from align.data.chat import Dialogue, Message, Renderer
+from align.data.chat import Dialogue, Message, Renderer, RenderError
 from align.errors import DataError
 from align.types import Packed, Sequences
 
@@ -17,8 +18,9 @@ class Conversations:
         self._renderer = renderer
         self._known: dict[bytes, tuple[Message, ...]] = {}
         for context in dict.fromkeys(contexts):
-            (digest,) = _digests(Packed.from_lists([renderer.prompt_ids(context)]))
-            self._known[digest] = context
+            with suppress(RenderError):  # no prompt of the run is made of it
+                (digest,) = _digests(Packed.from_lists([renderer.prompt_ids(context)]))
+                self._known[digest] = context
 
     def dialogues(self, sequences: Sequences) -> list[Dialogue]:
         """What was said, in the order of the responses; special tokens are left out. Raises `DataError` for a prompt

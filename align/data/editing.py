@@ -22,7 +22,7 @@ from torch import Tensor
 
 from align.data.chat import Message, Renderer
 from align.data.rows import Context, Edit, Feedback
-from align.data.tokenise import answered, require_some
+from align.data.tokenise import Item, answered, require_some
 from align.sections import Data, Editing
 from align.types import Packed, Sequences
 
@@ -132,10 +132,10 @@ def feedback_demonstrations(
     """
     counts = {"rows": 0}
 
-    def items() -> Iterator[tuple[Context, tuple[str, ...]]]:
+    def items() -> Iterator[Item]:
         for row in rows:
             counts["rows"] += 1
-            yield feedback_prompt(row.context, row.response, config.editing), row.feedback
+            yield row.where, feedback_prompt(row.context, row.response, config.editing), row.feedback
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     return answered(items(), renderer, *limits, counts), counts
@@ -150,10 +150,10 @@ def edit_demonstrations(rows: Iterable[Edit], renderer: Renderer, config: Config
     """
     counts = _counts()
 
-    def items() -> Iterator[tuple[Context, tuple[str]]]:
+    def items() -> Iterator[Item]:
         for row, told in _told(rows, config.editing, counts):
             for order in orders(told, config.editing.max_permutations):
-                yield edit_prompt(row.context, row.original, order, config.editing), (row.edited,)
+                yield row.where, edit_prompt(row.context, row.original, order, config.editing), (row.edited,)
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     return answered(items(), renderer, *limits, counts), counts
@@ -180,13 +180,15 @@ def edit_prompts(rows: Iterable[Edit], renderer: Renderer, editing: Editing, max
     judged: list[list[int]] = []
     kept: list[Edit] = []
     for row, told in _told(rows, editing, counts):
-        prompt = renderer.prompt_ids(edit_prompt(row.context, row.original, told, editing))
-        if len(prompt) > max_tokens:
-            counts["too_long"] += 1
-            continue
-        ids.append(prompt)
-        judged.append(renderer.prompt_ids(row.context))
-        kept.append(row)
+        with renderer.row(row.where, counts):
+            prompt = renderer.prompt_ids(edit_prompt(row.context, row.original, told, editing))
+            conversation = renderer.prompt_ids(row.context)
+            if len(prompt) > max_tokens:
+                counts["too_long"] += 1
+                continue
+            ids.append(prompt)
+            judged.append(conversation)
+            kept.append(row)
     counts["kept"] = len(kept)
     require_some(counts, "edit prompts")
     packed = Packed.from_lists(ids), Packed.from_lists(judged)

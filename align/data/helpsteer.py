@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from align.data import helpsteer2, helpsteer3, messages, nemo
@@ -215,5 +215,5 @@ def _read(
             elif row.key in elsewhere:
                 overlap += 1
             else:
-                rows[row.key] = row
+                rows[row.key] = replace(row, where=where)
     return rows, SplitCounts(read, dict(bad), other_domain, duplicates, overlap, len(rows), spread, single)

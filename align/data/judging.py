@@ -18,7 +18,7 @@ from torch import Tensor
 from align.data import verdicts
 from align.data.chat import Message, Renderer
 from align.data.rows import Comparison, Context
-from align.data.tokenise import answered, require_some
+from align.data.tokenise import Item, answered, require_some
 from align.data.verdicts import Scores
 from align.errors import DataError
 from align.sections import Data, Generative, Verdict
@@ -94,14 +94,15 @@ def prompts(rows: Iterable[Comparison], renderer: Renderer, verdict: Verdict, ma
     labels: list[Scores] = []
     contexts: list[Context] = []
     for row, wanted in _labelled(rows, counts):
-        both = [renderer.prompt_ids(asked) for asked in _orders(row, verdict)]
-        if both[0] == both[1] or max(map(len, both)) > max_tokens:
-            counts["identical" if both[0] == both[1] else "too_long"] += 1
-            continue
-        ids += both
-        labels += [wanted, verdicts.swapped(wanted)]
-        contexts.append(row.context)
-        counts["without_scores"] += row.helpfulness is None
+        with renderer.row(row.where, counts):
+            both = [renderer.prompt_ids(asked) for asked in _orders(row, verdict)]
+            if both[0] == both[1] or max(map(len, both)) > max_tokens:
+                counts["identical" if both[0] == both[1] else "too_long"] += 1
+                continue
+            ids += both
+            labels += [wanted, verdicts.swapped(wanted)]
+            contexts.append(row.context)
+            counts["without_scores"] += row.helpfulness is None
     counts["kept"] = len(contexts)
     require_some(counts, "pairs")
     return JudgePrompts(Packed.from_lists(ids), tensor(labels), contexts, counts)
@@ -173,7 +174,7 @@ def demonstrations(rows: Iterable[Comparison], renderer: Renderer, config: Confi
     names = ("rows", "ties", "identical", "without_scores", "without_reason", "not_swapped", "unreadable")
     counts: dict[str, int] = dict.fromkeys(names, 0)
 
-    def items() -> Iterator[tuple[tuple[Message, ...], list[str]]]:
+    def items() -> Iterator[Item]:
         for row, wanted in _labelled(rows, counts):
             reasons = [text.strip() for score, text in row.reasons if score * row.preference > 0 and text.strip()]
             if row.helpfulness is None or not reasons:
@@ -187,7 +188,7 @@ def demonstrations(rows: Iterable[Comparison], renderer: Renderer, config: Confi
                 answers = [f"{text}\n{verdicts.write(scores, config.verdict.form)}" for text in texts]
                 sound = [one for one in answers if verdicts.read(one, config.verdict.form, 2) == scores]
                 counts["unreadable"] += len(answers) - len(sound)
-                yield messages, sound
+                yield row.where, messages, sound
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     return answered(items(), renderer, *limits, counts), counts

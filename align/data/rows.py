@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from align.data.chat import Message
@@ -20,7 +20,15 @@ MAX = sys.float_info.max
 """The largest finite number."""
 
 
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Something that was read."""
+
+    where: str = field(default="", compare=False, repr=False)
+    """Its place, as file:line."""
+
+
+class Row(Placed):
     """What reading needs of a row of any kind."""
 
     KEY: ClassVar[tuple[str, ...]]
@@ -41,8 +49,8 @@ class Row:
 
     @property
     def content(self) -> list[Any]:
-        """What the fingerprint is of: all but the spread."""
-        return [value for name, value in vars(self).items() if name != "spread"]
+        """What the fingerprint is of: all but the spread and the place."""
+        return [value for name, value in vars(self).items() if name not in ("spread", "where")]
 
 
 @dataclass(frozen=True)
@@ -208,9 +216,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def require(row: Mapping[str, Any], fields: Iterable[str]) -> None:
     """Raise `BadRow` for the first of ``fields`` that ``row`` lacks."""
-    for field in fields:
-        if field not in row:
-            raise BadRow(field, "is missing")
+    for name in fields:
+        if name not in row:
+            raise BadRow(name, "is missing")
 
 
 def integer(field: str, value: object, low: int, high: int) -> int:

@@ -35,11 +35,12 @@ def answers(
             if not text.strip() or (row.context, text) in found:
                 counts["repeated" if text.strip() else "empty"] += 1
                 continue
-            prompt, (ids,) = renderer.dialogue_ids(row.context, [text])
-            fits = len(prompt) <= max_prompt_tokens and len(ids) <= max_response_tokens
-            counts["kept" if fits else "too_long"] += 1
-            one = Rating(row.context, text, {}, row.domain, row.language) if pair else row
-            found[row.context, text] = one if fits else None
+            with renderer.row(row.where, counts):
+                prompt, (ids,) = renderer.dialogue_ids(row.context, [text])
+                fits = len(prompt) <= max_prompt_tokens and len(ids) <= max_response_tokens
+                counts["kept" if fits else "too_long"] += 1
+                one = Rating(row.context, text, {}, row.domain, row.language, where=row.where) if pair else row
+                found[row.context, text] = one if fits else None
     require_some(counts, "responses")
     return [row for row in found.values() if row is not None], counts
 
@@ -110,12 +111,13 @@ def demonstrations(
     prompts, responses = [], []
     for row in rows:
         messages, opening = form.steered(row.context, labels(row, form.names))
-        prompt, (response,) = renderer.dialogue_ids(messages, [row.response], opening)
-        fits = len(prompt) <= max_prompt_tokens and len(response) <= max_response_tokens
-        counts["kept" if fits else "too_long"] += 1
-        if fits:
-            prompts.append(prompt)
-            responses.append(response)
+        with renderer.row(row.where, counts):
+            prompt, (response,) = renderer.dialogue_ids(messages, [row.response], opening)
+            fits = len(prompt) <= max_prompt_tokens and len(response) <= max_response_tokens
+            counts["kept" if fits else "too_long"] += 1
+            if fits:
+                prompts.append(prompt)
+                responses.append(response)
     require_some(counts, "labelled responses")
     return Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), torch.arange(len(prompts))), counts
 
@@ -136,22 +138,22 @@ class Asked:
 
 
 def asked(
-    wanted: Iterable[tuple[Context, tuple[int, ...]]], renderer: Renderer, form: Form, max_prompt_tokens: int
+    wanted: Iterable[tuple[str, Context, tuple[int, ...]]], renderer: Renderer, form: Form, max_prompt_tokens: int
 ) -> Asked:
-    """Prompts that ask for the values ``wanted``, in the order of first occurrence. Raises `DataError` when none is
-    left."""
+    """Prompts that ask for ``wanted``, each the place of a row, its conversation and the values, in the order of first
+    occurrence. Raises `DataError` when none is left."""
     counts = {"asked": 0, "repeated": 0, "too_long": 0, "kept": 0}
     rows: dict[tuple[Context, tuple[int, ...]], tuple[list[int], list[int]] | None] = {}
-    for one in wanted:
+    for where, context, values in wanted:
         counts["asked"] += 1
-        if one in rows:
+        if (context, values) in rows:
             counts["repeated"] += 1
             continue
-        context, values = one
-        steered = renderer.prompt_ids(*form.steered(context, values))
-        fits = len(steered) <= max_prompt_tokens
-        counts["kept" if fits else "too_long"] += 1
-        rows[one] = (steered, renderer.prompt_ids(context)) if fits else None
+        with renderer.row(where, counts):
+            steered, plain = renderer.prompt_ids(*form.steered(context, values)), renderer.prompt_ids(context)
+            fits = len(steered) <= max_prompt_tokens
+            counts["kept" if fits else "too_long"] += 1
+            rows[context, values] = (steered, plain) if fits else None
     require_some(counts, "prompts")
     kept = {one: ids for one, ids in rows.items() if ids is not None}
     return Asked(

@@ -37,12 +37,13 @@ def prompts(rows: Iterable[Preference], renderer: Renderer, max_tokens: int) -> 
             counts["repeated"] += 1
             continue
         seen.add(row.context)
-        prompt = renderer.prompt_ids(row.context)
-        if len(prompt) > max_tokens:
-            counts["too_long"] += 1
-            continue
-        ids.append(prompt)
-        messages.append(row.context)
+        with renderer.row(row.where, counts):
+            prompt = renderer.prompt_ids(row.context)
+            if len(prompt) > max_tokens:
+                counts["too_long"] += 1
+                continue
+            ids.append(prompt)
+            messages.append(row.context)
     counts["kept"] = len(ids)
     require_some(counts, "prompts")
     return PromptSet(Packed.from_lists(ids), messages, counts)
@@ -65,15 +66,16 @@ def pairs(
         if row.preference == 0:
             counts["ties"] += 1
             continue
-        prompt, (chosen, rejected) = renderer.dialogue_ids(row.context, [row.chosen, row.rejected])
-        if len(prompt) > max_prompt_tokens or max(len(chosen), len(rejected)) > max_response_tokens:
-            counts["too_long"] += 1
-        elif chosen == rejected:
-            counts["identical"] += 1
-        else:
-            prompts.append(prompt)
-            responses += [chosen, rejected]
-            strengths.append(row.strength)
+        with renderer.row(row.where, counts):
+            prompt, (chosen, rejected) = renderer.dialogue_ids(row.context, [row.chosen, row.rejected])
+            if len(prompt) > max_prompt_tokens or max(len(chosen), len(rejected)) > max_response_tokens:
+                counts["too_long"] += 1
+            elif chosen == rejected:
+                counts["identical"] += 1
+            else:
+                prompts.append(prompt)
+                responses += [chosen, rejected]
+                strengths.append(row.strength)
     counts["kept"] = len(prompts)
     require_some(counts, "pairs")
     prompt_B = torch.arange(len(prompts)).repeat_interleave(2)
@@ -95,25 +97,29 @@ def demonstrations(
     """
     counts = _counts("rows", "ties")
 
-    def items() -> Iterator[tuple[tuple[Message, ...], list[str]]]:
+    def items() -> Iterator[Item]:
         for row in rows:
             counts["rows"] += 1
             if responses == "preferred" and row.preference == 0:
                 counts["ties"] += 1
                 continue
-            yield row.context, [row.chosen] if responses == "preferred" else [row.response1, row.response2]
+            yield row.where, row.context, [row.chosen] if responses == "preferred" else [row.response1, row.response2]
 
     return answered(items(), renderer, max_prompt_tokens, max_response_tokens, counts), counts
 
 
+Item = tuple[str, Sequence[Message], Sequence[str]]
+"""Place of a row, a conversation, and answers to it."""
+
+
 def answered(
-    items: Iterable[tuple[Sequence[Message], Sequence[str]]],
+    items: Iterable[Item],
     renderer: Renderer,
     max_prompt_tokens: int,
     max_response_tokens: int,
     counts: dict[str, int],
 ) -> Sequences:
-    """Answers to imitate: each item is a conversation and answers to it.
+    """Answers to imitate.
 
     ``counts`` gets the answers that were ``empty`` or ``too_long`` and those ``kept``. Raises `DataError` when none is
     left.
@@ -122,16 +128,17 @@ def answered(
     prompts: list[list[int]] = []
     answers: list[list[int]] = []
     prompt_B: list[int] = []
-    for messages, texts in items:
+    for where, messages, texts in items:
         spoken = [text for text in texts if text.strip()]
         counts["empty"] += len(texts) - len(spoken)
-        prompt, ids = renderer.dialogue_ids(messages, spoken)
-        fitting = [one for one in ids if len(prompt) <= max_prompt_tokens and len(one) <= max_response_tokens]
-        counts["too_long"] += len(ids) - len(fitting)
-        if fitting:
-            prompt_B += [len(prompts)] * len(fitting)
-            prompts.append(prompt)
-            answers += fitting
+        with renderer.row(where, counts):
+            prompt, ids = renderer.dialogue_ids(messages, spoken)
+            fitting = [one for one in ids if len(prompt) <= max_prompt_tokens and len(one) <= max_response_tokens]
+            counts["too_long"] += len(ids) - len(fitting)
+            if fitting:
+                prompt_B += [len(prompts)] * len(fitting)
+                prompts.append(prompt)
+                answers += fitting
     counts["kept"] = len(answers)
     require_some(counts, "demonstrations")
     packed = Packed.from_lists(prompts), Packed.from_lists(answers)
@@ -162,15 +169,20 @@ def ratings(
         counts["unrated"] += len(members) - len(rated)
         if not rated:
             continue
-        prompt, ids = renderer.dialogue_ids(context, [row.response for row in rated])
+        known: list[tuple[Rating, list[int]]] = []
+        prompt: list[int] = []
+        for row in rated:
+            with renderer.row(row.where, counts):
+                prompt, (response,) = renderer.dialogue_ids(context, [row.response])
+                known.append((row, response))
         fits = len(prompt) <= max_prompt_tokens
-        kept = [i for i, one in enumerate(ids) if fits and len(one) <= max_response_tokens]
-        counts["too_long"] += len(rated) - len(kept)
+        kept = [one for one in known if fits and len(one[1]) <= max_response_tokens]
+        counts["too_long"] += len(known) - len(kept)
         if kept:
             prompt_B += [len(prompts)] * len(kept)
             prompts.append(prompt)
-            responses += [ids[i] for i in kept]
-            labels += [[rated[i].ratings.get(name, NOT_RATED) for name in attributes] for i in kept]
+            responses += [ids for _, ids in kept]
+            labels += [[row.ratings.get(name, NOT_RATED) for name in attributes] for row, _ in kept]
     counts["kept"] = len(responses)
     require_some(counts, "rated responses")
     packed = Packed.from_lists(prompts), Packed.from_lists(responses)

@@ -138,7 +138,7 @@ class Judge:
 
 def test_held_out_verdicts_when_they_are_due(source, renderer):
     recipe = config(evaluation=Evaluation(every=2, prompts=4, keep_best=True))
-    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None, None))
+    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None, None), {})
     assert held_out is not None and len(held_out.prompts) == 8
     run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
     evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)
@@ -168,7 +168,7 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     assert json.loads(run.kept[0][1]["align_judge.json"])["custom_roles"] is True
     _genrm_heldout.Evaluator(recipe, held_out, judge, run)  # a run that is gone on with has measured its start
     assert len(run.written) == 3
-    assert _genrm_heldout.prepare(config(), source, renderer, {}) is None
+    assert _genrm_heldout.prepare(config(), source, renderer, {}, {}) is None
 
 
 def write_pairs(folder: Path) -> Path:

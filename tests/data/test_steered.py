@@ -87,7 +87,7 @@ def test_written_rows_are_data_of_the_format_openai():
 
 
 def test_prompts_that_ask_for_attributes():
-    wanted = [(A, (4, 2)), (B, (1, 2)), (A, (4, 2)), (A, (0, 3))]
+    wanted = [("", A, (4, 2)), ("", B, (1, 2)), ("", A, (4, 2)), ("", A, (0, 3))]
     asked = steered.asked(wanted, RENDERER, FORM, 60)
     assert asked.contexts == [A, B, A]
     assert asked.label_PA.tolist() == [[4, 2], [1, 2], [0, 3]]

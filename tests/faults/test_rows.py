@@ -265,3 +265,19 @@ def test_a_sound_row_of_10_MB_is_dropped_for_its_length(command: Command):
     assert status == REACHED, said
     counts = command.counts()
     assert (counts["kept"], counts["prepared"]["too_long"], counts["prepared"]["kept"]) == (2, 1, 1)
+
+
+def test_a_row_that_the_template_refuses(command: Command):
+    """As Gemma's template refuses a system turn."""
+    template, text = command.folder / "template.jinja", str(toy.tokenizer().chat_template)
+    template.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + text
+    )
+    rows = encoded(row("a"), row(context=[{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]))
+    status, said = command(rows, f"data.chat_template={template}")
+    assert status == 78, said
+    assert f"{command.file}:2: {template} cannot render the row: the template fails: no system role" in said
+    assert "data.bad_rows=skip" in said and not command.run.exists()
+    status, said = command(rows, f"data.chat_template={template}", "data.bad_rows=skip")
+    assert status == REACHED, said
+    assert (command.counts()["prepared"]["not_rendered"], command.counts()["prepared"]["kept"]) == (1, 1)
