@@ -64,8 +64,8 @@ def load_renderer(config: Recipe) -> Renderer:
                 raise
             remedy = "start the critic from the policy: critic.path=${policy.path} critic.head=new"
             raise DataError(error.message, where=error.where, remedy=remedy) from None
-    for section in found.values():
-        check_model(section, len(tokenizer))
+    for name, section in found.items():
+        check_model(section, chat.vocab_size(tokenizer), name)
         if isinstance(section, sections.Critic) and section.head == "trained":
             reading.start_of(section)
     return Renderer(tokenizer, config.data.chat_template, config.data.date, bad_rows=config.data.bad_rows)
@@ -100,17 +100,17 @@ def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
         elif section.kind == "function":
             functions.load(section.function)
             found[name] = TextReader(section.function, "")
-        elif (reader := _reads_text(section, renderer)) is not None:
+        elif (reader := _reads_text(name, section, renderer)) is not None:
             found[name] = reader
     return found
 
 
-def _reads_text(section: sections.Reward, renderer: Renderer) -> TextReader | None:
+def _reads_text(name: str, section: sections.Reward, renderer: Renderer) -> TextReader | None:
     """None where all models of a judge can read the policy's token ids."""
     members = reading.members(section)
     tokenizers = [_tokenizer(member) for member in members]
     for member, tokenizer in zip(members, tokenizers, strict=True):
-        check_model(member, len(tokenizer))
+        check_model(member, chat.vocab_size(tokenizer), name)
     reads = reading.read(section)
     reasons = {
         member.path: texts.why_text(read, tokenizer, renderer)

@@ -92,6 +92,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for this tokenizer: its largest id and one, whatever `gaps` lie below."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def gaps(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids below `vocab_size` that stand for no token, in ascending order."""
+    used = set(tokenizer.get_vocab().values())
+    unused = [id for id in range(vocab_size(tokenizer)) if id not in used]  # some vocabularies name ids but once
+    tokens = cast("list[str | None]", tokenizer.convert_ids_to_tokens(unused))
+    return tuple(id for id, token in zip(unused, tokens, strict=True) if token is None)
+
+
 def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
     """Refuse code that lies in another repository: transformers would fetch its newest commit, whatever is pinned."""
     for name in ("config.json", "tokenizer_config.json"):

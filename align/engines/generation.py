@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from align.data import collate
 from align.errors import ModelError
 from align.models.attention import is_plain, packed_attention
-from align.models.heads import lm_head
+from align.models.heads import lm_head, restricted
 from align.ops import sampling
 from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
@@ -75,6 +75,7 @@ class _Drawn:
 class _Request:
     """B = P * K sequences to sample, sequence i being sample ``i % K`` of prompt ``i // K``."""
 
+    model: PreTrainedModel
     prompts: Prompts
     sampling: Sampling
     seed: int
@@ -89,7 +90,7 @@ class _Request:
         own = configured if isinstance(configured, list) else [configured]
         stop_ids = sorted({*prompts.stop_ids, *(id for id in own if id is not None)})
         drawn = _Drawn.empty(len(prompts) * sample.num_samples, sample.max_tokens, device)
-        return cls(prompts, sample, seed, torch.tensor(stop_ids, dtype=torch.int64, device=device), drawn)
+        return cls(model, prompts, sample, seed, torch.tensor(stop_ids, dtype=torch.int64, device=device), drawn)
 
     def noise(self, sequence_B: Tensor) -> Tensor:
         """Uniform numbers for every token that each of these sequences may sample, (B, max_tokens)."""
@@ -100,8 +101,10 @@ class _Request:
         return sampling.uniform(self.seed, self.prompts.step, prompt_N, sequence_N % K, token_N).view(-1, T)
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, sequence_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample the next token of each sequence and note it. Returns the ids and which sequences go on."""
+        """Sample the next token of each sequence, of those that the tokenizer has, and note it. Returns the ids and
+        which sequences go on."""
         s, drawn = self.sampling, self.drawn
+        logits_BV = restricted(self.model, logits_BV)
         ids, logprob, untempered = sampling.sample(logits_BV, uniform_B, s.temperature, s.top_k, s.top_p, s.min_p)
         t = drawn.length_B[sequence_B]
         drawn.ids_BT[sequence_B, t] = ids

@@ -44,7 +44,7 @@ class Judged:
     unfinished: float
 
 
-def _engine(path: Path, head: type[heads.Head], vocabulary: int) -> Engine:
+def _engine(path: Path, head: type[heads.Head], vocabulary: int, gaps: tuple[int, ...]) -> Engine:
     section = (
         Reward(path=str(path), dtype="float32")
         if head is heads.LastTokenScore
@@ -53,7 +53,7 @@ def _engine(path: Path, head: type[heads.Head], vocabulary: int) -> Engine:
     if isinstance(section, Reward):
         model = load.scorer(section, vocabulary, seed=0, head="trained")
     else:
-        model = load.causal_lm(section, vocabulary, seed=0)
+        model = load.causal_lm(section, vocabulary, 0, gaps)
     return Engine(head(model), section, torch.device("cpu"), total_steps=0)
 
 
@@ -87,9 +87,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     renderer = Renderer(tokenizer)
     source = helpsteer.load(Data(path=str(arguments.data)))
     found = helpsteer.prompts(source.validation[: arguments.prompts], renderer, max_tokens=512)
-    before = _engine(arguments.before, heads.TokenLogprobs, len(tokenizer))
-    after = _engine(arguments.after, heads.TokenLogprobs, len(tokenizer))
-    reward = _engine(arguments.reward, heads.LastTokenScore, len(tokenizer))
+    ids = chat.vocab_size(tokenizer), chat.gaps(tokenizer)
+    before = _engine(arguments.before, heads.TokenLogprobs, *ids)
+    after = _engine(arguments.after, heads.TokenLogprobs, *ids)
+    reward = _engine(arguments.reward, heads.LastTokenScore, *ids)
     judged, answers = zip(*(judge(policy, before, reward, found, renderer) for policy in (before, after)), strict=True)
     numbers = {name: vars(one) for name, one in zip(("before", "after"), judged, strict=True)}
 

@@ -107,7 +107,7 @@ def identity(reward: Reward) -> str:
         known += [asdict(reward.generative), genrm.check(reward.generative)]
     for member, read in zip(reading.members(reward), reading.read(reward), strict=True) if reward.is_model else ():
         tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
-        check_model(member, len(tokenizer))
+        check_model(member, chat.vocab_size(tokenizer), "reward")
         known += [asdict(read), texts.Text(tokenizer, read, member).renderer.fingerprint]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

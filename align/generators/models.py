@@ -32,7 +32,7 @@ class ModelGenerator:
         tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
         self.renderer = Renderer(tokenizer, section.chat_template, section.date, section="generator")
         with sharded_loading(section):
-            self.model = load.causal_lm(section, len(tokenizer), seed)
+            self.model = load.causal_lm(section, chat.vocab_size(tokenizer), seed, chat.gaps(tokenizer))
         self.engine = Engine(heads.TokenLogprobs(self.model), section, device, total_steps=0)
         self._counts = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
 

@@ -6,8 +6,10 @@ head only on the states that are read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,31 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(model).__name__} has no language-model head")
     return head
+
+
+@dataclass(frozen=True)
+class TokenizerIds:
+    """The ids that a tokenizer has: those below ``size``, without ``gaps``."""
+
+    size: int
+    gaps: tuple[int, ...] = ()
+
+
+def restrict(model: PreTrainedModel, ids: TokenizerIds) -> None:
+    """Have `restricted` leave no probability to ids that the tokenizer lacks: checkpoints pad their embedding."""
+    vars(model)["tokenizer_ids"] = ids
+
+
+def restricted(model: PreTrainedModel, logits_NV: Tensor) -> Tensor:
+    """Logits of the ids that the model's tokenizer has: columns beyond the last one are cut off, which copies nothing,
+    and those of gaps are -inf. Without `restrict` the logits as they are."""
+    ids: TokenizerIds | None = vars(model).get("tokenizer_ids")
+    if ids is None:
+        return logits_NV
+    logits_NV = logits_NV[:, : ids.size]
+    if not ids.gaps:
+        return logits_NV
+    return logits_NV.index_fill(1, torch.tensor(ids.gaps, device=logits_NV.device), -float("inf"))
 
 
 def _hidden(model: PreTrainedModel, layout: Layout) -> Tensor:
@@ -58,7 +85,8 @@ class Head(nn.Module):
 
 
 class TokenLogprobs(Head):
-    """``logprob_BT`` and ``entropy_BT`` of every response token at a temperature, 0 where there is none."""
+    """``logprob_BT`` and ``entropy_BT`` of every response token at a temperature, 0 where there is none, over the ids
+    of `restrict`."""
 
     outputs = ("logprob_BT", "entropy_BT")
 
@@ -73,7 +101,7 @@ class TokenLogprobs(Head):
                 use_cache=False,
             )
             logits_NV = output.logits.flatten(0, 1)[layout.predicting_N]
-        token_N = logprobs.of_tokens(logits_NV, layout.target_N, temperature)
+        token_N = logprobs.of_tokens(restricted(self.model, logits_NV), layout.target_N, temperature)
         logprob_BT, entropy_BT = (logprobs.to_padded(value_N, layout.mask_BT) for value_N in token_N)
         return {"logprob_BT": logprob_BT, "entropy_BT": entropy_BT}
 

@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from align.data.attributes import resolve
 from align.data.chat import TRUST
 from align.errors import ModelError
+from align.models import heads
 from align.models.attention import PACKED, is_plain
 from align.sections import Lora, Model, Trained, TrainedReward
 
@@ -34,13 +35,21 @@ _HEAD = re.compile(r"^score\.")
 HeadSource = Literal["auto", "trained", "new"]
 
 
-def check(section: Model, vocab_size: int) -> None:
+def check(section: Model, vocab_size: int, name: str = "") -> None:
     """What can be told of a role's checkpoint without reading its weights, before any worker starts.
 
     Raises `ModelError` for a folder that is no whole model, a config that cannot be read or does not fit a tokenizer of
     ``vocab_size`` entries, and for weight files of a folder that are missing, damaged or no safetensors. Of a hub id
-    only the config is fetched; `causal_lm` and `scorer` see to the rest.
+    only the config is fetched; `causal_lm` and `scorer` see to the rest. ``name`` is that of the section, for messages.
     """
+    try:
+        _check(section, vocab_size)
+    except ModelError as error:
+        where = error.where or (f"{name}.path" if name else None)
+        raise ModelError(error.message, where=where, remedy=error.remedy) from error
+
+
+def _check(section: Model, vocab_size: int) -> None:
     _check_source(section)
     _attention(section, _config(section, vocab_size))
     if isinstance(section, TrainedReward):
@@ -141,7 +150,7 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
             f"{section.path}: the checkpoint is quantised, and dtype={section.dtype} asks for its plain weights",
             remedy="give the checkpoint as it was before it was quantised",
         )
-    embedded = getattr(config.get_text_config(), "vocab_size", vocab_size)
+    embedded = _embedded(config, vocab_size)
     if vocab_size > embedded:
         raise ModelError(
             f"{section.path}: the tokenizer has {vocab_size} entries, the model embeds only {embedded}",
@@ -154,6 +163,11 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
     for name, value in changes.items():
         setattr(config, name, value)
     return config
+
+
+def _embedded(config: PreTrainedConfig, default: int) -> int:
+    """Rows of the embedding."""
+    return getattr(config.get_text_config(), "vocab_size", default)
 
 
 def _attention(section: Model, config: PreTrainedConfig) -> str:
@@ -199,8 +213,12 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
     return model, set(info["missing_keys"])
 
 
-def causal_lm(section: Model, vocab_size: int, seed: int) -> PreTrainedModel:
-    """A causal language model; every weight must be in the checkpoint."""
+def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] = ()) -> PreTrainedModel:
+    """A causal language model; every weight must be in the checkpoint.
+
+    Where its head has more rows than ``vocab_size``, or the tokenizer has ``gaps``, it predicts the tokenizer's ids
+    alone (`align.models.heads.restrict`).
+    """
     _check_source(section)
     model, missing = _build(AutoModelForCausalLM, section, _config(section, vocab_size), seed)
     if missing:
@@ -208,6 +226,8 @@ def causal_lm(section: Model, vocab_size: int, seed: int) -> PreTrainedModel:
             f"{section.path}: not a causal language model, it lacks {len(missing)} weights: "
             + ", ".join(sorted(missing)[:3])
         )
+    if gaps or vocab_size < _embedded(model.config, vocab_size):
+        heads.restrict(model, heads.TokenizerIds(vocab_size, gaps))
     return model
 
 

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from align.types import checked
 
+_LOWEST = torch.finfo(torch.float32).min
+
 
 class _Entropy(torch.autograd.Function):
     """Entropy of softmax(z), differentiable at the cost of N numbers: of z and logsumexp(z) the log-probability keeps
@@ -20,7 +22,7 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx: Any, scaled_NV: Tensor, normalizer_N: Tensor) -> Tensor:
         # Not ``logsumexp(z) - sum_v p_v z_v``, which loses digits when all logits are far from 0.
         every_NV = scaled_NV - normalizer_N[:, None]
-        entropy_N = -every_NV.exp().mul_(every_NV).sum(-1)
+        entropy_N = -every_NV.exp().mul_(every_NV.clamp_(min=_LOWEST)).sum(-1)  # 0 of a logit of -inf, not nan
         ctx.save_for_backward(scaled_NV, normalizer_N, entropy_N)
         return entropy_N
 
@@ -31,7 +33,7 @@ class _Entropy(torch.autograd.Function):
         scaled_NV, normalizer_N, entropy_N = ctx.saved_tensors
         every_NV = scaled_NV - normalizer_N[:, None]
         grad_NV = every_NV.exp().mul_(-grad_N[:, None])
-        return grad_NV.mul_(every_NV.add_(entropy_N[:, None])), None
+        return grad_NV.mul_(every_NV.clamp_(min=_LOWEST).add_(entropy_N[:, None])), None
 
 
 @checked
@@ -41,8 +43,9 @@ def of_tokens(
     """Log-probability of each token and the entropy of the distribution it was drawn from.
 
     ``logprob = z[id] - logsumexp(z)`` and ``H = -sum_v p_v log p_v`` with ``z = logits / temperature``
-    and ``p = softmax(z)``, in nats, computed in float32. Both carry a gradient. While the graph of either lives, so
-    does z: an entropy that is only looked at is detached before it is kept.
+    and ``p = softmax(z)``, in nats, computed in float32. A logit of -inf is a token of probability 0. Both carry a
+    gradient. While the graph of either lives, so does z: an entropy that is only looked at is detached before it is
+    kept.
     """
     scaled_NV = logits_NV.float() / temperature
     normalizer_N = scaled_NV.logsumexp(-1)

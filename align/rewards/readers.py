@@ -53,7 +53,7 @@ class ModelJudge:
         self.engine = Engine(head, section, device, total_steps=0)
 
     def _head(self, seed: int) -> heads.Head:
-        section, size = self.section, len(self.tokenizer)
+        section, size = self.section, chat.vocab_size(self.tokenizer)
         match self.reading.kind:
             case "lm_head_row0":
                 return heads.RowZeroLogit(load.causal_lm(section, size, seed))

@@ -117,6 +117,10 @@ class Worker:
         with sharded_loading(section):
             self.load()
 
+    def _causal_lm(self) -> PreTrainedModel:
+        size, gaps = chat.vocab_size(self.tokenizer), chat.gaps(self.tokenizer)
+        return load.causal_lm(self.spec.section, size, self.spec.seed, gaps)
+
     def load(self) -> None:
         """Bring up the model of this role."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align.data import collate
+from align.data import chat, collate
 from align.engines.deepspeed import Engine, assign
 from align.models import heads, load
 from align.rewards import reading
@@ -21,7 +21,7 @@ class CriticWorker(TrainedWorker):
         section, spec = self.spec.section, self.spec
         assert isinstance(section, CriticSection)
         start = None if section.head == "new" else reading.start_of(section)
-        size, from_row = len(self.tokenizer), start is not None and start.kind == "lm_head_row0"
+        size, from_row = chat.vocab_size(self.tokenizer), start is not None and start.kind == "lm_head_row0"
         if start is None:
             self.model = load.scorer(section, size, spec.seed, head="new" if len(load.labels(section)) > 1 else "auto")
         elif from_row:

@@ -13,7 +13,7 @@ from align.data import collate
 from align.engines import generation
 from align.engines.deepspeed import Engine
 from align.errors import ModelError
-from align.models import export, heads, load
+from align.models import export, heads
 from align.roles import Future, LossFunction, Metrics, Ready
 from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
@@ -43,9 +43,7 @@ class ReferenceWorker(Worker):
     stateless = True
 
     def load(self) -> None:
-        spec = self.spec
-        model = load.causal_lm(spec.section, len(self.tokenizer), spec.seed)
-        self._build(model)
+        self._build(self._causal_lm())
 
     def _build(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -70,8 +68,7 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     """The actor."""
 
     def load(self) -> None:
-        spec = self.spec
-        model = load.causal_lm(spec.section, len(self.tokenizer), spec.seed)
+        model = self._causal_lm()
         self._make_trainable(model, task="CAUSAL_LM")
         self._build(model)
 
@@ -93,8 +90,7 @@ class SamplerWorker(Worker):
     """Samples for the policy on a copy of its weights."""
 
     def load(self) -> None:
-        spec = self.spec
-        self.model = load.causal_lm(spec.section, len(self.tokenizer), spec.seed).eval()
+        self.model = self._causal_lm().eval()
         nn.Module.to(self.model, self.device)
 
     @answered

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from align.data import collate
+from align.data import chat, collate
 from align.data.attributes import resolve
 from align.data.chat import Dialogue
 from align.data.conversations import Conversations
@@ -81,9 +81,8 @@ class TrainedRewardWorker(TrainedWorker):
         section, spec = self.spec.section, self.spec
         assert isinstance(section, TrainedRewardSection)
         num_labels, combine = load.start_of(section)
-        self.model = load.scorer(
-            section, len(self.tokenizer), spec.seed, head=section.head, num_labels=num_labels, combine=combine
-        )
+        size = chat.vocab_size(self.tokenizer)
+        self.model = load.scorer(section, size, spec.seed, head=section.head, num_labels=num_labels, combine=combine)
         config, names = self.model.config, resolve(section.attributes)
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         # transformers' classifiers score the last token that is not this one; they refuse to guess where it is None.

@@ -226,6 +226,21 @@ class TestLoading:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
         assert load_tokenizer(tmp_path).encode("dog cat bird", add_special_tokens=False) == [3, 2, 0]
 
+    def test_gaps_between_ids(self, folder: Path):
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        words = content["model"]["vocab"]
+        words["0"], words["1"] = 270, 272  # bytes whose ids were 21 and 22 or so, of 262 ids in all
+        file.write_text(json.dumps(content))
+        tokenizer = load_tokenizer(folder)
+        assert len(tokenizer) == 262
+        assert chat.vocab_size(tokenizer) == 273
+        assert chat.gaps(tokenizer) == (
+            *sorted(set(range(262)) - set(tokenizer.get_vocab().values())),
+            *(262, 263, 264, 265, 266, 267, 268, 269, 271),
+        )
+        assert (chat.vocab_size(make_tokenizer(QWEN)), chat.gaps(make_tokenizer(QWEN))) == (262, ())
+
     def test_folder_without_a_tokenizer(self, tmp_path: Path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
         with pytest.raises(DataError, match="has no tokenizer.*tokenizer.json"):

@@ -20,7 +20,7 @@ from transformers import (
 from align.data import collate
 from align.engines.generation import Decoder, generate, generate_any
 from align.models.attention import is_plain
-from align.models.heads import TokenLogprobs
+from align.models.heads import TokenizerIds, TokenLogprobs, restrict
 from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
 
@@ -86,7 +86,7 @@ def tokens(rollouts: Rollouts) -> list[list[int]]:
     return rollouts.sequences.responses.lists()
 
 
-def by_transformers(model: Any, asked: Prompts, max_tokens: int) -> list[list[int]]:
+def by_transformers(model: Any, asked: Prompts, max_tokens: int, **options: Any) -> list[list[int]]:
     """Greedy responses, one prompt at a time."""
     model.set_attn_implementation("eager")
     responses = []
@@ -100,6 +100,7 @@ def by_transformers(model: Any, asked: Prompts, max_tokens: int) -> list[list[in
             max_new_tokens=max_tokens,
             eos_token_id=stop,
             pad_token_id=0,
+            **options,
         )
         responses.append(out[0, len(row) :].tolist())
     return responses
@@ -300,6 +301,19 @@ def test_habits_of_the_generation_config_are_not_taken_over(config):
     assert tokens(ours) == tokens(generate(plain, asked, SAMPLING, 9, 8))
     check_logprobs(model, ours, 0.8)
     assert model.generation_config.repetition_penalty == 3.0
+
+
+@pytest.mark.parametrize("config", [GPT2, CONFIGS["llama"]], ids=["gpt2", "llama"])
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(config):
+    model, lacking = build(config), [8, 9, *range(40, 60)]
+    restrict(model, TokenizerIds(40, gaps=(8, 9)))
+    greedy = tokens(generate(model, prompts(), Sampling(max_tokens=15, temperature=0.0), 0, 8))
+    assert greedy == by_transformers(build(config), prompts(), 15, suppress_tokens=lacking)
+    for sample in (SAMPLING, Sampling(num_samples=4, max_tokens=24, temperature=3.0, top_p=0.95, min_p=1e-3, top_k=50)):
+        rollouts = generate(model, prompts(), sample, 9, 8)
+        assert not set(rollouts.sequences.responses.ids_N.tolist()) & set(lacking)
+        check_logprobs(model, rollouts, sample.temperature)
+    assert set(generate(build(config), prompts(), sample, 9, 8).sequences.responses.ids_N.tolist()) & set(lacking)
 
 
 def test_a_sliding_window_goes_through_transformers():

@@ -80,6 +80,16 @@ def swap(words: dict[str, int]) -> None:
     words["cat"], words["dog"] = words["dog"], words["cat"]
 
 
+def embedding(folder: Path, more: int) -> None:
+    """Add rows to the embedding of a folder, which is its head too, or take some away."""
+    file, name = folder / "model.safetensors", "model.embed_tokens.weight"
+    weights = load_file(file)
+    rows = weights[name]
+    new = 3 * rows.std() * torch.randn(max(more, 0), rows.shape[1], generator=torch.Generator().manual_seed(8))
+    save_file(weights | {name: torch.cat([rows[: len(rows) + more], new])}, file, metadata={"format": "pt"})
+    change(folder / "config.json", vocab_size=len(rows) + more)
+
+
 def sharded(folder: Path) -> dict[str, Path]:
     """Divide the weights of a folder over two files; the file of each weight."""
     weights = load_file(folder / "model.safetensors")
@@ -122,6 +132,18 @@ def vocabulary_beyond_the_embedding(command: Command) -> list[str]:
     for folder in (command.policy, command.reward):
         vocabulary(folder, lambda words: words.update({f"new{i}": len(words) + i for i in range(3)}))
     return [str(command.policy), "the tokenizer has 67 entries, the model embeds only 64"]
+
+
+def a_reward_model_that_embeds_less(command: Command) -> list[str]:
+    embedding(command.reward, -1)
+    return [f"reward.path: {command.reward}: the tokenizer has 64 entries, the model embeds only 63"]
+
+
+def an_id_beyond_the_embedding(command: Command) -> list[str]:
+    """One word more, whose id leaves a gap: the number of words would fit."""
+    for folder in (command.policy, command.reward):
+        vocabulary(folder, lambda words: words.update(zebra=words.pop("dog") + 60))
+    return [f"policy.path: {command.policy}: the tokenizer has ", "the model embeds only 64"]
 
 
 def adapters_alone(command: Command) -> list[str]:
@@ -191,6 +213,8 @@ MISFITS = [
     no_chat_template,
     reward_model_without_tokenizer,
     vocabulary_beyond_the_embedding,
+    a_reward_model_that_embeds_less,
+    an_id_beyond_the_embedding,
     adapters_alone,
     adapters_beside_a_model,
     a_missing_shard,
@@ -264,6 +288,17 @@ def test_the_pad_token_changes_no_number(command: Command, edit: Any, pad: str |
     assert command(*options, f"run.dir={command.folder / 'edited'}") == 0
     assert command.metrics() == command.metrics("edited")
     assert len(command.metrics()) == 2
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_rows_that_pad_the_embedding_change_no_number(command: Command, attention: str):
+    """No id beyond the tokenizer is sampled, so a reward model may embed fewer of them than the policy."""
+    options = [f"policy.attention={attention}", "sampling.temperature=1.5"]
+    assert command(*options) == 0
+    embedding(command.policy, 40)
+    assert command(*options, f"run.dir={command.folder / 'padded'}") == 0
+    for plain, padded in zip(command.metrics(), command.metrics("padded"), strict=True):
+        assert plain == pytest.approx(padded, rel=1e-4, abs=1e-6)
 
 
 def test_code_beside_an_architecture_that_transformers_has_is_not_run(command: Command):

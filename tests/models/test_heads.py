@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.data import collate
 from align.errors import ModelError
-from align.models.heads import LastTokenScore, RowZeroLogit, TokenLogprobs, TokenValues, lm_head
+from align.models.heads import (
+    LastTokenScore,
+    RowZeroLogit,
+    TokenizerIds,
+    TokenLogprobs,
+    TokenValues,
+    lm_head,
+    restrict,
+)
 from align.types import Packed, Sequences
 
 EOS = 2
@@ -131,17 +139,23 @@ def test_token_logprobs_and_entropy_at_a_temperature():
                 assert got == pytest.approx([float(at[response[t]]), float(-(at.exp() * at).sum())], abs=1e-5)
 
 
-def test_gradients_reach_the_weights_through_logprobs_and_entropy():
+@pytest.mark.parametrize("gaps", [None, (), (1, 30)], ids=["every row of the head", "padded", "with gaps"])
+def test_gradients_reach_the_weights_through_logprobs_and_entropy(gaps):
+    """Of the ids that the tokenizer has alone; other rows of the head have no part in either."""
     temperature = 0.6
+    ids = [id for id in range(50) if gaps is None or (id < 40 and id not in gaps)]
     weight_2BT = torch.randn(2, *ROWS.mask_BT.shape, generator=torch.Generator().manual_seed(3))
     causal = build(AutoModelForCausalLM, "eager")
     for i, (prompt, response) in enumerate(zip(ROWS.prompt_B.tolist(), ROWS.responses.lists(), strict=True)):
         row = ROWS.prompts.lists()[prompt] + response
-        at = (causal(torch.tensor([row])).logits[0, -len(response) - 1 : -1] / temperature).log_softmax(-1)
-        logprob, entropy = at[range(len(response)), response], -(at.exp() * at).sum(-1)
+        logits = causal(torch.tensor([row])).logits[0, -len(response) - 1 : -1]
+        at = (logits[:, ids] / temperature).log_softmax(-1)
+        logprob, entropy = at[range(len(response)), [ids.index(id) for id in response]], -(at.exp() * at).sum(-1)
         (weight_2BT[0, i, : len(response)] @ logprob + weight_2BT[1, i, : len(response)] @ entropy).backward()
     for name, layout in layouts(ROWS).items():
         model = build(AutoModelForCausalLM, "packed" if name == "packed" else "sdpa")
+        if gaps is not None:
+            restrict(model, TokenizerIds(40, gaps))
         outputs = TokenLogprobs(model)(layout, temperature)
         (weight_2BT[0] * outputs["logprob_BT"] + weight_2BT[1] * outputs["entropy_BT"]).sum().backward()
         for (key, own), theirs in zip(model.named_parameters(), causal.parameters(), strict=True):

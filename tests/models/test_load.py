@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from align.errors import ModelError
-from align.models import load
+from align.models import heads, load
 from align.models.heads import is_packed
 from align.sections import Lora, Model, Policy, Reward, TrainedReward
 
@@ -159,6 +159,14 @@ def test_a_tokenizer_larger_than_the_embedding(causal_folder):
     load.causal_lm(model(causal_folder), 50, 0)
     with pytest.raises(ModelError, match="the tokenizer has 51 entries, the model embeds only 50"):
         load.causal_lm(model(causal_folder), 51, 0)
+
+
+def test_rows_beyond_the_tokenizer_are_not_predicted(causal_folder):
+    logits = torch.arange(50.0)[None]
+    columns = lambda *ids: heads.restricted(load.causal_lm(model(causal_folder), *ids), logits)  # noqa: E731
+    assert columns(50, 0) is logits
+    assert columns(45, 0).tolist() == [[*map(float, range(45))]]
+    assert columns(50, 0, (1, 2))[0, :4].tolist() == [0.0, -float("inf"), -float("inf"), 3.0]
 
 
 def test_labels_are_those_of_a_classifier(causal_folder, reward_folder):
