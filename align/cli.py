@@ -18,8 +18,8 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from align import __version__, config
-from align.errors import AlignError, ConfigError
+from align import __version__, config, disk
+from align.errors import AlignError, ConfigError, SaveError
 from align.redact import redact
 from align.sections.runs import DataFormat
 from align.workers.process import driver_environment
@@ -302,11 +302,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(_parse(argv), console)
     except AlignError as error:
         print(redact(f"align: {error}"), file=sys.stderr)
-        return error.exit_status
+        is_retried = error.exit_status == ConfigError.exit_status and disk.is_infrastructure(error)
+        return SaveError.exit_status if is_retried else error.exit_status
     except KeyboardInterrupt as interrupt:
         print("align: interrupted", file=sys.stderr)
         return interrupt.args[0] if interrupt.args else INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if disk.is_infrastructure(error):
+            print(redact(f"align: {disk.refused(error, None)}"), file=sys.stderr)
+            return SaveError.exit_status
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
 

@@ -35,6 +35,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from align.disk import write_whole
 from align.errors import ConfigError
 from align.nodes import (
     COMMAND_LINE,
@@ -91,7 +92,7 @@ def _leave_out(node: yaml.Node, names: Sequence[str]) -> None:
 
 def dump(config: Any, path: Path) -> None:
     """Write every value, references followed, in the order of the fields. Loading it gives an equal config."""
-    path.write_text(to_yaml(dataclasses.asdict(config)), encoding="utf-8")
+    write_whole(path, to_yaml(dataclasses.asdict(config)))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, object]:

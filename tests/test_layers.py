@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "errors", "faults", "plugins", "private", "redact"},
+    {"types", "config", "nodes", "sections", "disk", "errors", "faults", "plugins", "private", "redact"},
     {"ops", "data", "roles"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
@@ -21,11 +21,14 @@ ROWS = [
 BESIDE = {
     ("config", "nodes"),
     ("config", "errors"),
+    ("config", "disk"),
     ("nodes", "errors"),
     ("faults", "errors"),
     ("plugins", "errors"),
     ("private", "errors"),
+    ("disk", "errors"),
     ("run", "checkpoint"),
+    ("models", "checkpoint"),
     ("engines", "models"),
     ("rewards", "models"),
     ("rewards", "engines"),
@@ -46,6 +49,7 @@ TORCH_FREE = {
     "config",
     "nodes",
     "sections",
+    "disk",
     "errors",
     "faults",
     "plugins",

@@ -1,15 +1,20 @@
 """Snapshots of a run: files that are hashed while they are written, and published all together or not at all."""
 
 from align.checkpoint.files import FileRecord, write_bytes, write_json, write_tensors
-from align.checkpoint.manifest import SCHEMA, Manifest
+from align.checkpoint.manifest import SCHEMA, Manifest, UnsoundError
+from align.checkpoint.results import RESULT_MANIFEST, new_result, require_sound
 from align.checkpoint.snapshots import Snapshot, Snapshots
 
 __all__ = [
+    "RESULT_MANIFEST",
     "SCHEMA",
     "FileRecord",
     "Manifest",
     "Snapshot",
     "Snapshots",
+    "UnsoundError",
+    "new_result",
+    "require_sound",
     "write_bytes",
     "write_json",
     "write_tensors",

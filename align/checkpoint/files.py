@@ -6,15 +6,10 @@ with dtype, shape and offsets of each tensor, then the tensors themselves, littl
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,11 +17,9 @@ import torch
 from torch import Tensor
 
 from align import faults
-from align.errors import SaveError
+from align.disk import saving, write_new
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 2**20
-"""Hashed and then written while it is still in the processor's cache."""
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -38,8 +31,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of the safetensors format."""
-FULL = {errno.ENOSPC, errno.EDQUOT}
-PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -56,48 +47,6 @@ def is_plain(name: str) -> bool:
     path = PurePosixPath(name)
     below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts
     return below and name.isprintable() and name not in (".", MANIFEST)
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Turn an OSError into a `SaveError` that names the file, what the system said and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "check the file system; snapshots published before are untouched"
-        if error.errno in FULL:
-            remedy = (
-                "free space or inodes there, or keep fewer snapshots (checkpoint.keep_latest, keep_best, keep_every)"
-            )
-        elif error.errno in PROTECTED:
-            remedy = "let this user write there"
-        where = error.filename or path
-        raise SaveError(f"cannot be written: {error.strerror or error}", where=str(where), remedy=remedy) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file that is not there yet, for this user alone, and bring it to the disk; returns size and sha256.
-    Raises OSError."""
-    size, digest = 0, hashlib.sha256()
-    with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
-        for part in parts:
-            for start in range(0, len(part), CHUNK_BYTES):
-                chunk = part[start : start + CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
 
 
 def write_bytes(folder: Path, name: str, content: bytes) -> FileRecord:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from align.checkpoint.files import MANIFEST, FileRecord, is_plain
 from align.errors import ConfigError
@@ -59,13 +59,13 @@ class Manifest:
         files = sorted((asdict(record) for record in self.files), key=lambda record: record["name"])
         metrics = {name: float(value) for name, value in self.metrics.items()}
         facts = json.loads(json.dumps(self.facts))  # as they read back: names are text, tuples are lists
-        return _sealed({**vars(self), "files": files, "facts": facts, "metrics": metrics})
+        return sealed({**vars(self), "files": files, "facts": facts, "metrics": metrics})
 
     @classmethod
     def read(cls, text: bytes, where: Path) -> Manifest:
         """The manifest of the text of the file ``where``. Raises ValueError for one that is damaged, `ConfigError` for
         one that is whole but of another schema."""
-        content = _unsealed(text)
+        content = unsealed(text)
         if content.get("schema") != SCHEMA:
             message = f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}"
             raise ConfigError(message, where=str(where), remedy="go on with the version of align that wrote it")
@@ -75,19 +75,17 @@ class Manifest:
             raise ValueError(f"{wrong[0]} is {content[wrong[0]]!r}, not of type {KEYS[wrong[0]].__name__}")
         if not all(type(value) is float for value in content["metrics"].values()):
             raise ValueError("metrics holds what is not a number with a point")
-        files = tuple(_record(entry) for entry in content["files"])
-        if len({record.name for record in files}) < len(files):
-            raise ValueError("names a file twice")
-        return cls(**{**content, "files": files})
+        return cls(**{**content, "files": read_records(content["files"])})
 
 
-def _sealed(content: Mapping[str, Any]) -> str:
+def sealed(content: Mapping[str, Any]) -> str:
+    """``content`` as the text of a manifest, with the sha256 of itself."""
     body = json.dumps(content, sort_keys=True)
     seal = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**content, "sha256": seal}, sort_keys=True, indent=2) + "\n"
 
 
-def _unsealed(text: bytes) -> dict[str, Any]:
+def unsealed(text: bytes) -> dict[str, Any]:
     """The content, as it was sealed. Raises ValueError."""
     try:
         content = json.loads(text.decode())
@@ -96,9 +94,19 @@ def _unsealed(text: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or "sha256" not in content:
         raise ValueError("is not a manifest: it has no sha256")
     del content["sha256"]
-    if _sealed(content).encode() != text:
+    if sealed(content).encode() != text:
         raise ValueError("was changed after it was written: its sha256 does not fit")
     return content
+
+
+def read_records(entries: Any) -> tuple[FileRecord, ...]:
+    """The files that a manifest lists. Raises ValueError."""
+    if not isinstance(entries, list):
+        raise ValueError("lists no files")
+    files = tuple(_record(entry) for entry in entries)
+    if len({record.name for record in files}) < len(files):
+        raise ValueError("names a file twice")
+    return files
 
 
 def _record(entry: Any) -> FileRecord:
@@ -196,9 +204,14 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def sha256_of(file: BinaryIO) -> str:
+    """sha256 of the rest of a file."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
 def _sha256(folder: Path, name: str) -> str:
     try:
         with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_of(file)
     except OSError as error:
         raise UnsoundError(name, f"cannot be read: {error.strerror}") from error

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from align import faults
 from align.checkpoint import retention
-from align.checkpoint.files import MANIFEST, saving, sync_folder, write_new
+from align.checkpoint.files import MANIFEST
 from align.checkpoint.manifest import Manifest, UnsoundError, check_owner, compare, inspect, name_of, survey, verify
+from align.disk import saving, sync_folder, write_new
 from align.errors import ConfigError, SaveError
 from align.sections import Checkpoint
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from align import disk
 from align.errors import DataError
 from align.sections import Model
 from align.types import Sequences
@@ -55,16 +55,21 @@ def remembered(folder: str, key: str, sequences: Sequences, compute: Callable[[S
     if file.is_file():
         try:
             with safe_open(file, framework="pt") as tensors:
-                known_B = tensors.get_tensor("logprob_B")
+                known_B, sha256 = tensors.get_tensor("logprob_B"), (tensors.metadata() or {}).get("sha256")
         except SafetensorError as error:
             raise DataError(f"the cache is damaged: {error}", where=str(file), remedy="delete the file") from error
         if len(known_B) != len(sequences):
             raise DataError(f"the cache has {len(known_B)} numbers for {len(sequences)}", where=str(file))
+        if sha256 != _sha256(known_B):
+            raise DataError("the cache is damaged: its sha256 does not fit", where=str(file), remedy="delete the file")
         return known_B
     index = torch.arange(len(sequences))
     known_B = torch.cat([compute(sequences.select(rows)) for rows in index.split(CHUNK)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({"logprob_B": known_B}, partial)
-    os.replace(partial, file)
+    with disk.saving(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_whole(file, save({"logprob_B": known_B}, {"sha256": _sha256(known_B)}))
     return known_B
+
+
+def _sha256(numbers_B: Tensor) -> str:
+    return hashlib.sha256(numbers_B.numpy().tobytes()).hexdigest()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.data import helpsteer, helpsteer3, messages, nemo
 from align.data.rows import BadRow, Preference, Rating
+from align.disk import new_folder
 from align.errors import ConfigError, DataError
 from align.sections import Data
 
@@ -100,18 +99,14 @@ def write(
     """
     to, folder = TARGETS[target], folder.expanduser()
     _require_new(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     counts = {}
-    try:
+    with new_folder(folder) as temporary:
         for split, rows in splits.items():
-            file = partial / f"{to.stems[split]}.{to.suffix}"
+            file = temporary / f"{to.stems[split]}.{to.suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
             counts[split] = _write_split(file, to, rows)
             if not counts[split]["written"]:
                 raise DataError(f"no rows of {split} can be written: {_listed(counts[split])}", where=str(folder))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from align.data import rows, steering
 from align.data.chat import Message
 from align.data.steering import Form
+from align.disk import write_whole
 from align.engines import distributed
 from align.errors import ConfigError, DataError
-from align.evaluation.scoring import write_whole
 from align.generators.base import Generator, Request
 from align.generators.opening import open_generator
 from align.models.load import stored_file

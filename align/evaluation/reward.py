@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 
-from align import config
+from align import config, disk
 from align.data import chat
 from align.data.chat import Dialogue
 from align.errors import ConfigError
@@ -83,8 +83,8 @@ def evaluate(section: RewardEvaluation, benchmark: Benchmark | None, console: Co
     if folder is not None:
         if section.scores:
             _keep(folder, scored, _manifest(scored.benchmark, model))
-        scoring.write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        scoring.write_whole(folder / "report.html", report.page(results))
+        disk.write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        disk.write_whole(folder / "report.html", report.page(results))
         console.print(f"written: {folder}/scores.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
     return results
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align import config
+from align import config, disk
 from align.data import helpsteer
 from align.data.rows import BadRow, Context, conversation, decoded, turns
 from align.data.sources import lines
@@ -75,8 +75,8 @@ def scale(section: InferenceScaling, console: Console) -> dict[str, Any]:
     results = scaling_sweep.measure(section, records)
     results = {"version": VERSION, "source": section.prompts.path, **results}
     report.terminal(results, console)
-    scoring.write_whole(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    scoring.write_whole(path.parent / "report.html", report.page(results))
+    disk.write_whole(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    disk.write_whole(path.parent / "report.html", report.page(results))
     console.print(f"written: {path.parent}/{RESULTS}, scaling.json, report.html", highlight=False, soft_wrap=True)
     return results
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from align import disk
 from align.data.chat import Dialogue
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, DataError, LockError, ModelError
@@ -30,16 +31,6 @@ PLAIN_LINES = 10
 
 Score = Callable[[Sequence[Dialogue], Sequence[int]], Sequence[float]]
 """Scores of conversations, and which of them are responses of one item."""
-
-
-def write_whole(path: Path, content: str) -> None:
-    """The file, or none: written beside its name and renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 class Rows:
@@ -114,7 +105,7 @@ def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> Non
     begun = [file.name for file in files if file.is_file() and file.stat().st_size]
     wanted = json.loads(json.dumps(manifest))
     if not begun:
-        write_whole(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        disk.write_whole(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
         return
     known = _manifest(folder / MANIFEST)
     if known is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.checkpoint import new_result
 from align.errors import ModelError
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
@@ -54,24 +53,21 @@ def write(
     folder: Path,
     extra: Mapping[str, str],
 ) -> None:
-    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``.
+    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``,
+    as `new_result` does.
 
     ``extra`` holds the text of further files by name; one that the tokenizer has written too takes its place.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     implementation = model.config._attn_implementation
-    try:
-        model.save_pretrained(partial, state_dict=dict(state))  # which it empties
-    finally:
-        model.config._attn_implementation = implementation
-    tokenizer.save_pretrained(partial)
-    for name, text in extra.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    _verify(partial, state, tokenizer, type(model))
-    if folder.exists():
-        raise ModelError(f"{folder} exists already", remedy="choose another run.dir")
-    os.rename(partial, folder)
+    with new_result(folder) as partial:
+        try:
+            model.save_pretrained(partial, state_dict=dict(state))  # which it empties
+        finally:
+            model.config._attn_implementation = implementation
+        tokenizer.save_pretrained(partial)
+        for name, text in extra.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        _verify(partial, state, tokenizer, type(model))
 
 
 def _verify(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from align.checkpoint import RESULT_MANIFEST, new_result
 from align.errors import ModelError
 from align.models import load
 from align.sections import Model
@@ -59,7 +58,7 @@ class Checkpoint:
         Other files are copied, but for weights in other formats; ``texts`` take their place or come beside them. The
         folder is there whole or not at all. Raises `ModelError` where it is there already.
         """
-        with _new_folder(out) as partial:
+        with new_result(out) as partial:
             weight_map: dict[str, str] = {}
             total = 0
             for file, names in self.files.items():
@@ -70,29 +69,10 @@ class Checkpoint:
                 weight_map |= dict.fromkeys(tensors, file.name)
                 total += sum(one.nbytes for one in tensors.values())
             for file in sorted(self.folder.iterdir()):
-                if file.is_file() and file.suffix not in (".safetensors", *PICKLES):
+                if file.is_file() and file.suffix not in (".safetensors", *PICKLES) and file.name != RESULT_MANIFEST:
                     shutil.copyfile(file, partial / file.name)
             if (partial / load.INDEX).exists():
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 (partial / load.INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` when the block ends well, and is deleted when it does not."""
-    if out.exists():
-        raise ModelError("exists already", where=str(out), remedy="name a folder that is not there")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.rename(partial, out)
-    except OSError as error:
-        raise ModelError(
-            f"cannot be written: {error}", where=str(out), remedy="free space, or write elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

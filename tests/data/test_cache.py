@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from align.data import cache
 from align.data.cache import fingerprint, remembered
-from align.errors import DataError
+from align.errors import DataError, SaveError
 from align.sections import Model, Policy
 from align.types import Packed, Sequences
 
@@ -185,6 +186,12 @@ def test_a_file_of_another_content_is_an_error(tmp_path: Path):
     save_file({"logprob_B": torch.zeros(3)}, tmp_path / "short.safetensors")
     with pytest.raises(DataError, match="3 numbers for 4"):
         remembered(str(tmp_path), "short", sequences(), Counting())
+    remembered(str(tmp_path), "flipped", sequences(), Counting())
+    content = bytearray((tmp_path / "flipped.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match="damaged: its sha256 does not fit"):
+        remembered(str(tmp_path), "flipped", sequences(), Counting())
 
 
 def test_a_computation_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -201,15 +208,14 @@ def test_a_computation_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: py
 
 
 def test_a_write_that_is_cut_short_is_not_taken_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def half(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "save_file", half)
-        with pytest.raises(OSError, match="disk full"):
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(SaveError, match="disk full"):
             remembered(str(tmp_path), "key", sequences(), Counting())
-    assert not (tmp_path / "key.safetensors").exists()
+    assert list(tmp_path.iterdir()) == []
     model = Counting()
     assert remembered(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
     assert model.sizes == [4]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from align import disk
 from align.data.chat import Dialogue
 from align.errors import ConfigError, DataError, LockError, ModelError
 from align.evaluation import benchmarks, scoring
@@ -125,8 +126,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, benchmark: Benchmark, name: str
 
 
 def test_a_file_is_written_whole(tmp_path: Path):
-    scoring.write_whole(tmp_path / "x.json", "1")
-    scoring.write_whole(tmp_path / "x.json", "2")
+    disk.write_whole(tmp_path / "x.json", "1")
+    disk.write_whole(tmp_path / "x.json", "2")
     assert [one.name for one in tmp_path.iterdir()] == ["x.json"] and (tmp_path / "x.json").read_text() == "2"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align import config
+from align import config, disk
 from align.data.judging import require_roles
 from align.errors import ConfigError, DataError
 from align.evaluation import scoring
@@ -115,9 +115,9 @@ def evaluate(section: PolicyEvaluation, found: Questions, console: Console) -> d
         stores = {name: Rows(file, folder / name) for name, file in files.items()}
         bench, rulings = _asked(section, found, words, stores, console)
     results = measure(section, found, bench, rulings)
-    scoring.write_whole(folder / scoring.ITEMS, "".join(_lines(found, bench, rulings)))
-    scoring.write_whole(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    scoring.write_whole(folder / "report.html", report.page(results))
+    disk.write_whole(folder / scoring.ITEMS, "".join(_lines(found, bench, rulings)))
+    disk.write_whole(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    disk.write_whole(folder / "report.html", report.page(results))
     report.terminal(results, console)
     console.print(f"written: {folder}/policy.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
     return results

@@ -1,0 +1,76 @@
+"""Model folders that are published as a result: ``final``, ``best``, and what `align merge` and `align convert` write.
+
+Beside the files of the model lies ``align_manifest.json``, which names each of them with size and sha256. It is written
+after they are on the disk and before the folder gets its name, so that a folder which agrees with it is whole. Loaders
+of transformers and vLLM open files by name and pass it over. Files that a user adds later are not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from align.checkpoint.files import FileRecord
+from align.checkpoint.manifest import READERS, SCHEMA, UnsoundError, read_records, sealed, sha256_of, unsealed
+from align.disk import new_folder, open_file, sync_folder, write_new
+from align.errors import AlignError, ModelError
+
+RESULT_MANIFEST = "align_manifest.json"
+
+
+@contextmanager
+def new_result(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` with its manifest when the block ends well, and is deleted when it
+    does not. Raises `ModelError` where ``out`` is there already, `SaveError` where the disk refuses."""
+    if os.path.lexists(out):
+        raise ModelError(f"{out} exists already", remedy="name a folder that is not there")
+    with new_folder(out, _seal) as temporary:
+        yield temporary
+
+
+def _seal(folder: Path) -> None:
+    """Bring all files to the disk and write the manifest that names them."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(READERS) as pool:
+        records = list(pool.map(lambda name: _synced(folder, name), names))
+    content = {"schema": SCHEMA, "files": [asdict(record) for record in records]}
+    write_new(folder / RESULT_MANIFEST, [sealed(content).encode()], 0o666)
+    for place in sorted({folder, *((folder / name).parent for name in names)}):
+        sync_folder(place)
+
+
+def _synced(folder: Path, name: str) -> FileRecord:
+    with open(folder / name, "rb") as file:
+        os.fsync(file.fileno())
+        return FileRecord(name, os.fstat(file.fileno()).st_size, sha256_of(file))
+
+
+def require_sound(folder: Path) -> None:
+    """Raise `UnsoundError`, which names the file, unless every file of a result is what its manifest says."""
+    try:
+        with open_file(folder / RESULT_MANIFEST) as file:
+            content = unsealed(file.read())
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}")
+        records = read_records(content.get("files"))
+    except (AlignError, ValueError) as error:
+        reason = error.message if isinstance(error, AlignError) else str(error)
+        raise UnsoundError(RESULT_MANIFEST, reason) from error
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda record: _require_file(folder, record), records))
+
+
+def _require_file(folder: Path, record: FileRecord) -> None:
+    try:
+        with open_file(folder / record.name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.size:
+                raise UnsoundError(record.name, f"has {size} bytes, the manifest says {record.size}")
+            if sha256_of(file) != record.sha256:
+                raise UnsoundError(record.name, "its sha256 is not that of the manifest")
+    except AlignError as error:
+        raise UnsoundError(record.name, error.message) from error
