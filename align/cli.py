@@ -261,7 +261,9 @@ def serve_reward(arguments: argparse.Namespace, console: Console) -> int:
     try:
         service = importlib.import_module("align.workers.service")
     except ImportError as error:
-        raise ConfigError(f"a service needs more packages: {error}", remedy="pip install 'align[serve]'") from error
+        raise ConfigError(
+            f"a service needs more packages: {error}", remedy="in the checkout: pip install -e '.[serve]'"
+        ) from error
     return service.main(arguments, console)
 
 

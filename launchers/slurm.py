@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from align import config
 from align.errors import ConfigError, LockError, PlacementError
 from align.sections import RewardService
-from launchers import common
+from launchers import common, options
 from launchers.prepare import ROOT, Checked, copy_code, validate, validate_service
 
 CPUS_PER_GPU, CPUS_WITHOUT_GPU = 4, 4
@@ -36,8 +36,6 @@ TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 PLAIN = r"[\w.,:=@%+/()*&|!\[\]-]+"
 """What a directive may hold: no blanks, quotes or other signs that a shell or Slurm's reader of directives gives a
 meaning."""
-PASSED_ON = ("partition", "account", "qos", "mem", "constraint", "reservation")
-"""Options of sbatch that are passed on as they are."""
 QUEUE_SECONDS = 30
 SLOTS_PER_CORE = 2
 """Replicas of a service that one core offers where a node has no GPUs."""
@@ -50,17 +48,13 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", type=_positive, required=True)
     add("--gpus-per-node", type=int, required=True, help="0: a slot is a worker process on a CPU")
     add("--time", required=True, help="limit of one job, as D-HH:MM:SS")
-    for name in PASSED_ON:
-        add(f"--{name}", help="as of sbatch")
-    add("--dependency", help="as of sbatch; of the first job of a chain")
+    options.add_options(arguments)
     add("--cpus-per-task", type=_positive, help=f"cores of a node ({CPUS_PER_GPU} a GPU, {CPUS_WITHOUT_GPU} without)")
     add("--signal-before", type=_positive, default=600, metavar="SECONDS", help="save so long before the limit (600)")
     add("--max-restarts", type=int, metavar="N", help="how often a job is requeued in all (20; in a chain 0)")
     add("--retries", type=int, default=3, help="how often a job is requeued after a fault, status 76 (%(default)s)")
     add("--chain", type=_positive, default=1, metavar="N", help="jobs in a row, where requeueing is not allowed")
     add("--array", metavar="KEY=V1,V2", help="a job array: one run for each value, in run.dir-0-V1, run.dir-1-V2, ...")
-    add("--container", metavar="IMAGE", help="image for srun --container-image (pyxis)")
-    add("--container-mounts", metavar="LIST", help="further mounts, as of srun")
     add("--python", help="Python of the nodes (this one; in a container python3)")
     add("--service", choices=("reward",), help="RECIPE is a service of docs/reward_service.md, on one node")
     add("--dry-run", action="store_true", help="print the job and the command, write and submit nothing")
@@ -84,6 +78,10 @@ class Job:
     script: str
     arguments: list[str]
     """What the script is called with after its own name."""
+    options: list[str]
+    """Further options of sbatch."""
+    setup: str | None
+    """Bash that each step reads first."""
 
     @property
     def logs(self) -> Path:
@@ -94,9 +92,9 @@ class Job:
         """``sbatch`` as an argument vector; paths stand here because a directive cannot hold every path."""
         name = "job-%A_%a.log" if is_array else "job-%j.log"
         output = f"{str(self.logs).replace('%', '%%')}/{name}"
-        options = ["--parsable", f"--chdir={self.folder}", f"--output={output}"]
-        options += [f"--dependency={dependency}"] if dependency else []
-        return ["sbatch", *options, str(self.folder / "job.sbatch"), *self.arguments]
+        given = ["--parsable", f"--chdir={self.folder}", f"--output={output}"]
+        given += [*([f"--dependency={dependency}"] if dependency else []), *self.options]
+        return ["sbatch", *given, str(self.folder / "job.sbatch"), *self.arguments]
 
 
 def values_of(sweep: str) -> list[tuple[str, str]]:
@@ -124,7 +122,14 @@ def plan(given: argparse.Namespace) -> Job:
     for run in runs:
         _require_slots(given, run)
     folder = validate(given.recipe, given.overrides).folder if given.array else runs[0].folder
-    return Job(runs, folder / "launch", render(given, runs, folder.name), _script_arguments(given, folder, runs))
+    return _job(given, runs, folder)
+
+
+def _job(given: argparse.Namespace, runs: list[Checked], folder: Path) -> Job:
+    further = options.sbatch_options(given)
+    options.require_exported(given, [run.config for run in runs])
+    script, arguments = render(given, runs, folder.name), _script_arguments(given, folder, runs)
+    return Job(runs, folder / "launch", script, arguments, further, options.read_setup(given.setup))
 
 
 def _plan_service(given: argparse.Namespace) -> Job:
@@ -140,9 +145,7 @@ def _plan_service(given: argparse.Namespace) -> Job:
             where=f"{given.recipe}",
             remedy="lower replicas.max or replicas.shards, or ask for more",
         )
-    folder = checked.folder
-    script = render(given, [checked], folder.name)
-    return Job([checked], folder / "launch", script, _script_arguments(given, folder, [checked]))
+    return _job(given, [checked], checked.folder)
 
 
 def _cpus(given: argparse.Namespace) -> int:
@@ -178,9 +181,8 @@ def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str
         "time": given.time,
         "cpus-per-task": _cpus(given),
         "signal": f"B:USR1@{given.signal_before}",
-        **({"gpus-per-node": given.gpus_per_node} if given.gpus_per_node else {}),
         **({"array": f"0-{len(runs) - 1}"} if given.array else {}),
-        **{key: value for key in PASSED_ON if (value := getattr(given, key)) is not None},
+        **options.directives(given),
     }
     for key, value in values.items():
         pattern = TIME if key == "time" else PLAIN
@@ -217,12 +219,8 @@ def _seconds(time: str) -> int:
 
 def _script_arguments(given: argparse.Namespace, folder: Path, runs: Sequence[Checked]) -> list[str]:
     python = given.python or ("python3" if given.container else sys.executable)
-    options = []
-    if given.container:
-        own = [Path.cwd(), folder, *(run.folder for run in runs), Path("/tmp")]
-        mounts = [f"{path}:{path}" for path in dict.fromkeys(own)] + list(filter(None, [given.container_mounts]))
-        options = [f"--container-image={given.container}", f"--container-mounts={','.join(mounts)}"]
-    return [str(folder / "launch"), python, *options]
+    folders = [Path.cwd(), folder, *(run.folder for run in runs)]
+    return [str(folder / "launch"), python, *options.container_arguments(given, folders, [run.config for run in runs])]
 
 
 def write(job: Job) -> None:
@@ -240,6 +238,8 @@ def write(job: Job) -> None:
     copy_code(job.folder / "code")
     (job.folder / "runs").write_text("".join(f"{run.folder}\n" for run in job.runs))
     (job.folder / "job.sbatch").write_text(job.script)
+    if job.setup is not None:
+        (job.folder / "setup.sh").write_text(job.setup)
     job.logs.mkdir(parents=True, exist_ok=True)
 
 

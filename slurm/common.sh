@@ -187,4 +187,27 @@ requeue() {
   fi
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then "$@"; fi
+# The arguments of a job script after LAUNCH and PYTHON: options of srun, then -- and a command before each step's own.
+read_step_arguments() {
+  step_options=() step_command=()
+  for ((; $#; )); do
+    [[ $1 == -- ]] && { step_command=("${@:2}"); return; }
+    step_options+=("$1")
+    shift
+  done
+}
+
+# What the site needs before anything runs: modules, conda, variables. Its own arguments must not reach it.
+load_setup() {
+  local file=$1
+  shift
+  . "$file"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  setup=${0%/code/slurm/common.sh}/setup.sh
+  if [[ $1 != sweep && -e $setup ]]; then
+    load_setup "$setup" || { echo "$setup ended with status $?"; exit 78; }
+  fi
+  "$@"
+fi

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from align import __version__
+
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl", "omegaconf", "datasets", "peft", "numpy")
 
 
@@ -23,7 +25,7 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """Versions, git revision of the code, machine and time. Holds no environment variable."""
     return {
-        "align": metadata.version("align"),
+        "align": __version__,
         "python": sys.version.split()[0],
         "packages": versions(),
         "git_revision": _revision(Path(__file__).parents[1]),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ JOB = "4194304"
 SRUN = """\
 #!/bin/bash
 # Runs the step here, once, whatever nodes it asked for.
-while [[ $1 != bash ]]; do [[ $1 == --chdir=* ]] && cd "${1#*=}"; shift; done
+while [[ $1 != bash && $1 != env ]]; do [[ $1 == --chdir=* ]] && cd "${1#*=}"; shift; done
 printf '%s\\n' "$*" >>"$STAND_INS/steps"
 exec env SLURM_STEP_ID=$$ SLURMD_NODENAME=localhost "$@"
 """
@@ -90,7 +91,9 @@ def environment(stand_ins: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "STAND_INS": str(stand_ins), **job, **more}
 
 
-def start(run: Path, stand_ins: Path, case: str, settings: str = "", **more: str) -> subprocess.Popen[str]:
+def start(
+    run: Path, stand_ins: Path, case: str, settings: str = "", step_arguments: Sequence[str] = (), **more: str
+) -> subprocess.Popen[str]:
     """Begin the job. ``case`` is what the driver does, ``settings`` replaces some of the script's."""
     (stand_ins / "case").write_text(case)
     text = (
@@ -101,7 +104,7 @@ def start(run: Path, stand_ins: Path, case: str, settings: str = "", **more: str
     text = text.replace(" #%settings", f"\nmax_restarts=20 retries=1 {settings}")
     script = run / "launch" / "job.sbatch"
     script.write_text(text)
-    command = ["bash", str(script), str(run / "launch"), str(stand_ins / "python")]
+    command = ["bash", str(script), str(run / "launch"), str(stand_ins / "python"), *step_arguments]
     return subprocess.Popen(command, env=environment(stand_ins, **more), stdout=subprocess.PIPE, text=True)
 
 
@@ -154,6 +157,18 @@ def test_the_driver_is_told_where_ray_is_and_has_a_token_of_its_own(run, stand_i
     assert not host.startswith("127.")
     assert 20000 <= int(port) < 32000
     assert (stand_ins / "token").read_text().split() == ["600", "token"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last", "status"), [("true", 0), ("false", 78)])
+def test_each_step_reads_what_the_site_needs_within_its_container(run, stand_ins, last: str, status: int):
+    (run / "launch" / "setup.sh").write_text(f'export SITE="$INSIDE $#"\necho read >>"$STAND_INS/setup"\n{last}\n')
+    case = '[[ $SLURM_EXPORT_ENV == ALL ]] && echo "$SITE" >"$STAND_INS/site"; exit 0'
+    job = start(run, stand_ins, case, step_arguments=["--mpi=none", "--", "env", "INSIDE=container"])
+    assert finish(job)[0] == status
+    if status == 0:
+        assert (stand_ins / "site").read_text() == "container 0\n"  # no argument of the step reached the file
+        assert (stand_ins / "setup").read_text().split() == ["read"] * 2  # Ray and driver; the end does without
 
 
 @pytest.mark.slow

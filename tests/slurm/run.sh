@@ -114,7 +114,10 @@ case_refused() {
 
 case_across() {
   prefix=()
-  submit across && until_true 400 has_steps "$run" 1 || return
+  # A site that hands no environment to a job, and has a file of its own to make one.
+  printf 'export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 SITE=here\n' >"$folder/site.sh"
+  submit across --export=NONE --setup "$folder/site.sh" --sbatch=--comment="a 'site' of two nodes" &&
+    until_true 400 has_steps "$run" 1 || return
   grep -q "policy-0" <(ls "$run/logs") || fail "no log of the policy" || return
   finish ten
 }
