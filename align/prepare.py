@@ -15,6 +15,7 @@ from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.errors import ConfigError, DataError
 from align.models.load import check as check_model
+from align.models.load import check_lora
 from align.rewards import functions, genrm, reading, texts
 from align.rewards.http import HttpJudge
 from align.run import Identity
@@ -65,7 +66,10 @@ def load_renderer(config: Recipe) -> Renderer:
             remedy = "start the critic from the policy: critic.path=${policy.path} critic.head=new"
             raise DataError(error.message, where=error.where, remedy=remedy) from None
     for name, section in found.items():
-        check_model(section, chat.vocab_size(tokenizer), name)
+        vocab_size = chat.vocab_size(tokenizer)
+        check_model(section, vocab_size, name)
+        if isinstance(section, sections.Trained):
+            check_lora(section, vocab_size, f"{name}.lora.targets")
         if isinstance(section, sections.Critic) and section.head == "trained":
             reading.start_of(section)
     return Renderer(tokenizer, config.data.chat_template, config.data.date, bad_rows=config.data.bad_rows)

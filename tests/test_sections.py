@@ -30,6 +30,7 @@ from align.sections import (
     Generator,
     Http,
     InferenceScaling,
+    Lora,
     Optimizer,
     Policy,
     PolicyEvaluation,
@@ -112,6 +113,9 @@ CASES = [
     (DirectLoss, "kind=robust smoothing=-0.1", ["smoothing = -0.1"]),
     (DirectLoss, "smoothing=0.1", ["smoothing = 0.1", "kind = 'dpo'"]),
     # roles
+    (Lora, "rank=-1", ["rank = -1"]),
+    (Lora, "rank=8 targets=[]", ["targets = []"]),
+    (Lora, "targets=[q_proj]", ["targets = ['q_proj']", "rank = 0"]),
     (Optimizer, "lr=-1", ["lr = -1.0"]),
     (Optimizer, "lr=1 betas=[0.9,1]", ["betas = (0.9, 1.0)"]),
     (Reference, "path=p zero_stage=4", ["zero_stage = 4"]),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,16 @@ Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
     """LoRA layers by the name that their weight has without adapters."""
-    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return {
+        _plain(f"{name}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}"): layer
+        for name, layer in layers
+    }
+
+
+def _plain(name: str) -> str:
+    """The name of a weight in a model without adapters; a wrapper of experts' weights wraps another."""
+    return name.replace(".base_layer", "")
 
 
 def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, Tensor]:
@@ -35,7 +45,7 @@ def state_dict(model: PreTrainedModel, gather: Gather, keep: bool) -> dict[str, 
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        plain = name.replace(".base_layer.", ".")
+        plain = _plain(name)
         layer = adapted.get(plain)
         with gather([parameter] if layer is None else layer.parameters()):
             value = parameter.detach()

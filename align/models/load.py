@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import peft
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -25,13 +23,13 @@ from align.data.chat import TRUST
 from align.errors import ModelError
 from align.models import heads
 from align.models.attention import PACKED, is_plain
-from align.sections import Lora, Model, Trained, TrainedReward
+from align.models.lora import HEAD, add_lora
+from align.sections import Model, Policy, Trained, TrainedReward
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where transformers looks for safetensors, in this order."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights are read from."""
-_HEAD = re.compile(r"^score\.")
 HeadSource = Literal["auto", "trained", "new"]
 
 
@@ -57,6 +55,18 @@ def _check(section: Model, vocab_size: int) -> None:
     if not section.init and Path(section.path).expanduser().is_dir():
         for file in weight_files(section):
             _check_weights(file)
+
+
+def check_lora(section: Trained, vocab_size: int, key: str) -> None:
+    """Put the adapters of a role on a model of its config that has no weights. Raises as `align.models.lora.add_lora`
+    does; ``key`` is that of the targets in the recipe."""
+    if not section.lora.rank:
+        return
+    causal = isinstance(section, Policy)
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = auto.from_config(_config(section, vocab_size), trust_remote_code=section.trust_remote_code)
+    add_lora(model, section.lora, task="CAUSAL_LM" if causal else "SEQ_CLS", key=key)
 
 
 def _check_source(section: Model) -> None:
@@ -204,7 +214,7 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {section.path}: {_first_line(error)}") from error
-    unread = sorted(name for name in info["unexpected_keys"] if _HEAD.match(name))
+    unread = sorted(name for name in info["unexpected_keys"] if HEAD.match(name))
     if unread and auto is AutoModelForSequenceClassification:
         raise ModelError(
             f"{section.path}: {type(model).__name__} does not read {', '.join(unread)}, so its scores would be others",
@@ -284,7 +294,7 @@ def scorer(
         raise ModelError(f"{section.path}: its head has {stored} outputs, {wanted}", remedy=remedy)
     config.num_labels = stored
     model, missing = _build(AutoModelForSequenceClassification, section, config, seed)
-    unexpected = {name for name in missing if head == "trained" or not _HEAD.match(name)}
+    unexpected = {name for name in missing if head == "trained" or not HEAD.match(name)}
     if unexpected:
         raise ModelError(
             f"{section.path}: no trained reward head, the checkpoint lacks {', '.join(sorted(unexpected)[:3])}",
@@ -356,18 +366,6 @@ def stored_file(section: Model, name: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-
-
-def add_lora(model: PreTrainedModel, lora: Lora, *, task: str) -> PreTrainedModel:
-    """Inject adapters and freeze the rest; a ``score`` head is trained whole, drawn or not. Returns the same model."""
-    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=cast(int, lora.alpha), lora_dropout=lora.dropout, target_modules=targets, task_type=task
-    )
-    peft.inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or bool(_HEAD.match(name)))
-    return model
 
 
 def _first_line(error: Exception) -> str:

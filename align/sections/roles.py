@@ -23,7 +23,18 @@ class Lora:
     dropout: float = 0.0
     """Dropout probability on the adapter's input. 0, so that sampling and training see one function."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Module names that get adapters, or ``all-linear`` (peft's word for every linear layer but the head)."""
+    """Module names that get adapters, in full or their last parts, or ``all-linear`` (peft's word for every linear
+    layer but the head). Each must match a module, and none may share its weight with another (docs/lora.md)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative: {self.rank}")
+        if not self.rank and self.targets != ["all-linear"]:
+            raise ValueError(
+                f"targets are given, and rank is 0, which trains all weights without adapters: {self.targets}"
+            )
+        if not self.targets:
+            raise ValueError("targets is empty: name modules, or all-linear")
 
 
 @dataclass(frozen=True)

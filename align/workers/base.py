@@ -140,7 +140,7 @@ class TrainedWorker(Worker):
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if section.lora.rank:
-            load.add_lora(model, section.lora, task=task)
+            load.add_lora(model, section.lora, task=task, key=f"{self.spec.role}.lora.targets")
 
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
         """What the head needs to know about a batch beside its tokens."""

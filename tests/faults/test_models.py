@@ -206,7 +206,13 @@ def a_tokenizer_of_its_own_code(command: Command) -> list[str]:
     return [str(command.policy), "custom code", "trust_remote_code=true"]
 
 
+def adapters_on_a_tied_output_layer(command: Command) -> list[str]:
+    command.more += ["policy.lora.rank=2", "policy.lora.targets=[lm_head]"]
+    return ["policy.lora.targets: lm_head: model.embed_tokens.weight and lm_head.weight are one weight", "all-linear"]
+
+
 MISFITS = [
+    adapters_on_a_tied_output_layer,
     other_vocabulary,
     same_size_in_another_order,
     another_end_token,

@@ -19,6 +19,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from align.data import collate, toy
@@ -42,6 +43,7 @@ CONFIGS = {
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen2 with biases": Qwen2Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4),
+    "experts": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "gpt_neox": GPTNeoXConfig(**{name: value for name, value in SIZES.items() if name != "num_key_value_heads"}),
 }
 IDS = torch.tensor([[5, 9, 3, 70, 12, 2]])
@@ -123,7 +125,7 @@ def adapted(model: Any, task: str, seed: int = 3) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "qwen2 with biases", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen2 with biases", "gpt2", "experts"])
 def test_adapters_are_merged(name, tokenizer, tmp_path):
     plain = build(CONFIGS[name])
     model = adapted(build(CONFIGS[name]), "CAUSAL_LM").eval()
