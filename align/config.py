@@ -53,6 +53,8 @@ from align.nodes import (
 )
 
 ALGORITHMS = "align.algorithms"
+INSTEAD: dict[str, tuple[str, object]] = {"run.steps": ("run.epochs", 0)}
+"""Keys that need no value where another one has a value, and what they hold then."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ def _defaults(schema: type) -> dict[str, Any]:
 def _resolve(tree: DictConfig, reader: Reader) -> Any:
     """Plain values with every reference followed. A key without a value is a fault."""
     leaves = flatten(OmegaConf.to_container(tree))
+    for key, (other, value) in INSTEAD.items():
+        if leaves.get(key) == MISSING and OmegaConf.select(tree, other):
+            OmegaConf.update(tree, key, value)
+            leaves[key] = value
     missing = [key for key, written in leaves.items() if written == MISSING]
     for key in missing:
         places = (reader.origin(key), reader.origin(key.rpartition(".")[0]))  # its own or its section's

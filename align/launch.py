@@ -116,7 +116,7 @@ def train(loaded: Loaded, console: Console) -> None:
             counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
             console.print(f"{prepared.config.algorithm}: {counts}", highlight=False)
             texts_read = [f"{name} reads text ({one.why})" for name, one in prepared.readers.items()]
-            for line in [*remote_code(prepared.config), *texts_read]:
+            for line in [*prepared.notes, *remote_code(prepared.config), *texts_read]:
                 console.print(line, highlight=False)
             if run.progress.step:
                 console.print(f"going on after step {run.progress.step}", highlight=False)

@@ -30,4 +30,5 @@ def describe(config: Recipe, console: Console) -> None:
     total = 1 + max(slot for role in slots.values() for slot in role)
     where = f"{total} slots of Ray" if config.executor == "ray" else "this process"
     rounds = f" in each of {config.num_rounds()} rounds" if config.num_rounds() > 1 else ""
-    console.print(f"{config.run.steps} steps{rounds} on {where}, into {config.run.dir}", highlight=False)
+    length = f"{config.run.epochs:g} epochs" if config.run.epochs else f"{config.run.steps} steps"
+    console.print(f"{length}{rounds} on {where}, into {config.run.dir}", highlight=False)

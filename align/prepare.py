@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from typing import Any
 
 from align import sections
 from align.config import Loaded
-from align.data import chat, helpsteer
+from align.data import chat, helpsteer, prompts
 from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.errors import ConfigError, DataError
@@ -171,6 +172,8 @@ class Prepared:
     """Judges that read text."""
     spoken: dict[str, Conversations]
     """What they read, by role."""
+    notes: list[str]
+    """What the user should know of the data, line by line."""
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -182,6 +185,9 @@ def prepare(loaded: Loaded) -> Prepared:
     readers = text_readers(config, renderer)
     source = helpsteer.load(config.data, config.reads())
     material, counts = algorithm.prepare(config, source, renderer)
+    num_rows = config.num_rows(counts)
+    prompts.require_rows(config, num_rows)
+    config = config.with_steps(num_rows)
     description = {
         "source": {name: asdict(split) for name, split in source.counts.items()},
         "prepared": counts,
@@ -196,4 +202,16 @@ def prepare(loaded: Loaded) -> Prepared:
     if readers:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
-    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken)
+    notes = epochs(config, num_rows, counts)
+    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken, notes)
+
+
+def epochs(config: Any, num_rows: int, counts: Mapping[str, int]) -> list[str]:
+    """How often the data is passed over, and whether held-out prompts are fewer than the recipe asks for."""
+    key, batch = config.rows_per_step()
+    passes = config.run.steps * batch / num_rows
+    notes = [f"{passes:.4g} epochs: run.steps {config.run.steps} x {key} {batch} / {num_rows} rows"]
+    held_out = counts.get("held_out_kept")
+    if held_out is not None and held_out < config.evaluation.prompts:
+        notes.append(f"held-out evaluation: {held_out} prompts, evaluation.prompts is {config.evaluation.prompts}")
+    return notes

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from align import algorithms, config
+from align import algorithms, config, sections
+from align.data.prompts import require_rows
 from align.errors import ConfigError
 from align.launch import ROLES
 from align.prepare import cast_sections, check
@@ -96,11 +97,51 @@ def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
             check(config.load(write(tmp_path, algorithm, {**NEEDED[algorithm], key: ""})).config)
 
 
+BATCHES = {
+    **dict.fromkeys(("sft", "dpo", "reward_model", "steerlm"), ("batch_size", {"kept": 100})),
+    "genrm": ("prompts_per_step", {"kept": 50}),  # pairs, each in both orders
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_steps_follow_from_epochs_and_a_batch_is_no_larger_than_the_data(algorithm: str, tmp_path: Path):
+    key, counts = BATCHES.get(algorithm, ("prompts_per_step", {"kept": 100}))
+    needed = {name: value for name, value in NEEDED[algorithm].items() if name != "run.steps"}
+    needed |= {key: 8, "run.epochs": 2.5, **({"minibatches": 2} if algorithm == "ppo" else {})}
+    recipe = config.load(write(tmp_path, algorithm, needed)).config
+    assert recipe.run.steps == 0 and recipe.num_rows(counts) == 100
+    resolved = recipe.with_steps(100)
+    assert (resolved.run.steps, resolved.run.epochs) == (32, 0.0)  # 2.5 x 100 / 8 = 31.25
+    assert resolved == config.load(write(tmp_path, algorithm, needed), ["run.steps=32", "run.epochs=0"]).config
+    assert resolved.with_steps(7) == resolved
+    require_rows(recipe, 8)
+    with pytest.raises(ConfigError, match=f"{key} is 8, and the data has 7 rows"):
+        require_rows(recipe, 7)
+    require_rows(config.load(write(tmp_path, algorithm, {**needed, "data.repeat_within_batch": True})).config, 7)
+
+
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(0.1, 30, 1), (0.7, 10, 3), (1.1, 30, 11), (1e-9, 5, 1)])
+def test_steps_are_rounded_up_from_the_number_as_it_was_written(tmp_path: Path, epochs: float, rows: int, steps: int):
+    needed = {name: value for name, value in NEEDED["sft"].items() if name != "run.steps"}
+    recipe = config.load(write(tmp_path, "sft", {**needed, "batch_size": 3}), [f"run.epochs={epochs}"]).config
+    assert recipe.with_steps(rows).run.steps == steps
+
+
+def test_attempts_of_dynamic_sampling_draw_no_prompt_twice(tmp_path: Path):
+    recipe = config.load(write(tmp_path, "grpo", {**SCORED, "prompts_per_step": 4, "max_attempts": 3})).config
+    require_rows(recipe, 12)
+    with pytest.raises(ConfigError, match="prompts_per_step times max_attempts is 12, and the data has 11 rows"):
+        require_rows(recipe, 11)
+
+
 SPEAKING = "prompts.path=p out=o policy.path=a feedback.path=b edit.path=c select.path=d"
 JUDGED = "benchmark=arena-hard baseline_answers.default=b policy.path=p judge.path=j"
 SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean_token_mean"
 CASES = [
     # losses
+    (sections.Run, "dir=r steps=3 epochs=2", ["steps = 3", "epochs = 2.0"]),
+    (sections.Run, "dir=r steps=0", ["steps = 0"]),
+    (sections.Run, "dir=r steps=0 epochs=-1", ["epochs = -1.0"]),
     (PolicyLoss, "clip_low=0", ["clip_low = 0.0", "clip_high = 0.2"]),
     (PolicyLoss, "clip_low=1", ["clip_low = 1.0"]),
     (PolicyLoss, "clip_high=0", ["clip_high = 0.0"]),

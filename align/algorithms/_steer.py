@@ -103,5 +103,6 @@ def groups(config: OnPolicy, labels: Labels, material: Material, reward: roles.R
     wanted = ((row.where, row.context, data.steered.labels(row, form.names)) for row in rows)
     asked = data.steered.asked(wanted, renderer, form, config.data.max_prompt_tokens)
     run.report(f"training prompts: {told(asked.counts)}")
+    data.prompts.require_rows(config, asked.counts["kept"])
     stream = data.prompts.PromptStream(asked.steered, config.prompts_per_step, config.run.seed, renderer.stop_ids)
     return Groups(stream, material.held_out, asked.plain, asked=asked, steer=material)

@@ -69,6 +69,10 @@ class Config(grpo.Config):
         """See `align.sections.Recipe.reads`."""
         return "comparisons"
 
+    def num_rows(self, counts: Mapping[str, int]) -> int:
+        """See `align.sections.Recipe.num_rows`: each pair in both orders."""
+        return 2 * counts["kept"]
+
     def reward_of(self, verdict_B3: Tensor, label_B3: Tensor) -> Tensor:
         """R of each verdict, (B,)."""
         weights = self.format_penalty, self.score_weight, self.ranking_weight

@@ -67,6 +67,11 @@ class Config(sections.PolicyGradient):
         if self.max_attempts > 1 and self.lag:
             raise ValueError(f"max_attempts {self.max_attempts} samples within the step, lag {self.lag} before it")
 
+    def rows_per_step(self) -> tuple[str, int]:
+        """See `align.sections.Recipe.rows_per_step`. Each step sets the prompts of all its attempts aside."""
+        key = "prompts_per_step" if self.max_attempts == 1 else "prompts_per_step times max_attempts"
+        return key, self.prompts_per_step * self.max_attempts
+
     def notes(self) -> list[str]:
         """See `align.sections.Recipe.notes`."""
         return self.kl_notes(self.kl_reduction)

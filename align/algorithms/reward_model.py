@@ -141,7 +141,7 @@ def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
     order = data.prompts.Order(len(task), config.batch_size, config.run.seed)
     for step in run.steps():
         metrics, held_out = cast.reward.update(task.batch(order.indices(step)), task.loss).result(), {}
-        if step == config.run.steps or (config.validate_every and step % config.validate_every == 0):
+        if run.is_last(step) or (config.validate_every and step % config.validate_every == 0):
             held_out, score_B = task.measure(cast.reward)
         run.log(step, metrics | {f"validation/{name}": value for name, value in held_out.items()})
     if score_B is None:  # a run that ended after its last step goes on

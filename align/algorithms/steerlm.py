@@ -110,7 +110,11 @@ class Cast(Protocol):
 
 def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
     """Responses of the training split, held-out prompts, and what became of the rows."""
-    return _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+    material, counts = _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+    if config.rounds > 1:  # fewer answers are left where some do not end
+        asked = list({row.context for row in material.rows})[: config.bootstrap_prompts or None]
+        data.prompts.require_rows(config, len(asked) * config.sampling.num_samples)
+    return material, counts
 
 
 def bootstrapped(config: Config, material: _steer.Material, policy: roles.Policy, run: Run) -> list[Rating]:
@@ -137,6 +141,7 @@ def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> No
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     demonstrations, counts = data.steered.demonstrations(rows, material.renderer, material.form, *limits)
     run.report(f"round {run.round}, demonstrations: {_steer.told(counts)}")
+    data.prompts.require_rows(config, counts["kept"])
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():

@@ -14,8 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
+from align.sections import Recipe
 from align.types import Packed, Prompts
+
+
+def require_rows(recipe: Recipe, num_rows: int) -> None:
+    """Raise `ConfigError` for a batch of more rows than there are, unless ``data.repeat_within_batch`` allows it."""
+    key, batch = recipe.rows_per_step()
+    if batch < 1:
+        raise ConfigError(f"{key} is {batch}", remedy=f"give a positive {key}")
+    if batch > num_rows and not recipe.data.repeat_within_batch:
+        raise ConfigError(
+            f"{key} is {batch}, and the data has {num_rows} rows to draw from: a batch would hold rows twice",
+            remedy=f"lower it to at most {num_rows}, or give more data, or allow it: data.repeat_within_batch=true",
+        )
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class Order:
     size: int
     """Rows to choose from."""
     batch_size: int
-    """Rows of a step; may exceed ``size``, then a batch spans several epochs."""
+    """Rows of a step; may exceed ``size``, then a batch spans several epochs (`require_rows`)."""
     seed: int
     """Seed of the run."""
 

@@ -113,6 +113,10 @@ class OnPolicy(Recipe):
         """See `Recipe.updates_per_step`."""
         return self.epochs * self.minibatches
 
+    def rows_per_step(self) -> tuple[str, int]:
+        """See `Recipe.rows_per_step`."""
+        return "prompts_per_step", self.prompts_per_step
+
     def num_rounds(self) -> int:
         """See `Recipe.num_rounds`."""
         return self.rounds

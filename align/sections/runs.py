@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 from omegaconf import MISSING
@@ -56,7 +58,10 @@ class Data:
     max_response_tokens: int = 2048
     """Longer responses (pairs, demonstrations) are dropped and counted, never cut."""
     bad_rows: Literal["stop", "skip"] = "stop"
-    """A row that breaks the schema stops the run with file, line and field, or is skipped and counted."""
+    """A row that breaks the schema, or that the chat template refuses, stops the run with file, line and field, or is
+    skipped and counted."""
+    repeat_within_batch: bool = False
+    """Allow a batch of more rows than the data has, which then holds rows several times. Otherwise it is refused."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
     date: str | None = None
@@ -149,6 +154,9 @@ class Run:
     steps: int = MISSING
     """Steps of the algorithm's loop: optimizer steps, or rollout batches where responses are sampled (``epochs`` times
     ``minibatches`` optimizer steps each)."""
+    epochs: float = 0.0
+    """In place of ``steps``: passes over the data, which may be a fraction. ``steps`` is then ``epochs`` times the rows
+    of the training split, divided by those of a step and rounded up; in each round the same."""
     seed: int = 0
     """Seed of data order, weight initialisation and sampling."""
     logged_samples: int = 4
@@ -159,6 +167,8 @@ class Run:
     """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.steps, int) and (self.epochs < 0 or (self.steps > 0) == (self.epochs > 0)):
+            raise ValueError(f"give either steps or epochs, a positive number: {self.steps}, {self.epochs}")
         if self.max_time is not None and not re.fullmatch(r"(?=.)(\d+h)?(\d+m)?(\d+s)?", self.max_time):
             raise ValueError(f"max_time is written as 3h50m, 45m or 90s: {self.max_time!r}")
         if self.max_restarts < 0 or self.max_non_finite < 1:
@@ -211,6 +221,21 @@ class Recipe:
     def reads(self) -> Reads:
         """What ``data`` is read as."""
         return "preferences"
+
+    def rows_per_step(self) -> tuple[str, int]:
+        """How many rows of the data a step draws, at most, behind the key that says so."""
+        return "batch_size", vars(self)["batch_size"]
+
+    def num_rows(self, counts: Mapping[str, int]) -> int:
+        """Rows that batches are drawn from, by the ``counts`` of the algorithm's ``prepare``."""
+        return counts["kept"]
+
+    def with_steps(self, num_rows: int) -> Recipe:
+        """The recipe with ``run.steps`` in place of ``run.epochs``, for ``num_rows`` rows of data."""
+        if not self.run.epochs:
+            return self
+        steps = math.ceil(Fraction(str(self.run.epochs)) * num_rows / self.rows_per_step()[1])
+        return replace(self, run=replace(self.run, steps=steps, epochs=0.0))
 
     def rated(self) -> Mapping[str, Sequence[str]]:
         """Attributes that frozen reward models are asked for one by one, by role."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align import launch
+from align import config, launch
 from align.cli import main
 from align.data import toy
 from align.errors import AlignError
@@ -19,7 +19,7 @@ RECIPE = """
 algorithm: reward_model
 run: {{dir: {run}, steps: 1, progress: none, tensorboard: false}}
 data: {{path: {data}, max_response_tokens: 8}}
-batch_size: 2
+batch_size: 1
 reward: {{path: {model}, dtype: float32, init: {init}, optimizer: {{lr: 1e-3}}}}
 placement: {{reward: 0}}
 """
@@ -281,3 +281,27 @@ def test_a_row_that_the_template_refuses(command: Command):
     status, said = command(rows, f"data.chat_template={template}", "data.bad_rows=skip")
     assert status == REACHED, said
     assert (command.counts()["prepared"]["not_rendered"], command.counts()["prepared"]["kept"]) == (1, 1)
+
+
+def test_a_batch_larger_than_the_data(command: Command):
+    rows = encoded(row("a"), row("b"), row("c", response2="cat dog"))  # the last one is identical
+    status, said = command(rows, "batch_size=3")
+    assert status == 78
+    assert "batch_size is 3, and the data has 2 rows to draw from" in said
+    assert "data.repeat_within_batch=true" in said and not command.run.exists()
+    assert command(rows, "batch_size=3", "data.repeat_within_batch=true")[0] == REACHED
+    assert command(rows, "batch_size=0", f"run.dir={command.folder / 'other'}")[0] == 78
+
+
+def test_epochs_in_place_of_steps(command: Command):
+    file = command.folder / "recipe.yaml"
+    assert command(encoded(row("a"), row("b")))[0] == REACHED
+    text = file.read_text().replace("steps: 1", "epochs: 2.5").replace(str(command.run), str(command.folder / "other"))
+    file.write_text(text)
+    assert main(["train", str(file), "--dry-run"]) == 0
+    assert "2.5 epochs on" in command.capsys.readouterr().out
+    assert main(["train", str(file)]) == REACHED
+    assert "2.5 epochs: run.steps 5 x batch_size 1 / 2 rows" in command.capsys.readouterr().out
+    assert config.load(command.folder / "other" / "config.yaml").config.run.steps == 5
+    assert main(["train", str(file)]) == REACHED  # the same run
+    assert main(["train", str(file), "run.epochs=3"]) == 78
