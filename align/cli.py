@@ -223,7 +223,7 @@ def _show(loaded: config.Loaded, console: Console) -> None:
     table = Table("key", "value", "from", box=None, header_style="bold")
     for key, value, origin in config.show(loaded):
         style = "dim" if origin == "default" else ""
-        table.add_row(key, repr(value) if isinstance(value, str) else str(value), origin, style=style)
+        table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), origin, style=style)
     console.print(table)
     for note in loaded.config.notes():
         console.print(f"note: {note}", highlight=False)

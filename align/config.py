@@ -94,7 +94,12 @@ def _leave_out(node: yaml.Node, names: Sequence[str]) -> None:
 
 def dump(config: Any, path: Path) -> None:
     """Write every value, references followed, in the order of the fields. Loading it gives an equal config."""
-    write_whole(path, to_yaml(dataclasses.asdict(config)))
+    write_whole(path, dumped(config))
+
+
+def dumped(config: Any) -> str:
+    """What `dump` writes."""
+    return to_yaml(dataclasses.asdict(config))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, object]:

@@ -33,6 +33,18 @@ class DataError(AlignError):
     exit_status = 78
 
 
+class ConversationError(DataError):
+    """A conversation that a model cannot read: too long for it, or refused by its chat template or tokenizer.
+
+    ``public`` says so to whoever sent the conversation, in words that hold nothing of this machine; it is empty where
+    the template or the tokenizer itself may be at fault.
+    """
+
+    def __init__(self, message: str, *, public: str = "", where: str | None = None, remedy: str | None = None):
+        super().__init__(message, where=where, remedy=remedy)
+        self.public = public
+
+
 class ModelError(AlignError):
     """A checkpoint that cannot be loaded as what the recipe says it is."""
 

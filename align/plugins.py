@@ -45,7 +45,7 @@ def _module(name: str) -> Any:
     place = name.rpartition(":")[0]
     try:
         return _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # the module's own code runs
+    except (Exception, SystemExit) as error:  # the module's own code runs
         remedy = "give a file, path/to/file.py:function, or a module that is installed on every node"
         raise ConfigError(f"function={name}: {type(error).__name__}: {error}", remedy=remedy) from error
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
-from align.errors import DataError
+from align.errors import ConversationError, DataError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -43,7 +44,7 @@ class Message(NamedTuple):
     content: str
 
 
-class RenderError(DataError):
+class RenderError(ConversationError):
     """A conversation that the chat template or the tokenizer refuses."""
 
 
@@ -185,13 +186,12 @@ class Renderer:
         """Ids of the conversation up to where the assistant's next words begin, or ``opening``, its first words."""
         ids = self._encode(self._render(messages, add_generation_prompt=True) + opening)
         if not ids:
-            raise RenderError("the prompt has no tokens", where=self._name)
+            raise RenderError("the prompt has no tokens", public="the prompt has no tokens", where=self._name)
         if ids[:2] == [self._bos, self._bos]:
-            raise RenderError(
-                f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})",
-                where=self._name,
-                remedy="write it once in the template, and not in the messages",
-            )
+            message = f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})"
+            quoted = any(str(self.tokenizer.bos_token) in one.content for one in messages)
+            remedy = "write it once in the template, and not in the messages"
+            raise RenderError(message, public=message if quoted else "", where=self._name, remedy=remedy)
         return ids
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -281,7 +281,7 @@ class Renderer:
             return cast(str, text)
         except Exception as error:  # an expression of a template may raise anything
             if str(error) != _ASKED_FOR_TODAY:
-                raise RenderError(f"the template fails: {_first_line(error)}", where=self._name) from error
+                raise self._failure(error, messages) from error
         raise DataError(
             "the template writes today's date, so the same run would differ from day to day",
             where=self._name,
@@ -289,6 +289,15 @@ class Renderer:
             if self.date is None
             else f"{self._section}.date is set but the template does not read date_string; give another "
             f"{self._section}.chat_template=FILE",
+        )
+
+    def _failure(self, error: Exception, messages: Sequence[Message]) -> RenderError:
+        """What a template's exception says: a fault of the conversation where it is from ``raise_exception``."""
+        roles = ", ".join(one.role for one in messages)[:200]
+        public = f"the reward model's chat template refuses a conversation of these roles: {roles}"
+        refused = type(error) is TemplateError
+        return RenderError(
+            f"the template fails: {_first_line(error)}", public=public if refused else "", where=self._name
         )
 
     def _find_end_of_turn(self) -> int | None:

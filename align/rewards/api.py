@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from align.data.chat import Dialogue, Message
 
 REWARDS, MODELS, HEALTH, METRICS = "/v1/rewards", "/v1/models", "/health", "/metrics"
+OPENAPI = "/openapi.json"
 LARGEST = 3.4028234663852886e38
 """The largest number of float32, in which scores are held."""
-_ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant")
 
 
 class Refused(Exception):
@@ -40,6 +42,7 @@ _ERRORS = {
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("invalid_request_error", "body_too_slow"),
     413: ("invalid_request_error", "too_large"),
+    415: ("invalid_request_error", "not_json"),
     429: ("rate_limit_error", "queue_full"),
     503: ("server_error", "not_ready"),
     504: ("server_error", "timeout"),
@@ -95,8 +98,8 @@ def _dialogue(found: Any, where: str) -> Dialogue:
 def _message(found: Any, where: str) -> Message:
     fields = _mapping(found, where, {"role", "content"})
     role, content = fields.get("role"), fields.get("content")
-    if role not in _ROLES:
-        raise Refused(400, f"role is one of {', '.join(_ROLES)}, not {_shown(role)}", f"{where}.role")
+    if role not in ROLES:
+        raise Refused(400, f"role is one of {', '.join(ROLES)}, not {_shown(role)}", f"{where}.role")
     if not isinstance(content, str):
         raise Refused(400, f"content is text, not {_shown(content)}", f"{where}.content")
     if any("\ud800" <= character <= "\udfff" for character in content):
@@ -114,16 +117,26 @@ def _mapping(found: Any, where: str, known: set[str]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, short: it may be all of a conversation."""
-    text = "nothing" if value is None else json.dumps(value)
+    """A value in a message, short: it may be all of a conversation, or nested as deep as `json.dumps` cannot follow."""
+    if isinstance(value, (list, dict)) and value:
+        return f"a list of {len(value)}" if isinstance(value, list) else f"an object with {len(value)} keys"
+    text = "nothing" if value is None else json.dumps(value[:60] if isinstance(value, str) else value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        return json.loads(body.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {_shown(twice)} is given twice in one object")
+    return found
 
 
 def _no_constant(name: str) -> Any:

@@ -70,7 +70,7 @@ class FunctionJudge:
             return torch.zeros(0)
         try:
             returned = self.function(**{name: value for name, value in given.items() if name in self.taken})
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) would end a run with the status of success
             raise DataError(
                 f"function={self.name} raised {type(error).__name__}: {error}",
                 remedy="mend it; for a response that cannot be judged it may return None",

@@ -13,7 +13,7 @@ from align import ops
 from align.data import chat
 from align.data.chat import Dialogue
 from align.engines.deepspeed import Engine, sharded_loading
-from align.errors import DataError
+from align.errors import ConversationError
 from align.models import heads, load
 from align.rewards import reading, texts
 from align.rewards.functions import FunctionJudge
@@ -106,8 +106,10 @@ class ModelJudge:
         longest = int(sequences.tokens_B().max()) if len(sequences) else 0
         limit = getattr(self.engine.head.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
-            raise DataError(
-                f"a conversation has {longest} tokens, the reward model has positions for {limit}",
+            message = f"a conversation has {longest} tokens, the reward model has positions for {limit}"
+            raise ConversationError(
+                message,
+                public=message,
                 where=self.section.path,
                 remedy="leave it out, or shorten it: in a run, data.max_prompt_tokens and sampling.max_tokens",
             )

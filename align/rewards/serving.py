@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -22,9 +21,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from align.data.chat import Dialogue
-from align.errors import AlignError, DataError
-from align.rewards import api
+from align.errors import AlignError, ConversationError
+from align.rewards import api, openapi
 from align.rewards.api import Refused
+from align.rewards.log_limit import LogLimit
 from align.rewards.readers import Judge, ModelJudge
 from align.sections import RewardService
 
@@ -32,10 +32,16 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 DRAINED = 4
 """A body that is too long is read up to this many times the limit, so that its sender hears why it is refused."""
+BODIES = 16
+"""Bodies of the greatest length whose bytes are held at a time while they are read."""
+BODY_S = 60.0
+"""Seconds for a body to come, where ``request_timeout_s`` is not less."""
 GONE = 499
 """Status that is counted where the client went away before its answer."""
 LOADING_S = 5
 """Seconds after which a client is to ask again that came before there was a replica."""
+ERRORS = LogLimit()
+"""What the service logs of scores that failed."""
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Bounds of the histogram of latencies."""
 
@@ -136,7 +142,7 @@ class Batcher:
         together = [dialogue for dialogues, _ in batch for dialogue in dialogues]
         try:
             scores = ask(self._judge, together)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: without this thread nothing more would be scored
             if len(batch) == 1:
                 batch[0][1].set_exception(refusal(error))
                 return
@@ -149,14 +155,19 @@ class Batcher:
 
 
 def refusal(error: BaseException) -> Refused:
-    """What the client gets to hear of an error, and where the log tells of it: never with text of a conversation."""
-    if isinstance(error, asyncio.CancelledError):
-        return Refused(503, "the service ends", retry_after_s=LOADING_S)
-    if isinstance(error, DataError):
-        return Refused(400, error.message, "input")
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    print(f"scoring failed: {type(error).__name__}\n{frames}", file=sys.stderr, flush=True)
-    return Refused(500, error.message if isinstance(error, AlignError) else f"scoring failed: {type(error).__name__}")
+    """What the client is told of an error: of a conversation that cannot be read, why; of any other, the type alone.
+
+    The log gets the frames, without the text of the error, which may quote a conversation.
+    """
+    if isinstance(error, ConversationError) and error.public:
+        return Refused(400, error.public, "input")
+    while isinstance(error, AlignError) and error.__cause__ is not None:
+        error = error.__cause__  # what a function or a template raised
+    kind = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    ERRORS.print(f"{kind} at {place}", f"scoring failed: {kind}\n{''.join(traceback.format_list(frames))}".rstrip())
+    return Refused(500, f"scoring failed: {kind}")
 
 
 class Application:
@@ -172,6 +183,14 @@ class Application:
         self._counts: Counter[str] = Counter()
         self._seconds: list[int] = [0] * (len(SECONDS) + 1)
         self._seconds_sum = 0.0
+        self._held_bytes = 0
+        self._handlers: dict[str, Callable[[dict[str, Any], Receive], Awaitable[bytes]]] = {
+            api.REWARDS: self._rewards,
+            api.HEALTH: self._health,
+            api.MODELS: self._models,
+            api.METRICS: self._metrics,
+            api.OPENAPI: self._openapi,
+        }
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """One request."""
@@ -179,34 +198,32 @@ class Application:
         try:
             status, body = 200, await self._route(scope, receive)
         except (Exception, asyncio.CancelledError) as error:
-            refused = error if isinstance(error, Refused) else refusal(error)
+            refused = _refused(error)
             status, body = refused.status, json.dumps(refused.body()).encode()
             headers += [(b"retry-after", b"%d" % refused.retry_after_s)] if refused.retry_after_s is not None else []
             headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+            headers += [(b"allow", ", ".join(self._methods(scope["path"])).encode())] if status == 405 else []
         if scope["path"] == api.METRICS and status == 200:
             headers = [(b"content-type", b"text/plain; version=0.0.4")]
         if scope["path"] == api.REWARDS:
             self._counts[f'requests_total{{status="{status}"}}'] += 1
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
 
     async def _route(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        routes = {
-            api.REWARDS: ("POST", self._rewards),
-            api.HEALTH: ("GET", self._health),
-            api.MODELS: ("GET", self._models),
-            api.METRICS: ("GET", self._metrics),
-        }
         path = scope["path"]
         if path != api.HEALTH:
             self._authenticate(scope)
-        if path not in routes:
-            raise Refused(404, f"there is no {path[:100]}; paths: {', '.join(routes)}")
-        method, handler = routes[path]
-        if scope["method"] != method:
-            raise Refused(405, f"{path} is asked by {method}, not {scope['method']}")
-        return await handler(scope, receive)
+        if path not in self._handlers:
+            raise Refused(404, f"there is no {path[:100]}; paths: {', '.join(self._handlers)}")
+        if scope["method"] not in (methods := self._methods(path)):
+            raise Refused(405, f"{path} takes {' and '.join(methods)}, not {scope['method'][:20]}")
+        return await self._handlers[path](scope, receive)
+
+    @staticmethod
+    def _methods(path: str) -> tuple[str, ...]:
+        return ("POST",) if path == api.REWARDS else ("GET", "HEAD")
 
     def _authenticate(self, scope: dict[str, Any]) -> None:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -225,6 +242,9 @@ class Application:
     async def _models(self, _: dict[str, Any], __: Receive) -> bytes:
         model = {"id": self._model, "object": "model", "owned_by": "align"}
         return json.dumps({"object": "list", "data": [model]}).encode()
+
+    async def _openapi(self, _: dict[str, Any], __: Receive) -> bytes:
+        return json.dumps(openapi.description(self._section, bool(self._token))).encode()
 
     async def _metrics(self, _: dict[str, Any], __: Receive) -> bytes:
         """Prometheus' text format."""
@@ -264,16 +284,38 @@ class Application:
         self._seconds_sum += seconds
 
     async def _body(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        """Raises `Refused` for a body that is too long or comes too slowly."""
-        limit = self._section.max_request_bytes
+        """Raises `Refused` for a body that is not JSON by its header, is too long or comes too slowly."""
+        _require_json(scope["headers"])
+        limit, seconds = self._section.max_request_bytes, min(BODY_S, self._section.request_timeout_s)
         try:
-            async with asyncio.timeout(self._section.request_timeout_s):
-                body, length = await _read(receive, limit)
+            async with asyncio.timeout(seconds):
+                body, length = await self._read(receive, limit)
         except TimeoutError:
-            raise Refused(408, f"no whole body in {self._section.request_timeout_s:g} s") from None
+            raise Refused(408, f"no whole body in {seconds:g} s") from None
         if length > limit:
             raise Refused(413, f"the body is longer than {limit} bytes: ask for fewer conversations in one request")
         return body
+
+    async def _read(self, receive: Receive, limit: int) -> tuple[bytes, int]:
+        """A body and its length; of one that is longer than ``limit``, no more than that is held, and of all bodies
+        that are being read no more than `BODIES` times that."""
+        parts, length, held, more = [], 0, 0, True
+        try:
+            while more and length <= DRAINED * limit:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(GONE, "the client went away")
+                chunk, more = message.get("body", b""), message.get("more_body", False)
+                length += len(chunk)
+                if length <= limit:
+                    parts.append(chunk)
+                    held += len(chunk)
+                    self._held_bytes += len(chunk)
+                    if self._held_bytes > BODIES * limit:
+                        raise Refused(429, "too many bodies are being read, try again later", retry_after_s=1)
+            return b"".join(parts), length
+        finally:
+            self._held_bytes -= held
 
     async def _while_connected(self, coroutine: Awaitable[Scores], receive: Receive) -> Scores:
         """A result, unless it takes too long or nobody waits for it any more."""
@@ -291,18 +333,20 @@ class Application:
             gone.cancel()
 
 
-async def _read(receive: Receive, limit: int) -> tuple[bytes, int]:
-    """A body and its length; of one that is longer than ``limit``, no more than that is held."""
-    parts, length, more = [], 0, True
-    while more and length <= DRAINED * limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refused(GONE, "the client went away")
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        length += len(chunk)
-        if length <= limit:
-            parts.append(chunk)
-    return b"".join(parts), length
+def _refused(error: BaseException) -> Refused:
+    """The answer to a request that failed."""
+    if isinstance(error, asyncio.CancelledError):
+        return Refused(503, "the service ends", retry_after_s=LOADING_S)
+    return error if isinstance(error, Refused) else refusal(error)
+
+
+def _require_json(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Raise `Refused` for a body that says to be something else. ``application/x-www-form-urlencoded`` passes: curl and
+    Python's urllib say it of a body about which their user said nothing."""
+    for name, value in headers:
+        kind = value.decode("latin-1").partition(";")[0].strip().lower()
+        if name == b"content-type" and kind not in ("application/json", "application/x-www-form-urlencoded"):
+            raise Refused(415, f"the body is application/json, not {kind[:100]}")
 
 
 def _digest(text: str) -> bytes:

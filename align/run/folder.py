@@ -132,13 +132,13 @@ class Folder:
         return {**asdict(self.identity), "versions": versions()}
 
     def _write_start(self) -> None:
-        configuration.dump(self.recipe, self.path / "config.yaml")
+        self.write_text("config.yaml", redact(configuration.dumped(self.recipe)))
         now = environment()
-        self.write_json("environment.json", now)
+        self.write_text("environment.json", redact(json.dumps(now, indent=2)) + "\n")
         self.write_json("identity.json", asdict(self.identity))
         start = {"epoch": self.lock.epoch, "from_step": self.found.manifest.step if self.found else 0, **now}
         with (self.path / "starts.jsonl").open("a") as starts:
-            starts.write(json.dumps(start) + "\n")
+            starts.write(redact(json.dumps(start)) + "\n")
 
     def close(self) -> None:
         """Give the folder back."""

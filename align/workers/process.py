@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from align.redact import RedactedStream
+
 INHERITED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|TMPDIR|PWD|LANG|LC_.*|VIRTUAL_ENV|CONDA_.*|PYTHON.*|LD_LIBRARY_PATH|LD_PRELOAD"
     r"|(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|GOMP|TORCH|TORCHDYNAMO|TORCHINDUCTOR|PYTORCH|TRITON|DS|DEEPSPEED)_.*"
@@ -71,7 +73,8 @@ def quiet() -> dict[str, str]:
 
 
 def open_log(path: Path) -> None:
-    """Send everything this process writes to ``path``, stacks of fatal signals and of `STACKS` included.
+    """Send everything this process writes to ``path``, stacks of fatal signals and of `STACKS` included. What Python
+    writes holds no secret of the environment.
 
     The stacks are written by the signal's handler itself, so they come also while the interpreter's lock is held.
     """
@@ -80,6 +83,7 @@ def open_log(path: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log.fileno(), stream.fileno())
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     faulthandler.enable(log)
     faulthandler.register(STACKS, log, all_threads=True)
 

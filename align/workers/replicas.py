@@ -112,6 +112,7 @@ class Replicated:
     def __init__(self, handle: DeploymentHandle[Any]):
         self._handle = handle
         self._running, self._looked = 0, -LOOK_S
+        self._lock = threading.Lock()
         self.last = time.monotonic()
         """When there was a replica."""
 
@@ -136,15 +137,16 @@ class Replicated:
 
     def running(self) -> int:
         """Replicas that Ray Serve finds healthy, known for a second; none while it cannot say."""
-        now = time.monotonic()
-        if now - self._looked >= LOOK_S:
-            try:
-                states = serve.status().applications[NAME].deployments[NAME].replica_states
-            except (*FAULTS, KeyError):
-                states = {}
-            self._running, self._looked = sum(n for state, n in states.items() if state == "RUNNING"), now
-            self.last = now if self._running else self.last
-        return self._running
+        with self._lock:  # Ray Serve is asked once, however many clients ask for the health of the service
+            now = time.monotonic()
+            if now - self._looked >= LOOK_S:
+                try:
+                    states = serve.status().applications[NAME].deployments[NAME].replica_states
+                except (*FAULTS, KeyError):
+                    states = {}
+                self._running, self._looked = sum(n for state, n in states.items() if state == "RUNNING"), now
+                self.last = now if self._running else self.last
+            return self._running
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -28,10 +29,12 @@ from rich.console import Console
 from align import config
 from align.errors import ConfigError, WorkerError
 from align.private import require_private
-from align.rewards import functions, reading
+from align.rewards import functions, reading, serving
+from align.rewards.log_limit import LogLimit
 from align.rewards.readers import open_judge
 from align.rewards.serving import Application, Batcher, Loading, Scorer
 from align.sections import Cluster, RewardService
+from align.workers import connections
 from align.workers.judges import judge
 from align.workers.replicas import Sharded, device, replicated
 from align.workers.session import Session
@@ -42,8 +45,6 @@ LOOK_S = 1.0
 """Seconds between two looks at what the service consists of."""
 KEEP_ALIVE_S = 30
 """Seconds that a connection may lie idle."""
-BACKLOG = 2048
-"""Connections that may wait until they are accepted; uvicorn's own number."""
 SLOTS_PER_CORE = 2
 """Replicas or shards that one core offers where there are no GPUs; the default of ``cluster.slots_per_core``."""
 
@@ -134,10 +135,15 @@ class Front:
     def __init__(self, section: RewardService, application: Application):
         self._section = section
         self._socket = socket.socket(socket.AF_INET6 if ":" in section.host else socket.AF_INET)
-        settings: Any = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        settings: Any = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none", "loop": "asyncio"}
+        limit = connections.max_connections()
         self._server = uvicorn.Server(
             uvicorn.Config(
                 application,  # type: ignore[arg-type] - scopes are plain dictionaries here
+                http=connections.protocol(section.request_timeout_s + serving.BODY_S, limit),
+                h11_max_incomplete_event_size=connections.MAX_HEADER_BYTES,
+                limit_concurrency=limit + 1,  # beyond, a request is answered with 503
+                backlog=connections.BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(section.stop_timeout_s)),
                 server_header=False,
@@ -145,8 +151,11 @@ class Front:
                 **settings,
             )
         )
-        serving = self._server.serve
-        run = lambda: asyncio.run(serving(sockets=[self._socket]))  # noqa: E731
+        for name in ("uvicorn.error", "asyncio"):
+            logger = logging.getLogger(name)
+            if not any(isinstance(one, LogLimit) for one in logger.filters):
+                logger.addFilter(LogLimit())
+        run = lambda: asyncio.run(self._server.serve(sockets=[self._socket]))  # noqa: E731
         self._thread = threading.Thread(target=run, name="reward-http", daemon=True)
 
     def __enter__(self) -> Front:
@@ -154,7 +163,7 @@ class Front:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((self._section.host, self._section.port))
-            self._socket.listen(BACKLOG)
+            self._socket.listen(connections.BACKLOG)
         except OSError as error:
             self._socket.close()
             raise ConfigError(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.data import chat
 from align.data.chat import Message, Renderer, load_tokenizer
-from align.errors import DataError
+from align.errors import ConversationError, DataError
 
 # Shapes of the published templates; the date, the trimming and the trailing newline are what matters.
 LLAMA3 = (
@@ -175,8 +175,13 @@ class TestRefusals:
 
     def test_template_that_fails(self):
         template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + QWEN
-        with pytest.raises(DataError, match="template fails: no system turn"):
+        with pytest.raises(ConversationError, match="template fails: no system turn") as refused:
             Renderer(make_tokenizer(template)).prompt_ids([Message("system", "s"), *HELLO])
+        assert refused.value.public.endswith("refuses a conversation of these roles: system, user")
+        template = template.replace("raise_exception('no system turn')", "1 // 0")
+        with pytest.raises(DataError, match="template fails: integer division") as failed:
+            Renderer(make_tokenizer(template)).prompt_ids([Message("system", "s"), *HELLO])
+        assert isinstance(failed.value, ConversationError) and failed.value.public == ""
 
     def test_template_with_a_syntax_error(self):
         with pytest.raises(DataError, match="template fails"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import subprocess
@@ -15,21 +16,32 @@ from secret_names import SECRET_NAMES
 
 from align import prepare
 from align.cli import main
-from align.redact import redact, secrets
+from align.redact import RedactedStream, redact, secrets
 
 ROOT = Path(__file__).parents[2]
+
+
+WORDS = (
+    *("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "api_key", "PASSWD", "AUTH", "AUTHORIZATION", "DSN", "PWD"),
+    *("CREDENTIALS", "COOKIE", "SESSION", "PASSPHRASE"),
+)
 
 
 def test_secrets_are_told_by_their_names_and_by_their_length(monkeypatch: pytest.MonkeyPatch):
     for name in list(os.environ):
         monkeypatch.delenv(name)
-    held = {f"X_{word}_Y": f"{word}-0123" for word in ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "api_key")}
+    held = {f"X_{word}_Y": f"{word}-0123" for word in WORDS}
     others = {
         "HOME": "/home/somebody",
         "TOKENIZERS_PARALLELISM": "false-and-long",
         "RAY_AUTH_TOKEN_PATH": "/home/somebody/token",
         "AWS_SHARED_CREDENTIALS_FILE": "/home/somebody/aws",
         "SHORT_TOKEN": "1234567",
+        "PWD": "/home/somebody",
+        "OLDPWD": "/home/somebody",
+        "SSH_AUTH_SOCK": "/run/somebody/agent",
+        "GIT_AUTHOR_NAME": "somebody",
+        "XAUTHORITY": "/home/somebody/x",
     }
     for name, value in (held | others).items():
         monkeypatch.setenv(name, value)
@@ -44,6 +56,16 @@ def test_secrets_are_told_by_their_names_and_by_their_length(monkeypatch: pytest
         (f"{chr(10)}{['p&ss' + chr(39) + 'w' + chr(10) + 'ord/8']}", '\n["<DB_PASSWORD>"]'),
         ("https://me:p%26ss%27w%0Aord%2F8@host/", "https://me:<DB_PASSWORD>@host/"),
         ("short-one and short-one-and-longer", "<A_TOKEN> and <B_TOKEN>"),
+        (json.dumps("p&ss'w\nord/8"), '"<DB_PASSWORD>"'),
+        (
+            "postgres://me:s3cr@t@db:5432/x and http://h:80/a@b",
+            "postgres://me:<password>@db:5432/x and http://h:80/a@b",
+        ),
+        ("['redis://:hunter2@h/0', 'b@c']", "['redis://:<password>@h/0', 'b@c']"),
+        ("https://ghp_0123456789abcdefghij@github.com/a", "https://<token>@github.com/a"),
+        ("GET http://h/a?x=1&api_key=abc&y=2", "GET http://h/a?x=1&api_key=<secret>&y=2"),
+        ("Authorization: Bearer abcdefghijklmnop", "Authorization: Bearer <token>"),
+        ("ssh://git@host/a, mailto:a@b.c, user@host:path", "ssh://git@host/a, mailto:a@b.c, user@host:path"),
     ],
 )
 def test_values_are_replaced_by_their_names(text: str, redacted: str, monkeypatch: pytest.MonkeyPatch):
@@ -59,6 +81,25 @@ def test_an_error_for_the_user_shows_no_secret(recipe: Path, monkeypatch: pytest
     said = capsys.readouterr().err
     assert "/nowhere/<HF_TOKEN>: there is no such folder" in said
     assert "canary" not in said
+
+
+def test_a_password_in_a_recipe_is_shown_nowhere(recipe: Path, capsys):
+    for command, status in (["show"], 0), (["train"], 78):
+        assert main([*command, str(recipe), "data.path=https://me:hunter22@host/d"]) == status
+        out, err = capsys.readouterr()
+        assert "https://me:<password>@host/d" in out + err
+        assert "hunter22" not in out + err
+
+
+def test_what_a_worker_writes_is_redacted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
+    held = io.StringIO()
+    stream = RedactedStream(held)
+    print("a canary-01234", end="", file=stream)
+    print("56789 b\nc", end="", file=stream)
+    assert held.getvalue() == "a <HF_TOKEN> b\n"
+    stream.flush()
+    assert held.getvalue() == "a <HF_TOKEN> b\nc"
 
 
 def test_an_unexpected_error_is_printed_with_its_traceback_and_without_secrets(recipe: Path, monkeypatch, capsys):
@@ -147,10 +188,10 @@ def test_twelve_secrets_of_the_environment_are_found_nowhere(recipe: Path, execu
             time.sleep(1.0)
     said = err.read_text()
     assert (run.returncode != 0) == fails, said
-    if fails:  # workers on Ray get one of them, for the hub
+    if fails:  # workers on Ray get two of them, for the hub and for endpoints (`align.workers.process.INHERITED`)
         assert "cannot log in with " in said, said
         assert {name for name in CANARIES if f"<{name}>" in said} == (
-            {"HF_TOKEN"} if executor == "ray" else {*CANARIES}
+            {"HF_TOKEN", "OPENAI_API_KEY"} if executor == "ray" else {*CANARIES}
         )
     assert "canary-" not in said + out.read_text()
     assert not found_in(recipe.parent)

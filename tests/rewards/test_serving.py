@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,10 @@ import pytest
 import torch
 
 from align.data.chat import Dialogue, Message
-from align.errors import DataError, ModelError
+from align.errors import ConversationError, DataError, ModelError, WorkerError
 from align.rewards import api, serving
 from align.rewards.api import Refused
+from align.rewards.functions import FunctionJudge
 from align.rewards.http import HttpJudge
 from align.rewards.serving import Application, Batcher, Loading
 from align.sections import Http, Reward, RewardService
@@ -46,10 +48,14 @@ class Lengths:
         responses = [one.response for one in dialogues]
         self.batches.append(responses)
         self.go.wait(60)
+        if "refused" in responses:
+            raise ConversationError(f"/srv/{TOKEN}", public="roles must alternate", where="chat template", remedy="x")
         if "template" in responses:
-            raise DataError("the template fails: roles must alternate", where="chat template", remedy="another one")
+            raise DataError(f"the template fails: {TOKEN}", where=f"/srv/{TOKEN}") from ZeroDivisionError(TOKEN)
+        if "exit" in responses:
+            raise SystemExit(0)
         if "model" in responses:
-            raise ModelError("of align")
+            raise ModelError(f"of align {TOKEN}", remedy=TOKEN)
         if any(text.startswith("bug") for text in responses):
             raise KeyError(*responses)
         return torch.tensor([math.nan if text == "nan" else float(len(text)) for text in responses])
@@ -131,6 +137,8 @@ BAD = {
     b'{"input": []}': ("input is a list of conversations, not []", "input"),
     b'{"inputs": []}': ('unknown key "inputs"', None),
     b'{"model": 3, "input": [1]}': ("model is text, not 3", "model"),
+    b'{"input": [], "input": []}': ('the key "input" is given twice in one object', None),
+    b'{"input": {"a": 1}}': ("input is a list of conversations, not an object with 1 keys", "input"),
     b'{"input": ["x"]}': ('input[0] is an object, not "x"', "input[0]"),
     b'{"input": [{"messages": []}]}': ("two and more, not []", "input[0].messages"),
     b'{"input": [{"messages": [{"role": "assistant", "content": "a"}]}]}': ("two and more", "input[0].messages"),
@@ -260,15 +268,40 @@ def test_requests_that_wait_are_scored_together_and_each_gets_its_own():
 
 
 def test_one_request_that_cannot_be_scored_does_not_spoil_the_others(capfd: pytest.CaptureFixture[str]):
-    with serving_with(batch_wait_s=1.0, max_batch_size=4) as address:
-        texts = ["good", "template", "model", f"bug {TOKEN}"]
+    """Of a fault behind the service the client gets the type alone, the log that and the frames, once a minute."""
+    serving.ERRORS._kinds.clear()
+    texts = ["good", "refused", "template", "model", f"bug {TOKEN}", f"bug {TOKEN}", "exit"]
+    with serving_with(batch_wait_s=1.0, max_batch_size=7) as address:
         replies = in_threads(*(lambda t=t: ask(address, {"input": [conversation(t)]}) for t in texts))
-    assert [status for status, _ in replies] == [200, 400, 500, 500]
+        assert ask(address, {"input": [conversation("good")]})[0] == 200
+    assert [status for status, _ in replies] == [200, 400, 500, 500, 500, 500, 500]
     assert replies[0][1]["data"][0]["score"] == 4.0
+    kinds = ["ZeroDivisionError", "ModelError", "KeyError", "KeyError", "SystemExit"]
     messages = [reply["error"]["message"] for _, reply in replies[1:]]
-    assert messages == ["the template fails: roles must alternate", "of align", "scoring failed: KeyError"]
+    assert messages == ["roles must alternate", *(f"scoring failed: {kind}" for kind in kinds)]
     said = capfd.readouterr()
-    assert "KeyError" in said.err and TOKEN not in said.err + said.out
+    assert TOKEN not in said.err + said.out
+    assert all(said.err.count(f"scoring failed: {kind}\n") == 1 for kind in kinds)
+    assert said.err.count("raise KeyError(*responses)") == 1
+
+
+def test_a_function_that_raises_is_asked_again_and_then_named_by_its_type(tmp_path: Path, capfd):
+    serving.ERRORS._kinds.clear()
+    file = tmp_path / "scores.py"
+    file.write_text(
+        "def score(completions):\n"
+        f"    raise PermissionError('postgres://me:{TOKEN}@db: ' + completions[0][0]['content'])\n"
+    )
+    with serving_with(FunctionJudge(f"{file}:score")) as address:
+        client = HttpJudge(Http(url=f"http://{address}", retries=2, backoff_s=0.001, max_backoff_s=0.01))
+        with pytest.raises(
+            WorkerError, match="in 3 attempts; the last one: status 500: scoring failed: Perm"
+        ) as failed:
+            client.score([Dialogue((Message("user", "q"),), "a private answer")])
+        client.close()
+    said = capfd.readouterr().err
+    assert "in score\n    raise PermissionError('postgres://me:<password>@db: '" in said
+    assert not [text for text in (TOKEN, "private") if text in said + str(failed.value)]
 
 
 def test_each_request_of_a_failed_batch_has_the_time_of_a_batch(monkeypatch: pytest.MonkeyPatch):
