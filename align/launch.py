@@ -18,7 +18,8 @@ from align.config import Loaded
 from align.config import load as load_recipe
 from align.data.conversations import Conversations
 from align.errors import DivergedError, PlacementError, StoppedError, WorkerError
-from align.prepare import Prepared, cast_sections, check, located, prepare, remote_code
+from align.prechecks.roles import cast_sections, check, located, remote_code
+from align.prepare import Prepared, prepare
 from align.run import Run, Stopping, bundle
 from align.sections import Model, Recipe
 from align.workers import critic, local, policy, reward

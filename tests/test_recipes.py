@@ -12,12 +12,12 @@ from typing import get_args
 import pytest
 
 from align import algorithms, config, sections
-from align.evaluation.policy.command import SPEAKERS
+from align.evaluation.arguments import SPEAKERS
 from align.launch import ROLES
-from align.prepare import cast_sections, check
+from align.prechecks import placement
+from align.prechecks.roles import cast_sections, check
 from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
-from align.workers import placement
 
 ROOT = Path(__file__).parents[1]
 JUDGED = [

@@ -16,7 +16,7 @@ from align import algorithms, config, sections
 from align.data.prompts import require_rows
 from align.errors import ConfigError
 from align.launch import ROLES
-from align.prepare import cast_sections, check
+from align.prechecks.roles import cast_sections, check
 from align.sections import (
     BenchmarkData,
     Checkpoint,

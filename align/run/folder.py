@@ -16,18 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 from align import config as configuration
 from align.checkpoint import Snapshot, Snapshots
 from align.errors import ConfigError
-from align.private import require_private
+from align.prechecks.folders import check_run_folder
 from align.redact import redact
 from align.run.environment import environment, versions
 from align.run.identity import Identity
 from align.run.lines import Lines, copy_tree
 from align.run.lock import Lock
 from align.run.saving import Progress
-from align.run.stopping import check_no_stop_file
 from align.sections import Recipe
-
-BEFORE_A_RUN = {"launch", "logs", "lock"}
-"""What may lie in the folder of a run that has not begun: what a launcher wrote."""
 
 
 class Folder:
@@ -55,13 +51,12 @@ class Folder:
 
         Raises `ConfigError` for a folder that holds something else or another run, `LockError` for one that is owned.
         """
-        self._look()
-        check_no_stop_file(self.path)
+        self._known = check_run_folder(self.section)
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ConfigError(f"run.dir={self.path} cannot be made: {error.strerror}") from error
-        require_private(self.path)
+            problem, remedy = f"run.dir={self.path} cannot be made: {error.strerror}", "choose another run.dir"
+            raise ConfigError(problem, remedy=remedy) from error
         self.lock = Lock.acquire(self.path)
         if self.lock.took_over:
             self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
@@ -75,17 +70,6 @@ class Folder:
         except BaseException:
             self.lock.release()
             raise
-
-    def _look(self) -> None:
-        """Refuse what is no run, before anything is touched."""
-        there = {item.name for item in self.path.iterdir()} - BEFORE_A_RUN if self.path.is_dir() else set()
-        self._known = "identity.json" in there
-        if there and self.section.resume == "never":
-            remedy = "choose another run.dir, or let run.resume be auto"
-            raise ConfigError(f"run.dir={self.path} is not empty", remedy=remedy)
-        if there and not self._known:
-            remedy = "choose another run.dir, or move away what lies there"
-            raise ConfigError(f"run.dir={self.path} is not empty, and what lies there is no run", remedy=remedy)
 
     def search(self) -> None:
         """Find the newest sound snapshot, of this folder or else the one that ``run.resume`` names."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from align.errors import ConfigError
+from align.prechecks.folders import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 """Signals that ask to stop."""
@@ -32,16 +32,6 @@ MARGIN = 0.1
 """Part of the slowest step and save that is added to both."""
 SCONTROL_SECONDS = 10.0
 """How long Slurm may take for an answer."""
-STOP_FILE = "STOP"
-
-
-def check_no_stop_file(folder: Path) -> None:
-    """Raise `ConfigError` where a run that starts would stop at once."""
-    path = folder / STOP_FILE
-    if os.path.lexists(path):
-        raise ConfigError(
-            f"run.dir={folder} holds the file {STOP_FILE}, which asks a run to stop", remedy=f"remove {path} to go on"
-        )
 
 
 class Stopping:

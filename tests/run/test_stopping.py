@@ -16,8 +16,9 @@ import pytest
 
 import align
 from align.errors import ConfigError
+from align.prechecks.folders import check_no_stop_file
 from align.run import stopping as module
-from align.run.stopping import SIGNALS, Stopping, check_no_stop_file
+from align.run.stopping import SIGNALS, Stopping
 
 CHILD = f"""
 import signal, sys, time, types
