@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from align.errors import ConfigError
@@ -10,8 +11,10 @@ from align.private import require_private
 from align.sections import Run
 
 STOP_FILE = "STOP"
-BEFORE_A_RUN = {"launch", "logs", "lock"}
-"""What may lie in the folder of a run that has not begun: what a launcher wrote."""
+BEFORE_A_RUN = re.compile(r"launch|logs|lock|attempt-[0-9]+|\..+\.partial")
+"""What may lie in the folder of a run that has not begun: what a launcher wrote, and what earlier attempts left."""
+FOLDERS = ("checkpoints", "best", "logs", "tensorboard", "bundles")
+"""What of a run is a folder."""
 
 
 def check_no_stop_file(folder: Path) -> None:
@@ -42,13 +45,21 @@ def check_run_folder(section: Run) -> bool:
     path = Path(section.dir).expanduser().absolute()
     require_writable(path, "run.dir")
     check_no_stop_file(path)
-    there = {item.name for item in path.iterdir()} - BEFORE_A_RUN if path.is_dir() else set()
-    known = "identity.json" in there
+    try:
+        there = [name for name in os.listdir(path) if not BEFORE_A_RUN.fullmatch(name)] if path.is_dir() else []
+    except OSError as error:
+        remedy = "let this user read it, or choose another run.dir"
+        raise ConfigError(f"run.dir={path} cannot be read: {error.strerror}", remedy=remedy) from error
+    known = "identity.json" in there or any(path.glob("checkpoints/step-*"))
     if there and section.resume == "never":
         remedy = "choose another run.dir, or let run.resume be auto"
         raise ConfigError(f"run.dir={path} is not empty", remedy=remedy)
     if there and not known:
         remedy = "choose another run.dir, or move away what lies there"
-        raise ConfigError(f"run.dir={path} is not empty, and what lies there is no run", remedy=remedy)
+        problem = "is not empty, and what lies there is no run: it has no identity.json"
+        raise ConfigError(f"run.dir={path} {problem}", remedy=remedy)
+    for place in (path / name for name in FOLDERS):
+        if os.path.lexists(place) and not place.is_dir():
+            raise ConfigError("is no folder", where=str(place), remedy="move it away")
     require_private(path)
     return known
