@@ -21,6 +21,7 @@ from rich.table import Table
 from align import __version__, config, disk, plan, prechecks
 from align.errors import AlignError, ConfigError, SaveError
 from align.redact import redact
+from align.sections import DType, precision
 from align.sections.runs import DataFormat
 from align.workers.process import driver_environment
 
@@ -197,7 +198,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--top-p", type=float, default=0.9, help="(%(default)s, as HelpSteer2)")
     generate.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="(%(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    generate.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
+    generate.add_argument("--dtype", choices=get_args(DType), default="auto", help="(%(default)s)")
     generate.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines there instead of printing")
 
 
@@ -246,8 +247,11 @@ def _show(loaded: config.Loaded, console: Console) -> None:
     table = Table("key", "value", "from", box=None, header_style="bold")
     for key, value, origin in config.show(loaded):
         style = "dim" if origin == "default" else ""
-        table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), origin, style=style)
+        shown = f"{origin}: auto" if key in loaded.automatic else origin
+        table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), shown, style=style)
     console.print(table)
+    if any(key.endswith("dtype") for key in loaded.automatic):
+        console.print("note: dtype auto is {}: {}".format(*precision.automatic()), highlight=False)
     for note in loaded.config.notes():
         console.print(f"note: {note}", highlight=False)
 

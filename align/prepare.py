@@ -16,6 +16,7 @@ from align.data.conversations import Conversations
 from align.errors import DataError
 from align.models.load import check as check_model
 from align.models.load import check_lora
+from align.prechecks.precision import dtype_notes
 from align.prechecks.roles import cast_sections, check
 from align.rewards import functions, genrm, reading, texts
 from align.rewards.http import HttpJudge
@@ -146,7 +147,7 @@ def prepare(loaded: Loaded) -> Prepared:
     if readers:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
-    notes = epochs(config, num_rows, counts)
+    notes = [*epochs(config, num_rows, counts), *dtype_notes(loaded)]
     return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken, notes)
 
 

@@ -167,7 +167,7 @@ CASES = [
         "path=a/b trust_remote_code=true revision=main",
         ["trust_remote_code = True", "path = 'a/b'", "revision = 'main'"],
     ),
-    (Policy, "path=p optimizer.lr=1 zero_stage=0", ["zero_stage = 0"]),
+    (Policy, "path=p optimizer.lr=1 zero_stage=0 dtype=bfloat16", ["zero_stage = 0"]),
     (
         Critic,
         "path=p optimizer.lr=1 zero_stage=0 dtype=float32 offload_optimizer=true",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from align.config import Loaded
 from align.errors import AlignError, ConfigError, PlacementError
-from align.prechecks import folders, functions, placement, roles, sources
+from align.prechecks import folders, functions, placement, precision, roles, sources
 from align.private import require_private
 from align.sections import Cluster, Model, Recipe, RewardService
 
@@ -30,7 +30,7 @@ def check(loaded: Loaded, *, here: bool = True, paths: bool = True) -> None:
         faults += sources.missing(sources.sources(config, absent), loaded.origin)
         named = functions.functions(config, absent)
         faults += filter(None, (functions.problem(key, name, loaded.origin.get(key)) for key, name in named))
-    for check_one in (_folder, _placement) if here else (_folder,):
+    for check_one in (_folder, _placement, _dtype) if here else (_folder,):
         try:
             check_one(loaded)
         except (ConfigError, PlacementError) as error:
@@ -69,3 +69,8 @@ def _placement(loaded: Loaded) -> None:
         slots = {name: every[name] for name, one in names.items() if one.path or getattr(one, "present", True)}
     if config.executor == "ray" and slots:
         placement.require_machine(1 + max(slot for role in slots.values() for slot in role), config.cluster)
+
+
+def _dtype(loaded: Loaded) -> None:
+    if isinstance(loaded.config, Recipe):
+        precision.dtype_notes(loaded)

@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_before_a_folder_or_a_worker(
 def test_a_number_format_that_cannot_be_trained_is_refused_at_its_key(command: Command, dtype: str, capsys):
     assert command(f"policy.dtype={dtype}") == 78
     said = capsys.readouterr().err
-    assert f"policy.dtype: expected one of float32, bfloat16, found '{dtype}'" in said
+    assert f"policy.dtype: expected one of auto, float32, bfloat16, found '{dtype}'" in said
     assert not command.run.exists()
 
 
