@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from align.errors import AlignError, ConfigError, SaveError
 from align.redact import redact
 from align.sections import DType, precision
 from align.sections.runs import DataFormat
+from align.signals import leaving_at_once
 from align.workers.process import driver_environment
 
 FAILED = DIFFERS = 1
@@ -340,22 +342,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for name, value in driver_environment().items():
         os.environ.setdefault(name, value)
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    words = sys.argv[1:] if argv is None else argv
+    with leaving_at_once() if words[:1] == ["train"] and "--dry-run" not in words else nullcontext():
+        return _flushed(_answered(words))
+
+
+def _answered(words: Sequence[str]) -> int:
+    """The exit status of a command, after its error was printed."""
     try:
-        return _run(_parse(argv), console)
+        return _run(_parse(words), Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     except AlignError as error:
-        print(redact(f"align: {error}"), file=sys.stderr)
+        _print_error(f"align: {error}\n")
         is_retried = error.exit_status == ConfigError.exit_status and disk.is_infrastructure(error)
         return SaveError.exit_status if is_retried else error.exit_status
     except KeyboardInterrupt as interrupt:
-        print("align: interrupted", file=sys.stderr)
+        _print_error("align: interrupted\n")
         return interrupt.args[0] if interrupt.args else INTERRUPTED
     except Exception as error:
         if disk.is_infrastructure(error):
-            print(redact(f"align: {disk.refused(error, None)}"), file=sys.stderr)
+            _print_error(f"align: {disk.refused(error, None)}\n")
             return SaveError.exit_status
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        _print_error(traceback.format_exc())
         return FAILED
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # stderr may go to the disk that is full
+        print(redact(text), file=sys.stderr, end="", flush=True)
+
+
+def _flushed(status: int) -> int:
+    """The exit status, which is that of a full disk where the output did not fit."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
+        return SaveError.exit_status if disk.is_infrastructure(error) else status
+    return status
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def train(loaded: Loaded, console: Console) -> None:
     worker starts. Raises `StoppedError` when it was asked to stop and has saved."""
     section = loaded.config.run
     faults.arm(os.environ.get("ALIGN_FAULT"))
+    prepared = prepare(loaded)
     with Stopping(Path(section.dir).expanduser().absolute(), section.max_seconds) as stopping:
-        prepared = prepare(loaded)
         run = Run(prepared.config, prepared.renderer.text, prepared.identity, stopping)
         with run:
             if run.finished:
@@ -149,7 +149,9 @@ def _rounds(prepared: Prepared, run: Run) -> None:
         if not run.begin_round(number, start):
             continue
         begun = time.perf_counter()
+        run.stop_if_asked()
         with cast(current, run, prepared.spoken) as roles:
+            run.stop_if_asked()
             startup.append(time.perf_counter() - begun)
             run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
             prepared.algorithm.train(current, prepared.material, roles, run)

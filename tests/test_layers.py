@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "disk", "errors", "faults", "plugins", "private", "redact"},
+    {"types", "config", "nodes", "sections", "disk", "errors", "faults", "plugins", "private", "redact", "signals"},
     {"ops", "data", "roles", "prechecks"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
@@ -27,6 +27,7 @@ BESIDE = {
     ("plugins", "errors"),
     ("private", "errors"),
     ("disk", "errors"),
+    ("signals", "errors"),
     ("run", "checkpoint"),
     ("models", "checkpoint"),
     ("engines", "models"),
@@ -54,6 +55,7 @@ TORCH_FREE = {
     "plugins",
     "private",
     "redact",
+    "signals",
     "roles",
     "prechecks",
     "algorithms",

@@ -230,7 +230,7 @@ class Run:
         """
         self._restore()
         self._begun = time.perf_counter()
-        self._stop(self.stopping.asked())
+        self.stop_if_asked()
         for step in range(max(self.first_step, self.progress.step + 1), self.round * self.section.steps + 1):
             self.clock.step = step
             faults.strike("driver", 0, "step", step)
@@ -249,6 +249,10 @@ class Run:
         self.saver.restore(snapshot)
         for name, counters in self.progress.roles.items():
             self._roles[name].go_on(counters)
+
+    def stop_if_asked(self) -> None:
+        """Raise `StoppedError` where the run was asked to stop; for where there is nothing to save."""
+        self._stop(self.stopping.asked())
 
     def _stop(self, reason: str | None) -> None:
         if reason is not None:

@@ -20,11 +20,8 @@ from types import FrameType
 from typing import Any
 
 from align.prechecks.folders import STOP_FILE
+from align.signals import IGNORED_STAYS_IGNORED, SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask to stop."""
-IGNORED_STAYS_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""Signals that a shell or ``nohup`` has a process in the background ignore, and that it goes on ignoring."""
 SAME_REQUEST_SECONDS = 1.0
 """A signal this soon after the first is the same request: Slurm sends it to a step and the batch script passes its own
 on."""

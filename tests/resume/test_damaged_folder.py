@@ -1,16 +1,23 @@
 """Whatever is damaged in a run folder, `align train` resumes from what is sound or stops with the file and a remedy."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import metrics, snapshots
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from align import launch
 from align.checkpoint import require_sound
 from align.cli import main
 
@@ -288,3 +295,68 @@ def test_a_damaged_identity_does_not_lock_a_folder_without_steps(damage, recipe,
     else:
         assert (status, "no step was taken" in errors) == (0, True)
         assert (folder / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+# A disk that refuses, and requests to stop before the first step
+
+REFUSED = {
+    "config.yaml": errno.EDQUOT,
+    "identity.json": errno.EROFS,
+    "starts.jsonl": errno.EIO,
+    "startup.json": errno.EFBIG,
+    "final": errno.EIO,
+    "align_manifest.json": errno.ENOSPC,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_disk_that_refuses_ends_with_76_and_the_run_is_resumed(name, recipe, half, whole, tmp_path, monkeypatch):
+    folder, fsync = tmp_path / "run", os.fsync
+    shutil.copytree(half, folder)
+
+    def refusing(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if re.search(rf"/\.?{name}(\.[0-9]+)?(\.partial)?$", path):
+            raise OSError(REFUSED[name], os.strerror(REFUSED[name]))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refusing)
+        status, errors = train(recipe, folder)
+    assert status == 76
+    assert f"cannot be written: {os.strerror(REFUSED[name])}\n  remedy: " in errors
+    assert name in errors or (name == "align_manifest.json" and f"{folder}/final: " in errors)
+    assert not list(folder.glob("final*")) and not list(folder.glob("*.partial"))
+    assert check(recipe, folder, "", whole) == 0
+
+
+def test_a_full_disk_while_the_first_best_model_is_written(recipe, whole, tmp_path, monkeypatch):
+    """safetensors raises an error of its own, which is no OSError."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", refusing)
+        status, errors = train(recipe, tmp_path / "run")
+    assert (status, not list((tmp_path / "run/best").iterdir())) == (76, True)
+    assert "best/step-000000: cannot be written" in errors and "remedy: free space" in errors
+    assert check(recipe, tmp_path / "run", "", whole) == 0
+
+
+def test_a_signal_before_the_run_owns_its_folder_leaves_at_once(recipe, tmp_path, monkeypatch):
+    """While data and models are looked at; status 75 asks for another start."""
+    monkeypatch.setattr(launch, "prepare", lambda loaded: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        train(recipe, tmp_path / "run")
+    assert left.value.code == 75
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_signal_while_roles_come_up_stops_before_the_first_step(recipe, whole, tmp_path):
+    status, errors = train(recipe, tmp_path / "run", fault="role=policy,phase=load,kind=sigterm")
+    assert (status, "stopped by SIGTERM at step 0" in errors) == (75, True)
+    assert not (tmp_path / "run/best").exists()
+    assert check(recipe, tmp_path / "run", "", whole) == 0
