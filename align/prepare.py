@@ -14,6 +14,8 @@ from align.data import chat, helpsteer, prompts
 from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError
+from align.models import exported_files
+from align.models.exported_files import Exported
 from align.models.load import check as check_model
 from align.models.load import check_lora
 from align.prechecks.precision import dtype_notes
@@ -119,6 +121,8 @@ class Prepared:
     """What they read, by role."""
     notes: list[str]
     """What the user should know of the data, line by line."""
+    exported: dict[str, Exported]
+    """What the folders of exported models say, by role."""
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -127,6 +131,11 @@ def prepare(loaded: Loaded) -> Prepared:
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
     check(config)
     renderer = load_renderer(config)
+    exported = {
+        name: Exported(config.algorithm, exported_files.try_out(section, renderer))
+        for name, section in cast_sections(config).items()
+        if isinstance(section, (sections.Policy, sections.TrainedReward))
+    }
     readers = text_readers(config, renderer)
     source = helpsteer.load(config.data, config.reads())
     material, counts = algorithm.prepare(config, source, renderer)
@@ -148,7 +157,8 @@ def prepare(loaded: Loaded) -> Prepared:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
     notes = [*epochs(config, num_rows, counts), *dtype_notes(loaded)]
-    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken, notes)
+    facts = description, identity, readers, spoken, notes, exported
+    return Prepared(config, algorithm, material, counts, renderer, *facts)
 
 
 def epochs(config: Any, num_rows: int, counts: Mapping[str, int]) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -62,11 +63,9 @@ def check_lora(section: Trained, vocab_size: int, key: str) -> None:
     does; ``key`` is that of the targets in the recipe."""
     if not section.lora.rank:
         return
-    causal = isinstance(section, Policy)
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model = auto.from_config(_config(section, vocab_size), trust_remote_code=section.trust_remote_code)
-    add_lora(model, section.lora, task="CAUSAL_LM" if causal else "SEQ_CLS", key=key)
+    model = without_weights(section, vocab_size)
+    task = "CAUSAL_LM" if isinstance(section, Policy) else "SEQ_CLS"
+    add_lora(model, section.lora, task=task, key=key)
 
 
 def _check_source(section: Model) -> None:
@@ -144,7 +143,8 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
     """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
     try:
         if section.init:
-            fields = {"vocab_size": vocab_size, **section.init}
+            # The family's own stop id, 2 or 50256, is that of another tokenizer.
+            fields = {"vocab_size": vocab_size, "eos_token_id": None, **section.init}
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(
@@ -238,6 +238,20 @@ def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] 
         )
     if gaps or vocab_size < _embedded(model.config, vocab_size):
         heads.restrict(model, heads.TokenizerIds(vocab_size, gaps))
+    return model
+
+
+def without_weights(section: Model, vocab_size: int) -> PreTrainedModel:
+    """The model of a role that trains, with parameters on the meta device, which hold no numbers."""
+    config: Any = _config(section, vocab_size)
+    if isinstance(section, TrainedReward):
+        config.num_labels = start_of(section)[0]
+    auto: Any = AutoModelForCausalLM if isinstance(section, Policy) else AutoModelForSequenceClassification
+    options = {"attn_implementation": _attention(section, config), "trust_remote_code": section.trust_remote_code}
+    with torch.device("meta"):
+        model = auto.from_config(config, **options)
+    if not section.init and (file := stored_file(section, "generation_config.json")) and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(Path(file).parent)
     return model
 
 

@@ -14,13 +14,14 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import faults
+from align import __version__, faults
 from align.checkpoint import FileRecord, write_json, write_tensors
 from align.data import chat, collate
 from align.engines import distributed, state
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import SaveError
-from align.models import export, load
+from align.models import export, exported_files, load
+from align.models.exported_files import Exported
 from align.roles import Future, LossFunction, Metrics
 from align.run.clock import Span
 from align.sections import Model, Trained
@@ -46,6 +47,8 @@ class Spec:
     """Seconds after which a collective operation is given up."""
     skip_non_finite: bool = False
     """Leave out an optimizer step whose loss or gradient is not finite, in place of `DivergedError`."""
+    exported: Exported | None = None
+    """What the exported folder says; None for a role that is not exported."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +201,23 @@ class TrainedWorker(Worker):
     @answered
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
         """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk."""
-        first = self.spec.rank == 0
+        first, section = self.spec.rank == 0, self.spec.section
         state = export.state_dict(self.model, self.engine.full, keep=first)
         if first:
-            export.write(self.model, self.tokenizer, state, folder, extra)
+            files = {**self._readme(), **exported_files.code(section), **extra}
+            export.write(self.model, self.tokenizer, state, folder, files, section.trust_remote_code)
+
+    def _readme(self) -> dict[str, str]:
+        """``README.md`` of the exported folder, text by name."""
+        return {}
+
+    def _origin(self, exported: Exported) -> str:
+        """How the model was trained, as a sentence."""
+        section = self.spec.section
+        start = f"random weights of a {section.init['model_type']}" if section.init else f"`{section.path}`"
+        commit = f" at revision `{section.revision}`" if section.revision and not section.init else ""
+        how = f"algorithm `{exported.algorithm}`, optimizer steps: {self.engine.step}"
+        return f"Trained by align {__version__}, {how}, from {start}{commit}."
 
 
 def _write(

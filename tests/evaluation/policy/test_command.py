@@ -371,7 +371,7 @@ class TestBeforeAnythingIsWritten:
 
     def test_a_judge_that_learned_another_form(self, tmp_path: Path, tiny_policy: Path, capsys):
         folder = shutil.copytree(tiny_policy, tmp_path / "judge")
-        for file, text in judge_card.files(Verdict(form="json"), None, None).items():
+        for file, text in judge_card.files(Verdict(form="json"), None).items():
             (folder / file).write_text(text)
         line = self.line(tmp_path, judge=folder)
         run(tmp_path / "out", "judge_form=helpsteer3", "judge_custom_roles=false", *line, status=78)
