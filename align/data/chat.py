@@ -343,9 +343,16 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether an id means the same to both: equal vocabularies, beginning- and end-of-sequence ids.
 
-    The padding id may differ, since packed ids hold no padding.
+    The padding id may differ, since packed ids hold no padding; so may an entry that only pads, of an id that the other
+    does not have.
     """
-    return a.get_vocab() == b.get_vocab() and _marks(a) == _marks(b)
+    return _marks(a) == _marks(b) and not (_only_in(a, b) or _only_in(b, a))
+
+
+def _only_in(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ``a`` has an entry that ``b`` lacks, beside one that only pads."""
+    more = a.get_vocab().items() - b.get_vocab().items()
+    return any(id != a.pad_token_id or id in b.get_vocab().values() for _, id in more)
 
 
 def require_same(
