@@ -12,12 +12,13 @@ from typing import get_args
 import pytest
 
 from align import algorithms, config, sections
-from align.evaluation.arguments import SPEAKERS
+from align.errors import ConfigError
+from align.evaluation.policy.command import SPEAKERS
 from align.launch import ROLES
-from align.prechecks import placement
-from align.prechecks.roles import cast_sections, check
+from align.prepare import cast_sections, check
 from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
+from align.workers import placement
 
 ROOT = Path(__file__).parents[1]
 JUDGED = [
@@ -34,6 +35,18 @@ def load(path: Path) -> config.Loaded:
     """The recipe, with a value for what it leaves to the command line."""
     folders = sorted(set(re.findall(r"([\w.]+)=FOLDER", path.read_text())))
     return config.load(path, ["run.dir=runs/x", *[f"{key}=models/{key}" for key in folders]])
+
+
+def test_flash_attention_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    loaded = load(next(path for path in RECIPES if path.parent.name == "rloo"))
+    flash = dataclasses.replace(
+        loaded.config, policy=dataclasses.replace(loaded.config.policy, attention="flash_attention_2")
+    )
+    with pytest.raises(ConfigError, match=r"policy.attention: flash_attention_2 runs on GPUs.*\n.*attention=auto"):
+        check(flash)
+    cluster = dataclasses.replace(flash.cluster, address="10.0.0.1:6379")
+    check(dataclasses.replace(flash, executor="ray", cluster=cluster))  # whose machines may have some
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

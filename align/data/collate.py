@@ -148,7 +148,10 @@ def packed(sequences: Sequences) -> Layout:
 
 
 def padded(sequences: Sequences, side: Literal["left", "right"] = "right") -> Layout:
-    """One row a sequence, prompt and response, padded with id 0 under an attention mask."""
+    """One row a sequence, prompt and response, padded with id 0 under an attention mask.
+
+    Padding has the position of the row's first or last token, so the largest position of a row tells its length.
+    """
     responses, prompt_B = sequences.responses, sequences.prompt_B
     prompt_length = sequences.prompts.lengths_B[prompt_B]
     length_B = prompt_length + responses.lengths_B
@@ -163,7 +166,7 @@ def padded(sequences: Sequences, side: Literal["left", "right"] = "right") -> La
     predicting = (start_B + prompt_length - 1).repeat_interleave(lengths) + _within(responses.offsets_B1)
     return Layout(
         input_ids=torch.zeros(real_BL.shape, dtype=torch.int64).masked_scatter(real_BL, flat),
-        position_ids=column_BL.clamp(min=0),
+        position_ids=column_BL.clamp(min=0).minimum(length_B[:, None] - 1),
         attention_mask=real_BL.long(),
         groups=(),
         order=torch.empty(0, dtype=torch.int64),

@@ -24,6 +24,7 @@ from align.data import collate
 from align.errors import ModelError
 from align.models.attention import is_plain, packed_attention
 from align.models.heads import lm_head, restricted
+from align.models.invariance import check_sampling
 from align.ops import sampling
 from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
@@ -337,8 +338,11 @@ def generate(
     """K responses to each prompt, by `Decoder` where it knows the architecture and by `generate_any` elsewhere.
 
     ``agree`` (the largest of a number over ranks) is given where weights are fetched layer by layer; see `Decoder`.
+    Raises `ModelError` for what `align.models.invariance.check_sampling` refuses.
     """
-    if is_plain(model.config):
+    longest = int(prompts.tokens.lengths_B.max()) if len(prompts) else 0
+    check_sampling(model.config, longest + sample.max_tokens)
+    if is_plain(model.config) and type(model).__module__.startswith("transformers."):
         return Decoder(model, num_slots, agree).generate(prompts, sample, seed)
     if agree is not None:
         raise ModelError(

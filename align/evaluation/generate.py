@@ -18,7 +18,7 @@ from align.engines import distributed
 from align.errors import ConfigError, DataError
 from align.generators.base import Generator, Request
 from align.generators.opening import open_generator
-from align.models.load import stored_file
+from align.models.weights import stored_file
 from align.sections import Generator as GeneratorSection
 from align.sections import Sampling
 

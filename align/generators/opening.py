@@ -48,7 +48,7 @@ def check(section: GeneratorSection, name: str = "generator") -> Renderer | None
             FunctionGenerator(section.function)
         case _:
             tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-            load.check(section, chat.vocab_size(tokenizer), name)
+            load.check(section, chat.vocab_size(tokenizer), name, sampled=1)  # the lengths are those of each call
             return Renderer(tokenizer, section.chat_template, section.date, section=name)
     return None
 

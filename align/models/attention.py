@@ -6,6 +6,7 @@ to a batch for the attention kernel (`align.data.collate.AttentionGroup`).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,21 +15,51 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from align.data.collate import Layout
+from align.errors import ModelError
+from align.models.invariance import constant_length
+from align.sections import Model
 
-PACKED = "packed"
+PACKED, FLASH = "packed", "flash_attention_2"
 
 FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral"})
 """Architectures whose attention is plain causal attention with grouped heads and rotary positions."""
 
 
 def is_plain(config: PreTrainedConfig) -> bool:
-    """True for a model of `FAMILIES` in which every layer attends to the whole past."""
-    if config.model_type not in FAMILIES:
+    """True for a model of `FAMILIES` in which every layer attends to the whole past and rotary frequencies never
+    change."""
+    if config.model_type not in FAMILIES or constant_length(config) is not None:
         return False
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) == {"full_attention"}
     return getattr(config, "sliding_window", None) is None
+
+
+def implementation(section: Model, config: PreTrainedConfig) -> str | None:
+    """``attn_implementation`` for transformers; None has it take sdpa, or eager where an architecture has no sdpa, as
+    those with soft caps or sinks. Raises `ModelError` where the recipe's ``attention`` cannot be."""
+    foreign = section.trust_remote_code and getattr(config, "auto_map", None)
+    packable = is_plain(config) and not foreign
+    if section.attention == "auto":
+        return PACKED if packable else None
+    if section.attention == PACKED and not packable:
+        raise ModelError(
+            f"{section.path}: attention=packed does not fit {config.model_type} with its layers, its rotary positions "
+            "or its own code",
+            remedy="use attention=auto",
+        )
+    if section.attention == FLASH and section.dtype == "float32":
+        raise ModelError(
+            f"{section.path}: attention={FLASH} computes in bfloat16, dtype is float32",
+            remedy="set dtype=bfloat16, or attention=auto",
+        )
+    if section.attention == FLASH and find_spec("flash_attn") is None:
+        raise ModelError(
+            f"{section.path}: attention={FLASH} needs the package flash-attn, which is not installed here",
+            remedy="install it (pip install flash-attn), or use attention=auto",
+        )
+    return section.attention
 
 
 def packed_attention(

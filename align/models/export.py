@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,11 +13,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.checkpoint import new_result
 from align.errors import ModelError
-from align.models import exported_files
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -62,21 +62,28 @@ def write(
     state: dict[str, Tensor],
     folder: Path,
     extra: Mapping[str, str],
-    trust_remote_code: bool = False,
 ) -> None:
     """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``,
     as `new_result` does.
 
     ``extra`` holds the text of further files by name; one that the tokenizer has written too takes its place.
     """
+    implementation = model.config._attn_implementation
     with new_result(folder) as partial:
-        exported_files.write(model, tokenizer, state, partial, extra)
-        _verify(partial, state, type(model))
-        exported_files.verify(partial, tokenizer, trust_remote_code)
+        try:
+            model.save_pretrained(partial, state_dict=dict(state))  # which it empties
+        finally:
+            model.config._attn_implementation = implementation
+        tokenizer.save_pretrained(partial)
+        for name, text in extra.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        _verify(partial, state, tokenizer, type(model))
 
 
-def _verify(folder: Path, state: dict[str, Tensor], kind: type[PreTrainedModel]) -> None:
-    """Read the files back and compare every weight, bit for bit."""
+def _verify(
+    folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, kind: type[PreTrainedModel]
+) -> None:
+    """Read the files back and compare every weight, bit for bit, the config's kind and the vocabulary."""
     read: set[str] = set()
     for name, value in _read_back(folder, state.keys(), kind):
         read.add(name)
@@ -84,6 +91,11 @@ def _verify(folder: Path, state: dict[str, Tensor], kind: type[PreTrainedModel])
             raise ModelError(f"{folder}: weight {name} reads back other than it was written")
     if missing := state.keys() - read:
         raise ModelError(f"{folder}: weights were not written: {', '.join(sorted(missing)[:3])}")
+    AutoConfig.from_pretrained(folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    entries = len(vocabulary)
+    if entries > len(tokenizer):
+        raise ModelError(f"{folder}: the tokenizer reads back with {entries} entries, it has {len(tokenizer)}")
 
 
 def _read_back(folder: Path, names: Set[str], kind: type[PreTrainedModel]) -> Iterator[tuple[str, Tensor]]:

@@ -71,6 +71,20 @@ def _hidden(model: PreTrainedModel, layout: Layout) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)
 
 
+def _logits(model: PreTrainedModel, layout: Layout, index_N: Tensor) -> Tensor:
+    """Logits of the flattened states ``index_N``, as the model's own forward pass gives them: architectures other than
+    those that are packed scale and cap them."""
+    if is_packed(model):
+        return lm_head(model)(_hidden(model, layout)[index_N])
+    output = model(
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        attention_mask=layout.attention_mask,
+        use_cache=False,
+    )
+    return output.logits.flatten(0, 1)[index_N]
+
+
 class Head(nn.Module):
     """A transformer and what is read from it; ``forward`` returns the tensors named in ``outputs``."""
 
@@ -91,16 +105,7 @@ class TokenLogprobs(Head):
     outputs = ("logprob_BT", "entropy_BT")
 
     def forward(self, layout: Layout, temperature: float) -> dict[str, Tensor]:
-        if self.packed:
-            logits_NV = lm_head(self.model)(_hidden(self.model, layout)[layout.predicting_N])
-        else:  # any architecture, whatever it does to its logits
-            output = self.model(
-                input_ids=layout.input_ids,
-                position_ids=layout.position_ids,
-                attention_mask=layout.attention_mask,
-                use_cache=False,
-            )
-            logits_NV = output.logits.flatten(0, 1)[layout.predicting_N]
+        logits_NV = _logits(self.model, layout, layout.predicting_N)
         token_N = logprobs.of_tokens(restricted(self.model, logits_NV), layout.target_N, temperature)
         logprob_BT, entropy_BT = (logprobs.to_padded(value_N, layout.mask_BT) for value_N in token_N)
         return {"logprob_BT": logprob_BT, "entropy_BT": entropy_BT}
@@ -153,8 +158,7 @@ class RowZeroLogit(Head):
     outputs = ("score_B",)
 
     def forward(self, layout: Layout) -> dict[str, Tensor]:
-        states = _hidden(self.model, layout)[layout.last_B]
-        return {"score_B": lm_head(self.model)(states)[:, 0].float()}
+        return {"score_B": _logits(self.model, layout, layout.last_B)[:, 0].float()}
 
 
 class LogitDifference(Head):
@@ -167,5 +171,5 @@ class LogitDifference(Head):
         self.more, self.less = more, less
 
     def forward(self, layout: Layout) -> dict[str, Tensor]:
-        logits_BV = lm_head(self.model)(_hidden(self.model, layout)[layout.last_B]).float()
+        logits_BV = _logits(self.model, layout, layout.last_B).float()
         return {"score_B": logits_BV[:, self.more] - logits_BV[:, self.less]}

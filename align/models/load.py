@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
 
 from align.data.attributes import resolve
 from align.data.chat import TRUST
 from align.errors import ModelError
-from align.models import heads
-from align.models.attention import PACKED, is_plain
+from align.models import heads, invariance, weights
+from align.models.attention import FLASH, implementation
 from align.models.lora import HEAD, add_lora
-from align.sections import Model, Policy, Trained, TrainedReward
+from align.models.weights import (
+    INDEX,
+    SINGLE,
+    check_numbers,
+    first_line,
+    no_safetensors,
+    read_json,
+    stored_file,
+    weight_files,
+)
+from align.sections import Critic, Model, Policy, Reward, Trained, TrainedReward
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""Where transformers looks for safetensors, in this order."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Number formats of safetensors that weights are read from."""
 HeadSource = Literal["auto", "trained", "new"]
 
 
-def check(section: Model, vocab_size: int, name: str = "") -> None:
+def check(section: Model, vocab_size: int, name: str = "", sampled: int = 0) -> None:
     """What can be told of a role's checkpoint without reading its weights, before any worker starts.
 
     Raises `ModelError` for a folder that is no whole model, a config that cannot be read or does not fit a tokenizer of
     ``vocab_size`` entries, and for weight files of a folder that are missing, damaged or no safetensors. Of a hub id
     only the config is fetched; `causal_lm` and `scorer` see to the rest. ``name`` is that of the section, for messages.
+    ``sampled`` is the longest prompt with its response, in tokens, of a model that samples.
     """
     try:
-        _check(section, vocab_size)
+        _check(section, vocab_size, sampled)
     except ModelError as error:
         where = error.where or (f"{name}.path" if name else None)
         raise ModelError(error.message, where=where, remedy=error.remedy) from error
 
 
-def _check(section: Model, vocab_size: int) -> None:
+def _check(section: Model, vocab_size: int, sampled: int) -> None:
     _check_source(section)
-    _attention(section, _config(section, vocab_size))
+    config = _config(section, vocab_size)
+    if sampled:
+        invariance.check_sampling(config, sampled)
     if isinstance(section, TrainedReward):
         start_of(section)
     if not section.init and Path(section.path).expanduser().is_dir():
         for file in weight_files(section):
-            _check_weights(file)
+            check_numbers(file)
+    if type(section) is not Model:  # the files of a checkpoint that no role reads
+        _check_architecture(section, config)
+
+
+def _check_architecture(section: Model, config: PreTrainedConfig) -> None:
+    """Build the model without memory for its weights, so that transformers refuses now what it would refuse later."""
+    scores = isinstance(section, (Critic, TrainedReward))
+    if isinstance(section, Reward):
+        classifier = bool(section.init) or is_classifier(config)
+        scores = section.kind in ("sequence_classification", "attributes") or (section.kind == "auto" and classifier)
+    elsewhere = section.attention == FLASH and not torch.cuda.is_available()  # the GPUs of a Ray cluster
+    built_as = replace(section, attention="eager") if elsewhere and implementation(section, config) else section
+    with torch.device("meta"):
+        model = _untrained(AutoModelForSequenceClassification if scores else AutoModelForCausalLM, built_as, config)
+    if elsewhere and not model._supports_flash_attn:
+        problem = f"{section.path}: {type(model).__name__} does not support attention={FLASH}"
+        raise ModelError(problem, remedy="use attention=auto")
+    if scores:
+        _require_score(section, model)
+    else:
+        invariance.require_causal(model)
 
 
 def check_lora(section: Trained, vocab_size: int, key: str) -> None:
@@ -63,9 +91,11 @@ def check_lora(section: Trained, vocab_size: int, key: str) -> None:
     does; ``key`` is that of the targets in the recipe."""
     if not section.lora.rank:
         return
-    model = without_weights(section, vocab_size)
-    task = "CAUSAL_LM" if isinstance(section, Policy) else "SEQ_CLS"
-    add_lora(model, section.lora, task=task, key=key)
+    causal = isinstance(section, Policy)
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = _untrained(auto, section, _config(section, vocab_size))
+    add_lora(model, section.lora, task="CAUSAL_LM" if causal else "SEQ_CLS", key=key)
 
 
 def _check_source(section: Model) -> None:
@@ -80,71 +110,18 @@ def _check_source(section: Model) -> None:
             f"no model folder: {folder / 'config.json'} does not exist", remedy="give a folder or a hub id"
         )
     if adapter := stored_file(section, "adapter_config.json"):
-        base = _json(Path(adapter)).get("base_model_name_or_path")
+        base = read_json(Path(adapter)).get("base_model_name_or_path")
         raise ModelError(
             f"{section.path}: holds adapters for {base}, not a whole model",
             remedy="merge them into that model and save it (peft: merge_and_unload), then give the folder",
         )
 
 
-def weight_files(section: Model) -> list[Path]:
-    """The safetensors files of a checkpoint in a folder, all of them there."""
-    folder = Path(section.path).expanduser()
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        raise _no_safetensors(section, sorted(file.name for file in folder.glob("*.bin")))
-    weights = _json(folder / INDEX).get("weight_map")
-    shards = sorted({str(shard) for shard in weights.values()}) if isinstance(weights, dict) else []
-    if not shards:
-        raise ModelError(f"{folder / INDEX} has no weight_map", remedy="copy or download the checkpoint again")
-    for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise ModelError(
-                f"{folder / INDEX} names {shard}, which is not in the folder",
-                remedy="copy or download the checkpoint again",
-            )
-    return [folder / shard for shard in shards]
-
-
-def _no_safetensors(section: Model, pickles: list[str]) -> ModelError:
-    others = f", but {', '.join(pickles[:3])}: pickles, which can run code when they are loaded" if pickles else ""
-    return ModelError(
-        f"{section.path}: there are no weights in {SINGLE} or {INDEX}{others}",
-        remedy="give a checkpoint in safetensors; where you trust a pickled one, load it elsewhere and save it again",
-    )
-
-
-def _check_weights(file: Path) -> None:
-    """Read the header of a file, and refuse numbers that would be cast to something else than what they mean."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is damaged: {_first_line(error)}", remedy="copy or download it again") from error
-    for name, kind in kinds.items():
-        if kind not in FLOATS:
-            raise ModelError(
-                f"{file}: {name} holds {kind} numbers, a quantised weight without its scale; readable: "
-                f"{', '.join(FLOATS)}",
-                remedy="give the checkpoint as it was before it was quantised",
-            )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
-    return found if isinstance(found, dict) else {}
-
-
 def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig:
     """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
     try:
         if section.init:
-            # The family's own stop id, 2 or 50256, is that of another tokenizer.
-            fields = {"vocab_size": vocab_size, "eos_token_id": None, **section.init}
+            fields = {"vocab_size": vocab_size, **section.init}
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(
@@ -154,7 +131,7 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
         raise ModelError(f"init needs a model_type that transformers knows: {error}") from error
     except (OSError, ValueError) as error:
         remedy = TRUST if "trust_remote_code" in str(error) else None
-        raise ModelError(f"cannot read the config of {section.path}: {_first_line(error)}", remedy=remedy) from error
+        raise ModelError(f"cannot read the config of {section.path}: {first_line(error)}", remedy=remedy) from error
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"{section.path}: the checkpoint is quantised, and dtype={section.dtype} asks for its plain weights",
@@ -167,9 +144,7 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
             remedy="give the tokenizer that belongs to the model",
         )
     rate = section.dropout if isinstance(section, Trained) else 0.0
-    for name in vars(config):
-        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), (int, float)):
-            setattr(config, name, rate)
+    invariance.set_dropout(config, rate)
     for name, value in changes.items():
         setattr(config, name, value)
     return config
@@ -180,28 +155,32 @@ def _embedded(config: PreTrainedConfig, default: int) -> int:
     return getattr(config.get_text_config(), "vocab_size", default)
 
 
-def _attention(section: Model, config: PreTrainedConfig) -> str:
-    if section.attention == "auto":
-        return PACKED if is_plain(config) else "sdpa"
-    if section.attention == PACKED and not is_plain(config):
+def _untrained(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with random weights."""
+    common = {"attn_implementation": implementation(section, config), "dtype": getattr(torch, section.dtype)}
+    if section.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        common["code_revision"] = section.revision  # the pinned one, not the newest
+    try:
+        model = auto.from_config(config, trust_remote_code=section.trust_remote_code, **common)
+    except Exception as error:  # of any kind, where a config does not fit
+        with_attention = "" if section.attention == "auto" else f" with attention={section.attention}"
         raise ModelError(
-            f"{section.path}: attention=packed does not fit {config.model_type} with its layer types",
-            remedy="use attention=sdpa or auto",
-        )
-    return section.attention
+            f"transformers cannot build {section.path}{with_attention}: {first_line(error)}",
+            remedy="use attention=auto" if with_attention else None,
+        ) from error
+    invariance.apply(model)
+    return model
 
 
 def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of weights that no checkpoint supplied (their values follow from ``seed``)."""
     torch.manual_seed(seed)
-    dtype = getattr(torch, section.dtype)
-    common = {"attn_implementation": _attention(section, config), "dtype": dtype}
     if section.init:
-        return auto.from_config(config, **common), set()
+        return _untrained(auto, section, config), set()
     if Path(section.path).expanduser().is_dir():
         weight_files(section)
     elif not (stored_file(section, SINGLE) or stored_file(section, INDEX)):
-        raise _no_safetensors(section, [])  # transformers would have a server of the hub convert pickled ones
+        raise no_safetensors(section, [])  # transformers would have a server of the hub convert pickled ones
     try:
         model, info = auto.from_pretrained(
             section.path,
@@ -210,10 +189,12 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **common,
+            attn_implementation=implementation(section, config),
+            dtype=getattr(torch, section.dtype),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load {section.path}: {_first_line(error)}") from error
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load {section.path}: {first_line(error)}") from error
+    invariance.apply(model)
     unread = sorted(name for name in info["unexpected_keys"] if HEAD.match(name))
     if unread and auto is AutoModelForSequenceClassification:
         raise ModelError(
@@ -238,20 +219,6 @@ def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] 
         )
     if gaps or vocab_size < _embedded(model.config, vocab_size):
         heads.restrict(model, heads.TokenizerIds(vocab_size, gaps))
-    return model
-
-
-def without_weights(section: Model, vocab_size: int) -> PreTrainedModel:
-    """The model of a role that trains, with parameters on the meta device, which hold no numbers."""
-    config: Any = _config(section, vocab_size)
-    if isinstance(section, TrainedReward):
-        config.num_labels = start_of(section)[0]
-    auto: Any = AutoModelForCausalLM if isinstance(section, Policy) else AutoModelForSequenceClassification
-    options = {"attn_implementation": _attention(section, config), "trust_remote_code": section.trust_remote_code}
-    with torch.device("meta"):
-        model = auto.from_config(config, **options)
-    if not section.init and (file := stored_file(section, "generation_config.json")) and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(Path(file).parent)
     return model
 
 
@@ -314,16 +281,20 @@ def scorer(
             f"{section.path}: no trained reward head, the checkpoint lacks {', '.join(sorted(unexpected)[:3])}",
             remedy="train one first (algorithm: reward_model), or name the right reward.kind",
         )
-    if not hasattr(model, "score"):
-        raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
+    _require_score(section, model)
     if brings and head == "new":
         drawn_AH = torch.empty(num_labels, config.hidden_size)
         std = getattr(config, "initializer_range", 0.02)
         _replace_head(model, drawn_AH.normal_(std=std, generator=torch.Generator().manual_seed(seed)))
     elif brings and combine is not None:
-        rows_KH = _stored(section, "score.weight").double()
+        rows_KH = weights.stored(section, "score.weight").double()
         _replace_head(model, (torch.tensor(combine, dtype=torch.float64) @ rows_KH)[None])
     return model
+
+
+def _require_score(section: Model, model: PreTrainedModel) -> None:
+    if not hasattr(model, "score"):
+        raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
 
 
 def _replace_head(model: Any, weight_AH: torch.Tensor) -> None:
@@ -355,32 +326,4 @@ def labels(section: Model) -> tuple[str, ...]:
 def row_zero(section: Model) -> torch.Tensor:
     """Row 0 of a checkpoint's language-model head, (hidden,): what such a reward model scores with, alone."""
     remedy = "kind lm_head_row0 reads checkpoints whose output layer is a weight of its own"
-    return _stored(section, "lm_head.weight", 0, remedy)
-
-
-def _stored(section: Model, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:
-    """Rows of a weight in the checkpoint's files; no others are read. Raises `ModelError` where there is none."""
-    try:
-        index = stored_file(section, INDEX)
-        shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else SINGLE
-        with safe_open(stored_file(section, shard) or shard, framework="pt") as tensors:
-            return tensors.get_slice(name)[rows]
-    except (OSError, KeyError, SafetensorError) as error:
-        problem = f"{section.path}: its safetensors hold no {name} ({_first_line(error)})"
-        raise ModelError(problem, remedy=remedy) from error
-
-
-def stored_file(section: Model, name: str) -> str | None:
-    """A file of the checkpoint on this disk; None where it has none of that name."""
-    return cached_file(
-        str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,
-        name,
-        revision=section.revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return weights.stored(section, "lm_head.weight", 0, remedy)

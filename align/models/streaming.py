@@ -15,6 +15,7 @@ from torch import Tensor
 from align.checkpoint import RESULT_MANIFEST, new_result
 from align.errors import ModelError
 from align.models import load
+from align.models.weights import INDEX, weight_files
 from align.sections import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -34,7 +35,7 @@ class Checkpoint:
         self.files: dict[Path, list[str]] = {}
         """Names of the weights in each file."""
         self._opened: dict[str, Any] = {}
-        for file in load.weight_files(section):
+        for file in weight_files(section):
             opened = safe_open(file, framework="pt")
             self.files[file] = list(opened.keys())
             self._opened |= dict.fromkeys(self.files[file], opened)
@@ -71,8 +72,8 @@ class Checkpoint:
             for file in sorted(self.folder.iterdir()):
                 if file.is_file() and file.suffix not in (".safetensors", *PICKLES) and file.name != RESULT_MANIFEST:
                     shutil.copyfile(file, partial / file.name)
-            if (partial / load.INDEX).exists():
+            if (partial / INDEX).exists():
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (partial / load.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from align.data.attributes import resolve
 from align.errors import ConfigError, ModelError
 from align.generators import opening
 from align.models import identity, load
-from align.prechecks.roles import require_head
+from align.models.weights import stored_file
 from align.rewards import card
 from align.rewards.card import Card, Moments
 from align.sections import Critic, Ensemble, Model, Reward
@@ -85,6 +85,15 @@ def require_attributes(section: Reward, names: Sequence[str]) -> None:
         )
 
 
+def require_head(critic: Critic) -> None:
+    """Raises `ConfigError` for a critic that is to start from a judge without a head."""
+    if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
+        raise ConfigError(
+            f"critic: a reward of kind {critic.kind} has no head to start from",
+            remedy="start the critic from the policy: critic.path=${policy.path} critic.head=new",
+        )
+
+
 def start_of(critic: Critic) -> Reading:
     """How the reward model is read that a critic starts from."""
     require_head(critic)
@@ -134,7 +143,7 @@ def _read(section: Reward) -> Reading:
 
 
 def _card(section: Reward) -> Card | None:
-    file = load.stored_file(section, card.NAME)
+    file = stored_file(section, card.NAME)
     return card.read(Path(file).parent) if file else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Literal, Protocol
 
 from rich.console import Console
@@ -67,8 +66,7 @@ class Plain(Silent):
         if step % self.every and step != self.total:
             return
         left = metrics["seconds/step"] * (self.total - step)
-        with suppress(OSError):  # where stdout goes may be full, and the run need not end for that
-            print(f"{self.name} {step}/{self.total}  {summary(metrics)}  about {left:.0f} s left", flush=True)
+        print(f"{self.name} {step}/{self.total}  {summary(metrics)}  about {left:.0f} s left", flush=True)
 
 
 class Live:

@@ -57,7 +57,12 @@ def test_padded_right_by_hand():
     assert layout.attention_mask is not None
     assert layout.attention_mask.sum(1).tolist() == [4, 3, 6, 3]
     assert layout.attention_mask.equal((layout.input_ids > 0).long())
-    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 4
+    assert layout.position_ids.tolist() == [
+        [0, 1, 2, 3, 3, 3],
+        [0, 1, 2, 2, 2, 2],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 2, 2, 2],
+    ]
     # Row i begins at flat index 6 i.
     assert layout.predicting_N.tolist() == [1, 2, 6 + 1, 12 + 2, 12 + 3, 12 + 4]
     assert layout.target_N.tolist() == [6, 7, 8, 9, 10, 11]

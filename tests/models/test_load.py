@@ -20,7 +20,7 @@ from transformers import (
 from align.errors import ModelError
 from align.models import heads, load
 from align.models.heads import is_packed
-from align.sections import Lora, Model, Policy, Reward, TrainedReward
+from align.sections import Lora, Model, Optimizer, Policy, Reward, TrainedReward
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -187,6 +187,42 @@ def test_attention_follows_the_architecture(causal_folder, tmp_path):
         assert load.causal_lm(model(path), 50, 0).config._attn_implementation == "sdpa"
         with pytest.raises(ModelError, match=f"attention=packed does not fit {kind}"):
             load.causal_lm(model(path, attention="packed"), 50, 0)
+
+
+SOFT_CAPS = {"model_type": "gemma2", **SIZES, "head_dim": 8}
+
+
+@pytest.mark.parametrize("kind", [Policy, TrainedReward])
+def test_an_architecture_without_sdpa_is_eager_by_itself(kind):
+    take = lambda **fields: kind(path="", init=SOFT_CAPS, optimizer=Optimizer(lr=1.0), **fields)  # noqa: E731
+    load.check(take(), 50)
+    make = load.causal_lm if kind is Policy else lambda *rest: load.scorer(*rest, head="new")
+    assert make(take(), 50, 0).config._attn_implementation == "eager"
+    load.check(take(attention="eager"), 50)
+    with pytest.raises(ModelError, match=r"reward.path: .*=sdpa: Gemma2\w+ does not support .*\n.*attention=auto"):
+        load.check(take(attention="sdpa"), 50, "reward")
+
+
+def test_flash_attention_that_cannot_be_is_refused(causal_folder, monkeypatch):
+    flash = lambda **fields: Policy(path=causal_folder, attention="flash_attention_2", **fields)  # noqa: E731
+    with pytest.raises(ModelError, match=r"computes in bfloat16, dtype is float32\n.*set dtype=bfloat16"):
+        load.check(flash(dtype="float32"), 50)
+    monkeypatch.setattr("align.models.attention.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="needs the package flash-attn"):
+        load.check(flash(dtype="bfloat16"), 50)
+    # The driver of a cluster may have the package and no GPU.
+    monkeypatch.setattr("align.models.attention.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    load.check(flash(dtype="bfloat16"), 50)
+    caps = {"model_type": "bloom", "hidden_size": 32, "n_head": 2, "n_layer": 1, "vocab_size": 50}
+    with pytest.raises(ModelError, match="BloomForCausalLM does not support attention=flash_attention_2"):
+        load.check(Policy(path="", init=caps, dtype="bfloat16", attention="flash_attention_2"), 50)
+
+
+def test_an_architecture_without_a_classifier_is_no_reward_model():
+    init = {"model_type": "cohere", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ModelError, match="cannot build .*CohereConfig.* for this kind of AutoModel"):
+        load.check(TrainedReward(path="", init=init, optimizer=Optimizer(lr=1.0)), 50)
 
 
 def test_pickled_weights_are_refused(causal_folder, tmp_path):

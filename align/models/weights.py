@@ -1,0 +1,99 @@
+"""The files of a checkpoint in Hugging Face layout, and what is read from them before a model is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from align.errors import ModelError
+from align.sections import Model
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where transformers looks for safetensors, in this order."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Number formats of safetensors that weights are read from."""
+
+
+def weight_files(section: Model) -> list[Path]:
+    """The safetensors files of a checkpoint in a folder, all of them there."""
+    folder = Path(section.path).expanduser()
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise no_safetensors(section, sorted(file.name for file in folder.glob("*.bin")))
+    weights = read_json(folder / INDEX).get("weight_map")
+    shards = sorted({str(shard) for shard in weights.values()}) if isinstance(weights, dict) else []
+    if not shards:
+        raise ModelError(f"{folder / INDEX} has no weight_map", remedy="copy or download the checkpoint again")
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise ModelError(
+                f"{folder / INDEX} names {shard}, which is not in the folder",
+                remedy="copy or download the checkpoint again",
+            )
+    return [folder / shard for shard in shards]
+
+
+def no_safetensors(section: Model, pickles: list[str]) -> ModelError:
+    others = f", but {', '.join(pickles[:3])}: pickles, which can run code when they are loaded" if pickles else ""
+    return ModelError(
+        f"{section.path}: there are no weights in {SINGLE} or {INDEX}{others}",
+        remedy="give a checkpoint in safetensors; where you trust a pickled one, load it elsewhere and save it again",
+    )
+
+
+def check_numbers(file: Path) -> None:
+    """Read the header of a file, and refuse numbers that would be cast to something else than what they mean."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} is damaged: {first_line(error)}", remedy="copy or download it again") from error
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            raise ModelError(
+                f"{file}: {name} holds {kind} numbers, a quantised weight without its scale; readable: "
+                f"{', '.join(FLOATS)}",
+                remedy="give the checkpoint as it was before it was quantised",
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def stored(section: Model, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:
+    """Rows of a weight in the checkpoint's files; no others are read. Raises `ModelError` where there is none."""
+    try:
+        index = stored_file(section, INDEX)
+        shard = json.loads(Path(index).read_text())["weight_map"].get(name, "") if index else SINGLE
+        with safe_open(stored_file(section, shard) or shard, framework="pt") as tensors:
+            return tensors.get_slice(name)[rows]
+    except (OSError, KeyError, SafetensorError) as error:
+        problem = f"{section.path}: its safetensors hold no {name} ({first_line(error)})"
+        raise ModelError(problem, remedy=remedy) from error
+
+
+def stored_file(section: Model, name: str) -> str | None:
+    """A file of the checkpoint on this disk; None where it has none of that name."""
+    return cached_file(
+        str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,
+        name,
+        revision=section.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
