@@ -21,7 +21,7 @@ from rich.table import Table
 from align import __version__, config, disk
 from align.errors import AlignError, ConfigError, SaveError
 from align.redact import redact
-from align.sections.runs import DataFormat
+from align.sections.runs import DataFormat, Reads
 from align.workers.process import driver_environment
 
 FAILED = DIFFERS = 1
@@ -128,13 +128,11 @@ def _add_data(commands: Any) -> None:
     convert = _command(data, "convert", "align.data.convert:main", "write a source in another format")
     for parser in (lint, convert):
         parser.add_argument("path", metavar="SOURCE", help="folder, or hub id")
-        parser.add_argument(
-            "--as", dest="reads", choices=["preferences", "ratings"], help="default: what the format holds"
-        )
+        parser.add_argument("--as", dest="reads", choices=get_args(Reads), help="default: what the format holds")
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
         parser.add_argument("--max-rows", type=int, metavar="N", help="read only the first rows of each split")
     formats = get_args(DataFormat)
-    lint.add_argument("--format", choices=formats, default="helpsteer3", help="(%(default)s)")
+    lint.add_argument("--format", choices=formats, help="(auto)")
     lint.add_argument("--tokenizer", metavar="FOLDER", help="also check what only token ids show")
     lint.add_argument("--max-prompt-tokens", type=int, metavar="N", help="limit of a prompt (2048)")
     lint.add_argument("--max-response-tokens", type=int, metavar="N", help="limit of a response (2048)")
@@ -144,12 +142,14 @@ def _add_data(commands: Any) -> None:
     lint.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
     lint.add_argument("--strict", action="store_true", help="status 1 for warnings too")
     convert.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    convert.add_argument("--from", dest="format", choices=formats, required=True)
+    convert.add_argument("--from", dest="format", choices=formats, help="(auto)")
     convert.add_argument("--to", choices=["openai", "nemo", "nemo_text", "helpsteer3"], required=True)
     convert.add_argument("--pairs-by", metavar="ATTRIBUTE", help="make pairs of ratings by this attribute")
     convert.add_argument("--attributes", nargs="+", metavar="NAME", help="keep these ratings alone")
     convert.add_argument("--bad-rows", choices=["stop", "skip"], help="(stop)")
     convert.add_argument("--max-spread", type=int, metavar="N", help="how far annotators may lie apart (2)")
+    for parser in (lint, convert):
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of the section data, columns...")
 
 
 def _add_scale(commands: Any) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -53,7 +53,7 @@ from align.nodes import (
 )
 
 ALGORITHMS = "align.algorithms"
-INSTEAD: dict[str, tuple[str, object]] = {"run.steps": ("run.epochs", 0)}
+INSTEAD: dict[str, tuple[str, object]] = {"run.steps": ("run.epochs", 0), "data.path": ("data.sources", "")}
 """Keys that need no value where another one has a value, and what they hold then."""
 
 
@@ -235,6 +235,11 @@ def _construct(schema: type, values: dict[str, Any], reader: Reader, prefix: str
     for name, hint in field_types(schema).items():
         if is_section(hint):
             ready[name] = _construct(hint, values[name], reader, f"{prefix}{name}.")
+        elif isinstance(values.get(name), dict) and is_section(get_args(hint)[-1] if get_args(hint) else None):
+            item = get_args(hint)[-1]
+            ready[name] = {
+                key: _construct(item, value, reader, f"{prefix}{name}.{key}.") for key, value in values[name].items()
+            }
     if len(reader.faults) > before:
         return None
     try:

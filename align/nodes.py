@@ -215,6 +215,8 @@ class Reader:
                     yield name, dotted, child
 
     def value(self, node: yaml.Node, hint: Any, key: str) -> Any:
+        if is_section(hint):
+            return self.section(node, hint, key)
         where = self.places.get(key) or self.where(node, key)  # an element of a list has no place of its own
         if isinstance(node, yaml.ScalarNode) and not _TEXT.fullmatch(node.value):
             problem = f"{node.value!r} holds more than references to keys"

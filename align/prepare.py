@@ -16,6 +16,7 @@ from align.config import Loaded
 from align.data import chat, helpsteer, prompts
 from align.data.chat import Renderer
 from align.data.conversations import Conversations
+from align.data.detect import described, resolved
 from align.errors import ConfigError, DataError
 from align.models.attention import FLASH
 from align.models.load import check as check_model
@@ -189,6 +190,7 @@ def prepare(loaded: Loaded) -> Prepared:
     """Check data, tokenizers and models of a recipe."""
     config: Any = loaded.config
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
+    config = replace(config, data=resolved(config.data))
     check(config)
     renderer = load_renderer(config)
     readers = text_readers(config, renderer)
@@ -211,7 +213,7 @@ def prepare(loaded: Loaded) -> Prepared:
     if readers:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
-    notes = epochs(config, num_rows, counts)
+    notes = [*described(config.data), *epochs(config, num_rows, counts)]
     return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken, notes)
 
 

@@ -57,6 +57,7 @@ HEADINGS = {
     sections.Generative: "`reward.generative`",
     sections.JudgeSampling: "`reward.generative.sampling`",
     sections.Ensemble: "`reward.ensemble`",
+    sections.Source: "One of `data.sources`",
     sections.Editing: "`editing`",
     sections.Verdict: "`verdict`",
     sections.Generator: "What answers: `judge`, `policy`, `feedback`, `edit`",

@@ -134,11 +134,32 @@ def test_attempts_of_dynamic_sampling_draw_no_prompt_twice(tmp_path: Path):
         require_rows(recipe, 11)
 
 
+def test_sources_by_name(tmp_path: Path):
+    needed = {name: value for name, value in NEEDED["sft"].items() if name != "data.path"}
+    recipe = write(tmp_path, "sft", {**needed, "data.sources.ours.path": "a", "data.sources.more.path": "b"})
+    loaded = config.load(recipe, ["data.sources.more.weight=0.5", "data.sources.more.columns={prompt: q}"])
+    assert loaded.config.data.sources == {
+        "ours": sections.Source(path="a"),
+        "more": sections.Source(path="b", weight=0.5, columns={"prompt": "q"}),
+    }
+    assert loaded.origin["data.sources.more.weight"] == "command line"
+    config.dump(loaded.config, tmp_path / "again.yaml")
+    assert config.load(tmp_path / "again.yaml").config == loaded.config
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        config.load(recipe, ["data.sources.more.wieght=1"])
+    assert "did you mean `data.sources.more.weight`" in str(caught.value)
+
+
 SPEAKING = "prompts.path=p out=o policy.path=a feedback.path=b edit.path=c select.path=d"
 JUDGED = "benchmark=arena-hard baseline_answers.default=b policy.path=p judge.path=j"
 SEQUENCE = "sequence_clipped loss.aggregation=sequence_mean_token_mean"
 CASES = [
     # losses
+    (sections.Data, "path=d validation=1", ["validation = 1.0"]),
+    (sections.Data, "path=d sources.a.path=x", ["path = 'd'"]),
+    (sections.Data, "path='' sources.a.path=x revision=v", ["revision = 'v'"]),
+    (sections.Data, "sources.a.path='' path=''", ["path = ''"]),
+    (sections.Data, "path='' sources.a.path=x sources.a.weight=2", ["weight = 2.0"]),
     (sections.Run, "dir=r steps=3 epochs=2", ["steps = 3", "epochs = 2.0"]),
     (sections.Run, "dir=r steps=0", ["steps = 0"]),
     (sections.Run, "dir=r steps=0 epochs=-1", ["epochs = -1.0"]),

@@ -38,7 +38,7 @@ class Material:
 
 def reads(labels: Labels, section: Data) -> Literal["preferences", "ratings"]:
     """What the data are read as: responses one by one where the format has them so, else pairs, without labels."""
-    by_one = labels == "data" or "ratings" in data.helpsteer.FORMATS[section.format]
+    by_one = labels == "data" or "ratings" in data.helpsteer.FORMATS.get(section.format, {})
     return "ratings" if by_one else "preferences"
 
 

@@ -12,6 +12,7 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from align import config
 from align.data import helpsteer, helpsteer3, messages, nemo
 from align.data.rows import BadRow, Preference, Rating
 from align.disk import new_folder
@@ -135,18 +136,17 @@ def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[R
 
 
 def section(arguments: argparse.Namespace) -> Data:
-    """The section ``data`` that a command's arguments amount to. Raises `ConfigError` for values that it refuses."""
-    names = {field.name for field in fields(Data)} & vars(arguments).keys()
-    try:
-        return Data(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
-    except ValueError as error:
-        raise ConfigError(str(error), remedy="see data in docs/recipes.md") from error
+    """The section ``data`` that a command's arguments amount to: its options, and ``key=value`` with keys of ``data``.
+    Raises `ConfigError` for values that it refuses."""
+    names = [field.name for field in fields(Data) if getattr(arguments, field.name, None) is not None]
+    options = [f"{name}={json.dumps(getattr(arguments, name))}" for name in names]
+    return config.build(Data, None, [*options, *(text.removeprefix("data.") for text in arguments.overrides)]).config
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data convert``."""
     data = section(arguments)
-    reads = "ratings" if arguments.pairs_by else arguments.reads or helpsteer.usual(data.format)
+    reads = "ratings" if arguments.pairs_by else arguments.reads or helpsteer.usual(data)
     kind = Rating if reads == "ratings" and not arguments.pairs_by else Preference
     if kind not in TARGETS[arguments.to].objects:
         raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
-from align.data import helpsteer2, helpsteer3, messages, nemo
+from align.data import helpsteer2, helpsteer3, messages, nemo, trl
+from align.data.detect import alone, resolved, trl_reads
+from align.data.mixing import SPLITS, Format, Item, Splits, mixed, split_items
 from align.data.rows import BadRow, Comparison, Edit, Feedback, Preference, Principle, Rating, Row
-from align.data.sources import Rows
 from align.data.tokenise import PromptSet, demonstrations, pairs, prompts, ratings
 from align.errors import ConfigError, DataError
 from align.sections import Data, Reads
@@ -34,8 +35,6 @@ __all__ = [
     "prompts",
     "ratings",
 ]
-
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,6 @@ class Corpus(Generic[R]):
 PreferenceData = Corpus[Preference]
 
 
-class Format(NamedTuple):
-    """How a source is read as rows of one kind."""
-
-    sources: Callable[[Data], dict[str, Rows]]
-    """Both splits as they come, item by item."""
-    parse: Callable[[Any], Sequence[Row]]
-    """The rows of one item. Raises `BadRow`."""
-
-
 FORMATS: dict[str, dict[Reads, Format]] = {
     "helpsteer3": {
         "preferences": Format(helpsteer3.of("preference"), helpsteer3.preference),
@@ -118,25 +108,46 @@ FORMATS: dict[str, dict[Reads, Format]] = {
         "preferences": Format(nemo.sources_twos, nemo.parse_twos),
         "ratings": Format(nemo.sources, nemo.parse_ratings),
     },
+    "trl": {
+        "preferences": Format(trl.sources, trl.preference),
+        "prompts": Format(trl.sources, trl.prompt),
+        "demonstrations": Format(trl.sources, trl.demonstration),
+    },
 }
 """By ``data.format``, and by what it can be read as."""
 
 
 def format_of(name: str, reads: Reads) -> Format:
-    """How format ``name`` is read as ``reads``. Raises `ConfigError` where it cannot be."""
+    """How format ``name`` is read as ``reads``. Prompts and demonstrations are those of its preferences, or prompts
+    those of its ratings, where it has none by themselves. Raises `ConfigError` where it cannot be read so."""
     found = FORMATS[name]
-    if reads not in found:
-        others = ", ".join(sorted(other for other, formats in FORMATS.items() if reads in formats))
-        raise ConfigError(
-            f"data.format={name} holds {' and '.join(found)}, not {reads}",
-            remedy=f"take data that holds {reads}: data.format is one of {others}",
-        )
-    return found[reads]
+    others: dict[str, tuple[Reads, ...]] = {"prompts": ("preferences", "ratings"), "demonstrations": ("preferences",)}
+    for kind in (reads, *others.get(reads, ())):
+        if kind in found:
+            return found[kind]
+    formats = ", ".join(sorted(other for other, several in FORMATS.items() if reads in several))
+    raise ConfigError(
+        f"data.format={name} holds {' and '.join(found)}, not {reads}",
+        remedy=f"take data that holds {reads}: data.format is one of {formats}",
+    )
 
 
-def usual(name: str) -> Literal["preferences", "ratings"]:
-    """What format ``name`` is read as where nothing else is asked for: preferences where it holds them."""
-    return "preferences" if "preferences" in FORMATS[name] else "ratings"
+def items(data: Data, reads: Reads) -> Splits:
+    """Both splits of a source, or of all sources, row by row, bad rows among them."""
+    data = resolved(data)
+    if data.sources:
+        return mixed(data, lambda one: items(one, reads))
+    return split_items(data, format_of(data.format, reads))
+
+
+def usual(data: Data) -> Reads:
+    """What a source is read as where nothing else is asked for: preferences where it holds them."""
+    data = resolved(data)
+    if data.sources:
+        return usual(alone(data, next(iter(data.sources))))
+    if data.format == "trl":
+        return trl_reads(data)
+    return "preferences" if "preferences" in FORMATS[data.format] else "ratings"
 
 
 @overload
@@ -162,17 +173,30 @@ def load(data: Data, reads: Reads = "preferences") -> Corpus[Any]:
     Raises `ConfigError` for a format that does not hold what ``reads`` asks for, and `DataError` for a source that is
     missing or damaged, for a row that breaks the schema (``bad_rows: stop``) and for a split with no rows left.
     """
-    sources, parse = format_of(data.format, reads)
-    splits = sources(data)
-    rows: dict[str, dict[Any, Row]] = {}
+    splits = items(data, reads)
+    kept: dict[str, dict[Any, Row]] = {}
     counts = {}
     for split in reversed(SPLITS):  # validation first: train gives way to it
-        rows[split], counts[split] = _read(splits[split], parse, data, rows.get("validation", {}))
-        if not rows[split]:
-            remedy = "check data.domains, data.max_rows and data.max_spread, and that the file is not empty"
-            raise DataError(f"no rows of {split} are left: {counts[split]}", where=data.path, remedy=remedy)
-    train, validation = (list(rows[split].values()) for split in SPLITS)
+        kept[split], counts[split] = _read(splits[split], data, kept.get("validation", {}))
+        if split == "train" or not splits.divided:
+            _require_rows(split, kept[split], counts[split], data)
+    train, validation = (list(kept[split].values()) for split in SPLITS)
     return Corpus(train, validation, counts, _fingerprint(train, validation))
+
+
+def validation(data: Data, reads: Reads = "preferences") -> tuple[list[Any], SplitCounts]:
+    """The validation split alone, as `load` has it, and what became of its rows."""
+    rows, counts = _read(items(data, reads)["validation"], data, {})
+    _require_rows("validation", rows, counts, data)
+    return list(rows.values()), counts
+
+
+def _require_rows(split: str, rows: Mapping[Any, Row], counts: SplitCounts, data: Data) -> None:
+    if not rows:
+        remedy = (
+            "check data.domains, data.max_rows, data.max_spread and data.validation, and that the file is not empty"
+        )
+        raise DataError(f"no rows of {split} are left: {counts}", where=data.path or None, remedy=remedy)
 
 
 def _fingerprint(*splits: Sequence[Row]) -> str:
@@ -187,20 +211,16 @@ def _fingerprint(*splits: Sequence[Row]) -> str:
 _Kept = Mapping[Any, Row]
 
 
-def _read(
-    source: Rows, parse: Callable[[Any], Sequence[Row]], data: Data, elsewhere: _Kept
-) -> tuple[dict[Any, Row], SplitCounts]:
+def _read(source: Iterable[Item], data: Data, elsewhere: _Kept) -> tuple[dict[Any, Row], SplitCounts]:
     rows: dict[Any, Row] = {}
     bad: Counter[str] = Counter()
     read = other_domain = spread = duplicates = overlap = single = 0
-    for where, raw in source:
-        try:
-            found = parse(raw)
-        except BadRow as error:
+    for where, found in source:
+        if isinstance(found, BadRow):
             if data.bad_rows == "stop":
                 remedy = "mend the row, or leave such rows out and have them counted: data.bad_rows=skip"
-                raise DataError(str(error), where=error.where or where, remedy=remedy) from None
-            bad[error.reason] += 1
+                raise DataError(str(found), where=found.where or where, remedy=remedy)
+            bad[found.reason] += 1
             read += 1
             continue
         read += max(1, len(found))

@@ -96,7 +96,7 @@ def compared(data: Data) -> dict[str, Rows]:
 def _feedback(data: Data) -> dict[str, Callable[[], Rows]]:
     """Both splits of ``feedback``; none where the source has no such config."""
     folder = Path(data.path).expanduser()
-    if folder.is_dir() and not (folder / "feedback").is_dir():
+    if folder.exists() and not (folder / "feedback").is_dir():
         return {}
     try:
         return _tables("feedback", data)

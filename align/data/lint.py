@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.data.chat import Renderer
-from align.data.helpsteer import SPLITS, format_of
-from align.data.rows import BadRow, Preference, Rating
+from align.data.detect import resolved
+from align.data.helpsteer import items
+from align.data.mixing import SPLITS
+from align.data.rows import BadRow, Preference, Prompt, Rating
 from align.errors import DataError
-from align.sections import Data
+from align.sections import Data, Reads
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -27,7 +29,7 @@ PLACES = 5
 """Places that a finding names."""
 SIGNIFICANT = 0.01
 """A bias less likely than this by chance is a warning."""
-CHOSEN_FIRST = ("openai", "helpsteer3_edit_quality")
+CHOSEN_FIRST = ("openai", "trl", "helpsteer3_edit_quality")
 """Formats whose first response is the preferred one by construction."""
 
 CHECKS: dict[str, tuple[Severity, str]] = {
@@ -140,25 +142,22 @@ _Placed = list[tuple[str, Any]]
 """Rows, each with its place."""
 
 
-def lint(
-    data: Data, reads: Literal["preferences", "ratings"], renderer: Renderer | None = None, template: str = ""
-) -> Report:
+def lint(data: Data, reads: Reads, renderer: Renderer | None = None, template: str = "") -> Report:
     """Read everything and say what was found.
 
     ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
     one was asked for. Raises `DataError` for a source that is missing or damaged.
     """
-    sources, parse = format_of(data.format, reads)
+    data = resolved(data)
     findings = _Findings(data.path)
     splits: dict[str, _Placed] = {}
     read = {}
-    for split, items in sources(data).items():
+    placed = items(data, reads)
+    for split in SPLITS:
         splits[split], others = [], 0
-        for where, raw in items:
-            try:
-                found = parse(raw)
-            except BadRow as error:
-                findings.note(error.reason, error.where or where)
+        for where, found in placed[split]:
+            if isinstance(found, BadRow):
+                findings.note(found.reason, found.where or where)
                 others += 1
                 continue
             splits[split] += [(where, row) for row in found]
@@ -166,7 +165,7 @@ def lint(
                 findings.note("single", where)
                 others += 1
         read[split] = len(splits[split]) + others
-        if not splits[split]:
+        if not splits[split] and (split == "train" or not placed.divided):
             findings.add(Finding(f"empty_{split}", "error", f"{split} has no rows", 1))
     rows = [placed for split in SPLITS for placed in splits[split]]
     distinct = _repetitions(splits, findings)
@@ -184,18 +183,22 @@ def lint(
     if reads == "preferences":
         tables = _preferences(distinct, lengths, unit, data.format, findings)
     else:
-        tables = _ratings(distinct, lengths, unit, findings)
+        tables = _ratings(distinct, lengths, unit, findings) if reads == "ratings" else []
     tables += [_places(row for _, row in rows), _turns(row for _, row in rows)]
     if renderer is not None:
         tables.append(_quantiles(tokens.values()))
-    return Report(data.path, data.format, reads, read, findings.sorted(sum(read.values())), tables)
+    return Report(
+        data.path or ", ".join(data.sources), data.format, reads, read, findings.sorted(sum(read.values())), tables
+    )
 
 
 def _label(row: Any) -> Any:
-    return row.preference if isinstance(row, Preference) else dict(row.ratings)
+    return row.preference if isinstance(row, Preference) else dict(getattr(row, "ratings", {}))
 
 
 def _responses(row: Any) -> list[str]:
+    if isinstance(row, Prompt):
+        return []
     return [row.response1, row.response2] if isinstance(row, Preference) else [row.response]
 
 
@@ -233,6 +236,8 @@ def _check_texts(rows: _Placed, data: Data, findings: _Findings) -> None:
         if isinstance(row, Rating):
             if not row.ratings:
                 findings.note("unrated", where)
+        elif not isinstance(row, Preference):
+            continue
         elif row.preference == 0:
             findings.note("ties", where)
         elif responses[0] == responses[1]:
@@ -266,7 +271,7 @@ def _check_tokens(rows: _Placed, renderer: Renderer, data: Data, findings: _Find
         limit = data.max_response_tokens
         if len(prompt) > data.max_prompt_tokens:
             findings.note("long_prompt", where)
-        if max(map(len, responses)) > limit:
+        if max(map(len, responses), default=0) > limit:
             findings.note("long_response", where)
         if isinstance(row, Preference) and row.preference and row.response1 != row.response2:
             if responses[0] == responses[1]:

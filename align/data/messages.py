@@ -52,11 +52,11 @@ def parse_preference(raw: Any) -> list[Preference]:
     require(row, ("prompt", "chosen", "rejected"))
     strength = row.get("strength")
     strength = 1 if strength is None else integer("strength", strength, 0, 3)
-    chosen, rejected = [_response(field, row[field]) for field in ("chosen", "rejected")]
+    chosen, rejected = [response(field, row[field]) for field in ("chosen", "rejected")]
     if strength:
         require_spoken("chosen", chosen)
     context = conversation("prompt", turns("prompt", row["prompt"]))
-    return [Preference(context, chosen, rejected, -strength, *_place(row))]
+    return [Preference(context, chosen, rejected, -strength, *place(row))]
 
 
 def parse_rating(raw: Any) -> list[Rating]:
@@ -72,10 +72,11 @@ def parse_rating(raw: Any) -> list[Rating]:
         raise BadRow("ratings", "is not an object of numbers", given)
     found = {text("ratings", name): rating(f"ratings.{name}", value) for name, value in given.items()}
     ratings = {name: value for name, value in found.items() if value is not None}
-    return [Rating(conversation("messages", before), last.content, ratings, *_place(row))]
+    return [Rating(conversation("messages", before), last.content, ratings, *place(row))]
 
 
-def _response(field: str, value: object) -> str:
+def response(field: str, value: object) -> str:
+    """Text, or the content of a list of one turn of the assistant. Raises `BadRow`."""
     if not isinstance(value, list):
         return text(field, value)
     found = turns(field, value)
@@ -84,7 +85,7 @@ def _response(field: str, value: object) -> str:
     return found[0].content
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str]:
+def place(row: dict[str, Any]) -> tuple[str, str]:
     """Domain and language, empty where there is none."""
     domain, language = [row.get(field) for field in ("domain", "language")]
     return text("domain", "" if domain is None else domain), text("language", "" if language is None else language)

@@ -86,6 +86,31 @@ class Preference(Row):
 
 
 @dataclass(frozen=True)
+class Prompt(Row):
+    """A conversation that is to be answered."""
+
+    KEY = ("context",)
+
+    context: Context
+    domain: str
+    language: str
+    spread: int = 0
+
+
+@dataclass(frozen=True)
+class Demonstration(Row):
+    """A response to a conversation that is to be imitated."""
+
+    KEY = ("context", "response")
+
+    context: Context
+    response: str
+    domain: str
+    language: str
+    spread: int = 0
+
+
+@dataclass(frozen=True)
 class Comparison(Row):
     """Two responses to one conversation, which of them people preferred, and what each person wrote: what a judge that
     writes verdicts learns from."""

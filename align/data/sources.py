@@ -1,56 +1,109 @@
-"""Where rows come from: files of a folder or tables of the hub.
+"""Where rows come from: files, folders and tables of the hub.
 
-A row is a pair of its place, to name in errors, and a line of a file (bytes) or a row of the hub (a dict).
+A row is a pair of its place, to name in errors, and a line of a file (bytes) or a row of a table (a dict).
 
-A folder is read line by line here and not by ``datasets``: its JSON reader settles on one type per column, so a wrong
-type or a missing field in one row is cast in silence or fails without a line number. A hub id goes through
+JSON lines are read line by line here and not by ``datasets``: its JSON reader settles on one type per column, so a
+wrong type or a missing field in one row is cast in silence or fails without a line number. A hub id goes through
 ``datasets.load_dataset``, cached or streamed.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
+import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
+from align.data import layout
+from align.data.rows import BadRow, decoded
 from align.errors import DataError
 from align.sections import Data
 
 Rows = Iterator[tuple[str, Any]]
+_SUFFIXES = ", ".join(layout.SUFFIXES)
+CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
+"""Folders of HelpSteer3, each a data set of its own."""
 
 
 def tables(data: Data, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], Rows]]:
     """The tables at ``data.path`` by name; a call begins to read one from its first row.
 
-    ``stems`` gives the file of each table below the folder, without its suffix; ``hub`` are arguments of
-    ``load_dataset``. Raises `DataError` for a source or a table that is missing, and while reading for a damaged file.
+    ``stems`` gives the file of each table below the folder, without its suffix; where there is none of that name, any
+    file that `align.data.layout` finds for the split. ``hub`` are arguments of ``load_dataset``. A ``validation`` that
+    the source does not have is left out. Raises `DataError` for a source or a table that is missing, and while reading
+    for a damaged file.
     """
+    found = {name: partial(_renamed, rows, data.columns) for name, rows in _tables(data, stems, hub).items()}
+    return found if data.columns else {name: rows.args[0] for name, rows in found.items()}
+
+
+def _tables(data: Data, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], Rows]]:
     folder = Path(data.path).expanduser()
-    if folder.is_dir():
-        files = {name: _file(folder, name, stems, data.format) for name in stems}
-        return {name: partial(lines, file) for name, file in files.items()}
+    if folder.exists():
+        files = files_of(data.path, stems)
+        if "train" not in files:
+            raise _missing(folder, stems["train"], data.format)
+        return {name: partial(rows_of, several) for name, several in files.items()}
+    splits = hub_splits(data, hub)
+    own = layout.named(splits)
+    if "train" not in own:
+        raise DataError(f"split train is missing, found {sorted(splits)}", where=data.path)
+    wanted = {name: splits[own[name]] for name in stems if name in own}
+    return {name: partial(_hub_rows, f"{data.path}/{stems[name]}", table) for name, table in wanted.items()}
+
+
+def files_of(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:
+    """The files of each table of `tables`, those that are there."""
+    folder = Path(path).expanduser()
+    candidates = {
+        name: [folder / f"{stem}.{suffix}" for suffix in ("jsonl.gz", "jsonl")] for name, stem in stems.items()
+    }
+    own = {name: [file for file in files if file.is_file()][:1] for name, files in candidates.items()}
+    elsewhere = any("/" in stem for stem in stems.values()) and folder.is_dir()
+    if elsewhere and ("validation" not in stems or any((folder / name).is_dir() for name in CONFIGS)):
+        others = {}  # the format's own folders hold it, or nothing does
+    else:
+        others = layout.splits_of(path) or {}
+    return {name: files for name in stems if (files := own[name] or others.get(name, []))}
+
+
+def hub_splits(data: Data, hub: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The splits of a hub id by their name there."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.path):
-        raise DataError("there is no such folder", where=data.path, remedy="set data.path to a folder or a hub id")
+        remedy = "set data.path to a file, a folder or a hub id"
+        raise DataError("there is no such file or folder", where=data.path, remedy=remedy)
     options = {**hub, "streaming": True} if data.streaming else hub
     try:
-        found = datasets.load_dataset(data.path, **options, revision=data.revision)
+        return datasets.load_dataset(data.path, **options, revision=data.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"neither a folder here nor a data set that the hub gives: {next(iter(str(error).splitlines()), '')}",
             where=data.path,
             remedy="check data.path, data.revision and the network, or download it and give the folder",
         ) from error
-    if missing := set(stems) - set(found):
-        raise DataError(f"split {min(missing)} is missing, found {sorted(found)}", where=data.path)
-    return {name: partial(_hub_rows, f"{data.path}/{stem}", found[name]) for name, stem in stems.items()}
+
+
+def _renamed(rows: Callable[[], Rows], columns: Mapping[str, str]) -> Rows:
+    """Rows whose columns have the names that the format gives them. What cannot be read stays as it is."""
+    for where, raw in rows():
+        with suppress(BadRow):
+            row = decoded(raw)
+            others = {name: value for name, value in row.items() if name not in columns.values()}
+            raw = others | {field: row[name] for field, name in columns.items() if name in row}
+        yield where, raw
 
 
 def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> Rows:
@@ -64,15 +117,64 @@ def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> 
         raise DataError(message, where=f"{name}:{number}", remedy=remedy) from error
 
 
-def _file(folder: Path, name: str, stems: Mapping[str, str], form: str) -> Path:
-    candidates = [folder / f"{stems[name]}.{suffix}" for suffix in ("jsonl.gz", "jsonl")]
-    for file in candidates:
-        if file.is_file():
-            return file
-    looked_for = " and ".join(map(str, candidates))
-    holds = " and ".join(f"{stem}.jsonl.gz" for stem in stems.values())
-    remedy = f"with data.format={form}, data.path is the folder that holds {holds}"
-    raise DataError(f"no file of split {name}; looked for {looked_for}", where=str(folder), remedy=remedy)
+def _missing(folder: Path, stem: str, form: str) -> DataError:
+    if form == "auto":
+        message = f"no file of a training split: none is called train, or has no other split's name ({_SUFFIXES})"
+        return DataError(message, where=str(folder), remedy="give a file, or a folder with train.jsonl; docs/data.md")
+    looked_for = " and ".join(str(folder / f"{stem}.{suffix}") for suffix in ("jsonl.gz", "jsonl"))
+    remedy = f"with data.format={form}, data.path is a folder that holds {stem}.jsonl.gz; see docs/data.md for others"
+    return DataError(f"no file of split train; looked for {looked_for}", where=str(folder), remedy=remedy)
+
+
+def rows_of(files: Sequence[Path]) -> Rows:
+    """The rows of files, one after the other; of a folder those that ``save_to_disk`` wrote."""
+    return chain.from_iterable(map(_rows, files))
+
+
+def _rows(file: Path) -> Rows:
+    if file.is_dir() or file.suffix == ".parquet":
+        return _table_rows(file)
+    if file.suffix == ".csv":
+        return _csv_rows(file)
+    if file.suffix == ".json":
+        with file.open("rb") as stream:
+            if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                return _listed_rows(file)
+    return lines(file)
+
+
+def _table_rows(file: Path) -> Rows:
+    number = 0
+    try:
+        if file.is_dir():
+            rows: Iterable[Any] = datasets.load_from_disk(str(file))
+        else:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{file}:{number}", row
+    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
+        message, remedy = f"the file is damaged after this row: {error}", "copy or download the file again"
+        raise DataError(message, where=f"{file}:{number}", remedy=remedy) from error
+
+
+def _csv_rows(file: Path) -> Rows:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            for row in reader:
+                yield f"{file}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            remedy = "write the file as UTF-8 with a header line"
+            raise DataError(f"is no CSV: {error}", where=f"{file}:{reader.line_num}", remedy=remedy) from error
+
+
+def _listed_rows(file: Path) -> Rows:
+    try:
+        rows = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON: {error}", where=str(file), remedy="copy or download the file again") from error
+    yield from ((f"{file}[{number}]", row) for number, row in enumerate(rows))
 
 
 def lines(file: Path) -> Rows:

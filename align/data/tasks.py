@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from align.data import editing, judging, tokenise
 from align.data.chat import Renderer
-from align.data.rows import Preference
+from align.data.rows import Demonstration, Preference
 from align.sections import Reads
 from align.types import Sequences
 
@@ -21,13 +21,15 @@ class Task(NamedTuple):
     """Demonstrations of rows, by the recipe (`align.algorithms.sft.Config`), and what became of the rows."""
 
 
-def _answers(rows: Sequence[Preference], renderer: Renderer, config: Any) -> tuple[Sequences, dict[str, int]]:
+def _answers(
+    rows: Sequence[Preference | Demonstration], renderer: Renderer, config: Any
+) -> tuple[Sequences, dict[str, int]]:
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     return tokenise.demonstrations(rows, renderer, config.responses, *limits)
 
 
 DEMONSTRATIONS: dict[str, Task] = {
-    "answers": Task("preferences", _answers),
+    "answers": Task("demonstrations", _answers),
     "verdicts": Task("comparisons", judging.demonstrations),
     "feedback": Task("feedback", editing.feedback_demonstrations),
     "edits": Task("edits", editing.edit_demonstrations),

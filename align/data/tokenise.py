@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from align.data.chat import Message, Renderer
-from align.data.rows import Preference, Rating
+from align.data.rows import Demonstration, Preference, Rating, Row
 from align.errors import DataError
 from align.types import NOT_RATED, Packed, Pairs, Ratings, Sequences
 
@@ -25,7 +25,7 @@ class PromptSet:
     """``rows``, of which ``repeated`` (same context) and ``too_long`` were dropped, and ``kept``."""
 
 
-def prompts(rows: Iterable[Preference], renderer: Renderer, max_tokens: int) -> PromptSet:
+def prompts(rows: Iterable[Row], renderer: Renderer, max_tokens: int) -> PromptSet:
     """Each context once, in the order of first occurrence. Raises `DataError` when none is left."""
     counts = _counts("rows", "repeated", "too_long", "kept")
     ids: list[list[int]] = []
@@ -84,7 +84,7 @@ def pairs(
 
 
 def demonstrations(
-    rows: Iterable[Preference],
+    rows: Iterable[Preference | Demonstration],
     renderer: Renderer,
     responses: Literal["preferred", "all"],
     max_prompt_tokens: int,
@@ -100,6 +100,9 @@ def demonstrations(
     def items() -> Iterator[Item]:
         for row in rows:
             counts["rows"] += 1
+            if isinstance(row, Demonstration):
+                yield row.where, row.context, [row.response]
+                continue
             if responses == "preferred" and row.preference == 0:
                 counts["ties"] += 1
                 continue
@@ -199,4 +202,6 @@ def require_some(counts: Mapping[str, int], what: str) -> None:
     if not counts["kept"]:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "kept")
         remedy = "raise data.max_prompt_tokens and data.max_response_tokens, or give other data"
+        if not any(counts.values()):
+            remedy = "give data with a validation split, or raise data.validation, the part of train that is held out"
         raise DataError(f"no {what} are left of the data: {dropped}", remedy=remedy)

@@ -217,8 +217,11 @@ def _heldout(data: BenchmarkData) -> Benchmark:
         bad_rows=data.bad_rows,
     )
     split = data.split or "validation"
-    found = helpsteer.load(section)
-    rows = found.train if split == "train" else found.validation
+    if split == "train":
+        found = helpsteer.load(section)
+        rows, counts = found.train, found.counts[split]
+    else:
+        rows, counts = helpsteer.validation(section)
     judged = [row for row in rows if row.preference][: data.max_items]
     if not judged:
         raise DataError(f"all {len(rows)} rows of {split} are ties", where=data.path, remedy="give other data")
@@ -233,7 +236,6 @@ def _heldout(data: BenchmarkData) -> Benchmark:
         )
         for row in judged
     ]
-    counts = found.counts[split]
     dropped = {"duplicates": counts.duplicates, "ties": len(rows) - sum(1 for row in rows if row.preference)}
     dropped |= {
         "of other domains": counts.other_domain,

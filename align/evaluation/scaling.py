@@ -107,8 +107,9 @@ def read_prompts(section: ScalingPrompts) -> list[Context]:
     if path.is_file():
         found = _rows(path)
     else:
-        source = helpsteer.load(Data(path=section.path, format=section.format, revision=section.revision))
-        found = (row.context for row in getattr(source, section.split))
+        data = Data(path=section.path, format=section.format, revision=section.revision)
+        rows = helpsteer.validation(data, "prompts")[0] if section.split == "validation" else None
+        found = (row.context for row in (helpsteer.load(data, "prompts").train if rows is None else rows))
     contexts = list(islice(dict.fromkeys(found), section.max_prompts))
     if not contexts:
         raise DataError("no prompts are there", where=section.path, remedy="give a file with a row for each prompt")

@@ -29,7 +29,7 @@ _COLUMNS = ("severity", "count", "share", "finding", "first places")
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data lint``. The status is 1 where there are errors, or with ``--strict`` warnings."""
     data = section(arguments)
-    reads = arguments.reads or helpsteer.usual(data.format)
+    reads = arguments.reads or helpsteer.usual(data)
     renderer, problem = None, ""
     if arguments.tokenizer:
         tokenizer = chat.load_tokenizer(arguments.tokenizer)

@@ -18,7 +18,7 @@ HARMLESS = (
     r"placement|executor|benchmarks(\..*)?",
     r"\w+\.(zero_stage|micro_batch_tokens|offload_optimizer|offload_parameters|gradient_checkpointing)",
     r"\w+\.(generation_slots|gather_for_rollouts)",
-    r"data\.(path|revision|streaming|chat_template)|\w+\.(path|revision)|reference_cache",
+    r"data\.(path|revision|streaming|chat_template)|data\.sources\.[\w-]+\.(path|revision)|\w+\.(path|revision)|reference_cache",
     r"\w+\.(ensemble\.paths|chat_template)",
     r"\w+\.generative\.judge\.(path|revision|chat_template|micro_batch_tokens|generation_slots)",
     r"\w+\.generative\.judge\.endpoint\.(key_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency)",

@@ -34,7 +34,7 @@ from align.sections.roles import (
     Trained,
 )
 from align.sections.rollouts import Evaluation, OnPolicy, PolicyGradient, Shaping
-from align.sections.runs import Checkpoint, Cluster, Data, DataFormat, Reads, Recipe, Run
+from align.sections.runs import Checkpoint, Cluster, Data, DataFormat, Reads, Recipe, Run, Source
 from align.sections.sampling import Sampling
 from align.sections.scaling import InferenceScaling, ScalingPrompts, Sweep
 from align.sections.service import Replicas, RewardService
@@ -85,6 +85,7 @@ __all__ = [
     "ScalingPrompts",
     "SecondReward",
     "Shaping",
+    "Source",
     "StartingCritic",
     "StartingPolicy",
     "Steering",

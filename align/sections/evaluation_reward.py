@@ -26,7 +26,7 @@ class BenchmarkData:
     """Split of a hub id; of a folder, the files with this in their name, or all where none has it. Empty takes what
     the benchmark's authors report: ``train`` of RM-Bench, ``gpt`` of JudgeBench, ``filtered`` of RewardBench, ``test``
     of RewardBench 2. With ``heldout``: ``validation``, the default, or ``train``."""
-    format: DataFormat = "helpsteer3"
+    format: DataFormat = "auto"
     """With ``heldout``, as ``data.format`` of a recipe."""
     domains: list[str] = field(default_factory=list)
     """With ``heldout``, as ``data.domains`` of a recipe."""

@@ -8,7 +8,7 @@ from typing import Literal
 from align.sections.losses import PolicyLoss
 from align.sections.rewards import OptionalReward, Reward, SecondReward
 from align.sections.roles import Policy, Reference, Sampler, StartingPolicy
-from align.sections.runs import Recipe
+from align.sections.runs import Reads, Recipe
 from align.sections.sampling import Sampling
 
 
@@ -112,6 +112,10 @@ class OnPolicy(Recipe):
     def updates_per_step(self) -> int:
         """See `Recipe.updates_per_step`."""
         return self.epochs * self.minibatches
+
+    def reads(self) -> Reads:
+        """See `Recipe.reads`."""
+        return "prompts"
 
     def rows_per_step(self) -> tuple[str, int]:
         """See `Recipe.rows_per_step`."""

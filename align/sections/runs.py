@@ -15,6 +15,7 @@ from align.sections.rewards import OptionalReward
 from align.sections.roles import Model, Sampler
 
 DataFormat = Literal[
+    "auto",
     "helpsteer3",
     "helpsteer",
     "helpsteer2",
@@ -23,24 +24,60 @@ DataFormat = Literal[
     "helpsteer3_edit_quality",
     "openai",
     "nemo",
+    "trl",
 ]
 
-Reads = Literal["preferences", "comparisons", "ratings", "feedback", "edits", "principles"]
+Reads = Literal["preferences", "prompts", "demonstrations", "comparisons", "ratings", "feedback", "edits", "principles"]
 """What rows are read as; `align.data.rows` has a class for each."""
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several data sources; its keys are as those of ``data``."""
+
+    path: str = ""
+    """File, folder or hub id."""
+    format: DataFormat = "auto"
+    """What the rows look like."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns."""
+    weight: float = 1.0
+    """Part of the rows of its training split that are learned from, above 0 and at most 1: of n rows the nearest whole
+    number to ``weight`` times n, at least 1, chosen by the hash of their prompts. No row is repeated."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"path of a source is empty: {self.path!r}")
+        if not 0 < self.weight <= 1:
+            raise ValueError(
+                f"weight must be above 0 and at most 1: {self.weight}. To give a source more, lower the others"
+            )
+
+
+@dataclass(frozen=True)
 class Data:
-    """Data of the HelpSteer family, from the hub or from a folder of the same layout."""
+    """What is learned from: files of one's own, or data of the HelpSteer family."""
 
     path: str = MISSING
-    """Hub id (``nvidia/HelpSteer3``, ``nvidia/HelpSteer2``), or a folder that holds the files of ``format`` as the hub
-    has them."""
-    format: DataFormat = "helpsteer3"
-    """``helpsteer3``: HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``.
-    ``helpsteer2``: ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession
-    become a pair by their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``. The others
-    are in docs/data.md."""
+    """A file (JSON lines, Parquet, CSV), a folder of such files, a folder that ``datasets`` wrote with
+    ``save_to_disk``, or a hub id (``nvidia/HelpSteer3``)."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """In place of ``path``: several sources by a name of their own, ``{ours: {path: FILE, weight: 0.5}}``."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns that have another name than the format gives them: ``{prompt: question, chosen: answer_a}``."""
+    validation: float = 0.05
+    """Part of the prompts that are held out where the source has no validation split: those with the lowest hash, so
+    that a row's split depends on its prompt alone."""
+    system_prompt: str = ""
+    """System turn of conversations that have none; empty adds none."""
+    format: DataFormat = "auto"
+    """``auto`` finds it by the names of files and columns. ``trl``: what TRL's trainers take. ``helpsteer3``:
+    HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``. ``helpsteer2``:
+    ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession become a pair by
+    their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``. The others are in
+    docs/data.md."""
     max_spread: int | None = 2
     """Drop rows whose annotators lie further apart than this; None keeps all. Strengths with format
     ``helpsteer2_preference``, helpfulness with ``helpsteer2_disagreements``; others do not say. 2:
@@ -68,8 +105,14 @@ class Data:
     """Text passed to the template as ``date_string``. A template that writes today's date is refused without it."""
 
     def __post_init__(self) -> None:
-        if self.domains and self.format not in ("helpsteer3", "helpsteer3_edit_quality", "openai"):
-            others = "helpsteer3, helpsteer3_edit_quality or openai"
+        if bool(self.path) == bool(self.sources) and self.path != MISSING:
+            raise ValueError(f"give either path or sources: {self.path!r}, {sorted(self.sources)}")
+        if self.sources and (self.columns or self.revision or self.format != "auto"):
+            raise ValueError("with sources, each of them has its own format, revision and columns")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be at least 0 and below 1: {self.validation}")
+        if self.domains and self.format not in ("auto", "trl", "helpsteer3", "helpsteer3_edit_quality", "openai"):
+            others = "helpsteer3, helpsteer3_edit_quality, openai or trl"
             raise ValueError(f"domains needs format {others}: rows of {self.format} have no domain")
         if self.format == "helpsteer2" and self.max_rows is not None and self.max_rows % 2:
             raise ValueError(f"max_rows is even with format helpsteer2, where two rows make a pair: {self.max_rows}")

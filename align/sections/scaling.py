@@ -21,7 +21,7 @@ class ScalingPrompts:
     path: str = MISSING
     """File of JSON lines with ``prompt`` (text) or ``messages`` or ``context`` (list of {role, content}); else a folder
     or a hub id that is read as ``format``, each conversation once."""
-    format: DataFormat = "helpsteer3"
+    format: DataFormat = "auto"
     """As ``data.format`` of a recipe; not read for a file."""
     split: Literal["validation", "train"] = "validation"
     """Which split of a folder or hub id."""

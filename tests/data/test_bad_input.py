@@ -197,15 +197,14 @@ def test_a_format_read_as_what_it_is_not(tmp_path: Path, form: Any, reads: Any, 
 @pytest.mark.parametrize(
     ("form", "reads", "file"),
     [
-        ("nemo", "ratings", "val.jsonl"),
-        ("openai", "ratings", "validation.jsonl"),
+        ("nemo", "ratings", "train.jsonl"),
+        ("openai", "ratings", "train.jsonl"),
         ("helpsteer3", "principles", "principle/train.jsonl"),
         ("helpsteer2_disagreements", "ratings", "disagreements/disagreements.jsonl"),
     ],
 )
 def test_a_folder_without_the_files(tmp_path: Path, form: Any, reads: Any, file: str):
-    if not file.startswith(("principle", "disagreements")):
-        layouts.put(tmp_path / "train.jsonl", [layouts.nemo()])
+    layouts.put(tmp_path / ("val.jsonl" if file == "train.jsonl" else "preference/train.jsonl"), [layouts.nemo()])
     with pytest.raises(DataError, match="no file of split") as error:
         helpsteer.load(Data(path=str(tmp_path), format=form), reads)
     assert f"{tmp_path}/{file}" in error.value.message

@@ -211,15 +211,15 @@ class TestSources:
             load(folder)
 
     def test_no_folder(self, tmp_path: Path):
-        with pytest.raises(DataError, match="no such folder"):
+        with pytest.raises(DataError, match="no such file or folder"):
             load(tmp_path / "none")
 
     def test_no_file(self, tmp_path: Path):
         folder = write(tmp_path, [row()])
-        (folder / "preference" / "validation.jsonl.gz").unlink()
+        (folder / "preference" / "train.jsonl.gz").unlink()
         with pytest.raises(DataError) as error:
-            load(folder)
-        for name in ("validation.jsonl.gz", "validation.jsonl"):
+            load(folder, format="helpsteer3")
+        for name in ("train.jsonl.gz", "train.jsonl"):
             assert f"{folder}/preference/{name}" in error.value.message
 
     def test_empty_file(self, tmp_path: Path):
@@ -260,8 +260,8 @@ class TestSources:
             helpsteer.load(Data(path="nvidia/HelpSteer3"))
 
     def test_hub_without_a_split(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": []})
-        with pytest.raises(DataError, match=r"split validation is missing, found \['train'\]"):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train_sft": []})
+        with pytest.raises(DataError, match=r"split train is missing, found \['train_sft'\]"):
             helpsteer.load(Data(path="nvidia/HelpSteer3"))
 
 

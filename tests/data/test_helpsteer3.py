@@ -65,8 +65,8 @@ def test_comparisons_have_reasons_and_the_helpfulness_of_both_responses(tmp_path
 def test_comparisons_need_no_feedback(tmp_path: Path):
     layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
     assert load(tmp_path, "comparisons").train[0].helpfulness is None
-    layouts.put(tmp_path / "feedback" / "train.jsonl", [layouts.feedback()])
-    with pytest.raises(DataError, match="no file of split validation"):
+    layouts.put(tmp_path / "feedback" / "validation.jsonl", [layouts.feedback()])
+    with pytest.raises(DataError, match="no file of split train"):
         load(tmp_path, "comparisons")
 
 
@@ -207,12 +207,12 @@ def test_fingerprints_are_pinned(tmp_path: Path):
 
 
 def test_every_format_of_a_recipe_can_be_read():
-    assert set(helpsteer.FORMATS) == set(get_args(DataFormat))
+    assert {"auto", *helpsteer.FORMATS} == set(get_args(DataFormat))
 
 
 def test_a_format_that_does_not_hold_what_is_asked_for(tmp_path: Path):
     with pytest.raises(ConfigError) as error:
-        load(tmp_path, "ratings")
+        load(tmp_path, "ratings", format="helpsteer3")
     assert (
         error.value.message
         == "data.format=helpsteer3 holds preferences and comparisons and feedback and edits and principles, not ratings"

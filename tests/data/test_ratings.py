@@ -219,7 +219,7 @@ def test_a_run_says_what_became_of_its_ratings(tmp_path: Path):
     toy.tokenizer().save_pretrained(tmp_path / "tokenizer")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(run=tmp_path / "run", data=tmp_path, tokenizer=tmp_path / "tokenizer"))
-    prepared = launch.prepare(config.load(recipe, []))
+    prepared = launch.prepare(config.load(recipe, ["batch_size=1"]))
     assert isinstance(prepared.config, reward_model.Config)
     source = prepared.description["source"]
     assert (source["train"]["read"], source["train"]["spread"], source["train"]["kept"]) == (2, 1, 1)

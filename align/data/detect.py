@@ -1,0 +1,213 @@
+"""The format of a data source, by the names of its files and by the columns of its first rows."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from align.data import layout, sources
+from align.data.rows import BadRow, decoded
+from align.errors import ConfigError, DataError
+from align.sections import Data, Reads
+
+FIRST_ROWS = 20
+HUB = {"nvidia/HelpSteer3": "helpsteer3", "nvidia/HelpSteer2": "helpsteer2", "nvidia/HelpSteer": "helpsteer"}
+"""Formats of hub ids that hold several data sets."""
+PLACE = ("domain", "language")
+
+COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "helpsteer3": [
+        ("context", "response1", "response2", "overall_preference"),
+        ("context", "response1", "response2", "feedback1", "feedback2"),
+        ("context", "original_response", "edited_response", "feedback"),
+        ("context", "response", "principle", "fulfilment"),
+    ],
+    "helpsteer3_edit_quality": [("context", "original_response", "good_edited_response", "bad_edited_response")],
+    "helpsteer2": [("prompt", "response", "helpfulness")],
+    "helpsteer": [("prompt", "response", "helpfulness")],
+    "helpsteer2_preference": [("prompt", "response_1", "response_2", "preference_strength")],
+    "nemo": [("text", "label"), ("conversations",)],
+    "openai": [("prompt", "chosen", "rejected", "strength"), ("messages", "ratings")],
+    "trl": [("prompt",), ("chosen", "rejected"), ("messages",), ("prompt", "completion")],
+}
+"""What a row of each format has, in one of its forms."""
+
+FIELDS = sorted({name for forms in COLUMNS.values() for form in forms for name in form} | {*PLACE, "change_summary"})
+
+UNPAIRED = ("prompt", "completion", "label")
+
+
+def resolved(data: Data) -> Data:
+    """The section with the format of its source, or of each of its sources, in place of ``auto``.
+
+    Raises `DataError` for columns of no format or of several, and for unpaired preferences, and `ConfigError` for
+    ``columns`` that are not there.
+    """
+    if data.sources:
+        found = {name: resolved(alone(data, name)).format for name in data.sources}
+        return replace(data, sources={name: replace(one, format=found[name]) for name, one in data.sources.items()})
+    if data.format != "auto" and not data.columns:
+        return data
+    form = data.format if data.format != "auto" else HUB.get(data.path) or _by_folder(data.path)
+    rows = {} if form and not data.columns else _first_rows(data)
+    if data.columns:
+        _require_columns(data, rows)
+    try:
+        return replace(data, format=form or _by_columns(data, rows))
+    except ValueError as error:
+        raise ConfigError(f"data: {error}", remedy="see data in docs/recipes.md") from error
+
+
+def alone(data: Data, name: str) -> Data:
+    """The section of one of its sources."""
+    one = data.sources[name]
+    own: dict[str, Any] = {key: getattr(one, key) for key in ("path", "format", "revision", "columns")}
+    return replace(data, sources={}, **own)
+
+
+def described(data: Data) -> list[str]:
+    """A line for each source: its format, columns and files. ``data`` is `resolved`."""
+    if data.sources:
+        return [
+            f"{name}, weight {one.weight:g}: {line}"
+            for name, one in data.sources.items()
+            for line in described(alone(data, name))
+        ]
+    renamed = "".join(f", {field} from {name}" for field, name in data.columns.items())
+    files = sources.files_of(data.path, _stems(data))
+    if not files:
+        return [f"data: {data.format} from {data.path}{renamed}"]
+    held_out = f"validation: {data.validation:.3g} of its prompts, by their hash"
+    if "validation" in files:
+        held_out = f"validation from {layout.listed(files['validation'])}"
+    return [f"data: {data.format}{_used(data)}{renamed} from {layout.listed(files['train'])}, {held_out}"]
+
+
+def _stems(data: Data) -> dict[str, str]:
+    """The files of both splits, without suffix. Of HelpSteer3's folders that of preferences, or the first there is."""
+    own = "val" if data.format == "nemo" else "validation"
+    configs = _configs(data.path) if data.format.startswith("helpsteer3") else []
+    return (
+        {"train": f"{configs[0]}/train", "validation": f"{configs[0]}/{own}"}
+        if configs
+        else {"train": "train", "validation": own}
+    )
+
+
+def _used(data: Data) -> str:
+    """The columns that are read."""
+    if data.format.startswith("helpsteer3") and _configs(data.path):
+        return ""
+    columns = {name for row in _first_rows(data).values() for name in row}
+    read = dict.fromkeys(name for form in COLUMNS.get(data.format, []) if columns >= set(form) for name in form)
+    return f" ({', '.join(read)})" if read else ""
+
+
+def trl_reads(data: Data) -> Reads:
+    """What the rows of a source of format ``trl`` hold."""
+    columns = {name for row in _first_rows(data).values() for name, value in row.items() if value is not None}
+    if "chosen" in columns:
+        return "preferences"
+    return "demonstrations" if columns & {"messages", "completion"} else "prompts"
+
+
+def _by_folder(path: str) -> str | None:
+    """The format of a folder with HelpSteer3's own files."""
+    there = _configs(path)
+    if there == ["edit_quality"]:
+        return "helpsteer3_edit_quality"
+    return "helpsteer3" if there else None
+
+
+def _configs(path: str) -> list[str]:
+    """Folders of HelpSteer3 that hold a training split."""
+    folder = Path(path).expanduser()
+    files = {name: [folder / name / f"train.{suffix}" for suffix in ("jsonl.gz", "jsonl")] for name in sources.CONFIGS}
+    return [name for name, several in files.items() if any(file.is_file() for file in several)]
+
+
+def _first_rows(data: Data) -> dict[str, dict[str, Any]]:
+    """The first rows that can be read, by their place, with their columns renamed. Raises `DataError` for none."""
+    stems = {"train": "train", "validation": "validation"}
+    problem: tuple[str, BadRow] | None = None
+    found = {}
+    for where, raw in islice(sources.tables(data, stems)["train"](), FIRST_ROWS):
+        try:
+            found[where] = decoded(raw)
+        except BadRow as error:
+            problem = problem or (where, error)
+    if not found:
+        where, message = (problem[0], str(problem[1])) if problem else (data.path, "has no rows")
+        remedy = "give JSON lines, Parquet or CSV, or name the format: data.format"
+        raise DataError(f"the format cannot be found: {message}", where=where, remedy=remedy)
+    return found
+
+
+def _require_columns(data: Data, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    there = {name for row in rows.values() for name in row}
+    for name, column in data.columns.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise ConfigError(
+                f"data.columns: {name!r} is no column of any format", remedy=f"{hint}names: {', '.join(FIELDS)}"
+            )
+        if name not in there:
+            raise ConfigError(
+                f"data.columns: the first rows have no column {column!r} for {name}",
+                where=data.path,
+                remedy=f"columns there: {', '.join(sorted(there))}",
+            )
+
+
+def _by_columns(data: Data, rows: Mapping[str, Mapping[str, Any]]) -> Any:
+    first = next(iter(rows))
+    there = {name for row in rows.values() for name, value in row.items() if value is not None}
+    if there >= set(UNPAIRED):
+        raise DataError(
+            f"unpaired preferences ({', '.join(UNPAIRED)}): no algorithm of align learns from them",
+            where=first,
+            remedy="give pairs, rows with chosen and rejected; or leave label out to imitate every completion with sft",
+        )
+    forms = {name: [form for form in several if there >= set(form)] for name, several in COLUMNS.items()}
+    if forms["nemo"] == [("conversations",)] and not _labelled(rows):
+        forms["nemo"] = []
+    own = [form for form in forms["trl"] if form != ("prompt",)]
+    candidates = [name for name, several in forms.items() if several and name != "trl"]
+    if candidates == ["helpsteer2", "helpsteer"] and _lists(rows):
+        candidates = ["helpsteer2_disagreements"]
+    if candidates == ["openai"] or (not candidates and len(_kinds(own)) <= 1 and forms["trl"]):
+        return candidates[0] if candidates else "trl"
+    candidates += [f"trl with {' and '.join(form)}" for form in own if candidates or len(_kinds(own)) > 1]
+    if len(candidates) == 1:
+        return candidates[0]
+    columns = ", ".join(sorted(there))
+    if not candidates:
+        needs = "; ".join(f"{name}: {' or '.join(', '.join(form) for form in some)}" for name, some in COLUMNS.items())
+        remedy = f"name them as a format does, or say which they are: data.columns={{prompt: NAME, ...}}. {needs}"
+        raise DataError(f"columns of no format: {columns}", where=first, remedy=remedy)
+    remedy = f"say which one is meant: data.format is one of {', '.join(name.split()[0] for name in candidates)}"
+    if not any(name.startswith("helpsteer") for name in candidates):
+        remedy = "leave out the columns that are not meant"
+    raise DataError(f"columns of several formats ({'; '.join(candidates)}): {columns}", where=first, remedy=remedy)
+
+
+def _kinds(forms: list[tuple[str, ...]]) -> set[str]:
+    """Pairs, conversations or completions; ``messages`` beside pairs repeat the chosen one."""
+    kinds = {form[0] if form[0] != "prompt" else "completion" for form in forms}
+    return kinds - {"messages"} if "chosen" in kinds else kinds
+
+
+def _lists(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Ratings of several annotators."""
+    return any(isinstance(row.get("helpfulness"), list) for row in rows.values())
+
+
+def _labelled(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Turns with a label, as NeMo has them."""
+    turns = (turn for row in rows.values() for turn in row.get("conversations") or [])
+    return any(isinstance(turn, dict) and "label" in turn for turn in turns)

@@ -1,0 +1,89 @@
+"""Which files of a data source hold which split. Loads neither torch nor ``datasets``.
+
+A source is a file, a folder of files, a folder that ``datasets`` wrote with ``save_to_disk`` (a `Dataset` or a
+`DatasetDict`), or a hub id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from align.errors import DataError
+
+TRAIN = ("train", "training")
+VALIDATION = ("validation", "valid", "val", "dev", "eval", "test")
+"""Names of a split of each kind; of several the first is taken."""
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+_SHARD = r"(?:[-_.]?(?:part)?[-_.]?\d+(?:-of-\d+)?)?"
+"""What may follow the name of a split: ``train-00000-of-00002``."""
+
+
+def named(names: Iterable[str]) -> dict[str, str]:
+    """Which of ``names`` are ``train`` and ``validation``; those that are neither are left out."""
+    by_name = {name.lower(): name for name in names}
+    kinds = {"train": TRAIN, "validation": VALIDATION}
+    found = {kind: [by_name[name] for name in known if name in by_name] for kind, known in kinds.items()}
+    return {kind: several[0] for kind, several in found.items() if several}
+
+
+def splits_of(path: str) -> dict[str, list[Path]] | None:
+    """The files of ``train`` and ``validation``, or the folders that ``save_to_disk`` wrote; a split without a file is
+    left out. None for what is no path here. Raises `DataError` for files that do not say which split they are."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        if not place.name.endswith(SUFFIXES):
+            remedy = f"give a file of one of these kinds: {', '.join(SUFFIXES)}"
+            raise DataError("cannot be read as a data source", where=str(place), remedy=remedy)
+        return {"train": [place]}
+    if not place.is_dir():
+        return None
+    if (place / "dataset_dict.json").is_file():
+        names = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        found = {kind: [place / name] for kind, name in named(names).items()}
+        if "train" not in found:
+            raise DataError(f"no split train, found {', '.join(names)}", where=path, remedy="rename one to train")
+        return found
+    if (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
+        return {"train": [place]}
+    return _by_name(place)
+
+
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder, of its folder ``data``, and of folders that are called as a split."""
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        stem = file.name.partition(".")[0]
+        inner = "" if file.parent == folder else file.parent.name
+        own = _label(stem)
+        if not file.is_file() or not file.name.endswith(SUFFIXES) or stem.startswith("."):
+            continue
+        if inner in ("", "data") and (own or not file.name.endswith(".json")):
+            files[own].append(file)
+        elif inner in TRAIN + VALIDATION:
+            files[inner].append(file)
+    unnamed = files.pop("", [])
+    found = {kind: files[name] for kind, name in named(files).items()}
+    if "train" not in found and unnamed:
+        found["train"] = unnamed
+    for split, several in found.items():
+        kinds = sorted({suffix for file in several for suffix in SUFFIXES if file.name.endswith(suffix)})
+        if len(kinds) > 1:
+            names = ", ".join(file.name for file in several[:4])
+            remedy = "keep one of them, or give one file as data.path"
+            raise DataError(f"{split} is there as {' and '.join(kinds)}: {names}", where=str(folder), remedy=remedy)
+    return found
+
+
+def _label(stem: str) -> str:
+    """The name of the split that a file is called after; empty for none."""
+    match = re.fullmatch(rf"({'|'.join(TRAIN + VALIDATION)}){_SHARD}", stem, re.IGNORECASE)
+    return match[1].lower() if match else ""
+
+
+def listed(files: Sequence[Path]) -> str:
+    """Files in a line."""
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -1,0 +1,117 @@
+"""Splits of a data source, and the mix of several: which row is held out and which is learned from.
+
+Both follow from the hash of a row's prompt alone. So all rows of one prompt are in one split, wherever they stand, and
+rows that are added move none of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+from align.data.chat import Message
+from align.data.detect import alone
+from align.data.rows import BadRow, Context, Row
+from align.data.sources import Rows
+from align.sections import Data
+
+SPLITS = ("train", "validation")
+
+Item = tuple[str, "Sequence[Row] | BadRow"]
+"""A place, and the rows that were read there or why there are none."""
+
+
+class Format(NamedTuple):
+    """How a source is read as rows of one kind."""
+
+    sources: Callable[[Data], dict[str, Rows]]
+    """Both splits as they come, item by item; the training split alone where there is no other."""
+    parse: Callable[[Any], Sequence[Row]]
+    """The rows of one item. Raises `BadRow`."""
+
+
+class Splits(dict[str, Iterable[Item]]):
+    """Items by the name of their split."""
+
+    divided = False
+    """Whether the validation split is a part of what the source has for training."""
+
+
+def split_items(data: Data, form: Format) -> Splits:
+    """Both splits of one source. Without a validation split of its own, ``data.validation`` of the prompts are it."""
+    found = Splits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
+    if "validation" not in found:
+        found = _divided(found["train"], data.validation)
+    if data.system_prompt:
+        for split, items in found.items():
+            found[split] = _with_system(items, Message("system", data.system_prompt))
+    return found
+
+
+def _parsed(rows: Rows, parse: Callable[[Any], Sequence[Row]]) -> Iterator[Item]:
+    for where, raw in rows:
+        try:
+            yield where, parse(raw)
+        except BadRow as error:
+            yield where, error
+
+
+def _divided(items: Iterable[Item], fraction: float) -> Splits:
+    """Bad rows, whose prompt is not known, stay in train."""
+    parts: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for where, rows in items:
+        held_out = not isinstance(rows, BadRow) and bool(rows) and share(rows[0].context) < fraction
+        parts["validation" if held_out else "train"].append((where, rows))
+    found = Splits(parts)
+    found.divided = True
+    return found
+
+
+def share(context: Context, salt: str = "") -> float:
+    """The hash of a conversation as a number in [0, 1), equal on every machine."""
+    digest = hashlib.sha256(f"{salt}{json.dumps(context)}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _with_system(items: Iterable[Item], system: Message) -> Iterator[Item]:
+    for where, rows in items:
+        if isinstance(rows, BadRow):
+            yield where, rows
+        else:
+            yield where, [_led(row, system) for row in rows]
+
+
+def _led(row: Any, system: Message) -> Row:
+    return row if row.context[0].role == "system" else replace(row, context=(system, *row.context))
+
+
+def mixed(data: Data, read: Callable[[Data], Splits]) -> Splits:
+    """The sources of ``data``: their training splits one after the other, each by its weight, and their validation
+    splits whole, a row of each in turn."""
+    parts = {name: read(alone(data, name)) for name in data.sources}
+    train = [weighted(list(part["train"]), data.sources[name].weight) for name, part in parts.items()]
+    turns = zip_longest(*(part["validation"] for part in parts.values()))
+    found = Splits(
+        {"train": chain(*train), "validation": (item for turn in turns for item in turn if item is not None)}
+    )
+    found.divided = all(part.divided for part in parts.values())
+    return found
+
+
+def weighted(items: list[Item], weight: float) -> list[Item]:
+    """As many of ``items`` as ``weight`` says, those whose prompts have the lowest hash, in their order."""
+    if weight == 1 or not items:
+        return items
+    count = max(1, round(weight * len(items)))
+    ranks = {number: _rank(rows) for number, (_, rows) in enumerate(items)}
+    chosen = set(sorted(ranks, key=lambda number: (ranks[number], number))[:count])
+    return [item for number, item in enumerate(items) if number in chosen]
+
+
+def _rank(rows: Sequence[Row] | BadRow) -> float:
+    """Bad rows come first: a weight does not hide them."""
+    return -1.0 if isinstance(rows, BadRow) or not rows else share(rows[0].context, "weight")
