@@ -97,6 +97,8 @@ class TextReader:
     why: str
     renderers: str
     """Fingerprints of what its models render text by; none where it has no model."""
+    templates: tuple[Renderer, ...] = ()
+    """Of its models that read a conversation turn by turn."""
 
 
 def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
@@ -134,11 +136,10 @@ def _reads_text(name: str, section: sections.Reward, renderer: Renderer) -> Text
     why = [f"{path}: {reason}" for path, reason in reasons.items() if reason]
     if not why:
         return None
-    prints = [
-        texts.Text(tokenizer, read, section).renderer.fingerprint
-        for tokenizer, read in zip(tokenizers, reads, strict=True)
-    ]
-    return TextReader("; ".join(why), " ".join(prints))
+    templates = tuple(
+        texts.Text(tokenizer, read, section).renderer for tokenizer, read in zip(tokenizers, reads, strict=True)
+    )
+    return TextReader("; ".join(why), " ".join(one.fingerprint for one in templates), templates)
 
 
 def located(section: Model) -> Model:
@@ -195,7 +196,10 @@ def prepare(loaded: Loaded) -> Prepared:
     renderer = load_renderer(config)
     readers = text_readers(config, renderer)
     source = helpsteer.load(config.data, config.reads())
+    templates = [template for reader in readers.values() for template in reader.templates]
+    source, refused = helpsteer.readable(source, templates, config.data)
     material, counts = algorithm.prepare(config, source, renderer)
+    counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
     num_rows = config.num_rows(counts)
     prompts.require_rows(config, num_rows)
     config = config.with_steps(num_rows)

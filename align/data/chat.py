@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -162,6 +163,12 @@ class Renderer:
         self._name = chat_template or f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         self.template = _read_template(tokenizer, chat_template, section)
         self._end_of_turn = self._find_end_of_turn()
+
+    def with_bad_rows(self, bad_rows: Literal["stop", "skip"]) -> Renderer:
+        """The same renderer with another ``bad_rows``."""
+        other = copy(self)
+        other._bad_rows = bad_rows
+        return other
 
     @contextmanager
     def row(self, where: str, counts: dict[str, int]) -> Iterator[None]:

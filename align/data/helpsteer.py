@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from align.data import helpsteer2, helpsteer3, messages, nemo, trl
+from align.data.chat import Renderer
 from align.data.detect import alone, resolved, trl_reads
 from align.data.mixing import SPLITS, Format, Item, Splits, mixed, split_items
 from align.data.rows import BadRow, Comparison, Edit, Feedback, Preference, Principle, Rating, Row
@@ -197,6 +199,27 @@ def _require_rows(split: str, rows: Mapping[Any, Row], counts: SplitCounts, data
             "check data.domains, data.max_rows, data.max_spread and data.validation, and that the file is not empty"
         )
         raise DataError(f"no rows of {split} are left: {counts}", where=data.path or None, remedy=remedy)
+
+
+def readable(source: Corpus[R], renderers: Sequence[Renderer], data: Data) -> tuple[Corpus[R], dict[str, int]]:
+    """The corpus without rows whose conversation the template of a reward model refuses, and how many these are.
+
+    Raises `DataError` for the first of them with ``data.bad_rows: stop``.
+    """
+    refused: dict[str, int] = {}
+    if not renderers:
+        return source, refused
+    own = [renderer.with_bad_rows(data.bad_rows) for renderer in renderers]
+    splits = {}
+    for split, rows in zip(SPLITS, (source.train, source.validation), strict=True):
+        splits[split] = []
+        for row in rows:
+            with ExitStack() as stack:
+                for renderer in own:
+                    stack.enter_context(renderer.row(row.where, refused))
+                    renderer.prompt_ids(row.context)
+                splits[split].append(row)
+    return replace(source, **splits), refused
 
 
 def _fingerprint(*splits: Sequence[Row]) -> str:

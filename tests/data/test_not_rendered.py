@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.data import conversations, editing, judging, steered, toy_family
+from align.data import conversations, editing, helpsteer, judging, steered, toy_family
 from align.data.chat import Message, Renderer
 from align.data.rows import Comparison, Context, Edit, Feedback, Preference, Rating
 from align.data.steering import Form
@@ -99,3 +99,16 @@ def test_judges_that_read_text_know_the_other_prompts(tmp_path: Path):
         prompt_B=SimpleNamespace(tolist=lambda: [0]),
     )
     assert known.dialogues(sequences)[0].context == GOOD
+
+
+def test_rows_that_the_template_of_a_reward_model_refuses(tmp_path: Path):
+    """It would meet them in the middle of the run."""
+    rows = [replace(PREFERENCE, context=BAD, where="train.jsonl:6"), PREFERENCE]
+    corpus = helpsteer.Corpus(rows, rows[1:], {}, "")
+    lenient, strict = Renderer(toy_family.tokenizer()), renderer(tmp_path, "stop")
+    assert helpsteer.readable(corpus, [], Data(path="x")) == (corpus, {})
+    assert helpsteer.readable(corpus, [lenient], Data(path="x")) == (corpus, {})
+    with pytest.raises(DataError, match=r"train\.jsonl:6: .* cannot render the row"):
+        helpsteer.readable(corpus, [lenient, strict], Data(path="x"))
+    found, counts = helpsteer.readable(corpus, [lenient, strict], Data(path="x", bad_rows="skip"))
+    assert (found.train, found.validation, counts) == ([PREFERENCE], [PREFERENCE], {"not_rendered": 1})
