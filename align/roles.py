@@ -151,7 +151,7 @@ class Policy(Previous, Protocol):
     def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
         """log pi(token t | before) under the weights as they are now, (B, T), before this step's first update.
 
-        Those of the rollout itself where the weights are the ones that sampled; else a forward pass.
+        Those of the rollout itself where the policy sampled with the weights that it has now; else a forward pass.
         """
         ...
 

@@ -140,6 +140,8 @@ class Weights(Record):
     """A model's weights on their way to another role: whole, adapters merged, by name."""
 
     tensors: Mapping[str, Tensor]
+    logprob_BT: Tensor
+    """What the sender itself computes on `align.models.verify_export.probe`, at temperature 1."""
 
 
 @checked

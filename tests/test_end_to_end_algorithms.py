@@ -112,8 +112,10 @@ def test_a_sampler_on_slots_of_its_own_samples_what_the_policy_would(run):
     assert [one["mismatch_kl"] > 0 for one in metrics(here)] == [False, True, True]
     # The rollouts of steps 1 and 2 come from the same weights, those of step 3 from what step 1 made of them.
     assert ["seconds/sync" in one for one in metrics(there)] == [True, False, True]
-    for a, b in ((apart, here), (on_policy, plain)):  # the same weights bit for bit, sent or not
-        assert all(torch.equal(weights(a)[name], weights(b)[name]) for name in weights(a))
+    for a, b in ((apart, here), (on_policy, plain)):  # up to rounding, for log pi_old is computed anew with a sampler
+        for name, weight in weights(a).items():
+            torch.testing.assert_close(weight, weights(b)[name], rtol=0, atol=1e-4, msg=name)
+    assert all(abs(one["mismatch_kl"]) < 1e-6 for one in metrics(on_policy))
 
 
 @pytest.mark.slow

@@ -261,7 +261,10 @@ RECORDS = [
     Prompts(Packed.from_lists(ROWS), torch.arange(4), (0, 2), 5),
     rollouts(),
     pairs(),
-    Weights({"half": torch.tensor([[1.5, -2.0], [3e38, 1e-40]], dtype=torch.bfloat16), "whole": torch.tensor([0.1])}),
+    Weights(
+        {"half": torch.tensor([[1.5, -2.0], [3e38, 1e-40]], dtype=torch.bfloat16), "whole": torch.tensor([0.1])},
+        torch.zeros(2, 3),
+    ),
     Batch(sequences(), {"b_B": torch.tensor([True, False, True]), "x_BT": torch.ones(3, 2).double()}, 1, 0.5),
 ]
 
@@ -296,7 +299,7 @@ def test_buffers_travel_beside_the_pickle():
 def test_bfloat16_weights_travel_as_their_bits():
     # numpy has no such type: every one of the 2^16 patterns, numbers that are none included.
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
-    sent = Weights({"w": bits.view(torch.bfloat16).view(256, 256).T})  # not contiguous
+    sent = Weights({"w": bits.view(torch.bfloat16).view(256, 256).T}, torch.zeros(1, 1))  # not contiguous
     back = pickle.loads(pickle.dumps(sent)).tensors["w"]
     assert (back.dtype, back.shape) == (torch.bfloat16, (256, 256))
     assert back.T.contiguous().view(torch.int16).flatten().equal(bits)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,23 @@ def stored(section: Model, name: str, rows: int | slice = slice(None), remedy: s
     except (OSError, KeyError, SafetensorError) as error:
         problem = f"{section.path}: its safetensors hold no {name} ({first_line(error)})"
         raise ModelError(problem, remedy=remedy) from error
+
+
+def stored_dtype(section: Model) -> torch.dtype | None:
+    """Number format of most of a checkpoint's weights, by its first file; None where weights are drawn (``init``)."""
+    if section.init:
+        return None
+    file = stored_file(section, SINGLE)
+    if file is None:
+        index = json.loads(Path(stored_file(section, INDEX) or INDEX).read_text(encoding="utf-8"))
+        shard = min(index["weight_map"].values())
+        file = stored_file(section, shard) or shard
+    sizes: Counter[str] = Counter()
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            part = tensors.get_slice(name)
+            sizes[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def stored_file(section: Model, name: str) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from align.data import chat, collate
 from align.engines import distributed, state
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import SaveError
-from align.models import export, load
+from align.models import export, load, verify_export, weights
 from align.roles import Future, LossFunction, Metrics
 from align.run.clock import Span
 from align.sections import Model, Trained
@@ -132,6 +133,8 @@ class TrainedWorker(Worker):
     stateless = False
     _writing: futures.Future[list[FileRecord]] | None = None
     """Files that are being written, or were and have not been asked for."""
+    inference_arguments: Mapping[str, float] = MappingProxyType({})
+    """What the head needs to know beside tokens, for outputs that transformers gives too."""
 
     def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
         """Adapters and activation checkpoints, as the recipe says."""
@@ -197,11 +200,18 @@ class TrainedWorker(Worker):
 
     @answered
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
-        """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk."""
-        first = self.spec.rank == 0
-        state = export.state_dict(self.model, self.engine.full, keep=first)
+        """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk.
+
+        Raises `ModelError` where the folder would not be the trained model.
+        """
+        section, first = self.spec.section, self.spec.rank == 0
+        assert isinstance(section, Trained)
+        expected = self.engine.infer(verify_export.probe(self.tokenizer), **self.inference_arguments)
+        base = weights.stored_dtype(section) if section.lora.rank else None
+        dtype = base and export.merged_dtype(self.model, self.engine.full, base)
+        state = export.state_dict(self.model, self.engine.full, keep=first, dtype=dtype)
         if first:
-            export.write(self.model, self.tokenizer, state, folder, extra)
+            export.write(self.model, self.tokenizer, state, folder, extra, expected)
 
 
 def _write(

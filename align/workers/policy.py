@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from align.data import collate
 from align.engines import generation
 from align.engines.deepspeed import Engine
 from align.errors import ModelError
-from align.models import export, heads
+from align.models import export, heads, verify_export
 from align.roles import Future, LossFunction, Metrics, Ready
 from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
@@ -67,6 +68,8 @@ class ReferenceWorker(Worker):
 class PolicyWorker(TrainedWorker, ReferenceWorker):
     """The actor."""
 
+    inference_arguments = MappingProxyType({"temperature": 1.0})
+
     def load(self) -> None:
         model = self._causal_lm()
         self._make_trainable(model, task="CAUSAL_LM")
@@ -83,7 +86,9 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     @answered
     def weights(self) -> Weights:
         """All weights as they are now, for a sampler; every rank takes part, only rank 0 has them."""
-        return Weights(export.state_dict(self.model, self.engine.full, keep=self.spec.rank == 0))
+        computed = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)
+        tensors = export.state_dict(self.model, self.engine.full, keep=self.spec.rank == 0)
+        return Weights(tensors, computed["logprob_BT"])
 
 
 class SamplerWorker(Worker):
@@ -95,13 +100,28 @@ class SamplerWorker(Worker):
 
     @answered
     def receive(self, sent: Answer[Weights]) -> None:
-        """Take over the policy's weights, every one of them."""
+        """Take over the policy's weights, every one of them, and compute what the policy computes with them.
+
+        Raises `ModelError` where log-probabilities of a fixed batch differ by more than rounding explains.
+        """
         tensors, own = sent.value.tensors, dict(self.model.named_parameters())
         if tensors.keys() != own.keys():
             raise ModelError(f"policy and sampler differ in weights: {sorted(tensors.keys() ^ own.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+            head, sequences = heads.TokenLogprobs(self.model), verify_export.probe(self.tokenizer)
+            layout = (collate.packed if head.packed else collate.padded)(sequences).to(self.device)
+            logprob_BT = head(layout, temperature=1.0)["logprob_BT"].float().cpu()
+        apart = verify_export.difference(sent.value.logprob_BT, logprob_BT)
+        allowed = verify_export.tolerance(self.model.dtype, *{value.dtype for value in tensors.values()})
+        if not apart <= allowed:
+            raise ModelError(
+                f"the sampler does not hold the policy: on a fixed batch its log-probabilities differ by "
+                f"{apart:.3g} on average from the policy's, and rounding explains {allowed:.3g}",
+                remedy="have the policy sample itself (leave sampler out of placement), name other "
+                "policy.lora.targets, or hold both in float32",
+            )
 
     @answered
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
@@ -211,7 +231,7 @@ class Policy(TrainedRole, Reference):
 
     def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
         """See `align.roles.Policy`."""
-        if self._version_at[rollouts.step] == self._version:
+        if self._sampler is None and self._version_at[rollouts.step] == self._version:
             return Ready(rollouts.logprob_BT)
         return self.logprobs(rollouts.sequences, rollouts.temperature)
 

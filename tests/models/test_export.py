@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,8 +27,8 @@ from transformers import (
 
 from align.data import collate, toy
 from align.errors import ModelError
-from align.models import export, load
-from align.models.heads import LastTokenScore, TokenLogprobs
+from align.models import export, load, verify_export
+from align.models.heads import LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues, is_packed
 from align.sections import Lora, Model
 from align.types import Packed, Sequences
 
@@ -68,8 +71,19 @@ def build(config: Any, auto: Any = AutoModelForCausalLM, attention: str = "sdpa"
     return model
 
 
-def written(model: Any, tokenizer: Any, folder: Path) -> Path:
-    export.write(model, tokenizer, export.state_dict(model, whole, keep=True), folder, {"note.txt": "é\n"})
+def outputs(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """What the head of a role gives on the batch that an export is checked on."""
+    layout = (collate.packed if is_packed(model) else collate.padded)(verify_export.probe(tokenizer))
+    with torch.no_grad():
+        if not hasattr(model, "score"):
+            return TokenLogprobs(model)(layout, temperature=1.0)
+        return LastTokenAttributes(model)(layout) if model.config.num_labels > 1 else LastTokenScore(model)(layout)
+
+
+def written(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    state = export.state_dict(model, whole, keep=True, dtype=dtype)
+    export.write(model, tokenizer, state, folder, {"note.txt": "é\n"}, outputs(model, tokenizer))
+    assert state == {}  # no second copy stays in memory
     assert (folder / "note.txt").read_text(encoding="utf-8") == "é\n"
     return folder
 
@@ -151,6 +165,104 @@ def test_adapters_of_a_scorer_are_merged_beside_its_new_head(tokenizer, tmp_path
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 
+# The folder computes what the model in training computes
+
+
+def test_the_oracle_of_each_head(tokenizer, tmp_path):
+    """Log-probabilities, values, scores and attributes by transformers alone are those of our heads."""
+    sequences = verify_export.probe(tokenizer)
+    layout = collate.packed(sequences)
+    causal = build(CONFIGS["llama"], attention="packed")
+    scorers = [
+        build(LlamaConfig(**SIZES, num_labels=n, pad_token_id=0), AutoModelForSequenceClassification, "packed")
+        for n in (1, 3)
+    ]
+    for head, arguments in (
+        (TokenLogprobs(causal), {"temperature": 1.0}),
+        (TokenValues(scorers[0]), {}),
+        (LastTokenScore(scorers[0]), {}),
+        (LastTokenAttributes(scorers[1]), {}),
+    ):
+        name = head.outputs[0]
+        with torch.no_grad():
+            expected = head(layout, **arguments)[name]
+        plain = type(head.model)(copy.deepcopy(head.model.config)).eval()
+        plain.load_state_dict(head.model.state_dict())
+        plain.config._attn_implementation = "eager"
+        with torch.no_grad():
+            found = verify_export.READERS[name](plain, sequences, expected)
+        assert verify_export.difference(expected, found) < 1e-5
+        assert float(expected.abs().max()) > 0.01
+
+
+def test_a_folder_that_computes_something_else_is_refused(tokenizer, tmp_path):
+    """Adapters on one end of tied embeddings, put there past the check of targets: the weights agree bit for bit with
+    the state that was meant to be written, and the behaviour does not."""
+    model = build(CONFIGS["tied"])
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"), model)
+    with torch.no_grad():
+        model.lm_head.lora_B.default.weight.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
+    state = export.state_dict(model, whole, keep=True)
+    with pytest.raises(
+        ModelError, match=r"not the trained model: .* log-probabilities differ by [\d.]+ on average"
+    ) as caught:
+        export.write(model, tokenizer, state, tmp_path / "final", {}, outputs(model, tokenizer))
+    assert "rounding explains 0.001" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_refused(tokenizer, tmp_path):
+    model = build(CONFIGS["llama"])
+    expected = {"logprob_BT": outputs(model, tokenizer)["logprob_BT"].fill_(float("nan"))}
+    with pytest.raises(ModelError, match="not the trained model"):
+        export.write(model, tokenizer, export.state_dict(model, whole, keep=True), tmp_path / "final", {}, expected)
+
+
+def test_the_difference_is_absolute_for_small_numbers_and_relative_for_large_ones():
+    assert verify_export.difference(torch.tensor([0.5, -4.0]), torch.tensor([0.75, -4.0])) == 0.125
+    assert verify_export.difference(torch.tensor([0.5, -4.0]), torch.tensor([0.5, -5.0])) == 0.125
+    assert verify_export.tolerance(torch.float32, torch.bfloat16) == verify_export.tolerance(torch.bfloat16)
+
+
+# Number formats of merged weights
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(0.1, torch.bfloat16), (1e-4, torch.float32)])
+def test_merged_weights_have_the_base_s_format_unless_rounding_loses_the_update(scale, dtype, tokenizer, tmp_path):
+    """A base in bfloat16, held in float32 for training."""
+    base = build(CONFIGS["llama"]).bfloat16()
+    model = adapted(copy.deepcopy(base).float(), "CAUSAL_LM")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.mul_(scale / 0.1)
+    assert export.merged_dtype(model, whole, torch.bfloat16) == dtype
+    exact = export.state_dict(model, whole, keep=True)
+    layers = [(exact[name], base.get_parameter(name).float()) for name in exact if "proj" in name]
+    lost = sum(float((merged.bfloat16().float() - merged).square().sum()) for merged, _ in layers)
+    learned = sum(float((merged - before).square().sum()) for merged, before in layers)
+    print(f"rounding to bfloat16 loses {(lost / learned) ** 0.5:.2f} of the update")
+    assert ((lost / learned) ** 0.5 < 0.25) == (dtype == torch.bfloat16)
+    folder = written(model, tokenizer, tmp_path / "final", dtype)
+    stored = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == dtype
+    frozen = [name for name in stored if "proj" not in name]
+    assert len(frozen) == 7  # embeddings, output layer, norms: the base's own, bit for bit
+    assert all(torch.equal(stored[name].bfloat16(), base.get_parameter(name)) for name in frozen)
+
+
+def test_a_weight_that_was_trained_whole_is_not_rounded(tokenizer, tmp_path):
+    config = LlamaConfig(**SIZES, num_labels=1, pad_token_id=0)
+    model = adapted(build(config, AutoModelForSequenceClassification).bfloat16().float(), "SEQ_CLS")
+    with torch.no_grad():
+        model.score.weight.mul_(1.0001)
+    stored = load_file(written(model, tokenizer, tmp_path / "final", torch.bfloat16) / "model.safetensors")
+    assert torch.equal(stored["score.weight"], model.score.weight)
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_only_adapters_move_in_a_step():
     model = adapted(build(CONFIGS["llama"], attention="packed"), "CAUSAL_LM")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -187,14 +299,14 @@ def test_a_flipped_bit_is_found(place, tokenizer, tmp_path):
     model = build(CONFIGS["llama"])
     state = export.state_dict(model, whole, keep=True)
     folder = written(model, tokenizer, tmp_path / "final")
-    export._verify(folder, state, tokenizer, type(model))
+    verify_export.weights(folder, state, tokenizer, type(model))
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     content[header + int(place * (len(content) - header))] ^= 1
     file.write_bytes(content)
     with pytest.raises(ModelError, match="reads back other than it was written"):
-        export._verify(folder, state, tokenizer, type(model))
+        verify_export.weights(folder, state, tokenizer, type(model))
 
 
 def test_a_flipped_bit_stops_the_export(tokenizer, tmp_path):
@@ -210,7 +322,7 @@ def test_a_flipped_bit_stops_the_export(tokenizer, tmp_path):
 
     model.save_pretrained = damaged
     with pytest.raises(ModelError, match="reads back other"):
-        export.write(model, tokenizer, state, tmp_path / "final", {})
+        export.write(model, tokenizer, state, tmp_path / "final", {}, outputs(model, tokenizer))
     assert not (tmp_path / "final").exists()
 
 
@@ -219,10 +331,10 @@ def test_a_weight_that_was_not_written_is_found(tokenizer, tmp_path):
     state = export.state_dict(model, whole, keep=True)
     folder = written(model, tokenizer, tmp_path / "final")
     with pytest.raises(ModelError, match=r"weights were not written: extra\.weight"):
-        export._verify(folder, {**state, "extra.weight": torch.ones(2)}, tokenizer, type(model))
+        verify_export.weights(folder, {**state, "extra.weight": torch.ones(2)}, tokenizer, type(model))
     less = {name: value for name, value in state.items() if name != "lm_head.weight"}
     with pytest.raises(ModelError, match=r"lm_head\.weight reads back other"):
-        export._verify(folder, less, tokenizer, type(model))
+        verify_export.weights(folder, less, tokenizer, type(model))
 
 
 def test_an_existing_target_is_refused_and_left_alone(tokenizer, tmp_path):

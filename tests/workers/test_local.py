@@ -1,14 +1,16 @@
 """The cast in one process: the same faults, the same names for what goes wrong."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from align import faults
-from align.errors import WorkerError
+from align.errors import ModelError, WorkerError
 from align.run import Clock
-from align.sections import Model
+from align.sections import Lora, Model, Optimizer, Policy, Sampler
 from align.workers import local
 from align.workers.base import Spec, Worker, answered
 from align.workers.critic import CriticWorker
@@ -85,3 +87,25 @@ def test_workers_with_weights_of_their_own_are_never_brought_up_anew(worker: typ
 @pytest.mark.parametrize("worker", [ReferenceWorker, RewardWorker])
 def test_frozen_workers_are_without_state(worker: type[Worker]):
     assert worker.stateless
+
+
+def test_a_renewed_sampler_computes_what_the_policy_does(tiny_policy):
+    """A sampler that gets the policy's weights without some of the adapters stops the run."""
+    section: dict[str, Any] = {"path": str(tiny_policy), "dtype": "float32", "init": {}, "trust_remote_code": False}
+    trained = Policy(**section, zero_stage=0, lora=Lora(rank=4), optimizer=Optimizer(lr=1.0))
+    policy = local.bring_up(PolicyWorker, Spec("policy", 0, 1, trained, 0, 1, 1.0), Clock()).worker
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
+    sampler = local.bring_up(SamplerWorker, Spec("sampler", 0, 1, Sampler(**section), 0, 1, 1.0), Clock()).worker
+    sent = policy.weights()
+    sampler.receive(sent)
+    stale = replace(sent.value, tensors=dict(sent.value.tensors))
+    for name in stale.tensors:
+        if "q_proj" in name or "down_proj" in name:
+            stale.tensors[name] = policy.model.get_submodule(name.removesuffix(".weight")).base_layer.weight.detach()
+    with pytest.raises(ModelError, match=r"does not hold the policy: .* differ by [\d.]+ on average") as caught:
+        sampler.receive(replace(sent, value=stale))
+    assert "rounding explains 0.001" in str(caught.value)
+    assert "leave sampler out of placement" in str(caught.value.remedy)
