@@ -216,15 +216,20 @@ def _heldout(data: BenchmarkData) -> Benchmark:
         max_spread=data.max_spread,
         bad_rows=data.bad_rows,
     )
-    split = data.split or "validation"
+    return held_out(section, data.split or "validation", data.max_items)
+
+
+def held_out(section: Data, split: str = "validation", max_items: int | None = None) -> Benchmark:
+    """The pairs of one split as items. Nothing else of the data is read, unless the split is ``train``."""
+    source = section.path or ", ".join(section.sources)
     if split == "train":
         found = helpsteer.load(section)
         rows, counts = found.train, found.counts[split]
     else:
         rows, counts = helpsteer.validation(section)
-    judged = [row for row in rows if row.preference][: data.max_items]
+    judged = [row for row in rows if row.preference][:max_items]
     if not judged:
-        raise DataError(f"all {len(rows)} rows of {split} are ties", where=data.path, remedy="give other data")
+        raise DataError(f"all {len(rows)} rows of {split} are ties", where=source, remedy="give other data")
     items = [
         from_text(
             digest([*row.key]),
@@ -245,8 +250,8 @@ def _heldout(data: BenchmarkData) -> Benchmark:
     dropped |= counts.bad
     left_out = ", ".join(f"{count} {name}" for name, count in dropped.items() if count) or "none"
     notes = [f"{counts.read} rows of {split} read, left out: {left_out}"]
-    notes += [f"only the first {data.max_items} items"] * (data.max_items is not None)
-    return Benchmark("heldout", items, data.path, notes)
+    notes += [f"only the first {max_items} items"] * (max_items is not None)
+    return Benchmark("heldout", items, source, notes)
 
 
 PARSERS: dict[str, Callable[[dict[str, Any], str], Item]] = {

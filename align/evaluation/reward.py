@@ -191,7 +191,10 @@ def planned(recipe: Recipe) -> list[Callable[[Console], dict[str, Any]]]:
             remedy = f"known: {', '.join(get_args(BenchmarkName))}"
             raise ConfigError(f"benchmarks: {name!r} is no benchmark", remedy=remedy)
         section = _after(recipe, name, path)
-        found.append(partial(evaluate, section, benchmarks.load(name, section.data)))
+        own = name == "heldout" and not path  # what the recipe itself holds out, by all keys of its data
+        data = replace(recipe.data, max_rows=None)
+        items = benchmarks.held_out(data) if own else benchmarks.load(name, section.data)
+        found.append(partial(evaluate, section, items))
     return found
 
 
@@ -200,7 +203,7 @@ def _after(recipe: Any, name: Any, path: str) -> RewardEvaluation:
     rows = BenchmarkData(path, bad_rows=data.bad_rows)
     if name == "heldout":
         own: dict[str, Any] = {one: getattr(data, one) for one in ("revision", "format", "domains", "max_spread")}
-        rows = replace(rows, path=path or data.path, **own)
+        rows = replace(rows, path=path or data.path or ", ".join(data.sources), **own)
     reward = Reward(
         path=str(run / "final"),
         dtype=trained.dtype,

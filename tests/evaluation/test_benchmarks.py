@@ -9,10 +9,10 @@ import datasets
 import pytest
 from benchmark_rows import judge_row, lines, reward2_row, reward_row, rm_row
 
-from align.data import toy
+from align.data import helpsteer, toy
 from align.errors import DataError
 from align.evaluation import benchmarks
-from align.sections import BenchmarkData
+from align.sections import BenchmarkData, Data
 
 
 def test_rm_bench_takes_the_domain_from_the_name_of_the_file(tmp_path: Path):
@@ -131,3 +131,15 @@ class TestRealData:
     def test_stored_scores_beside_the_data_are_not_taken_for_it(self, shared: Path):
         with pytest.raises(DataError, match="question is missing"):
             benchmarks.load("judgebench", BenchmarkData(str(shared / "judgebench"), split="scores"))
+
+
+def test_what_a_recipe_holds_out_is_read_alone(tmp_path: Path):
+    """Its own part of the prompts, with its own columns; a bad row of train stops nothing."""
+    rows = [{"question": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(60)]
+    file = lines(tmp_path / "own.jsonl", rows) or tmp_path / "own.jsonl"
+    with file.open("a") as stream:
+        stream.write("{\n")
+    data = Data(path=str(file), columns={"prompt": "question"}, validation=0.3)
+    found = benchmarks.held_out(data)
+    held_out, _ = helpsteer.validation(data)
+    assert [item.context for item in found.items] == [row.context for row in held_out] and len(held_out) > 3
