@@ -69,6 +69,12 @@ class WorkerError(AlignError):
     exit_status = 76
 
 
+class LoadError(WorkerError):
+    """A role that raised while it came up for the first time: the same recipe would raise again."""
+
+    exit_status = 78
+
+
 class SaveError(AlignError):
     """A snapshot that could not be written; the ones before are untouched."""
 

@@ -17,7 +17,7 @@ from align import faults, sections
 from align.config import Loaded
 from align.config import load as load_recipe
 from align.data.conversations import Conversations
-from align.errors import DivergedError, PlacementError, StoppedError, WorkerError
+from align.errors import DivergedError, LoadError, PlacementError, StoppedError, WorkerError
 from align.prepare import Prepared, cast_sections, check, located, prepare, remote_code
 from align.run import Run, Stopping, bundle
 from align.sections import Model, Recipe
@@ -130,6 +130,8 @@ def carry_out(prepared: Prepared, run: Run) -> None:
         try:
             _rounds(prepared, run)
             return
+        except LoadError:
+            raise  # loading is deterministic
         except WorkerError as error:
             run.recover(error, attempt)
         except PlacementError as error:

@@ -23,10 +23,12 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from align.errors import AlignError, WorkerError
+from align.errors import AlignError, LoadError, WorkerError
 from align.workers.actors import Member
 
 TAIL_LINES = 15
+COMING_UP = ("come_up", "open_store", "start")
+"""Methods by which a role comes up."""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 PEERS = re.compile(
@@ -108,7 +110,9 @@ class Evidence:
             return error
         if _out_of_memory(inner):
             return WorkerError(self._text(f"ran out of memory in {place}: {_summary(self.cause)}", self._less_memory))
-        return WorkerError(self._text(f"failed in {place}: {_summary(self.cause)}", self._relief(inner or self.cause)))
+        final = self.kind == Kind.RAISED and self.call.method in COMING_UP and self.call.step == 0
+        error_class = LoadError if final else WorkerError
+        return error_class(self._text(f"failed in {place}: {_summary(self.cause)}", self._relief(inner or self.cause)))
 
     def _text(self, line: str, remedy: str) -> str:
         below = tail(self.member.log)

@@ -1,6 +1,8 @@
 """What an exception of Ray proves, and what the user is told."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from align.errors import AlignError, DivergedError, ModelError, WorkerError
+from align import launch
+from align.errors import AlignError, DivergedError, LoadError, ModelError, WorkerError
 from align.workers.actors import Member
 from align.workers.evidence import Call, DiedError, Evidence, Kind, judge
 
@@ -117,3 +120,38 @@ def test_other_failures_are_one_line_with_cause_and_remedy(tmp_path, error, phas
 def test_an_exception_that_cannot_be_sent_is_known_by_its_traceback(tmp_path):
     error = RayTaskError("call", "Traceback ...\n\x1b[36mweird.Error: lost\x1b[39m", None)  # type: ignore[arg-type]
     assert "failed in update, step 3: weird.Error: lost; remedy" in str(told(tmp_path, error))
+
+
+@pytest.mark.parametrize(
+    ("error", "method", "step", "final"),
+    [
+        (ArithmeticError("no such target"), "start", 0, True),
+        (ArithmeticError("no such target"), "come_up", 0, True),
+        (ArithmeticError("no such target"), "start", 3, False),  # it came up before
+        (ArithmeticError("no such target"), "update", 0, False),
+        (MemoryError(), "start", 0, False),
+        (NCCL, "start", 0, False),
+        (ActorDiedError(), "start", 0, False),
+    ],
+)
+def test_what_a_role_raises_as_it_first_comes_up_is_final(tmp_path: Path, error: Exception, method, step, final):
+    """Loading is deterministic; a process that died, or ran out of memory, may be tried again (status 76)."""
+    cause = error if isinstance(error, RayError) else raised(error)
+    member = Member("critic", 1, None, tmp_path / "log", False)
+    found = Evidence(judge(cause), member, Call("load", step, method, [()]), cause).error()
+    assert isinstance(found, LoadError) == final
+    assert found.exit_status == (78 if final else 76)
+
+
+def test_a_final_error_brings_no_role_up_again(monkeypatch: pytest.MonkeyPatch):
+    recovered: list[AlignError] = []
+    run: Any = SimpleNamespace(recover=lambda error, attempt: recovered.append(error))
+    raising = iter([WorkerError("died"), LoadError("no such target")])
+
+    def rounds(prepared: object, run: object) -> None:
+        raise next(raising)
+
+    monkeypatch.setattr(launch, "_rounds", rounds)
+    with pytest.raises(LoadError, match="no such target"):
+        launch.carry_out(cast(Any, None), run)
+    assert [str(error) for error in recovered] == ["died"]
