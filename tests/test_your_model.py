@@ -1,0 +1,89 @@
+"""docs/your_model.md, from the first command to the last, on a tiny model with a template like Qwen's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from align.cli import main
+from launchers import slurm
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "your_model.md").read_text()
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMALLER = {
+    "reward_model": ["executor=local", "batch_size=16", "reward.optimizer.lr=1e-2", "validate_every=0"],
+    "rloo": ["executor=local", "run.steps=2", "prompts_per_step=4", "sampling.num_samples=2", "sampling.max_tokens=8"],
+}
+"""What makes a recipe of the page fit a tiny model, by the folder that it lies in."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the recipes, pairs and questions of one's own, a judge, and the model."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", TEMPLATE
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), num_key_value_heads=2, **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"Name a number below {n}.", "chosen": f"{n - 1}", "rejected": "?" * 9} for n in range(10, 110)]
+    (tmp_path / "data/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data/questions.jsonl").write_text('{"prompt": "Name a number."}\n')
+    (tmp_path / "judge.py").write_text("def verdict(messages, number):\n    return '[[A=B]]'\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands() -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+def status(command: str) -> int:
+    """Of a command of the page, in this process and with smaller numbers."""
+    command = command.replace(MODEL, "model").replace(
+        "http://localhost:8000/v1#Qwen/Qwen2.5-32B-Instruct", "judge.py:verdict"
+    )
+    program, *words = shlex.split(command)
+    recipe = next((word for word in words if word.startswith("recipes/")), None)
+    more = SMALLER[recipe.split("/")[1]] if recipe else []
+    more += [
+        f"{role}.path=model" for role in ("policy", "reward") if recipe and role in recipe.replace("rloo", "policy")
+    ]
+    if program == "python":
+        assert words.pop(0) == "launchers/slurm.py"
+        return slurm.main([*words, "policy.path=model"])
+    return main(
+        [*words, *(override for override in more if not any(w.startswith(override.split("=")[0] + "=") for w in words))]
+    )
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_in_its_order(place: Path, capsys: pytest.CaptureFixture[str]):
+    printed = {}
+    for command in commands():
+        assert status(command) == 0, command + "\n" + "\n".join(capsys.readouterr())
+        printed[command] = capsys.readouterr().out
+    assert len(printed) == 9  # the run of RLOO stands there twice, and the second time it is over
+    outputs = list(printed.values())
+    assert "done before" in next(text for command, text in printed.items() if "run.dir=runs/rloo/mine" in command)
+    heldout = next(text for command, text in printed.items() if "--benchmark heldout" in command)
+    assert "100.0" in heldout, heldout  # a response of question marks is told apart
+    assert "#SBATCH --gpus-per-node=1" in outputs[-1]
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(snippet, "docs/your_model.md", "exec"), {})
+    capsys.readouterr()
