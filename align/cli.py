@@ -12,16 +12,19 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from align import __version__, config, disk
+from align import __version__, config, disk, plan, prechecks
 from align.errors import AlignError, ConfigError, SaveError
 from align.redact import redact
+from align.sections import DType, precision
 from align.sections.runs import DataFormat, Reads
+from align.signals import leaving_at_once
 from align.workers.process import driver_environment
 
 FAILED = DIFFERS = 1
@@ -35,11 +38,12 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
 
 
-def _command(commands: Any, name: str, function: str, help: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, function: str, help: str, **reads: str) -> argparse.ArgumentParser:
     """A subcommand that ``function``, named as module:function, carries out: it is called with the arguments and the
-    console, and returns the exit status."""
+    console, and returns the exit status. ``reads`` names the arguments that must be there, and what each is (see
+    `align.prechecks.sources.Source`)."""
     parser = commands.add_parser(name, help=help)
-    parser.set_defaults(function=function)
+    parser.set_defaults(function=function, reads=reads, loads=None)
     return parser
 
 
@@ -67,9 +71,11 @@ def _add_runs(commands: Any) -> None:
     train = _command(commands, "train", "align.cli:train", "run a recipe")
     _recipe_arguments(train)
     train.add_argument(
-        "--dry-run", action="store_true", help="check recipe and placement, print the plan, start nothing"
+        "--dry-run", action="store_true", help="print the plan, check all that a run checks first, start nothing"
     )
-    replay = _command(commands, "replay", "align.cli:replay", "run the step of a bundle again and compare")
+    replay = _command(
+        commands, "replay", "align.cli:replay", "run the step of a bundle again and compare", bundle="local"
+    )
     replay.add_argument("bundle", type=Path, help="folder of the bundle, such as runs/x/bundles/step-000012")
     replay.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     show = _command(commands, "show", "align.cli:show", "print a recipe resolved, with where each value came from")
@@ -95,6 +101,8 @@ def _add_toy(commands: Any) -> None:
         "compare",
         "align.evaluation.compare:main",
         "judge a policy before and after training on the bundled task",
+        **dict.fromkeys(("before", "after", "reward"), "model"),
+        data="local",
     )
     compare.add_argument("before", type=Path, help="model folder")
     compare.add_argument("after", type=Path, help="model folder")
@@ -106,7 +114,13 @@ def _add_toy(commands: Any) -> None:
 
 def _add_models(commands: Any) -> None:
     merge = _group(commands, "merge", "make one model of two")
-    expo = _command(merge, "expo", "align.rewards.checkpoints:expo", "extrapolate from one model through another")
+    expo = _command(
+        merge,
+        "expo",
+        "align.rewards.checkpoints:expo",
+        "extrapolate from one model through another",
+        **dict.fromkeys(("weak", "strong"), "model"),
+    )
     expo.add_argument("weak", type=Path, metavar="WEAK", help="model folder")
     expo.add_argument("strong", type=Path, metavar="STRONG", help="folder of the model that was trained from WEAK")
     expo.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -117,6 +131,7 @@ def _add_models(commands: Any) -> None:
         "row0",
         "align.rewards.checkpoints:row_zero",
         "a Llama-3.x-Nemotron-70B-Reward as a sequence classifier",
+        source="model",
     )
     row0.add_argument("source", type=Path, metavar="SOURCE", help="model folder whose lm_head's row 0 is the reward")
     row0.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -124,8 +139,10 @@ def _add_models(commands: Any) -> None:
 
 def _add_data(commands: Any) -> None:
     data = _group(commands, "data", "look at a data source, or write it in another format")
-    lint = _command(data, "lint", "align.report.data_lint:main", "what is wrong with a source; status 1 for errors")
-    convert = _command(data, "convert", "align.data.convert:main", "write a source in another format")
+    lint = _command(
+        data, "lint", "align.report.data_lint:main", "what is wrong with a source; status 1 for errors", path="dataset"
+    )
+    convert = _command(data, "convert", "align.data.convert:main", "write a source in another format", path="dataset")
     for parser in (lint, convert):
         parser.add_argument("path", metavar="SOURCE", help="folder, or hub id")
         parser.add_argument("--as", dest="reads", choices=get_args(Reads), help="default: what the format holds")
@@ -160,11 +177,17 @@ def _add_scale(commands: Any) -> None:
         "drafts, feedback, edits, and the best of all, see docs/scale.md",
     )
     _recipe_arguments(scale)
+    scale.set_defaults(loads="scale")
 
 
 def _add_generate(commands: Any) -> None:
     generate = _command(
-        commands, "generate", "align.evaluation.generate:main", "answers of a model, at chosen values of its attributes"
+        commands,
+        "generate",
+        "align.evaluation.generate:main",
+        "answers of a model, at chosen values of its attributes",
+        model="model",
+        prompts="local",
     )
     generate.add_argument("model", metavar="MODEL", help="model folder, or hub id")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -177,7 +200,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--top-p", type=float, default=0.9, help="(%(default)s, as HelpSteer2)")
     generate.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="(%(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    generate.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
+    generate.add_argument("--dtype", choices=get_args(DType), default="auto", help="(%(default)s)")
     generate.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines there instead of printing")
 
 
@@ -185,6 +208,7 @@ def _add_serve(commands: Any) -> None:
     serve = _group(commands, "serve", "serve a model over HTTP")
     reward = _command(serve, "reward", "align.cli:serve_reward", "scores of a reward model, see docs/reward_service.md")
     _recipe_arguments(reward)
+    reward.set_defaults(loads="service")
     reward.add_argument("--check", action="store_true", help="check the configuration, start nothing")
 
 
@@ -194,6 +218,7 @@ def _add_eval(commands: Any) -> None:
     reward.add_argument(
         "recipe", nargs="*", metavar="RECIPE key=value", help="YAML file, which may be left out; and values"
     )
+    reward.set_defaults(loads="reward")
     reward.add_argument("--model", help="model folder or hub id: reward.path")
     reward.add_argument("--benchmark", help="rm-bench, judgebench, rewardbench, rewardbench2 or heldout")
     reward.add_argument("--data", help="file, folder or hub id of the benchmark: data.path")
@@ -210,6 +235,7 @@ def _add_eval(commands: Any) -> None:
         metavar=("NAME", "FILE"),
         help="arena-hard, mt-bench, wildbench or prompts; and its questions: data.path",
     )
+    policy.set_defaults(loads="policy")
     speaker = "folder, hub id, http://HOST/v1#MODEL or module:function"
     policy.add_argument("--model", metavar="POLICY", help=f"what answers, a {speaker}")
     policy.add_argument("--answers", metavar="FILE", help="answers that were given before, to be judged instead")
@@ -223,8 +249,11 @@ def _show(loaded: config.Loaded, console: Console) -> None:
     table = Table("key", "value", "from", box=None, header_style="bold")
     for key, value, origin in config.show(loaded):
         style = "dim" if origin == "default" else ""
-        table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), origin, style=style)
+        shown = f"{origin}: auto" if key in loaded.automatic else origin
+        table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), shown, style=style)
     console.print(table)
+    if any(key.endswith("dtype") for key in loaded.automatic):
+        console.print("note: dtype auto is {}: {}".format(*precision.automatic()), highlight=False)
     for note in loaded.config.notes():
         console.print(f"note: {note}", highlight=False)
 
@@ -238,11 +267,15 @@ def show(arguments: argparse.Namespace, console: Console) -> int:
 def train(arguments: argparse.Namespace, console: Console) -> int:
     """``align train``."""
     loaded = config.load(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        _show(loaded, console)
+        plan.describe(loaded.config, console)
+    prechecks.check(loaded)
     wanted = loaded.config.evaluations()
     planned = importlib.import_module("align.evaluation.reward").planned(loaded.config) if wanted else []
     if arguments.dry_run:
-        _show(loaded, console)
-        importlib.import_module("align.plan").describe(loaded.config, console)
+        prepared = importlib.import_module("align.prepare").prepare(loaded)
+        plan.conclude(prepared.config, prepared.counts, prepared.notes, console)
         return 0
     importlib.import_module("align.launch").train(loaded, console)
     for evaluate in planned:
@@ -288,8 +321,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    module, _, name = arguments.function.partition(":")
-    return getattr(importlib.import_module(module), name)(arguments, console)
+    if arguments.loads is not None:
+        arguments.loaded = _function(f"align.evaluation.arguments:{arguments.loads}")(arguments)
+        prechecks.check(arguments.loaded)
+    for name, kind in arguments.reads.items():
+        if (given := getattr(arguments, name)) is not None:
+            prechecks.sources.require(name, str(given), kind)
+    return _function(arguments.function)(arguments, console)
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,22 +342,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for name, value in driver_environment().items():
         os.environ.setdefault(name, value)
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    words = sys.argv[1:] if argv is None else argv
+    with leaving_at_once() if words[:1] == ["train"] and "--dry-run" not in words else nullcontext():
+        return _flushed(_answered(words))
+
+
+def _answered(words: Sequence[str]) -> int:
+    """The exit status of a command, after its error was printed."""
     try:
-        return _run(_parse(argv), console)
+        return _run(_parse(words), Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     except AlignError as error:
-        print(redact(f"align: {error}"), file=sys.stderr)
+        _print_error(f"align: {error}\n")
         is_retried = error.exit_status == ConfigError.exit_status and disk.is_infrastructure(error)
         return SaveError.exit_status if is_retried else error.exit_status
     except KeyboardInterrupt as interrupt:
-        print("align: interrupted", file=sys.stderr)
+        _print_error("align: interrupted\n")
         return interrupt.args[0] if interrupt.args else INTERRUPTED
     except Exception as error:
         if disk.is_infrastructure(error):
-            print(redact(f"align: {disk.refused(error, None)}"), file=sys.stderr)
+            _print_error(f"align: {disk.refused(error, None)}\n")
             return SaveError.exit_status
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        _print_error(traceback.format_exc())
         return FAILED
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # stderr may go to the disk that is full
+        print(redact(text), file=sys.stderr, end="", flush=True)
+
+
+def _flushed(status: int) -> int:
+    """The exit status, which is that of a full disk where the output did not fit."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
+        return SaveError.exit_status if disk.is_infrastructure(error) else status
+    return status
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class Loaded:
     """For every dotted leaf key: ``default``, ``recipes/x.yaml:12`` or ``command line``."""
     recipe: Path
     """The file, as it was named."""
+    automatic: tuple[str, ...] = ()
+    """Dotted keys whose ``auto`` a section replaced by a value for this machine."""
 
 
 def load(recipe: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -174,7 +176,9 @@ def _build(schema: type, recipe: Path, root: yaml.Node, pairs: list[tuple[str, y
     reader.stop()
     config = _construct(schema, values, reader)
     reader.stop()
-    return Loaded(config, {key: reader.origin(key) for key in flatten(config)}, recipe)
+    leaves, written = flatten(config), flatten(values)
+    automatic = tuple(key for key, value in leaves.items() if written.get(key) == "auto" != value)
+    return Loaded(config, {key: reader.origin(key) for key in leaves}, recipe, automatic)
 
 
 def _children(value: Any) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from align.config import Loaded
 from align.config import load as load_recipe
 from align.data.conversations import Conversations
 from align.errors import DivergedError, LoadError, PlacementError, StoppedError, WorkerError
-from align.prepare import Prepared, cast_sections, check, located, prepare, remote_code
+from align.models.exported_files import Exported
+from align.prechecks.roles import cast_sections, check, located, remote_code
+from align.prepare import Prepared, prepare
 from align.run import Run, Stopping, bundle
 from align.sections import Model, Recipe
 from align.workers import critic, local, policy, reward
@@ -50,18 +52,22 @@ def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, d
 
 @contextmanager
 def cast(
-    config: Recipe, run: Run, spoken: Mapping[str, Conversations] = MappingProxyType({})
+    config: Recipe,
+    run: Run,
+    spoken: Mapping[str, Conversations] = MappingProxyType({}),
+    exported: Mapping[str, Exported] = MappingProxyType({}),
 ) -> Iterator[SimpleNamespace]:
     """The roles of a recipe, brought up on its executor and ended with the context. ``spoken`` has the conversations of
-    those judges that read text."""
+    those judges that read text, ``exported`` what the folders of exported models say."""
     slots = check(config)
     named = {name: located(section) for name, section in cast_sections(config).items()}
     worlds = _worlds(config, slots)
     num_updates = config.run.steps * config.updates_per_step()
     cluster_section, skip = config.cluster, config.run.non_finite == "skip"
+    timeout_s = cluster_section.call_timeout_s
     specs = {
         name: [
-            Spec(name, rank, size, section, config.run.seed, num_updates, cluster_section.call_timeout_s, skip)
+            Spec(name, rank, size, section, config.run.seed, num_updates, timeout_s, skip, exported.get(name))
             for rank in range(size)
         ]
         for name, section in named.items()
@@ -105,8 +111,8 @@ def train(loaded: Loaded, console: Console) -> None:
     worker starts. Raises `StoppedError` when it was asked to stop and has saved."""
     section = loaded.config.run
     faults.arm(os.environ.get("ALIGN_FAULT"))
+    prepared = prepare(loaded)
     with Stopping(Path(section.dir).expanduser().absolute(), section.max_seconds) as stopping:
-        prepared = prepare(loaded)
         run = Run(prepared.config, prepared.renderer.text, prepared.identity, stopping)
         with run:
             if run.finished:
@@ -150,7 +156,9 @@ def _rounds(prepared: Prepared, run: Run) -> None:
         if not run.begin_round(number, start):
             continue
         begun = time.perf_counter()
-        with cast(current, run, prepared.spoken) as roles:
+        run.stop_if_asked()
+        with cast(current, run, prepared.spoken, prepared.exported) as roles:
+            run.stop_if_asked()
             startup.append(time.perf_counter() - begun)
             run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
             prepared.algorithm.train(current, prepared.material, roles, run)

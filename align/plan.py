@@ -1,11 +1,14 @@
-"""What a recipe would start: the part of a dry run that needs no cluster."""
+"""What a dry run prints: what a recipe would start, what was checked, and what was not."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from align.prepare import cast_sections, check, remote_code
+from align.prechecks import placement
+from align.prechecks.roles import cast_sections, check, remote_code
 from align.sections import Recipe, Reward, Trained
 
 
@@ -32,3 +35,20 @@ def describe(config: Recipe, console: Console) -> None:
     rounds = f" in each of {config.num_rounds()} rounds" if config.num_rounds() > 1 else ""
     length = f"{config.run.epochs:g} epochs" if config.run.epochs else f"{config.run.steps} steps"
     console.print(f"{length}{rounds} on {where}, into {config.run.dir}", highlight=False)
+    if config.executor != "ray":
+        return
+    gpus = placement.machine_gpus() if config.cluster.address is None else 0
+    if line := placement.idle(slots, max(gpus, total)):
+        console.print(f"note: {line} ({'GPUs of this machine' if gpus > total else 'slots'})", highlight=False)
+
+
+def conclude(config: Recipe, counts: Mapping[str, int], notes: Sequence[str], console: Console) -> None:
+    """Print what a dry run has checked, and what only a run can tell."""
+    for line in notes:
+        console.print(f"note: {line}", highlight=False)
+    data = ", ".join(f"{count} {name}" for name, count in counts.items())
+    console.print(f"checked: paths, run.dir, placement, tokenizers, models, data ({data})", highlight=False)
+    elsewhere = [one.http.url for one in vars(config).values() if isinstance(one, Reward) and one.http.url]
+    cluster = [config.cluster.address] if config.executor == "ray" and config.cluster.address else []
+    left = ["whether the models fit into memory", *(f"whether {name} answers" for name in [*cluster, *elsewhere])]
+    console.print(f"not checked: {', '.join(left)}", highlight=False)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from align import sections
 from align.config import Loaded
@@ -17,48 +14,17 @@ from align.data import chat, helpsteer, prompts
 from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.data.detect import described, resolved
-from align.errors import ConfigError, DataError
-from align.models.attention import FLASH
+from align.errors import DataError
+from align.models import exported_files
+from align.models.exported_files import Exported
 from align.models.load import check as check_model
 from align.models.load import check_lora
+from align.prechecks.precision import dtype_notes
+from align.prechecks.roles import cast_sections, check
 from align.rewards import functions, genrm, reading, texts
 from align.rewards.http import HttpJudge
 from align.run import Identity
 from align.sections import Model, OnPolicy, Recipe
-from align.workers import placement
-
-
-def cast_sections(config: Recipe) -> dict[str, Model]:
-    """The role sections of a recipe by name, the trained ones first; without those it calls absent."""
-    absent = config.absent()
-    found = {name: one for name, one in vars(config).items() if isinstance(one, Model) and name not in absent}
-    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], sections.Trained)))
-
-
-def check(config: Recipe) -> dict[str, tuple[int, ...]]:
-    """Slots of every role. Raises `ConfigError` for a placement that cannot be."""
-    roles = cast_sections(config)
-    slots = placement.resolve(config.placement, roles)
-    for name, section in roles.items():
-        if isinstance(section, sections.Critic):
-            reading.require_head(section)
-        if not section.path and not (isinstance(section, sections.Reward) and section.present):
-            raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
-        elsewhere = config.executor == "ray" and config.cluster.address
-        if section.attention == FLASH and not elsewhere and not torch.cuda.is_available():
-            problem = f"{name}.attention: {FLASH} runs on GPUs alone, and this machine has none"
-            raise ConfigError(problem, remedy=f"set {name}.attention=auto")
-    return slots
-
-
-def remote_code(config: Recipe) -> list[str]:
-    """A line for each role that runs code which comes with its model."""
-    models = cast_sections(config)
-    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, sections.Reward)}
-    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
-    trusted = {name: one for name, one in models.items() if one.trust_remote_code}
-    commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
-    return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
 
 
 def load_renderer(config: Recipe) -> Renderer:
@@ -142,32 +108,6 @@ def _reads_text(name: str, section: sections.Reward, renderer: Renderer) -> Text
     return TextReader("; ".join(why), " ".join(one.fingerprint for one in templates), templates)
 
 
-def located(section: Model) -> Model:
-    """The section with local files and folders named in full: workers may have another working directory."""
-    if isinstance(section, sections.Reward):
-        judge = located(section.generative.judge)
-        assert isinstance(judge, sections.Generator)
-        section = replace(
-            section,
-            ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
-            generative=replace(section.generative, judge=judge),
-        )
-    if isinstance(section, (sections.Reward, sections.Generator)):
-        file, colon, function = section.function.rpartition(":")
-        section = replace(
-            section,
-            chat_template=section.chat_template and _full(section.chat_template),
-            function=f"{_full(file)}{colon}{function}" if file.endswith(".py") else section.function,
-        )
-    return replace(section, path=_full(section.path))
-
-
-def _full(path: str) -> str:
-    """The name in full of what is there; a hub id as it is."""
-    found = Path(path).expanduser()
-    return str(found.absolute()) if path and found.exists() else path
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A recipe whose data, tokenizers and models have been looked at, before anything is started."""
@@ -185,6 +125,8 @@ class Prepared:
     """What they read, by role."""
     notes: list[str]
     """What the user should know of the data, line by line."""
+    exported: dict[str, Exported]
+    """What the folders of exported models say, by role."""
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -194,6 +136,11 @@ def prepare(loaded: Loaded) -> Prepared:
     config = replace(config, data=resolved(config.data))
     check(config)
     renderer = load_renderer(config)
+    exported = {
+        name: Exported(config.algorithm, exported_files.try_out(section, renderer))
+        for name, section in cast_sections(config).items()
+        if isinstance(section, (sections.Policy, sections.TrainedReward))
+    }
     readers = text_readers(config, renderer)
     source = helpsteer.load(config.data, config.reads())
     templates = [template for reader in readers.values() for template in reader.templates]
@@ -217,8 +164,9 @@ def prepare(loaded: Loaded) -> Prepared:
     if readers:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
-    notes = [*described(config.data), *epochs(config, num_rows, counts)]
-    return Prepared(config, algorithm, material, counts, renderer, description, identity, readers, spoken, notes)
+    notes = [*described(config.data), *epochs(config, num_rows, counts), *dtype_notes(loaded)]
+    facts = description, identity, readers, spoken, notes, exported
+    return Prepared(config, algorithm, material, counts, renderer, *facts)
 
 
 def epochs(config: Any, num_rows: int, counts: Mapping[str, int]) -> list[str]:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import align
-from align import config
+from align import config, prechecks
 from align.errors import ConfigError
-from align.prepare import cast_sections, check, located
-from align.private import require_private
-from align.run.stopping import check_no_stop_file
+from align.prechecks.roles import cast_sections, check, located
 from align.sections import RewardService
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,37 +28,45 @@ class Checked:
 
     config: Any
     """A `Recipe` or a `RewardService`."""
-    num_slots: int
-    """Slots of the cluster that its placement asks for, the highest number plus one; those of all replicas."""
+    slots: dict[str, tuple[int, ...]]
+    """Slots of each role; those of all replicas of a service."""
     folder: Path
     """The folder of the run or the service."""
 
+    @property
+    def num_slots(self) -> int:
+        """Slots of the cluster that the placement asks for: the highest number plus one."""
+        return max((1 + slot for role in self.slots.values() for slot in role), default=0)
 
-def validate(recipe: Path, overrides: Sequence[str], suffix: str = "") -> Checked:
-    """Load a recipe, check its placement and its run folder, to whose name ``suffix`` is added. Raises `ConfigError`.
+
+def validate(recipe: Path, overrides: Sequence[str], suffix: str = "", *, paths: bool = True) -> Checked:
+    """Load a recipe, check its placement and its run folder, to whose name ``suffix`` is added, and with ``paths`` that
+    what it reads is there. Raises `ConfigError`.
 
     Paths of what exists here are written in full, because the run begins in the folder of its code.
     """
-    found: Any = config.load(recipe, overrides).config
+    loaded = config.load(recipe, overrides)
+    found: Any = loaded.config
     slots = check(found)
     found = replace(found, run=replace(found.run, dir=f"{found.run.dir}{suffix}"))
+    prechecks.check(replace(loaded, config=found), here=False, paths=paths)
     found = _in_full(replace(found, **{name: located(section) for name, section in cast_sections(found).items()}))
     folder = _writable(found.run.dir, "run.dir")
-    check_no_stop_file(folder)
-    require_private(folder)
-    return Checked(found, 1 + max(slot for role in slots.values() for slot in role), folder)
+    return Checked(found, slots, folder)
 
 
-def validate_service(recipe: Path, overrides: Sequence[str]) -> Checked:
-    """Load what `align serve reward` reads, and check its folder. Raises `ConfigError`."""
-    found: RewardService = config.build(RewardService, recipe, overrides).config
+def validate_service(recipe: Path, overrides: Sequence[str], *, paths: bool = True) -> Checked:
+    """Load what `align serve reward` reads, and check its folder and, with ``paths``, what it reads. Raises
+    `ConfigError`."""
+    loaded = config.build(RewardService, recipe, overrides)
+    prechecks.check(loaded, here=False, paths=paths)
+    found: RewardService = loaded.config
     found = _in_full(replace(found, reward=located(found.reward)))
     folder = _writable(found.dir, "dir")
-    require_private(folder)
     replicas = found.replicas
     each = 1.0 if replicas.gpus is None else replicas.gpus
     slots = 0 if found.executor == "local" else max(replicas.shards, math.ceil(replicas.max * each))
-    return Checked(found, slots, folder)
+    return Checked(found, {"reward": tuple(range(slots))}, folder)
 
 
 def _writable(folder: str, key: str) -> Path:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from align import config
 from align.errors import ConfigError, LockError, PlacementError
+from align.prechecks import placement
 from align.sections import RewardService
 from launchers import common, options
 from launchers.prepare import ROOT, Checked, copy_code, validate, validate_service
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--retries", type=int, default=3, help="how often a job is requeued after a fault, status 76 (%(default)s)")
     add("--chain", type=_positive, default=1, metavar="N", help="jobs in a row, where requeueing is not allowed")
     add("--array", metavar="KEY=V1,V2", help="a job array: one run for each value, in run.dir-0-V1, run.dir-1-V2, ...")
+    add("--accept-idle", action="store_true", help="submit a job of which some GPUs stay idle")
     add("--python", help="Python of the nodes (this one; in a container python3)")
     add("--service", choices=("reward",), help="RECIPE is a service of docs/reward_service.md, on one node")
     add("--dry-run", action="store_true", help="print the job and the command, write and submit nothing")
@@ -118,10 +120,12 @@ def plan(given: argparse.Namespace) -> Job:
     if given.array and given.chain > 1:
         raise ConfigError("--array and --chain do not go together", remedy="give --max-restarts instead of --chain")
     sweep = values_of(given.array) if given.array else [("", "")]
-    runs = [validate(given.recipe, [*given.overrides, *filter(None, [o])], suffix) for o, suffix in sweep]
+    own = not given.container  # an image has folders of its own
+    runs = [validate(given.recipe, [*given.overrides, *filter(None, [o])], suffix, paths=own) for o, suffix in sweep]
     for run in runs:
         _require_slots(given, run)
-    folder = validate(given.recipe, given.overrides).folder if given.array else runs[0].folder
+        _require_use(given, run)
+    folder = validate(given.recipe, given.overrides, paths=False).folder if given.array else runs[0].folder
     return _job(given, runs, folder)
 
 
@@ -136,7 +140,7 @@ def _plan_service(given: argparse.Namespace) -> Job:
     if given.nodes > 1 or given.array:
         what = f"--nodes={given.nodes}" if given.nodes > 1 else f"--array={given.array}"
         raise ConfigError(f"--service {given.service} takes one node and no array, {what}")
-    checked = validate_service(given.recipe, given.overrides)
+    checked = validate_service(given.recipe, given.overrides, paths=not given.container)
     there = given.gpus_per_node or _cpus(given) * SLOTS_PER_CORE
     if checked.num_slots > there:
         kind = "GPUs" if given.gpus_per_node else "slots of CPUs"
@@ -145,6 +149,7 @@ def _plan_service(given: argparse.Namespace) -> Job:
             where=f"{given.recipe}",
             remedy="lower replicas.max or replicas.shards, or ask for more",
         )
+    _require_use(given, checked)
     return _job(given, [checked], checked.folder)
 
 
@@ -171,6 +176,15 @@ def _require_slots(given: argparse.Namespace, run: Checked) -> None:
             where=f"{given.recipe}",
             remedy="let roles share slots, or ask for more nodes",
         )
+
+
+def _require_use(given: argparse.Namespace, run: Checked) -> None:
+    """Refuse a job that asks for GPUs which no role uses."""
+    line = placement.idle(run.slots, given.nodes * given.gpus_per_node)
+    if line is not None and not given.accept_idle:
+        key = "replicas.max=N" if given.service else "placement.ROLE=FIRST-LAST"
+        remedy = f"use them ({key}), ask for fewer, or take that in with --accept-idle"
+        raise PlacementError(f"{line} (GPUs of the job)", where=f"{given.recipe}", remedy=remedy)
 
 
 def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str:

@@ -161,6 +161,9 @@ def test_two_rounds_start_from_the_best(run, tiny_policy):
     assert first[int(best.name.removeprefix("step-"))] == max(first.values())
     assert evaluations[4]["heldout/greedy/reward"] == pytest.approx(max(first.values()), abs=1e-5)
     assert (folder / "round-1" / "final").is_dir() and (folder / "final").is_dir()
+    for exported in (best, folder / "round-1" / "final", folder / "final"):
+        assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [2]
+        assert "algorithm `ppo`, optimizer steps:" in (exported / "README.md").read_text()
     assert len(json.loads((folder / "startup.json").read_text())["by_round"]) == 2
 
 

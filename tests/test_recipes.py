@@ -13,12 +13,12 @@ import pytest
 
 from align import algorithms, config, sections
 from align.errors import ConfigError
-from align.evaluation.policy.command import SPEAKERS
+from align.evaluation.arguments import SPEAKERS
 from align.launch import ROLES
-from align.prepare import cast_sections, check
+from align.prechecks import placement
+from align.prechecks.roles import cast_sections, check
 from align.sections.evaluation_policy import PolicyBenchmarkName
 from align.sections.evaluation_reward import BenchmarkName
-from align.workers import placement
 
 ROOT = Path(__file__).parents[1]
 JUDGED = [
@@ -38,7 +38,7 @@ def load(path: Path) -> config.Loaded:
 
 
 def test_flash_attention_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("align.sections.precision.gpu_capability", lambda: None)
     loaded = load(next(path for path in RECIPES if path.parent.name == "rloo"))
     flash = dataclasses.replace(
         loaded.config, policy=dataclasses.replace(loaded.config.policy, attention="flash_attention_2")

@@ -16,7 +16,7 @@ from align import algorithms, config, sections
 from align.data.prompts import require_rows
 from align.errors import ConfigError
 from align.launch import ROLES
-from align.prepare import cast_sections, check
+from align.prechecks.roles import cast_sections, check
 from align.sections import (
     BenchmarkData,
     Checkpoint,
@@ -188,7 +188,7 @@ CASES = [
         "path=a/b trust_remote_code=true revision=main",
         ["trust_remote_code = True", "path = 'a/b'", "revision = 'main'"],
     ),
-    (Policy, "path=p optimizer.lr=1 zero_stage=0", ["zero_stage = 0"]),
+    (Policy, "path=p optimizer.lr=1 zero_stage=0 dtype=bfloat16", ["zero_stage = 0"]),
     (
         Critic,
         "path=p optimizer.lr=1 zero_stage=0 dtype=float32 offload_optimizer=true",

@@ -47,7 +47,7 @@ def prepare(
 ) -> tuple[Material, dict[str, int]]:
     """Responses of the training split, those of people's labels with them, and what became of the rows."""
     form = Form.of(steering, config.data.date)
-    files = form.files(renderer.template if config.data.chat_template else None)
+    files = form.files()
     rows, counts = data.steered.answers(
         source.train, renderer, config.data.max_prompt_tokens, config.data.max_response_tokens
     )

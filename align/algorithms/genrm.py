@@ -103,7 +103,7 @@ def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer) -> t
     """Pairs of both splits, and what became of the rows of the training split."""
     found = data.judging.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
-    files = judge_card.files(config.verdict, renderer.template if config.data.chat_template else None, config.data.date)
+    files = judge_card.files(config.verdict, config.data.date)
     held_out = _genrm_heldout.prepare(config, source, renderer, files, found.counts)
     return Material(stream, found.label_P3, held_out, files), found.counts
 

@@ -74,9 +74,8 @@ class Material:
 def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Material, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
     made, counts = data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
-    template = renderer.template if config.data.chat_template else None
     judges = config.demonstrates == "verdicts"
-    return Material(made, judge_card.files(config.verdict, template, config.data.date) if judges else {}), counts
+    return Material(made, judge_card.files(config.verdict, config.data.date) if judges else {}), counts
 
 
 def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> roles.Loss:

@@ -1,9 +1,9 @@
 """Snapshots of a run: files that are hashed while they are written, and published all together or not at all."""
 
 from align.checkpoint.files import FileRecord, write_bytes, write_json, write_tensors
-from align.checkpoint.manifest import SCHEMA, Manifest, UnsoundError
+from align.checkpoint.manifest import SCHEMA, Manifest, UnsoundError, read_file
 from align.checkpoint.results import RESULT_MANIFEST, new_result, require_sound
-from align.checkpoint.snapshots import Snapshot, Snapshots
+from align.checkpoint.snapshots import Snapshot, Snapshots, listed
 
 __all__ = [
     "RESULT_MANIFEST",
@@ -13,7 +13,9 @@ __all__ = [
     "Snapshot",
     "Snapshots",
     "UnsoundError",
+    "listed",
     "new_result",
+    "read_file",
     "require_sound",
     "write_bytes",
     "write_json",

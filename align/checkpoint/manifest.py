@@ -204,6 +204,21 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def read_file(folder: Path, name: str) -> bytes:
+    """The content of a file of a published snapshot, compared with its sha256; the other files are not read. Raises as
+    `inspect` does."""
+    record = next((record for record in inspect(folder).files if record.name == name), None)
+    if record is None:
+        raise UnsoundError(name, "is not in the manifest")
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise UnsoundError(name, f"cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise UnsoundError(name, "its sha256 is not that of the manifest")
+    return content
+
+
 def sha256_of(file: BinaryIO) -> str:
     """sha256 of the rest of a file."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -69,9 +69,10 @@ def load_tokenizer(
     Raises `DataError` when there is no tokenizer at ``path`` or it cannot be loaded.
     """
     path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else str(path)
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
+    files = (*_TOKENIZER_FILES, "tokenizer_config.json") if trust_remote_code else _TOKENIZER_FILES
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
         raise DataError(
-            f"the folder has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)})",
+            f"the folder has no tokenizer (looked for {', '.join(files)})",
             where=path,
             remedy="save the tokenizer beside the weights: tokenizer.save_pretrained(folder)",
         )
@@ -250,7 +251,12 @@ class Renderer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's end-of-sequence token and the template's end-of-turn token."""
-        return tuple(sorted({self._eos, self._eos if self._end_of_turn is None else self._end_of_turn}))
+        return tuple(sorted({self._eos, self.end_id}))
+
+    @property
+    def end_id(self) -> int:
+        """The last id of a response that ended by itself and was rendered: end of turn, or end of sequence."""
+        return self._eos if self._end_of_turn is None else self._end_of_turn
 
     @property
     def closes_turns(self) -> bool:
@@ -344,9 +350,16 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether an id means the same to both: equal vocabularies, beginning- and end-of-sequence ids.
 
-    The padding id may differ, since packed ids hold no padding.
+    The padding id may differ, since packed ids hold no padding; so may an entry that only pads, of an id that the other
+    does not have.
     """
-    return a.get_vocab() == b.get_vocab() and _marks(a) == _marks(b)
+    return _marks(a) == _marks(b) and not (_only_in(a, b) or _only_in(b, a))
+
+
+def _only_in(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ``a`` has an entry that ``b`` lacks, beside one that only pads."""
+    more = a.get_vocab().items() - b.get_vocab().items()
+    return any(id != a.pad_token_id or id in b.get_vocab().values() for _, id in more)
 
 
 def require_same(

@@ -89,10 +89,10 @@ class Form:
             return (first._replace(role="system", content=told), *context), ""
         return (first._replace(content=first.content + told), *context[1:]), ""
 
-    def files(self, chat_template: str | None) -> dict[str, str]:
-        """Text by name of what a model's folder gets: the card, and the template where it replaces the tokenizer's."""
+    def files(self) -> dict[str, str]:
+        """Text by name of what a model's folder gets: the card."""
         card = json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
-        return {NAME: card} | ({} if chat_template is None else {"chat_template.jinja": chat_template})
+        return {NAME: card}
 
 
 def read(file: Path) -> Form:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 
-from align import config, disk
+from align import disk
 from align.data import chat
 from align.data.chat import Dialogue
 from align.errors import ConfigError
@@ -27,29 +27,23 @@ from align.evaluation.items import Benchmark
 from align.evaluation.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
 from align.evaluation.stored import Scored
 from align.models.load import check as check_model
-from align.prepare import located
+from align.prechecks import placement
+from align.prechecks.roles import located
 from align.report import evaluation as report
 from align.rewards import genrm, reading, texts
 from align.sections import BenchmarkData, Recipe, Reward, RewardEvaluation
 from align.sections.evaluation_reward import BenchmarkName
-from align.workers import judges, placement
+from align.workers import judges
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
 SETTINGS = ("dtype", "principle", "question", "function")
 """Fields of ``reward`` that change a score, beside those that say how a checkpoint is read."""
-FLAGS = {"model": "reward.path", "benchmark": "benchmark", "data": "data.path"}
-FLAGS |= {name: name for name in ("scores", "out", "compare")}
-"""Options of the command and the keys that they give."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align eval reward``."""
-    words: list[str] = arguments.recipe
-    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
-    given = {key: getattr(arguments, flag) for flag, key in FLAGS.items()}
-    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    section = config.build(RewardEvaluation, recipe, [*words, *flags]).config
+    section: RewardEvaluation = arguments.loaded.config
     evaluate(section, _read(section), console)
     return 0
 

@@ -19,17 +19,18 @@ from typing import Any
 
 from rich.console import Console
 
-from align import config, disk
+from align import disk
 from align.data import helpsteer
 from align.data.rows import BadRow, Context, conversation, decoded, turns
 from align.data.sources import lines
 from align.errors import DataError
 from align.evaluation import reward, scaling_flow, scaling_sweep, scoring
 from align.generators import opening
-from align.prepare import located
+from align.prechecks import placement
+from align.prechecks.roles import located
 from align.report import scaling as report
 from align.sections import Data, Generator, InferenceScaling, Model, Reward, ScalingPrompts
-from align.workers import judges, placement
+from align.workers import judges
 
 VERSION = 1
 RESULTS = "results.jsonl"
@@ -42,8 +43,7 @@ HARMLESS = {*ROLES, "prompts", "prompts_at_once", "batch_size", "out", "executor
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align scale``."""
-    section: InferenceScaling = config.build(InferenceScaling, arguments.recipe, arguments.overrides).config
-    scale(section, console)
+    scale(arguments.loaded.config, console)
     return 0
 
 

@@ -10,8 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from align import __version__
 from align.data import chat
+from align.data.chat import Renderer
 from align.errors import ModelError
+from align.models import exported_files, readme
 from align.models.streaming import Checkpoint
 
 OUTPUT = "lm_head.weight"
@@ -36,27 +39,44 @@ def row_zero(source: Path, out: Path, texts: Mapping[str, str]) -> str:
         "architectures": [name],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": _padding(source, config),
     }
+    tokenizer_files = _tokenizer_files(source, config)
 
     def kept(name: str, value: Tensor) -> dict[str, Tensor]:
         return {"score.weight": value[:1].clone()} if name == OUTPUT else {name: value}
 
-    found.rewrite(out, kept, {"config.json": json.dumps(config, indent=2) + "\n", **texts})
+    found.rewrite(out, kept, {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files, **texts})
     return name
 
 
-def _padding(source: Path, config: Mapping[str, Any]) -> int:
-    """The id by which transformers' classifiers find the last token of a padded row. It must end no conversation:
-    they read the last token that is another."""
+def _tokenizer_files(source: Path, config: dict[str, Any]) -> dict[str, str]:
+    """``README.md`` and files of the tokenizer that must name the padding token, text by name; sets ``pad_token_id``.
+
+    By that id transformers' classifiers find the last token of a padded row, so it must end no conversation: they read
+    the last token that is another. Raises `ModelError` where there is none.
+    """
     tokenizer: Any = chat.load_tokenizer(source)
     ends = config.get("eos_token_id")
-    ending = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    for candidate in (config.get("pad_token_id"), tokenizer.pad_token_id):
-        if candidate is not None and candidate not in ending:
-            return int(candidate)
-    raise ModelError(
-        f"has no padding token that is not an end of sequence: {tokenizer.pad_token!r}",
-        where=str(source),
-        remedy="set pad_token in its tokenizer_config.json to a token that no conversation holds",
-    )
+    used = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    rendered = None
+    if tokenizer.chat_template is not None:
+        rendered = exported_files.Chat.of(Renderer(tokenizer, section="tokenizer"), whole=True)
+        used |= rendered.ids
+    own, token = tokenizer.pad_token, exported_files.padding_token(tokenizer, used, (), config["vocab_size"])
+    if token not in tokenizer.get_vocab():
+        raise ModelError(
+            f"has no padding token that is not an end of sequence: {own!r}",
+            where=str(source),
+            remedy="set pad_token in its tokenizer_config.json to a token that no conversation holds",
+        )
+    tokenizer.pad_token = token
+    config["pad_token_id"] = tokenizer.pad_token_id
+    names = () if token == own else ("tokenizer_config.json", "special_tokens_map.json")
+    files = [source / name for name in names if (source / name).is_file()]
+    changed = {file.name: json.loads(file.read_text(encoding="utf-8")) | {"pad_token": token} for file in files}
+    texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in changed.items()}
+    origin = f"Written by `align convert row0` of align {__version__} from `{source}`: row 0 of its output layer."
+    about = f"# Reward model\n\n{origin}\n"
+    if rendered is not None:
+        about = readme.reward(origin, rendered, tokenizer, pads=True, weighted=False, trust=False)
+    return {readme.NAME: about, **texts}

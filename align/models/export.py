@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.checkpoint import new_result
-from align.models import verify_export
+from align.models import exported_files, verify_export
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 MOST_LOST = 0.25
@@ -96,17 +96,11 @@ def write(
 
     ``extra`` holds the text of further files by name; one that the tokenizer has written too takes its place.
     """
-    implementation = model.config._attn_implementation
     with new_result(folder) as partial:
-        try:
-            model.save_pretrained(partial, state_dict=dict(state))  # which it empties
-        finally:
-            model.config._attn_implementation = implementation
+        exported_files.write(model, tokenizer, state, partial, extra)
         _name_dtype(partial / "config.json", model, state)
-        tokenizer.save_pretrained(partial)
-        for name, text in extra.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        verify_export.weights(partial, state, tokenizer, type(model))
+        verify_export.weights(partial, state, type(model))
+        exported_files.verify(partial, tokenizer, any(name.endswith(".py") for name in extra))
         state.clear()
         verify_export.behaviour(partial, verify_export.probe(tokenizer), expected, model.dtype)
 

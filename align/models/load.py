@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -73,17 +74,23 @@ def _check_architecture(section: Model, config: PreTrainedConfig) -> None:
     if isinstance(section, Reward):
         classifier = bool(section.init) or is_classifier(config)
         scores = section.kind in ("sequence_classification", "attributes") or (section.kind == "auto" and classifier)
-    elsewhere = section.attention == FLASH and not torch.cuda.is_available()  # the GPUs of a Ray cluster
-    built_as = replace(section, attention="eager") if elsewhere and implementation(section, config) else section
-    with torch.device("meta"):
-        model = _untrained(AutoModelForSequenceClassification if scores else AutoModelForCausalLM, built_as, config)
-    if elsewhere and not model._supports_flash_attn:
-        problem = f"{section.path}: {type(model).__name__} does not support attention={FLASH}"
-        raise ModelError(problem, remedy="use attention=auto")
+    model = _on_meta(AutoModelForSequenceClassification if scores else AutoModelForCausalLM, section, config)
     if scores:
         _require_score(section, model)
     else:
         invariance.require_causal(model)
+
+
+def _on_meta(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device, which hold no numbers."""
+    elsewhere = section.attention == FLASH and not torch.cuda.is_available()  # the GPUs of a Ray cluster
+    built_as = replace(section, attention="eager") if elsewhere and implementation(section, config) else section
+    with torch.device("meta"):
+        model = _untrained(auto, built_as, config)
+    if elsewhere and not model._supports_flash_attn:
+        problem = f"{section.path}: {type(model).__name__} does not support attention={FLASH}"
+        raise ModelError(problem, remedy="use attention=auto")
+    return model
 
 
 def check_lora(section: Trained, vocab_size: int, key: str) -> None:
@@ -91,11 +98,9 @@ def check_lora(section: Trained, vocab_size: int, key: str) -> None:
     does; ``key`` is that of the targets in the recipe."""
     if not section.lora.rank:
         return
-    causal = isinstance(section, Policy)
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model = _untrained(auto, section, _config(section, vocab_size))
-    add_lora(model, section.lora, task="CAUSAL_LM" if causal else "SEQ_CLS", key=key)
+    model = without_weights(section, vocab_size)
+    task = "CAUSAL_LM" if isinstance(section, Policy) else "SEQ_CLS"
+    add_lora(model, section.lora, task=task, key=key)
 
 
 def _check_source(section: Model) -> None:
@@ -121,7 +126,8 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
     """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
     try:
         if section.init:
-            fields = {"vocab_size": vocab_size, **section.init}
+            # The family's own stop id, 2 or 50256, is that of another tokenizer.
+            fields = {"vocab_size": vocab_size, "eos_token_id": None, **section.init}
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(
@@ -158,8 +164,10 @@ def _embedded(config: PreTrainedConfig, default: int) -> int:
 def _untrained(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with random weights."""
     common = {"attn_implementation": implementation(section, config), "dtype": getattr(torch, section.dtype)}
-    if section.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {}):
-        common["code_revision"] = section.revision  # the pinned one, not the newest
+    if section.revision and section.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        registered = auto._model_mapping.get(type(config), None)  # by an earlier call, which takes no such argument
+        if registered is None or registered.__module__.startswith("transformers."):
+            common["code_revision"] = section.revision  # the pinned one, not the newest
     try:
         model = auto.from_config(config, trust_remote_code=section.trust_remote_code, **common)
     except Exception as error:  # of any kind, where a config does not fit
@@ -219,6 +227,18 @@ def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] 
         )
     if gaps or vocab_size < _embedded(model.config, vocab_size):
         heads.restrict(model, heads.TokenizerIds(vocab_size, gaps))
+    return model
+
+
+def without_weights(section: Model, vocab_size: int) -> PreTrainedModel:
+    """The model of a role that trains, with parameters on the meta device, which hold no numbers."""
+    config: Any = _config(section, vocab_size)
+    if isinstance(section, TrainedReward):
+        config.num_labels = start_of(section)[0]
+    auto: Any = AutoModelForCausalLM if isinstance(section, Policy) else AutoModelForSequenceClassification
+    model = _on_meta(auto, section, config)
+    if not section.init and (file := stored_file(section, "generation_config.json")) and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(Path(file).parent)
     return model
 
 

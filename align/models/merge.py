@@ -19,8 +19,8 @@ from align.data import chat
 from align.errors import ModelError
 from align.models.streaming import Checkpoint
 
-VOLATILE = {"_name_or_path", "transformers_version"}
-"""Keys of a config that say nothing of the model."""
+VOLATILE = {"_name_or_path", "transformers_version", "eos_token_id", "pad_token_id"}
+"""Keys of a config that say nothing of the weights; STRONG's are kept."""
 
 
 def expo(weak: Path, strong: Path, out: Path, alpha: float, texts: Mapping[str, str]) -> int:

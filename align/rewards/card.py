@@ -59,9 +59,8 @@ class Card:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     def files(self) -> dict[str, str]:
-        """Text by name of what a model's folder gets: the card, and the template where it replaces the tokenizer's."""
-        template = {} if self.chat_template is None else {"chat_template.jinja": self.chat_template}
-        return {NAME: self.dumps(), **template}
+        """Text by name of what a model's folder gets: the card."""
+        return {NAME: self.dumps()}
 
 
 def read(folder: Path) -> Card | None:

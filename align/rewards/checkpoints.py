@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from transformers import AutoConfig
 
-from align.models import convert, merge
+from align import __version__
+from align.data import chat
+from align.data.chat import Renderer
+from align.errors import DataError
+from align.models import convert, exported_files, load, merge, readme
+from align.models.exported_files import Chat
 from align.rewards import card
 from align.rewards.card import Card
+from align.sections import Model
 
 
 def expo(arguments: argparse.Namespace, console: Console) -> int:
     """``align merge expo``."""
     found = card.read(arguments.strong)
     texts = {} if found is None else replace(found, moments=None).files()
+    ends = f"`{arguments.weak}` (weak) and `{arguments.strong}` (strong)"
+    origin = f"Written by `align merge expo` of align {__version__}: {ends}, extrapolated with alpha {arguments.alpha}."
+    texts |= _readme(arguments.strong, origin, found)
     weights = merge.expo(arguments.weak, arguments.strong, arguments.out, arguments.alpha, texts)
     console.print(f"wrote {arguments.out}: {weights} weights, alpha {arguments.alpha}", highlight=False)
     if found is not None and found.moments is not None:
@@ -32,3 +44,22 @@ def row_zero(arguments: argparse.Namespace, console: Console) -> int:
     name = convert.row_zero(arguments.source, arguments.out, texts)
     console.print(f"wrote {arguments.out}: {name} with one label", highlight=False)
     return 0
+
+
+def _readme(strong: Path, origin: str, found: Card | None) -> dict[str, str]:
+    """``README.md`` in place of that of ``strong``, text by name; short where no template says how to use it."""
+    tokenizer: Any = chat.load_tokenizer(strong)
+    if found is not None and found.chat_template is not None:
+        tokenizer.chat_template = found.chat_template
+    try:
+        renderer = Renderer(tokenizer, date=None if found is None else found.date, section="tokenizer")
+    except DataError:
+        return {readme.NAME: f"# Model\n\n{origin}\n"}
+    if not load.labels(Model(path=str(strong))):
+        stops = exported_files.stored_stop_ids(strong) or list(renderer.stop_ids)
+        return {readme.NAME: readme.policy(origin, Chat.of(renderer), tokenizer, stops, trust=False)}
+    form = Chat.of(renderer, whole=found is None or not found.loss)
+    pad = AutoConfig.from_pretrained(strong).get_text_config().pad_token_id
+    pads = pad is not None and pad == tokenizer.pad_token_id and pad not in form.ids
+    weighted = found is not None and found.kind == "attributes"
+    return {readme.NAME: readme.reward(origin, form, tokenizer, pads, weighted, trust=False)}

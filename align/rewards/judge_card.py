@@ -17,13 +17,10 @@ KEYS = {name: f"reward.generative.{name}" for name in ("form", "custom_roles", "
 """Where a recipe has what is compared."""
 
 
-def files(verdict: Verdict, chat_template: str | None, date: str | None) -> dict[str, str]:
-    """Text by name of what a judge's folder gets: the card, and the template where it replaces the tokenizer's.
-
-    ``date`` is what the template got as ``date_string``.
-    """
+def files(verdict: Verdict, date: str | None) -> dict[str, str]:
+    """Text by name of what a judge's folder gets: the card. ``date`` is what the template got as ``date_string``."""
     card = json.dumps({"version": VERSION, **asdict(verdict), "date": date}, indent=2, ensure_ascii=False) + "\n"
-    return {NAME: card} | ({} if chat_template is None else {"chat_template.jinja": chat_template})
+    return {NAME: card}
 
 
 def require_same(section: Generative, keys: Mapping[str, str] = MappingProxyType(KEYS)) -> None:

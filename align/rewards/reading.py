@@ -18,6 +18,7 @@ from align.errors import ConfigError, ModelError
 from align.generators import opening
 from align.models import identity, load
 from align.models.weights import stored_file
+from align.prechecks.roles import require_head
 from align.rewards import card
 from align.rewards.card import Card, Moments
 from align.sections import Critic, Ensemble, Model, Reward
@@ -82,15 +83,6 @@ def require_attributes(section: Reward, names: Sequence[str]) -> None:
             f"{section.path or section.kind}: it does not rate {', '.join(missing)}, but has {has or 'one score'}",
             remedy="give one reward model with a head of these attributes, or name those that it has in "
             "steering.attributes",
-        )
-
-
-def require_head(critic: Critic) -> None:
-    """Raises `ConfigError` for a critic that is to start from a judge without a head."""
-    if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
-        raise ConfigError(
-            f"critic: a reward of kind {critic.kind} has no head to start from",
-            remedy="start the critic from the policy: critic.path=${policy.path} critic.head=new",
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from align import config as configuration
+from align.disk import saving, write_whole
 from align.errors import ConfigError
 from align.run.folder import Folder
 from align.run.saving import read_rollouts, write_rollouts
@@ -55,10 +56,11 @@ def write(
     metrics: Mapping[str, float] | None,
     rollouts: Rollouts | None,
 ) -> Path:
-    """Write the bundle of a step and keep the snapshot before it; returns its folder."""
+    """Write the bundle of a step and keep the snapshot before it; returns its folder. Raises `SaveError`."""
     folder = disk.path / "bundles" / f"step-{step:06d}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with saving(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     before = [at for at in disk.snapshots.steps() if at < step]
     if before:
         disk.snapshots.pin(before[-1])
@@ -72,7 +74,7 @@ def write(
         "snapshot": f"../../checkpoints/step-{before[-1]:06d}" if before else None,
         "metrics": None if metrics is None else dict(metrics),
     }
-    (folder / "bundle.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "bundle.json", json.dumps(content, indent=2) + "\n")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal, Protocol
 
 from rich.console import Console
@@ -66,7 +67,8 @@ class Plain(Silent):
         if step % self.every and step != self.total:
             return
         left = metrics["seconds/step"] * (self.total - step)
-        print(f"{self.name} {step}/{self.total}  {summary(metrics)}  about {left:.0f} s left", flush=True)
+        with suppress(OSError):  # where stdout goes may be full, and the run need not end for that
+            print(f"{self.name} {step}/{self.total}  {summary(metrics)}  about {left:.0f} s left", flush=True)
 
 
 class Live:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from align import config as configuration
-from align.checkpoint import Snapshot, Snapshots
+from align.checkpoint import Snapshot, Snapshots, UnsoundError, listed, read_file, require_sound
+from align.disk import open_file, saving, write_whole
 from align.errors import ConfigError
-from align.private import require_private
+from align.prechecks.folders import BEFORE_A_RUN, check_run_folder
 from align.redact import redact
 from align.run.environment import environment, versions
-from align.run.identity import Identity
+from align.run.identity import MOST_LISTED, Identity
 from align.run.lines import Lines, copy_tree
 from align.run.lock import Lock
 from align.run.saving import Progress
-from align.run.stopping import check_no_stop_file
 from align.sections import Recipe
-
-BEFORE_A_RUN = {"launch", "logs", "lock"}
-"""What may lie in the folder of a run that has not begun: what a launcher wrote."""
 
 
 class Folder:
@@ -41,12 +41,15 @@ class Folder:
             for name in ("metrics", "samples", "evaluations")
         )
         self._board: SummaryWriter | None = None
+        self._bests: dict[int, set[str]] = {}
+        """Names of best models by snapshot: what is published does not change."""
         self.found: Snapshot | None = None
         """The snapshot that the run goes on from."""
 
     def report(self, line: str) -> None:
         """Tell the user something at once."""
-        print(redact(f"align: {line}"), file=sys.stderr, flush=True)
+        with suppress(OSError):  # where stderr goes may be full, and the run need not end for that
+            print(redact(f"align: {line}"), file=sys.stderr, flush=True)
 
     # Ownership
 
@@ -55,37 +58,31 @@ class Folder:
 
         Raises `ConfigError` for a folder that holds something else or another run, `LockError` for one that is owned.
         """
-        self._look()
-        check_no_stop_file(self.path)
+        self._known = check_run_folder(self.section)
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ConfigError(f"run.dir={self.path} cannot be made: {error.strerror}") from error
-        require_private(self.path)
+            problem, remedy = f"run.dir={self.path} cannot be made: {error.strerror}", "choose another run.dir"
+            raise ConfigError(problem, remedy=remedy) from error
         self.lock = Lock.acquire(self.path)
-        if self.lock.took_over:
-            self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
         try:
-            self.snapshots = Snapshots(
-                self.path / "checkpoints", self.recipe.checkpoint, self.lock.epoch, self.lock.check, self.report
-            )
-            self.snapshots.clean()
-            self.search()
-            self._write_start()
+            with saving(self.path):
+                self._open_owned()
         except BaseException:
             self.lock.release()
             raise
 
-    def _look(self) -> None:
-        """Refuse what is no run, before anything is touched."""
-        there = {item.name for item in self.path.iterdir()} - BEFORE_A_RUN if self.path.is_dir() else set()
-        self._known = "identity.json" in there
-        if there and self.section.resume == "never":
-            remedy = "choose another run.dir, or let run.resume be auto"
-            raise ConfigError(f"run.dir={self.path} is not empty", remedy=remedy)
-        if there and not self._known:
-            remedy = "choose another run.dir, or move away what lies there"
-            raise ConfigError(f"run.dir={self.path} is not empty, and what lies there is no run", remedy=remedy)
+    def _open_owned(self) -> None:
+        if self.lock.took_over:
+            self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
+        self.snapshots = Snapshots(
+            self.path / "checkpoints", self.recipe.checkpoint, self.lock.epoch, self.lock.check, self.report
+        )
+        self.snapshots.clean()
+        for left in self.path.glob(".*.partial"):  # by an owner that was killed
+            left.unlink()
+        self.search()
+        self._write_start()
 
     def search(self) -> None:
         """Find the newest sound snapshot, of this folder or else the one that ``run.resume`` names."""
@@ -99,13 +96,51 @@ class Folder:
                 raise ConfigError(f"run.resume={named} is not the newest snapshot of this run", remedy=remedy)
         if self.found is not None:
             self._require(self.found.manifest.facts, self.found.folder)
-        elif (self.path / "checkpoints" / "latest").exists():
+        elif os.path.lexists(self.path / "checkpoints" / "latest"):
             remedy = "bring them back, or begin in a new run.dir"
             where = str(self.snapshots.folder)
             raise ConfigError("there were snapshots, and they are gone", where=where, remedy=remedy)
         elif self._known:
-            self._require(json.loads((self.path / "identity.json").read_text()), self.path)
-            self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Begin at the first step in the folder of a run without a checkpoint; with a changed recipe only where no step
+        was taken, and apart from what stands there."""
+        try:
+            with open_file(self.path / "identity.json") as file:
+                differences = self.identity.differences(json.loads(file.read()), self.section.allow_change)
+        except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what, how = f"identity.json cannot be read: {str(error).splitlines()[0]}", "anew"
+        else:
+            if not differences:
+                if not os.path.lexists(self.path / "final"):
+                    self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")
+                return
+            keys = list(dict.fromkeys(key.split(":")[0] for key, _ in differences))
+            more = f", and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else ""
+            what = f"keys: {', '.join(keys[:MOST_LISTED])}{more}"
+            how = "with the changed recipe"
+        metrics = self.path / "metrics.jsonl"
+        done = [metrics] if os.path.lexists(metrics) and (not metrics.is_file() or metrics.stat().st_size) else []
+        done += [*self.path.glob("checkpoints/*"), *self.path.glob("round-*"), *self.path.glob("final*")]
+        if done:
+            problem = f"holds {done[0].name} of another run, and no checkpoint to resume from ({what})"
+            remedy = "choose another run.dir, or move away what lies there"
+            raise ConfigError(f"run.dir={self.path} {problem}", remedy=remedy)
+        self.report(f"no step was taken in {self.path}: starting {how} ({what})")
+        self._set_attempt_aside()
+
+    def _set_attempt_aside(self) -> None:
+        """Move what an attempt without a step has written to the folder ``attempt-N``."""
+        names = (f"attempt-{number}" for number in count(1))
+        aside = self.path / next(name for name in names if not os.path.lexists(self.path / name))
+        (aside / "logs").mkdir(parents=True, mode=0o700)
+        items = [item for item in listed(self.path) if not BEFORE_A_RUN.fullmatch(item.name)]
+        for item in sorted(items, key=lambda item: item.name == "identity.json"):  # which tells a run, last
+            os.rename(item, aside / item.name)
+        for log in (self.path / "logs").glob("*.log"):
+            os.rename(log, aside / "logs" / log.name)
+        self._known = False
 
     def search_again(self) -> None:
         """Find the newest sound snapshot of this process's own run, or the one it began with."""
@@ -124,7 +159,14 @@ class Folder:
         """Whether the final model of all steps is there."""
         total = self.section.steps * self.recipe.num_rounds()
         done = self.found is None or self.found.manifest.step >= total
-        return self._known and done and (self.path / "final").exists()
+        final = self.path / "final"
+        if not (self._known and done and os.path.lexists(final)):
+            return False
+        damage = damage_of(final)
+        if damage and self.found is None:
+            remedy = "restore it, or move it away to train again from the first step"
+            raise ConfigError(f"is damaged, and no checkpoint is there: {damage}", where=str(final), remedy=remedy)
+        return damage is None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -132,21 +174,25 @@ class Folder:
         return {**asdict(self.identity), "versions": versions()}
 
     def _write_start(self) -> None:
+        self.write_json("identity.json", asdict(self.identity))  # first: it tells a run from other folders
         self.write_text("config.yaml", redact(configuration.dumped(self.recipe)))
         now = environment()
         self.write_text("environment.json", redact(json.dumps(now, indent=2)) + "\n")
-        self.write_json("identity.json", asdict(self.identity))
         start = {"epoch": self.lock.epoch, "from_step": self.found.manifest.step if self.found else 0, **now}
-        with (self.path / "starts.jsonl").open("a") as starts:
-            starts.write(redact(json.dumps(start)) + "\n")
+        starts, before = self.path / "starts.jsonl", b""
+        if os.path.lexists(starts):
+            with open_file(starts) as file:
+                before = file.read()
+        write_whole(starts, before[: before.rfind(b"\n") + 1] + redact(json.dumps(start)).encode() + b"\n")
 
     def close(self) -> None:
         """Give the folder back."""
-        for lines in (self.metrics, self.samples, self.evaluations):
-            lines.close()
-        if self._board:
-            self._board.close()
-        self.lock.release()
+        try:
+            for lines in (self.metrics, self.samples, self.evaluations):
+                lines.close()
+            self._close_board()
+        finally:
+            self.lock.release()
 
     # Files
 
@@ -155,10 +201,8 @@ class Folder:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file, whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        """Write a file, whole or not at all. Raises as `write_whole` does."""
+        write_whole(self.path / name, text)
 
     def cut_back(self, progress: Progress) -> None:
         """Let the files end where ``progress`` was written down, and drop models of later steps. Into a new folder they
@@ -168,11 +212,52 @@ class Folder:
         if self.source != self.path:
             for folder in (self.source / "best", *self.source.glob("round-*")):
                 copy_tree(folder, self.path / folder.name)
+        self._bests.clear()
         self._drop_best(progress)
-        if self._board:
-            self._board.close()
+        self._check_models(progress)
+        self._close_board()
         if self.section.tensorboard:
-            self._board = SummaryWriter(self.path / "tensorboard", purge_step=progress.step + 1)
+            with self._board_or_none():
+                self._board = SummaryWriter(self.path / "tensorboard", purge_step=progress.step + 1)
+
+    @contextmanager
+    def _board_or_none(self) -> Iterator[None]:
+        """Go on without TensorBoard's files where the disk refuses: they repeat ``metrics.jsonl``."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            self.report(f"{self.path / 'tensorboard'}: {error}; nothing more is written there, see metrics.jsonl")
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board:
+            with self._board_or_none():
+                board.close()
+
+    def _check_models(self, progress: Progress) -> None:
+        """Raise `ConfigError` where a model that the run needs, or has to show, is damaged: its best one, what its
+        round starts from, and what earlier rounds gave. The final model of this round is written again."""
+        steps, last = self.section.steps, self.recipe.num_rounds()
+        needed: dict[Path, int] = {}  # model: the last step whose checkpoint leads to it again
+        here = self.path if progress.round == last else self.path / f"round-{progress.round}"
+        for name in best_name(progress.state):
+            needed[here / "best" / name] = int(progress.state["best_step"]) - 1
+        start = progress.starts.get(str(progress.round))
+        if start is not None:
+            best = re.search(r"best/step-([0-9]+)$", start)
+            needed[self.path / start] = int(best[1]) - 1 if best else (progress.round - 1) * steps
+        for number in range(1, progress.round):
+            final = self.path / f"round-{number}" / "final"
+            if os.path.lexists(final):
+                needed[final] = number * steps
+        for folder, step in needed.items():
+            damage = damage_of(folder)
+            if damage is not None:
+                remedy = "restore it, or begin in a new run.dir"
+                if any(saved <= step for saved in self.snapshots.steps()):
+                    remedy = f"restore it, or move away the checkpoints after step {step}: the run then writes it again"
+                raise ConfigError(f"is damaged: {damage}", where=str(folder), remedy=remedy)
 
     def _drop_best(self, progress: Progress) -> None:
         """Remove the best models of this round and later ones that no snapshot speaks of: their steps come again."""
@@ -182,7 +267,7 @@ class Folder:
             here = self.path if number == last else self.path / f"round-{number}"
             for folder in here.glob("best/step-*"):
                 if folder.name not in known:
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def ends(self) -> dict[str, int]:
         """Bring the files to the disk; their lengths. Raises `SaveError`."""
@@ -192,24 +277,43 @@ class Folder:
         """Write the numbers of a step."""
         self.metrics.append(line, step)
         if self._board:
-            for name, value in line.items():
-                self._board.add_scalar(name, value, step)
+            with self._board_or_none():
+                for name, value in line.items():
+                    self._board.add_scalar(name, value, step)
 
-    def set_aside(self, folder: Path) -> None:
-        """Give a model another name, since this run goes on beyond it."""
-        number = 1
-        while (other := folder.with_name(f"{folder.name}.before-{number}")).exists():
-            number += 1
-        os.rename(folder, other)
-        self.report(f"{folder} is now {other.name}: the run goes on beyond it")
+    def set_aside(self, folder: Path, why: str) -> None:
+        """Give a model another name, and say why."""
+        names = (f"{folder.name}.before-{number}" for number in count(1))
+        other = folder.with_name(next(name for name in names if not os.path.lexists(folder.with_name(name))))
+        with saving(folder):
+            os.rename(folder, other)
+        self.report(f"{folder} is now {other.name}: {why}")
 
     def best_of_snapshots(self) -> set[str]:
         """Names of the best models that kept snapshots speak of."""
-        folders = [self.path / "checkpoints" / f"step-{step:06d}" for step in self.snapshots.steps()]
-        found = [json.loads((folder / "driver.json").read_text())["state"] for folder in folders]
-        return set().union(*map(best_name, found))
+        return set().union(*map(self._best_of, self.snapshots.steps()))
+
+    def _best_of(self, step: int) -> set[str]:
+        """The same of one snapshot; none for one that is damaged, from which no run goes on."""
+        if step not in self._bests:
+            folder = self.snapshots.folder / f"step-{step:06d}"
+            try:
+                self._bests[step] = best_name(json.loads(read_file(folder, "driver.json"))["state"])
+            except (UnsoundError, ConfigError) as error:
+                self.report(f"{folder} is damaged, and not gone on from: {error}")
+                self._bests[step] = set()
+        return self._bests[step]
 
 
 def best_name(state: Mapping[str, float]) -> set[str]:
     """The folder of the best model that the numbers of a run speak of, where they do."""
     return {f"step-{int(state['best_step']):06d}"} if "best_step" in state else set()
+
+
+def damage_of(model: Path) -> str | None:
+    """Which file of a model folder is not as it was written, and how; None where all are."""
+    try:
+        require_sound(model)
+    except UnsoundError as error:
+        return str(error)
+    return None

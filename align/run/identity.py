@@ -28,6 +28,8 @@ HARMLESS = (
 are compared by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is
 computed."""
 
+MOST_LISTED = 8
+"""Differences that a message lists."""
 _HARMLESS = re.compile("|".join(f"(?:{pattern})" for pattern in HARMLESS))
 
 
@@ -49,22 +51,35 @@ class Identity:
         kept = {key: value for key, value in leaves.items() if not _HARMLESS.fullmatch(key)}
         return cls(_plain(kept), dict(data), dict(models))
 
-    def require(self, facts: Mapping[str, Any], allowed: list[str], where: str) -> None:
-        """Raises `ConfigError` with every difference to what a snapshot's manifest says."""
+    def differences(self, facts: Mapping[str, Any], allowed: list[str]) -> list[tuple[str, str]]:
+        """Key and line of each difference to what a snapshot's manifest says, but for the ``allowed`` keys."""
         differences = [
             *_differences(facts["recipe"], self.recipe, ""),
             *_differences(facts["data"], self.data, "data: "),
             *_differences(facts["models"], self.models, "model: "),
         ]
-        refused = [(key, line) for key, line in differences if not _allowed(key, allowed)]
-        if refused:
-            lines = "\n".join(f"    {line}" for _, line in refused)
+        return [(key, line) for key, line in differences if not _allowed(key, allowed)]
+
+    def require(self, facts: Mapping[str, Any], allowed: list[str], where: str) -> None:
+        """Raises `ConfigError` with the first differences to what a snapshot's manifest says; for a run of another
+        algorithm, in one line."""
+        refused = self.differences(facts, allowed)
+        if not refused:
+            return
+        remedy = "undo the change, or choose another run.dir"
+        if any(key == "algorithm" for key, _ in refused):
+            then, now = facts["recipe"].get("algorithm"), self.recipe["algorithm"]
+            problem = f"the snapshot belongs to a run of algorithm {then}, and this recipe is {now}"
+            raise ConfigError(problem, where=where, remedy="choose another run.dir")
+        lines = [f"\n    {line}" for _, line in refused[:MOST_LISTED]]
+        if len(refused) > MOST_LISTED:
+            lines.append(f"\n    and {len(refused) - MOST_LISTED} more")
+        else:
             keys = ",".join(dict.fromkeys(key.split(":")[0] for key, _ in refused))
-            raise ConfigError(
-                f"this is not the run that the snapshot belongs to:\n{lines}",
-                where=where,
-                remedy=f"undo the change, or choose another run.dir, or allow it: run.allow_change=[{keys}]",
-            )
+            remedy += f", or allow it: run.allow_change=[{keys}]"
+        raise ConfigError(
+            f"this is not the run that the snapshot belongs to:{''.join(lines)}", where=where, remedy=remedy
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -7,10 +7,12 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from align import faults
+from align.disk import open_file, saving
 from align.errors import SaveError
 
 CHUNK = 1 << 20
@@ -27,27 +29,36 @@ class Lines:
         """``report`` gets lines for the user; ``fence`` raises when another process owns the file."""
         self.path, self._report, self._fence = path, report, fence
         self._waiting: list[bytes] = []
+        self._file: FileIO | None = None
 
     def open(self, end: int = 0, source: Path | None = None) -> None:
         """Begin to append after the first ``end`` bytes of ``source``, which is the file itself where none is given.
 
-        The file is written anew, so that a process which still has the old one open cannot spoil it.
+        The file is written anew, so that a process which still has the old one open cannot spoil it. Raises
+        `ConfigError` where the source cannot be read, and as `saving` does.
         """
         source = source or self.path
-        if source.exists() or end:
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            with partial.open("wb") as new:
-                if source.exists():
-                    with source.open("rb") as old:
-                        _copy(old, new, end)
-                if new.tell() < end:
-                    self._report(f"{source} is shorter than it was at the snapshot; its last lines are lost")
-                new.flush()
-                os.fsync(new.fileno())
-            os.replace(partial, self.path)
-        self._waiting.clear()
-        self._file = self.path.open("ab", buffering=0)
-        self._end = os.fstat(self._file.fileno()).st_size
+        with saving(self.path):
+            if os.path.lexists(source) or end:
+                self._rewrite(source, end)
+            self._waiting.clear()
+            self._file = FileIO(self.path, "ab")
+            self._end = os.fstat(self._file.fileno()).st_size
+
+    def _rewrite(self, source: Path, end: int) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.unlink(missing_ok=True)
+        with partial.open("w+b") as new:
+            if os.path.lexists(source):
+                with open_file(source) as old:
+                    _copy(old, new, end)
+            if new.tell() < end:
+                self._report(f"{source} is shorter than it was at the snapshot; its last lines are lost")
+                new.seek(0)
+                new.truncate(new.read().rfind(b"\n") + 1)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(partial, self.path)
 
     def append(self, line: Mapping[str, Any], step: int) -> None:
         """Write one line, and those that wait. Raises what the fence raises."""
@@ -60,6 +71,7 @@ class Lines:
             self._report(f"{self.path}: {error.strerror}; {len(self._waiting)} lines wait in memory")
 
     def _flush(self) -> None:
+        assert self._file is not None, "open comes first"
         while self._waiting:
             line, done = self._waiting[0], 0
             try:
@@ -75,6 +87,7 @@ class Lines:
         """Bring everything to the disk; returns the length in bytes. Raises `SaveError`."""
         try:
             self._flush()
+            assert self._file is not None
             os.fsync(self._file.fileno())
         except OSError as error:
             raise SaveError(
@@ -84,6 +97,8 @@ class Lines:
 
     def close(self) -> None:
         """Write what waits, and end."""
+        if self._file is None:
+            return
         try:
             self._flush()
         except OSError as error:
@@ -116,7 +131,8 @@ def copy_tree(source: Path, target: Path) -> None:
     if not source.is_dir() or target.exists():
         return
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial)
-    os.rename(partial, target)
+    with saving(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial)
+        os.rename(partial, target)

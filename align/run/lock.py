@@ -309,7 +309,7 @@ def _newest(locks: Path) -> int:
 def _read(path: Path) -> tuple[bytes, float]:
     """Content and time of last change. Opening a file makes a network file system ask its server for both, where
     ``stat`` may answer from a cache."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # not on a pipe
         return file.read(_MOST_BYTES), os.fstat(file.fileno()).st_mtime
 
 

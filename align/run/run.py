@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import deque
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from align import faults
 from align.data.prompts import PromptStream
+from align.disk import saving
 from align.errors import AlignError, DivergedError, SaveError, StoppedError
 from align.roles import Counting, Future, Policy, Previous, Ready, Stateful
 from align.run import bundle, display
 from align.run.clock import Clock
-from align.run.folder import Folder
+from align.run.folder import Folder, damage_of
 from align.run.identity import Identity
 from align.run.saving import Content, Progress, Saver, read_content
 from align.run.stopping import Stopping
@@ -99,7 +101,8 @@ class Run:
         """Write the policy as the best one so far, with the ``extra`` files, text by name. Those before go when no
         snapshot speaks of them any more."""
         folder = self._best_at(step)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with saving(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         policy.export(folder, extra).result()
         self.state["best_step"] = step
 
@@ -176,11 +179,15 @@ class Run:
                 totals=self.progress.totals,
             )
             self.tensors = {}
-        if not self.final.exists():
+        if not os.path.lexists(self.final):
             return True
+        why = "the run goes on beyond it"
         if self.progress.step >= self.round * self.section.steps:
-            return False
-        self.disk.set_aside(self.final)
+            damage = damage_of(self.final)
+            if damage is None:
+                return False
+            why = f"it is damaged ({damage}), and is written again from the last checkpoint"
+        self.disk.set_aside(self.final, why)
         return True
 
     def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
@@ -223,7 +230,7 @@ class Run:
         """
         self._restore()
         self._begun = time.perf_counter()
-        self._stop(self.stopping.asked())
+        self.stop_if_asked()
         for step in range(max(self.first_step, self.progress.step + 1), self.round * self.section.steps + 1):
             self.clock.step = step
             faults.strike("driver", 0, "step", step)
@@ -242,6 +249,10 @@ class Run:
         self.saver.restore(snapshot)
         for name, counters in self.progress.roles.items():
             self._roles[name].go_on(counters)
+
+    def stop_if_asked(self) -> None:
+        """Raise `StoppedError` where the run was asked to stop; for where there is nothing to save."""
+        self._stop(self.stopping.asked())
 
     def _stop(self, reason: str | None) -> None:
         if reason is not None:
@@ -284,9 +295,9 @@ class Run:
         if self.best is None:
             return
         spoken_of = {self.best.name, *self.disk.best_of_snapshots()}
-        for folder in self.best.parent.iterdir():
+        for folder in self.best.parent.glob("step-*"):
             if folder.name not in spoken_of:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _bundle(self, step: int, reason: str, metrics: Mapping[str, float] | None) -> Path:
         """Write what `align replay` needs to run a step again."""
@@ -295,7 +306,11 @@ class Run:
     def diverged(self, error: DivergedError) -> DivergedError:
         """The error of the step under way, with a bundle to replay it."""
         self.saver.settle()
-        folder = self._bundle(self.clock.step, error.message, None)
+        try:
+            folder = self._bundle(self.clock.step, error.message, None)
+        except SaveError as refused:
+            self.report(f"no bundle of the step was written: {refused}")
+            return error
         remedy = f"{error.remedy}; " if error.remedy else ""
         return DivergedError(
             error.message, where=error.where, remedy=f"{remedy}run the step again: align replay {folder}"

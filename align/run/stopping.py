@@ -19,12 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from align.errors import ConfigError
+from align.prechecks.folders import STOP_FILE
+from align.signals import IGNORED_STAYS_IGNORED, SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask to stop."""
-IGNORED_STAYS_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""Signals that a shell or ``nohup`` has a process in the background ignore, and that it goes on ignoring."""
 SAME_REQUEST_SECONDS = 1.0
 """A signal this soon after the first is the same request: Slurm sends it to a step and the batch script passes its own
 on."""
@@ -32,16 +29,6 @@ MARGIN = 0.1
 """Part of the slowest step and save that is added to both."""
 SCONTROL_SECONDS = 10.0
 """How long Slurm may take for an answer."""
-STOP_FILE = "STOP"
-
-
-def check_no_stop_file(folder: Path) -> None:
-    """Raise `ConfigError` where a run that starts would stop at once."""
-    path = folder / STOP_FILE
-    if os.path.lexists(path):
-        raise ConfigError(
-            f"run.dir={folder} holds the file {STOP_FILE}, which asks a run to stop", remedy=f"remove {path} to go on"
-        )
 
 
 class Stopping:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-DType = Literal["float32", "bfloat16"]
+from align.sections import precision
+
+DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Model:
     init: dict[str, Any] = field(default_factory=dict)
     """Architecture for random weights (fields of the transformers config, with ``model_type``). When it is
     given, ``path`` supplies the tokenizer only and ``vocab_size`` follows from it."""
-    dtype: DType = "bfloat16"
-    """Number format of the weights held for computing."""
+    dtype: DType = "auto"
+    """Number format of the weights held for computing. ``auto`` is bfloat16 where the driver's machine has GPUs or a
+    CPU with bfloat16 units, else float32; a run keeps the format that it began with."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """``packed`` runs without padding; ``auto`` takes it where the architecture allows, else ``sdpa``, or ``eager``
     where transformers has no sdpa for it (soft caps, sinks)."""
@@ -93,6 +96,8 @@ class Model:
     """Run Python code that comes with a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
 
     def __post_init__(self) -> None:
+        if self.dtype == "auto" and self.path not in ("", MISSING):  # once, in the driver, so that all ranks agree
+            object.__setattr__(self, "dtype", precision.automatic().dtype)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage is 0, 1, 2 or 3: {self.zero_stage}")
         if self.micro_batch_tokens < 1:

@@ -15,13 +15,14 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import faults
+from align import __version__, faults
 from align.checkpoint import FileRecord, write_json, write_tensors
 from align.data import chat, collate
 from align.engines import distributed, state
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import SaveError
-from align.models import export, load, verify_export, weights
+from align.models import export, exported_files, load, verify_export, weights
+from align.models.exported_files import Exported
 from align.roles import Future, LossFunction, Metrics
 from align.run.clock import Span
 from align.sections import Model, Trained
@@ -47,6 +48,8 @@ class Spec:
     """Seconds after which a collective operation is given up."""
     skip_non_finite: bool = False
     """Leave out an optimizer step whose loss or gradient is not finite, in place of `DivergedError`."""
+    exported: Exported | None = None
+    """What the exported folder says; None for a role that is not exported."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,20 @@ class TrainedWorker(Worker):
         dtype = base and export.merged_dtype(self.model, self.engine.full, base)
         state = export.state_dict(self.model, self.engine.full, keep=first, dtype=dtype)
         if first:
-            export.write(self.model, self.tokenizer, state, folder, extra, expected)
+            files = {**self._readme(), **exported_files.code(section), **extra}
+            export.write(self.model, self.tokenizer, state, folder, files, expected)
+
+    def _readme(self) -> dict[str, str]:
+        """``README.md`` of the exported folder, text by name."""
+        return {}
+
+    def _origin(self, exported: Exported) -> str:
+        """How the model was trained, as a sentence."""
+        section = self.spec.section
+        start = f"random weights of a {section.init['model_type']}" if section.init else f"`{section.path}`"
+        commit = f" at revision `{section.revision}`" if section.revision and not section.init else ""
+        how = f"algorithm `{exported.algorithm}`, optimizer steps: {self.engine.step}"
+        return f"Trained by align {__version__}, {how}, from {start}{commit}."
 
 
 def _write(

@@ -14,7 +14,7 @@ from align.data import collate
 from align.engines import generation
 from align.engines.deepspeed import Engine
 from align.errors import ModelError
-from align.models import export, heads, verify_export
+from align.models import export, exported_files, heads, readme, verify_export
 from align.roles import Future, LossFunction, Metrics, Ready
 from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
@@ -71,9 +71,21 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     inference_arguments = MappingProxyType({"temperature": 1.0})
 
     def load(self) -> None:
+        exported = self.spec.exported
         model = self._causal_lm()
+        if exported is not None:
+            exported.chat.set_template(self.tokenizer)
+            exported_files.set_stop_ids(model, exported.chat.stop_ids)
         self._make_trainable(model, task="CAUSAL_LM")
         self._build(model)
+
+    def _readme(self) -> dict[str, str]:
+        exported, model = self.spec.exported, self.model
+        if exported is None:
+            return {}
+        stops: Any = getattr(model.generation_config, "eos_token_id", None)
+        trust = self.spec.section.trust_remote_code
+        return {readme.NAME: readme.policy(self._origin(exported), exported.chat, self.tokenizer, stops, trust)}
 
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
         return {"temperature": batch.temperature}

@@ -16,7 +16,7 @@ from align.data.conversations import Conversations
 from align.engines import state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
-from align.models import heads, load
+from align.models import exported_files, heads, load, readme
 from align.rewards import readers
 from align.rewards.functions import FunctionJudge
 from align.rewards.genrm import GenerativeJudge
@@ -84,14 +84,23 @@ class TrainedRewardWorker(TrainedWorker):
         size = chat.vocab_size(self.tokenizer)
         self.model = load.scorer(section, size, spec.seed, head=section.head, num_labels=num_labels, combine=combine)
         config, names = self.model.config, resolve(section.attributes)
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        # transformers' classifiers score the last token that is not this one; they refuse to guess where it is None.
-        config.pad_token_id = None if pad == end else pad
+        if spec.exported is not None:
+            spec.exported.chat.set_template(self.tokenizer)
+            exported_files.set_padding(self.tokenizer, config, spec.exported.chat)
         if names:
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         self._make_trainable(self.model, task="SEQ_CLS")
         head = heads.LastTokenAttributes(self.model) if names else heads.LastTokenScore(self.model)
         self.engine = Engine(head, section, self.device, spec.total_steps)
+
+    def _readme(self) -> dict[str, str]:
+        exported, section = self.spec.exported, self.spec.section
+        if exported is None:
+            return {}
+        assert isinstance(section, TrainedRewardSection)
+        pads = self.model.config.get_text_config().pad_token_id is not None
+        form = pads, bool(section.attributes), section.trust_remote_code
+        return {readme.NAME: readme.reward(self._origin(exported), exported.chat, self.tokenizer, *form)}
 
     @answered
     def score(self, sequences: Sequences) -> Scored:

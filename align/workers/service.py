@@ -26,7 +26,6 @@ from typing import Any
 import uvicorn
 from rich.console import Console
 
-from align import config
 from align.errors import ConfigError, WorkerError
 from align.private import require_private
 from align.rewards import functions, reading, serving
@@ -51,7 +50,7 @@ SLOTS_PER_CORE = 2
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align serve reward``."""
-    section: RewardService = config.build(RewardService, arguments.recipe, arguments.overrides).config
+    section: RewardService = arguments.loaded.config
     token = check(section)
     if arguments.check:
         console.print(f"{arguments.recipe}: can be served", highlight=False)

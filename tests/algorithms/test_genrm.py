@@ -97,7 +97,7 @@ def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer)
     read = Renderer(renderer.tokenizer, section.chat_template, section.date)
     material, _ = genrm.prepare(recipe, source, read)
     card = json.loads(material.files[judge_card.NAME])
-    assert (card["form"], card["date"], material.files["chat_template.jinja"]) == ("json", section.date, read.template)
+    assert (card["form"], card["date"]) == ("json", section.date)
     assert material.held_out is not None and material.held_out.files == material.files
     said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
     imitated = sft.Config(policy=Policy(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
@@ -138,7 +138,7 @@ class Judge:
 
 def test_held_out_verdicts_when_they_are_due(source, renderer):
     recipe = config(evaluation=Evaluation(every=2, prompts=4, keep_best=True))
-    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None, None), {})
+    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None), {})
     assert held_out is not None and len(held_out.prompts) == 8
     run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
     evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)

@@ -23,6 +23,8 @@ from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES
 from align.data.toy import WORDS
 from align.errors import ConfigError, ModelError
 from align.launch import cast
+from align.models import exported_files
+from align.models.exported_files import Exported
 from align.prepare import load_renderer
 from align.rewards import card
 from align.rewards.card import Moments
@@ -171,7 +173,8 @@ def trained(
     renderer = load_renderer(loaded)
     material, _ = reward_model.prepare(loaded, helpsteer.load(loaded.data, loaded.reads()), renderer)
     run = Run(loaded, renderer.text)
-    with run, cast(loaded, run) as found:
+    exported = {"reward": Exported(loaded.algorithm, exported_files.try_out(loaded.reward, renderer))}
+    with run, cast(loaded, run, exported=exported) as found:
         roles: Any = found
         reward_model.train(loaded, material, roles, run)
         yield roles.reward, [json.loads(line) for line in (folder / "metrics.jsonl").open()], material

@@ -291,7 +291,7 @@ def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypat
 def test_a_policy_that_learned_another_form_is_refused(tmp_path, family_data, tiny_family, tiny_attributes):
     model = tmp_path / "model"
     shutil.copytree(tiny_family, model)
-    for name, text in steering.Form(NAMES, (4, 2), "user", "", "").files(None).items():
+    for name, text in steering.Form(NAMES, (4, 2), "user", "", "").files().items():
         (model / name).write_text(text)
     settings = "steerlm2", family_data, model, tiny_attributes, f"base.path={tiny_family}", "steering.prefix=''"
     with pytest.raises(ConfigError, match=r'learned with steering\.place="user" steering\.suffix=""'):

@@ -280,6 +280,15 @@ class TestSameVocabulary:
         assert chat.same_vocabulary(a, b)
         chat.require_same(a, b)
 
+    def test_an_entry_that_only_pads_is_no_difference(self):
+        a, b, c = make_tokenizer(QWEN), make_tokenizer(QWEN), make_tokenizer(QWEN)
+        b.add_special_tokens({"pad_token": "<|pad|>"})  # as an exported reward model may have
+        c.add_special_tokens({"pad_token": "<|blank|>"})
+        assert chat.same_vocabulary(a, b) and chat.same_vocabulary(b, a)
+        assert not chat.same_vocabulary(b, c)
+        b.pad_token = "<pad>"
+        assert not chat.same_vocabulary(a, b)
+
     def test_other_entries(self):
         a, b = make_tokenizer(QWEN), make_tokenizer(QWEN, extra="<new>")
         assert not chat.same_vocabulary(a, b)

@@ -98,8 +98,8 @@ def test_the_card_reads_back(tmp_path: Path):
     form = Form.of(
         Steering(attributes=["b", "a"], values={"a": 3}, place="user", prefix="{", suffix="}"), "26 Jul 2024"
     )
-    files = form.files("template")
-    assert files.keys() == {NAME, "chat_template.jinja"} and form.files(None).keys() == {NAME}
+    files = form.files()
+    assert files.keys() == {NAME}
     (tmp_path / NAME).write_text(files[NAME])
     assert read(tmp_path / NAME) == form
 
@@ -108,7 +108,7 @@ def test_the_card_reads_back(tmp_path: Path):
     "change", [{"version": 2}, {"values": [1]}, {"values": [1, "x"]}, {"more": 1}, None], ids=lambda x: str(x)
 )
 def test_a_card_that_cannot_be_read(change, tmp_path: Path):
-    card = json.loads(Form.of(Steering(attributes=["b", "a"])).files(None)[NAME])
+    card = json.loads(Form.of(Steering(attributes=["b", "a"])).files()[NAME])
     (tmp_path / NAME).write_text("[" if change is None else json.dumps(card | change))
     with pytest.raises(ModelError):
         read(tmp_path / NAME)
@@ -117,7 +117,7 @@ def test_a_card_that_cannot_be_read(change, tmp_path: Path):
 def test_a_policy_is_told_as_it_learned(tmp_path: Path):
     """By any values."""
     learned = Steering(attributes=["helpfulness", "verbosity"], place="user", prefix="\n\n", suffix="")
-    for name, text in Form.of(learned).files(None).items():
+    for name, text in Form.of(learned).files().items():
         (tmp_path / name).write_text(text)
     require_same(Form.of(replace(learned, values={"helpfulness": 1})), str(tmp_path))
     require_same(Form.of(Steering()), str(tmp_path / "of another"))

@@ -93,7 +93,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory, tiny_family: Path) -> Path
     """A model that says it was told attributes."""
     folder = tmp_path_factory.mktemp("steered") / "m"
     shutil.copytree(tiny_family, folder)
-    for name, text in Form.of(Steering(attributes=["helpfulness", "verbosity"])).files(None).items():
+    for name, text in Form.of(Steering(attributes=["helpfulness", "verbosity"])).files().items():
         (folder / name).write_text(text)
     return folder
 

@@ -190,6 +190,16 @@ def whole_numbers_in_place_of_weights(command: Command) -> list[str]:
     return [f"{file}: {name} holds I8 numbers", "F64, F32, F16, BF16"]
 
 
+def a_tokenizer_that_cannot_be_saved(command: Command) -> list[str]:
+    code = "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizerFast(PreTrainedTokenizerFast):\n"
+    code += "    def save_pretrained(self, *_, **__):\n        raise OSError('saved by nobody')\n"
+    (command.policy / "own.py").write_text(code)
+    own = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizerFast"]}, "tokenizer_class": "OwnTokenizerFast"}
+    change(command.policy / "tokenizer_config.json", **own)
+    command.more.append("policy.trust_remote_code=true")
+    return [f"{command.policy}: its config or tokenizer cannot be exported: OSError: saved by nobody"]
+
+
 def a_quantised_checkpoint(command: Command) -> list[str]:
     change(command.policy / "config.json", quantization_config={"quant_method": "fp8"})
     return [str(command.policy), "the checkpoint is quantised, and dtype=float32 asks for its plain weights"]
@@ -229,6 +239,7 @@ MISFITS = [
     half_a_weight_file,
     whole_numbers_in_place_of_weights,
     a_quantised_checkpoint,
+    a_tokenizer_that_cannot_be_saved,
     an_architecture_of_its_own_code,
     a_tokenizer_of_its_own_code,
 ]
@@ -257,7 +268,7 @@ def test_what_does_not_fit_is_refused_before_a_folder_or_a_worker(
 def test_a_number_format_that_cannot_be_trained_is_refused_at_its_key(command: Command, dtype: str, capsys):
     assert command(f"policy.dtype={dtype}") == 78
     said = capsys.readouterr().err
-    assert f"policy.dtype: expected one of float32, bfloat16, found '{dtype}'" in said
+    assert f"policy.dtype: expected one of auto, float32, bfloat16, found '{dtype}'" in said
     assert not command.run.exists()
 
 

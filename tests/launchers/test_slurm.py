@@ -115,7 +115,7 @@ def service(tmp_path: Path) -> Path:
 
 
 def test_the_rendered_job_is_bash_without_marks(recipe: Path, service: Path):
-    for given in ([str(recipe), "--nodes=2"], [str(service), "--nodes=1", "--service=reward"]):
+    for given in ([str(recipe), "--nodes=1"], [str(service), "--nodes=1", "--service=reward", "replicas.max=4"]):
         script = slurm.plan(slurm.parser().parse_intermixed_args([*given, "--gpus-per-node=4", "--time=60"])).script
         assert "#%" not in script
         assert ("serve reward" in script) == (given[0] == str(service))
@@ -265,6 +265,11 @@ def test_hostile_names_and_values_stay_text(tmp_path: Path, sbatch: Path, monkey
 def test_relative_paths_become_full_and_hub_names_stay(tmp_path: Path, sbatch: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
+    (tmp_path / "old" / "step-000003").mkdir(parents=True)
+    snapshot = tmp_path / "hub" / "models--nvidia--some-model" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run="here/run", folder="models"))
     assert submit(Path("recipe.yaml"), "reward.path=nvidia/some-model", "run.resume=old/step-000003") == 0
     written = config.load(tmp_path / "here/run/launch/config.yaml").config
@@ -318,6 +323,42 @@ def test_a_task_of_an_array_that_is_still_queued_counts(recipe: Path, sbatch: Pa
     (tmp_path / "queue").write_text("205 101\n")  # a task has a number of its own beside the array's
     with pytest.raises(LockError, match="job 101"):
         submit(recipe, f"run.dir={tmp_path}/run-1-2", "run.seed=2")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["placement.policy=0"], "placement uses slots 0,2-3 only: 1 of 4 stay idle (GPUs of the job)"),
+        (["placement={policy: 0, reward: 0, reference: 0}"], "placement uses slot 0 only: 15 of 16 stay idle"),
+        (["--service=reward"], "placement uses slots 0-2 only: 1 of 4 stay idle (GPUs of the job)"),
+    ],
+)
+def test_idle_gpus_are_refused_unless_accepted(
+    recipe: Path, service: Path, sbatch: Path, given: list[str], line: str, capsys
+):
+    big = {"nodes": 2, "gpus": 8} if "16" in line else {"nodes": 1, "gpus": 4}
+    path = service if given == ["--service=reward"] else recipe
+    if "placement={" in given[0]:
+        path.write_text(path.read_text().replace("0-3, reference: 2, reward: 3", "0"))
+        given = []
+    with pytest.raises(PlacementError) as caught:
+        submit(path, *given, **big)
+    assert line in str(caught.value) and "--accept-idle" in str(caught.value)
+    assert calls_of(sbatch) == []
+    assert submit(path, *given, "--accept-idle", "--dry-run", **big) == 0
+
+
+def test_paths_that_a_job_would_not_find_are_refused_before_the_queue(recipe: Path, sbatch: Path, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    options = [f"policy.path={tmp_path}/modle", f"data.path={tmp_path}/none", "reward.path=no/such"]
+    with pytest.raises(ConfigError) as caught:
+        submit(recipe, *options)
+    assert f"policy.path={tmp_path}/modle: there is no such file or folder" in str(caught.value)
+    assert f"did you mean {tmp_path}/model?" in str(caught.value)
+    assert f"data.path={tmp_path}/none" in str(caught.value) and "hf download no/such" in str(caught.value)
+    assert str(caught.value).count("modle") == 1  # the reference follows the policy, and is not named again
+    assert calls_of(sbatch) == []
+    assert submit(recipe, *options, "--container=image", "--dry-run") == 0  # the image has folders of its own
 
 
 def test_a_file_stop_is_pointed_out_before_the_queue(recipe: Path, sbatch: Path, tmp_path: Path):

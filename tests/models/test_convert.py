@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from align.cli import _parser, _run
 from align.data import collate, toy
@@ -135,9 +143,18 @@ def test_tied_and_missing_output_layers_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tied"]
 
 
-def test_a_tokenizer_that_pads_with_its_end_is_refused(tmp_path):
+def test_a_tokenizer_that_pads_with_its_end_gets_another_padding_token(tmp_path):
     tokenizer = toy.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
+    source = saved(tmp_path / "source", tokenizer=tokenizer)
+    convert.row_zero(source, tmp_path / "out", {})
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<pad>"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 0
+
+
+def test_a_tokenizer_that_has_nothing_but_its_end_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"</s>": 2, **{f"w{id}": id for id in range(80) if id != 2}}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     source = saved(tmp_path / "source", tokenizer=tokenizer)
     with pytest.raises(ModelError, match="has no padding token that is not an end of sequence: '</s>'"):
         convert.row_zero(source, tmp_path / "out", {})

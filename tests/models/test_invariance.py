@@ -300,7 +300,9 @@ def test_lengths_that_cannot_be_sampled_are_refused(name, length):
 
 @pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
 def test_a_state_that_reads_padding_is_not_sampled(kind):
-    policy = Policy(path="", init={"model_type": kind, "num_hidden_layers": 3}, optimizer=Optimizer(lr=1.0))
+    policy = Policy(
+        path="", init={"model_type": kind, "num_hidden_layers": 3}, dtype="float32", optimizer=Optimizer(lr=1.0)
+    )
     with pytest.raises(ModelError, match=f"policy.path: {kind}: {kind} cannot sample for a batch of prompts"):
         load.check(policy, VOCABULARY, "policy", sampled=1)
 
@@ -308,12 +310,14 @@ def test_a_state_that_reads_padding_is_not_sampled(kind):
 def test_an_encoder_is_no_language_model():
     sizes = {name: value for name, value in SIZES.items() if not name.endswith("_id")}
     init = {"model_type": "bert", "pad_token_id": 0, **sizes}
-    policy = Policy(path="", init=init, optimizer=Optimizer(lr=1.0))
+    policy = Policy(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0))
     with pytest.raises(ModelError, match="BertLMHeadModel attends to later tokens"):
         load.check(policy, VOCABULARY)
-    load.check(Policy(path="", init=init | {"is_decoder": True}, optimizer=Optimizer(lr=1.0)), VOCABULARY)
+    load.check(
+        Policy(path="", init=init | {"is_decoder": True}, dtype="float32", optimizer=Optimizer(lr=1.0)), VOCABULARY
+    )
     with pytest.raises(ModelError, match="BertForSequenceClassification has no `score` head"):
-        load.check(TrainedReward(path="", init=init, optimizer=Optimizer(lr=1.0)), VOCABULARY)
+        load.check(TrainedReward(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0)), VOCABULARY)
 
 
 def test_dropout_is_set_wherever_a_config_has_it():

@@ -194,7 +194,7 @@ SOFT_CAPS = {"model_type": "gemma2", **SIZES, "head_dim": 8}
 
 @pytest.mark.parametrize("kind", [Policy, TrainedReward])
 def test_an_architecture_without_sdpa_is_eager_by_itself(kind):
-    take = lambda **fields: kind(path="", init=SOFT_CAPS, optimizer=Optimizer(lr=1.0), **fields)  # noqa: E731
+    take = lambda **fields: kind(path="", init=SOFT_CAPS, dtype="float32", optimizer=Optimizer(lr=1.0), **fields)  # noqa: E731
     load.check(take(), 50)
     make = load.causal_lm if kind is Policy else lambda *rest: load.scorer(*rest, head="new")
     assert make(take(), 50, 0).config._attn_implementation == "eager"
@@ -222,7 +222,7 @@ def test_flash_attention_that_cannot_be_is_refused(causal_folder, monkeypatch):
 def test_an_architecture_without_a_classifier_is_no_reward_model():
     init = {"model_type": "cohere", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ModelError, match="cannot build .*CohereConfig.* for this kind of AutoModel"):
-        load.check(TrainedReward(path="", init=init, optimizer=Optimizer(lr=1.0)), 50)
+        load.check(TrainedReward(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0)), 50)
 
 
 def test_pickled_weights_are_refused(causal_folder, tmp_path):

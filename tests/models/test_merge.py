@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from align import __version__
 from align.cli import _parser, _run
 from align.data import toy
 from align.errors import AlignError, ModelError
@@ -151,3 +152,5 @@ def test_the_command_carries_the_card_over_without_its_moments(ends: tuple[Path,
     assert _run(arguments, console) == 0
     assert card.read(tmp_path / "out") == Card("sequence_classification", data="d", loss="scaled")
     assert "without its moments, which are of other scores" in console.export_text()
+    about = (tmp_path / "out" / "README.md").read_text()
+    assert f"of align {__version__}: `{ends[0]}` (weak) and `{strong}` (strong), extrapolated with alpha 1.52." in about

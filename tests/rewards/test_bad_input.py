@@ -67,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     save("dated", AutoModelForSequenceClassification, dated, num_labels=1)
     save("deaf", AutoModelForCausalLM, deaf)
     save("learned", AutoModelForCausalLM, bytes_only)
-    for name, text in judge_card.files(Verdict(form="json"), None, None).items():
+    for name, text in judge_card.files(Verdict(form="json"), None).items():
         (root / "learned" / name).write_text(text)
     (root / "judge.py").write_text("def f(prompts, completions, answer): return [0.0] * len(prompts)\n")
     return {path.stem: path for path in root.iterdir()}

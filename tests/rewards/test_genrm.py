@@ -269,7 +269,7 @@ def test_rloo_learns_what_a_judge_prefers(tmp_path: Path, toy_data: Path, tiny_p
 
 def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     toy_family.tokenizer().save_pretrained(tmp_path)
-    for name, text in judge_card.files(Verdict(form="json", custom_roles=True), None, None).items():
+    for name, text in judge_card.files(Verdict(form="json", custom_roles=True), None).items():
         (tmp_path / name).write_text(text)
     learned = Generator(path=str(tmp_path), init={"model_type": "llama"})
     assert genrm.check(Generative(judge=learned, form="json", custom_roles=True))

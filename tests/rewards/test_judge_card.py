@@ -18,7 +18,7 @@ def asked(folder: Path, **values: object) -> Generative:
 
 
 def card(folder: Path, verdict: Verdict, date: str | None = None) -> Path:
-    ((name, text),) = judge_card.files(verdict, None, date).items()
+    ((name, text),) = judge_card.files(verdict, date).items()
     (folder / name).write_text(text)
     return folder
 
@@ -38,10 +38,6 @@ def test_a_judge_reads_the_date_that_it_learned_with(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"would be asked with reward\.generative\.judge\.date=null") as caught:
         judge_card.require_same(asked(folder))
     assert caught.value.remedy == "ask as it learned: reward.generative.judge.date=26 Jul 2024"
-
-
-def test_a_template_stands_beside_the_card():
-    assert judge_card.files(Verdict(), "text", None)["chat_template.jinja"] == "text"
 
 
 def test_nothing_is_known_of_others(tmp_path: Path):

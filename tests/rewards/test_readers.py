@@ -25,7 +25,7 @@ from align.data import chat, toy
 from align.data.chat import Dialogue, Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
-from align.prepare import located
+from align.prechecks.roles import located
 from align.rewards import card, reading, texts
 from align.rewards.card import Card, Moments
 from align.rewards.readers import EnsembleJudge, ModelJudge, open_judge

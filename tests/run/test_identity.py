@@ -88,3 +88,20 @@ def test_every_key_of_a_role_that_is_harmless_is_a_key_of_some_role():
     for name in ("zero_stage", "micro_batch_tokens", "offload_optimizer", "offload_parameters", "generation_slots"):
         assert f"policy.{name}" in keys
         assert f"policy.{name}" not in kept
+
+
+def test_another_algorithm_and_many_differences_are_told_in_a_few_lines():
+    other = config.load(RECIPE.with_name("dpo.yaml"), []).config
+    with pytest.raises(ConfigError) as caught:
+        Identity.of(other, {"rows": "r"}, {"policy": "p"}).require(BEGUN, [], "runs/x/checkpoints/step-000004")
+    assert str(caught.value) == (
+        "runs/x/checkpoints/step-000004: the snapshot belongs to a run of algorithm ppo, and this recipe is dpo\n"
+        "  remedy: choose another run.dir"
+    )
+    changes = [f"{key}=0.123" for key in ("kl_coef", "gamma", "gae_lambda", "sampling.top_p", "policy.optimizer.lr")]
+    changes += ["run.seed=9", "run.steps=9", "lag=1", "epochs=9", "critic.optimizer.lr=9", "sampling.max_tokens=9"]
+    with pytest.raises(ConfigError) as caught:
+        identity(*changes).require(BEGUN, [], "x")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 8 + 1 + 1
+    assert lines[-2:] == ["    and 3 more", "  remedy: undo the change, or choose another run.dir"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -335,3 +336,16 @@ def test_the_clock_tells_phases_and_drains():
     assert told == ["generate"]
     assert clock.drain(6.0) == {"generate": 2.0, "score": 2.0, "reference": 0.5, "wait": 2.5, "step": 6.0}
     assert clock.drain(0.5) == {"wait": 0.5, "step": 0.5}
+
+
+def test_a_disk_that_refuses_tensorboards_files_costs_only_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Run(recipe(tmp_path / "run", tensorboard=True), decode) as run:
+        assert run.disk._board is not None
+        run.disk._board.add_scalar = refuse
+        for step in run.steps():
+            run.log(step, {"loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().err.count("nothing more is written there, see metrics.jsonl") == 1

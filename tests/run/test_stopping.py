@@ -16,8 +16,9 @@ import pytest
 
 import align
 from align.errors import ConfigError
+from align.prechecks.folders import check_no_stop_file
 from align.run import stopping as module
-from align.run.stopping import SIGNALS, Stopping, check_no_stop_file
+from align.run.stopping import SIGNALS, Stopping
 
 CHILD = f"""
 import signal, sys, time, types
@@ -317,3 +318,42 @@ print(stopping._process_start() - before)
     begun = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert begun - time.time() - 0.05 < float(done.stdout) < 0.05  # ticks are 0.01 s
+
+
+# Before a run has begun
+
+EARLY = """
+import os, signal, sys
+import align.cli as cli
+for each in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(each, signal.SIG_DFL)  # tests in the background of a shell ignore them
+for words in (["train"], ["train", "--dry-run"], ["show"]):
+    for number in map(int, sys.argv[1:]):
+        pid = os.fork()
+        if pid == 0:
+            cli._run = lambda *_: os.kill(os.getpid(), number)
+            cli._parse = lambda argv: argv
+            os._exit(cli.main(words) or 0)
+        print(words[-1], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "torch" in sys.modules, flush=True)
+"""
+
+
+def test_a_signal_before_torch_is_loaded_asks_for_another_start():
+    """Training has nothing to save yet; other commands are killed, as ever."""
+    command = [sys.executable, "-c", EARLY, *(str(int(number)) for number in SIGNALS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    killed = [f"{word} {-number} False" for word in ("--dry-run", "show") for number in SIGNALS]
+    assert done.stdout.splitlines() == [*["train 75 False"] * len(SIGNALS), *killed]
+    assert done.stderr.splitlines() == [
+        f"align: {number.name}: there is nothing to save; run it again to go on" for number in SIGNALS
+    ]
+
+
+def test_output_that_does_not_fit_on_the_disk_is_no_success():
+    """Nor the status 120 of an interpreter that cannot flush at its end."""
+    recipe = Path(align.__file__).parents[1] / "recipes/quickstart/ppo.yaml"
+    command = [sys.executable, "-m", "align.cli", "show", str(recipe)]
+    with open("/dev/full", "w") as full:
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert shown.returncode == 76
+    assert "No space left on device" in shown.stderr and "remedy: free space" in shown.stderr

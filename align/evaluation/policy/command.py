@@ -20,37 +20,27 @@ from typing import Any
 
 from rich.console import Console
 
-from align import config, disk
+from align import disk
 from align.data.judging import require_roles
-from align.errors import ConfigError, DataError
+from align.errors import DataError
 from align.evaluation import scoring
+from align.evaluation.arguments import FALLBACK, SPEAKERS
 from align.evaluation.policy import judging, numbers, prompts, questions
 from align.evaluation.policy.judging import Bench, Game, Ruling
 from align.evaluation.policy.numbers import Chance, Group
 from align.evaluation.policy.questions import Answer, Question, Questions
 from align.evaluation.scoring import Rows
 from align.generators import opening
-from align.prepare import located
+from align.prechecks import placement
+from align.prechecks.roles import located
 from align.report import policy as report
 from align.rewards import judge_card
 from align.sections import Generative, Generator, PolicyEvaluation
-from align.sections.generators import is_function
-from align.workers import judges, placement
+from align.workers import judges
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
 ANSWERS, BASELINE, VERDICTS = "answers.jsonl", "baseline.jsonl", "verdicts.jsonl"
-FALLBACK = "default"
-"""Entry of ``baseline_answers`` for categories that are not named."""
-FLAGS = {"data": "data.path", "answers": "answers", "out": "out"}
-"""Options of the command and the keys that they give."""
-SPEAKERS = {"model": "policy", "baseline": "baseline", "judge": "judge"}
-"""Options that name a model, an endpoint or a function, and the section they fill."""
-OWN = ("kind", "path", "revision", "init", "trust_remote_code", "function", "chat_template", "date")
-OWN += tuple(f"endpoint.{name}" for name in ("url", "model", "key_env", "extra"))
-"""Keys of a generator that belong to what it names: those of a recipe do not count for another that an option names."""
-INSTEAD = {"model": "answers", "answers": "policy", "baseline": "baseline_answers"}
-"""Options, and what of a recipe they stand in the place of."""
 JUDGE_KEYS = {"form": "judge_form", "custom_roles": "judge_custom_roles", "judge.date": "judge.date"}
 """What a judge's card tells, and the keys that ask for it here."""
 SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "temperatures", "seed", "benchmark")
@@ -58,45 +48,9 @@ SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align eval policy``."""
-    section = configured(arguments)
+    section: PolicyEvaluation = arguments.loaded.config
     evaluate(section, questions.load(section.benchmark, section.data), console)
     return 0
-
-
-def configured(arguments: argparse.Namespace) -> PolicyEvaluation:
-    """The recipe, what options put in the place of it, then the words of the command line. Raises `ConfigError`."""
-    named = list(arguments.benchmark or [])
-    words = [*arguments.recipe, *(word for word in named[1:] if "=" in word)]
-    files = [word for word in named[1:] if "=" not in word]
-    if len(files) > 1:
-        problem = f"--benchmark {' '.join(named)}: more than one file"
-        raise ConfigError(problem, where="command line", remedy="give one; a recipe stands before options")
-    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
-    given = {key: getattr(arguments, flag) for flag, key in FLAGS.items()}
-    given |= {"benchmark": next(iter(named), None)}
-    given |= {"data.path": files[0]} if files else {}
-    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    named_here = {flag: text for flag in SPEAKERS if (text := getattr(arguments, flag)) is not None}
-    speakers = [pair for flag, text in named_here.items() for pair in speaker(SPEAKERS[flag], text)]
-    without = [f"{SPEAKERS[flag]}.{key}" for flag in named_here for key in OWN]
-    answered = any(word.startswith("answers=") for word in [*words, *flags])
-    without += [key for flag, key in INSTEAD.items() if flag in named_here or (flag == "answers" and answered)]
-    return config.build(PolicyEvaluation, recipe, [*speakers, *words, *flags], without).config
-
-
-def speaker(section: str, text: str) -> list[str]:
-    """The keys of a generator that one word names: ``http://HOST/v1#MODEL``, ``module:function``, a folder or hub id;
-    of a baseline also a file of answers."""
-    if section == "baseline" and Path(text).expanduser().is_file():
-        return [f"baseline_answers.{FALLBACK}={text}"]
-    address, _, model = text.partition("#")
-    if text.startswith(("http://", "https://")):
-        keys = {"kind": "endpoint", "endpoint.url": address, "endpoint.model": model}
-    elif is_function(text):
-        keys = {"kind": "function", "function": text}
-    else:
-        keys = {"kind": "model", "path": text}
-    return [f"{section}.{key}={value}" for key, value in keys.items()]
 
 
 def evaluate(section: PolicyEvaluation, found: Questions, console: Console) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from align import cli, config
 from align.data import toy
 from align.data.chat import Message
 from align.errors import ConfigError
+from align.evaluation import arguments
 from align.evaluation.policy import command, judging
 from align.evaluation.policy.judging import Bench
 from align.evaluation.policy.questions import Answer, Question
@@ -271,7 +272,7 @@ def test_the_judge_is_asked_in_other_words(arena: tuple[Path, Path], tmp_path: P
 
 
 def configured(*words: object) -> PolicyEvaluation:
-    return command.configured(cli._parser().parse_args(["eval", "policy", *map(str, words)]))
+    return arguments.policy(cli._parser().parse_args(["eval", "policy", *map(str, words)])).config
 
 
 class TestOptions:
@@ -370,7 +371,7 @@ class TestBeforeAnythingIsWritten:
 
     def test_a_judge_that_learned_another_form(self, tmp_path: Path, tiny_policy: Path, capsys):
         folder = shutil.copytree(tiny_policy, tmp_path / "judge")
-        for file, text in judge_card.files(Verdict(form="json"), None, None).items():
+        for file, text in judge_card.files(Verdict(form="json"), None).items():
             (folder / file).write_text(text)
         line = self.line(tmp_path, judge=folder)
         run(tmp_path / "out", "judge_form=helpsteer3", "judge_custom_roles=false", *line, status=78)
@@ -391,7 +392,7 @@ class TestBeforeAnythingIsWritten:
     def test_a_folder_that_is_a_file(self, tmp_path: Path, capsys):
         (tmp_path / "out").write_text("")
         run(tmp_path / "out", *self.line(tmp_path), status=78)
-        assert f"{tmp_path}/out: cannot be made a folder: File exists" in capsys.readouterr().err
+        assert f"out={tmp_path}/out cannot be made" in capsys.readouterr().err
 
 
 def test_a_first_call_that_fails_does_not_bind_its_folder(arena: tuple[Path, Path], tmp_path: Path, capsys):

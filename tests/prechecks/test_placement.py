@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.errors import ConfigError
-from align.workers.placement import parse_slots, resolve
+from align.prechecks.placement import parse_slots, resolve
 
 
 @pytest.mark.parametrize(
