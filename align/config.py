@@ -48,11 +48,18 @@ from align.nodes import (
     field_types,
     found,
     is_section,
+    shortened,
     to_node,
     to_yaml,
 )
 
 ALGORITHMS = "align.algorithms"
+MAX_CHAIN = 20
+"""How many references may lead from one to the next."""
+MAX_LENGTH, MAX_VALUES = 100_000, 300
+"""Characters that references may bring to a key, and values."""
+MAX_TOTAL_LENGTH, MAX_TOTAL_VALUES = 1_000_000, 3_000
+"""The same for all keys together."""
 INSTEAD: dict[str, tuple[str, object]] = {"run.steps": ("run.epochs", 0), "data.path": ("data.sources", "")}
 """Keys that need no value where another one has a value, and what they hold then."""
 
@@ -214,13 +221,14 @@ def _resolve(tree: DictConfig, reader: Reader) -> Any:
         places = (reader.origin(key), reader.origin(key.rpartition(".")[0]))  # its own or its section's
         where = next((place for place in places if place not in (DEFAULT, COMMAND_LINE)), f"{reader.recipe}")
         reader.fault(key, "has no value", f"give it in the recipe, or as {key}=VALUE on the command line", where)
+    _bound(leaves, OmegaConf.to_container(tree), reader)
     for key, written in leaves.items():
         try:
             value = OmegaConf.select(tree, key)
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             if "${" in str(value):
-                problem = f"{written!r} becomes {str(value)!r}"
+                problem = f"{shortened(repr(written))} becomes {shortened(repr(str(value)))}"
                 reader.fault(key, problem, "write in one place what is not plain text", reader.origin(key))
         except OmegaConfBaseException as error:
             if missing and isinstance(error, InterpolationToMissingValueError):
@@ -228,9 +236,76 @@ def _resolve(tree: DictConfig, reader: Reader) -> Any:
             unknown = [name for name in REFERENCE.findall(str(written)) if name not in reader.places]
             near = [best for name in unknown for best in difflib.get_close_matches(name, reader.places, n=1)]
             remedy = f"did you mean ${{{near[0]}}}?" if near else "refer to a key of the recipe, as ${policy.path}"
-            reader.fault(key, f"{written!r}: {str(error).splitlines()[0]}", remedy, reader.origin(key))
+            reader.fault(
+                key, f"{shortened(repr(written))}: {shortened(str(error).splitlines()[0])}", remedy, reader.origin(key)
+            )
     reader.stop()
     return OmegaConf.to_container(tree, resolve=True)
+
+
+class _References:
+    """How long values become when their references are followed, without following them: a reference to a value with
+    two references, and so on, doubles it each time."""
+
+    def __init__(self, tree: Any):
+        self._tree = tree
+        self._sizes: dict[tuple[str, ...], tuple[int, int]] = {}
+
+    def size(self, key: tuple[str, ...], chain: tuple[tuple[str, ...], ...] = ()) -> tuple[int, int]:
+        """Characters of the value at ``key``, and of how many values they are. Raises ValueError where one
+        leads back to where it came from, or too far."""
+        if key in chain:
+            raise ValueError("Recursive interpolation detected")
+        if len(chain) > MAX_CHAIN:
+            raise ValueError(f"leads through more than {MAX_CHAIN} references")
+        if key not in self._sizes:
+            value, at = self._at(key)
+            self._sizes[key] = self._of(value, at, (*chain, key))
+        return self._sizes[key]
+
+    def _at(self, key: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+        """The value at ``key`` and its own key; of one that lies behind a reference, that reference."""
+        value = self._tree
+        for depth, name in enumerate(key):
+            if not isinstance(value, (dict, list)):
+                return value, key[:depth]
+            entries = value if isinstance(value, dict) else dict(zip(map(str, range(len(value))), value, strict=True))
+            value = entries.get(name)
+        return value, key
+
+    def _of(self, value: Any, key: tuple[str, ...], chain: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
+        if isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            sizes = [self._of(item, (*key, str(name)), chain) for name, item in items]
+            return sum(length for length, _ in sizes), max(1, sum(number for _, number in sizes))
+        length, number = len(str(value)), 1
+        for reference in REFERENCE.finditer(value) if isinstance(value, str) else ():
+            dots = len(reference[0]) - len(reference[0].lstrip("${").lstrip(".")) - 2
+            above = key[: max(0, len(key) - dots)] if dots else ()
+            more, values = self.size((*above, *reference[1].split(".")), chain)
+            length, number = length + more, number + values
+        return length, number
+
+
+def _bound(written: dict[str, Any], tree: Any, reader: Reader) -> None:
+    """Refuse references that would take too much time or memory to follow."""
+    references, total_length, total_values = _References(tree), 0, 0
+    for key, value in written.items():
+        if "${" not in str(value):
+            continue
+        try:
+            length, values = references.size(tuple(key.split(".")))
+            total_length, total_values = total_length + length, total_values + values
+            if length > MAX_LENGTH or values > MAX_VALUES:
+                limits = f"{MAX_LENGTH} and {MAX_VALUES}"
+                raise ValueError(f"becomes {length} characters of {values} values, at most {limits} are followed")
+            if total_length > MAX_TOTAL_LENGTH or total_values > MAX_TOTAL_VALUES:
+                limits = f"{MAX_TOTAL_LENGTH} characters of {MAX_TOTAL_VALUES} values"
+                raise ValueError(f"with it the references of the recipe bring more than {limits}")
+        except ValueError as error:
+            problem = f"{shortened(repr(value))}: {error}"
+            reader.fault(key, problem, "write the value itself, or refer to fewer keys", reader.origin(key))
+            reader.stop()
 
 
 def _construct(schema: type, values: dict[str, Any], reader: Reader, prefix: str = "") -> Any:

@@ -24,6 +24,13 @@ from align.errors import ConfigError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
+MAX_BYTES = 262_144
+"""Length of a recipe, and of one ``key=value``."""
+MAX_NODES = 5_000
+"""Keys and values of a recipe, and of one ``key=value``."""
+MAX_DEPTH = 40
+"""How deep sections, mappings and lists may be nested."""
+
 TAG = "tag:yaml.org,2002:"
 _NULL = f"{TAG}null"
 _KEY = re.compile(r"[\w-]+", re.ASCII)
@@ -50,13 +57,19 @@ _KINDS = {  # type: what a message calls it, and the remedy
 class _Loader(yaml.SafeLoader):
     """Composes nodes and constructs nothing: `Reader` knows the type that a scalar must have."""
 
-    depth = 0
+    depth = nodes = 0
+    max_nodes = math.inf
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         problem = f"alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.tag and f"tag {event.tag}"
-        if problem or self.depth > 40:
-            raise yaml.MarkedYAMLError(problem=problem or "nested too deeply", problem_mark=event.start_mark)
+        if self.depth > MAX_DEPTH:
+            problem = "nested too deeply"
+        self.nodes += 1
+        if self.nodes > self.max_nodes:
+            problem = f"more than {self.max_nodes} keys and values"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -75,6 +88,12 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(_NULL, re.compile("None$"), ["N"])
 
 
+class _RecipeLoader(_Loader):
+    """For what a user writes."""
+
+    max_nodes = MAX_NODES
+
+
 def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
@@ -85,7 +104,7 @@ def to_node(value: Any) -> yaml.Node:
 
 def _compose(text: str, where: Callable[[int], str]) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=_RecipeLoader)
     except yaml.MarkedYAMLError as error:
         problem, line = error.problem, error.problem_mark.line  # type: ignore[union-attr]
     except yaml.reader.ReaderError as error:
@@ -96,7 +115,12 @@ def _compose(text: str, where: Callable[[int], str]) -> yaml.Node | None:
 
 def compose_file(recipe: Path) -> yaml.MappingNode:
     try:
-        text = recipe.read_bytes().decode()
+        with recipe.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            remedy = "name a recipe, and give long lists in files of their own"
+            raise ConfigError(f"the file is longer than {MAX_BYTES} bytes", where=f"{recipe}", remedy=remedy)
+        text = data.decode()
     except OSError as error:
         raise ConfigError(f"{error.strerror}", where=f"{recipe}", remedy="name a recipe that can be read") from error
     except UnicodeDecodeError as error:
@@ -116,20 +140,31 @@ def compose_overrides(overrides: Sequence[str]) -> list[tuple[str, yaml.Node]]:
         match = _OVERRIDE.fullmatch(text)
         if match is None:
             remedy = "write key=value without spaces around `=`, as in run.steps=100"
-            raise ConfigError(f"{text!r} is not key=value", where=COMMAND_LINE, remedy=remedy)
+            raise ConfigError(f"{shortened(repr(text))} is not key=value", where=COMMAND_LINE, remedy=remedy)
         key, value = match.groups()
-        node = _compose(value, lambda line, text=text: f"{COMMAND_LINE}: {text!r}")
+        if len(text) > MAX_BYTES or key.count(".") >= MAX_DEPTH:
+            problem = f"longer than {MAX_BYTES} characters" if len(text) > MAX_BYTES else "nested too deeply"
+            remedy = "write it in the recipe, in fewer levels"
+            raise ConfigError(f"{shortened(key)}: {problem}", where=COMMAND_LINE, remedy=remedy)
+        node = _compose(value, lambda line, text=text: f"{COMMAND_LINE}: {shortened(repr(text))}")
         if value[node.end_mark.index if node else 0 :].strip():
             remedy = f"quote the value for YAML as well: '{key}=\"...\"'"
-            raise ConfigError(f"{text!r} holds a comment, which would be lost", where=COMMAND_LINE, remedy=remedy)
+            raise ConfigError(
+                f"{shortened(repr(text))} holds a comment, which would be lost", where=COMMAND_LINE, remedy=remedy
+            )
         pairs.append((key, node or yaml.ScalarNode(_NULL, "")))
     return pairs
+
+
+def shortened(text: str) -> str:
+    """Text as a message can hold it."""
+    return text if len(text) <= 6000 else f"{text[:300]}... ({len(text)} characters)"
 
 
 def found(node: yaml.Node) -> str:
     """What a message says of a value."""
     if isinstance(node, yaml.ScalarNode):
-        return "null" if node.tag == _NULL else repr(node.value)
+        return "null" if node.tag == _NULL else shortened(repr(node.value))
     return f"a list of {len(node.value)}" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
@@ -219,7 +254,7 @@ class Reader:
             return self.section(node, hint, key)
         where = self.places.get(key) or self.where(node, key)  # an element of a list has no place of its own
         if isinstance(node, yaml.ScalarNode) and not _TEXT.fullmatch(node.value):
-            problem = f"{node.value!r} holds more than references to keys"
+            problem = f"{shortened(repr(node.value))} holds more than references to keys"
             remedy = "write references as ${policy.path}; a recipe reads no environment variables and escapes nothing"
             return self.fault(key, problem, remedy, where)
         if isinstance(node, yaml.ScalarNode) and "${" in node.value:

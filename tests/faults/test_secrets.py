@@ -238,6 +238,7 @@ MEANT = {
     "align/run/stopping.py": "scontrol on this machine, which would inherit it, gets another time zone",
     "align/workers/session.py": "chooses the variables that Ray's processes get, and puts the rest back",
     "launchers/local.py": "the run on this machine, which would inherit it, gets one variable more",
+    "launchers/options.py": "looks for folders of caches, to mount them into a container",
     "launchers/ray.py": "the run on this machine, which would inherit it, gets the cluster's token",
 }
 """Sources that take the whole environment, and what for. It never goes into a file, to Ray or to another machine."""

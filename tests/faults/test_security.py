@@ -73,6 +73,60 @@ def test_an_alias_bomb_stops_at_its_first_alias(recipe: Path, capsys):
     assert "recipe.yaml:4: not readable: alias *a0" in capsys.readouterr().err
 
 
+def doubled(value: str, join: str) -> str:
+    """Keys of which each holds the one before twice, 16 times."""
+    lines = [f"l{i}: {join.replace('X', f'${{policy.init.l{i - 1}}}')}" for i in range(1, 17)]
+    return "\n".join(f"    {line}" for line in [f"l0: {value}", *lines])
+
+
+@pytest.mark.parametrize(
+    ("lines", "place", "reason"),
+    [
+        (doubled("word", "'XX'"), ":17: policy.init.l8:", "of 511 values, at most 100000 and 300"),
+        (doubled("''", "'XX'"), ":17: policy.init.l8:", "of 511 values"),
+        (doubled("word", "['X', 'X']"), ":16: policy.init.l7:", "of 382 values"),
+        (doubled("word", "{a: 'X', b: 'X'}"), ":17: policy.init.l8.a:", "of 383 values"),
+        (doubled("w" * 60_000, "'XX'"), ":10: policy.init.l1:", "becomes 120034 characters of 3 values"),
+        (doubled("w" * 90_000, "'${policy.init.l0}'"), ":21: policy.init.l12:", "more than 1000000 characters"),
+        ("    a: '${.b}'\n    b: '${.a}'", ":9: policy.init.a:", "'${.b}': Recursive interpolation"),
+        ("    a: {b: '${policy.init}'}", ":9: policy.init.a.b:", "Recursive interpolation detected"),
+        ("    a: [" + "[], " * 6000 + "]", ":9: not readable:", "more than 5000 keys and values"),
+        ("    a: " + "[" * 50 + "]" * 50, ":9: not readable:", "nested too deeply"),
+        ("#" * 300_000, ":", "the file is longer than 262144 bytes"),
+    ],
+    ids=["text", "nothing", "lists", "mappings", "long", "often", "circle", "own section", "wide", "deep", "huge"],
+)
+def test_what_a_recipe_makes_of_itself_is_bounded(tmp_path: Path, lines: str, place: str, reason: str, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "algorithm: rloo\nrun: {dir: x, steps: 1}\nreward: {path: /x}\ndata: {path: /x}\npolicy:\n  path: /x\n"
+        f"  optimizer: {{lr: 1e-6}}\n  init:\n{lines}\n"
+    )
+    begun = time.perf_counter()
+    assert main(["show", str(file)]) == 78
+    assert time.perf_counter() - begun < 5.0
+    said = capsys.readouterr().err
+    assert f"recipe.yaml{place}" in said and reason in said, said
+    assert len(said) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ([f"policy.init.l{i}=${{policy.init.l{i - 1}}}${{policy.init.l{i - 1}}}" for i in range(1, 17)], "511 values"),
+        ([f"policy.init.{'a.' * 5000}b=1"], "nested too deeply"),
+        (["policy.init.a=" + "[" * 5000], "nested too deeply"),
+        (["run.steps=" + "9" * 5000], "expected a whole number"),
+    ],
+    ids=["doubled", "long key", "deep", "digits"],
+)
+def test_what_a_command_line_makes_of_itself_is_bounded(recipe: Path, overrides: list[str], reason: str, capsys):
+    assert main(["show", str(recipe), "policy.init.l0=x", *overrides]) == 78
+    said = capsys.readouterr().err
+    assert "command line" in said and reason in said, said
+    assert len(said) < 15_000
+
+
 # Checkpoints
 
 
