@@ -252,10 +252,10 @@ class _References:
         self._sizes: dict[tuple[str, ...], tuple[int, int]] = {}
 
     def size(self, key: tuple[str, ...], chain: tuple[tuple[str, ...], ...] = ()) -> tuple[int, int]:
-        """Characters of the value at ``key``, and of how many values they are. Raises ValueError where one
-        leads back to where it came from, or too far."""
+        """Characters of the value at ``key``, and of how many values they are. Raises RecursionError where
+        one leads back to where it came from, ValueError where it leads too far."""
         if key in chain:
-            raise ValueError("Recursive interpolation detected")
+            raise RecursionError("Recursive interpolation detected")
         if len(chain) > MAX_CHAIN:
             raise ValueError(f"leads through more than {MAX_CHAIN} references")
         if key not in self._sizes:
@@ -302,10 +302,12 @@ def _bound(written: dict[str, Any], tree: Any, reader: Reader) -> None:
             if total_length > MAX_TOTAL_LENGTH or total_values > MAX_TOTAL_VALUES:
                 limits = f"{MAX_TOTAL_LENGTH} characters of {MAX_TOTAL_VALUES} values"
                 raise ValueError(f"with it the references of the recipe bring more than {limits}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"{shortened(repr(value))}: {error}"
             reader.fault(key, problem, "write the value itself, or refer to fewer keys", reader.origin(key))
-            reader.stop()
+            if isinstance(error, ValueError):
+                break  # what follows would be over the limits as well
+    reader.stop()
 
 
 def _construct(schema: type, values: dict[str, Any], reader: Reader, prefix: str = "") -> Any:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from align.data import templates
 from align.errors import ConversationError, DataError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -284,14 +285,12 @@ class Renderer:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         date: dict[str, Any] = {} if self.date is None else {"date_string": self.date}
         try:
-            text = self.tokenizer.apply_chat_template(
+            return templates.render(
+                _NO_CLOCK + self.template,
                 [message._asdict() for message in messages],
-                chat_template=_NO_CLOCK + self.template,
+                **{**self.tokenizer.special_tokens_map, **date},
                 add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **date,
             )
-            return cast(str, text)
         except Exception as error:  # an expression of a template may raise anything
             if str(error) != _ASKED_FOR_TODAY:
                 raise self._failure(error, messages) from error

@@ -182,6 +182,7 @@ def test_pickles_beside_safetensors_are_not_read(recipe: Path):
         "{% include '/etc/passwd' %}",
         "{{ 1 / 0 }}",
         "{% for i in range(1000000000) %}{% endfor %}",
+        "{{ 'a' * 10000000000 }}",
     ],
 )
 def test_a_template_reaches_nothing_but_the_messages(recipe: Path, expression: str, capsys):
