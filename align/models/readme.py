@@ -101,8 +101,8 @@ def _end_in_words(chat: Chat, end: str) -> str:
 def _padding_in_words(tokenizer: PreTrainedTokenizerBase, pads: bool) -> str:
     if pads:
         return (
-            f"Padding token: `{tokenizer.pad_token}` ({tokenizer.pad_token_id}), which no conversation holds. Pad on "
-            "the right; a model with learned positions (GPT-2) needs `position_ids` with left padding."
+            f"Padding token: `{tokenizer.pad_token}` ({tokenizer.pad_token_id}), never the last of a conversation. Pad "
+            "on the right; a model with learned positions (GPT-2) needs `position_ids` with left padding."
         )
     return (
         "There is no padding token: the tokenizer has no token to spare, the embedding no free row, and transformers "

@@ -113,7 +113,7 @@ def why_text(reading: Reading, tokenizer: PreTrainedTokenizerBase, run: Renderer
         if reading.chat_template is not None:
             tokenizer.chat_template = reading.chat_template
         own = Renderer(tokenizer, date=reading.date, section="reward")
-        if own.fingerprint != run.fingerprint:
+        if (own.template, own.date) != (run.template, run.date):
             return "its chat template or date is not the run's"
     probe = [Message("user", "question")]
     prompt, (answer,) = run.dialogue_ids(probe, ["answer"])

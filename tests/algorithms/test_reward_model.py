@@ -20,6 +20,7 @@ from align import config
 from align.algorithms import _reward_pairs, _reward_ratings, reward_model
 from align.data import helpsteer
 from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES
+from align.data.chat import Message, Renderer, load_tokenizer
 from align.data.toy import WORDS
 from align.errors import ConfigError, ModelError
 from align.launch import cast
@@ -296,14 +297,21 @@ def test_lora_trains_and_writes_the_head(warm, tmp_path, tiny_policy):
 
 
 @pytest.mark.slow
-def test_a_template_in_place_of_the_tokenizers_own_is_written(tmp_path, tiny_policy, toy_data):
+def test_a_template_in_place_of_the_tokenizers_own_is_written(tmp_path, tiny_policy, toy_data, monkeypatch):
     template = tmp_path / "other.jinja"
     own = AutoTokenizer.from_pretrained(tiny_policy).chat_template
     template.write_text(own.replace("{{ bos_token }}", "{{ bos_token }} <system> {{ date_string }}"))
     overrides = ["run.steps=1", f"data.chat_template={template}", "data.date=cat"]
-    with trained(tmp_path / "run", toy_data, tiny_policy, *overrides):
-        pass
+    renderer = Renderer(load_tokenizer(tiny_policy), str(template), "cat")
+    prompt, responses = renderer.dialogue_ids([Message("user", "2 + 2?")], ["4"])
+    conversation = Sequences(Packed.from_lists([prompt]), Packed.from_lists(responses), torch.tensor([0]))
+    with trained(tmp_path / "run", toy_data, tiny_policy, *overrides) as (role, _, _):
+        score_B = role.score(conversation).result()
     final = tmp_path / "run" / "final"
+    monkeypatch.chdir(final)
+    names: dict[str, Any] = {}
+    exec((final / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(names["scores"].detach(), score_B, rtol=0, atol=1e-5)
     found = card.read(final)
     assert found is not None
     assert (found.chat_template, found.date) == (template.read_text(), "cat")
