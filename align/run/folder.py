@@ -41,8 +41,8 @@ class Folder:
             for name in ("metrics", "samples", "evaluations")
         )
         self._board: SummaryWriter | None = None
-        self._bests: dict[int, set[str]] = {}
-        """Names of best models by snapshot: what is published does not change."""
+        self._bests: dict[int, set[Path]] = {}
+        """Best models by snapshot: what is published does not change."""
         self.found: Snapshot | None = None
         """The snapshot that the run goes on from."""
 
@@ -238,15 +238,14 @@ class Folder:
     def _check_models(self, progress: Progress) -> None:
         """Raise `ConfigError` where a model that the run needs, or has to show, is damaged: its best one, what its
         round starts from, and what earlier rounds gave. The final model of this round is written again."""
-        steps, last = self.section.steps, self.recipe.num_rounds()
+        steps = self.section.steps
         needed: dict[Path, int] = {}  # model: the last step whose checkpoint leads to it again
-        here = self.path if progress.round == last else self.path / f"round-{progress.round}"
-        for name in best_name(progress.state):
-            needed[here / "best" / name] = int(progress.state["best_step"]) - 1
+        for best in self._best(progress.round, progress.state):
+            needed[best] = int(progress.state["best_step"]) - 1
         start = progress.starts.get(str(progress.round))
         if start is not None:
-            best = re.search(r"best/step-([0-9]+)$", start)
-            needed[self.path / start] = int(best[1]) - 1 if best else (progress.round - 1) * steps
+            match = re.search(r"best/step-([0-9]+)$", start)
+            needed[self.path / start] = int(match[1]) - 1 if match else (progress.round - 1) * steps
         for number in range(1, progress.round):
             final = self.path / f"round-{number}" / "final"
             if os.path.lexists(final):
@@ -261,12 +260,10 @@ class Folder:
 
     def _drop_best(self, progress: Progress) -> None:
         """Remove the best models of this round and later ones that no snapshot speaks of: their steps come again."""
-        known = self.best_of_snapshots() | best_name(progress.state)
-        last = self.recipe.num_rounds()
-        for number in range(progress.round, last + 1):
-            here = self.path if number == last else self.path / f"round-{number}"
-            for folder in here.glob("best/step-*"):
-                if folder.name not in known:
+        known = self.best_of_snapshots() | self._best(progress.round, progress.state)
+        for number in range(progress.round, self.recipe.num_rounds() + 1):
+            for folder in self._models(number).glob("best/step-*"):
+                if folder not in known:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def ends(self) -> dict[str, int]:
@@ -289,25 +286,31 @@ class Folder:
             os.rename(folder, other)
         self.report(f"{folder} is now {other.name}: {why}")
 
-    def best_of_snapshots(self) -> set[str]:
-        """Names of the best models that kept snapshots speak of."""
+    def best_of_snapshots(self) -> set[Path]:
+        """The best models that kept snapshots speak of."""
         return set().union(*map(self._best_of, self.snapshots.steps()))
 
-    def _best_of(self, step: int) -> set[str]:
+    def _best_of(self, step: int) -> set[Path]:
         """The same of one snapshot; none for one that is damaged, from which no run goes on."""
         if step not in self._bests:
             folder = self.snapshots.folder / f"step-{step:06d}"
             try:
-                self._bests[step] = best_name(json.loads(read_file(folder, "driver.json"))["state"])
+                progress = json.loads(read_file(folder, "driver.json"))
+                self._bests[step] = self._best(progress["round"], progress["state"])
             except (UnsoundError, ConfigError) as error:
                 self.report(f"{folder} is damaged, and not gone on from: {error}")
                 self._bests[step] = set()
         return self._bests[step]
 
+    def _models(self, number: int) -> Path:
+        """Where the models of a round are: the last round's in the run folder itself."""
+        return self.path if number == self.recipe.num_rounds() else self.path / f"round-{number}"
 
-def best_name(state: Mapping[str, float]) -> set[str]:
-    """The folder of the best model that the numbers of a run speak of, where they do."""
-    return {f"step-{int(state['best_step']):06d}"} if "best_step" in state else set()
+    def _best(self, number: int, state: Mapping[str, float]) -> set[Path]:
+        """The best model that the numbers of a round speak of, where they do."""
+        if "best_step" not in state:
+            return set()
+        return {self._models(number) / "best" / f"step-{int(state['best_step']):06d}"}
 
 
 def damage_of(model: Path) -> str | None:

@@ -292,11 +292,9 @@ class Run:
         self.saver.begin(Content(replace(self.progress), dict(self.tensors), waiting), self.metrics, must)
 
     def _prune_best(self) -> None:
-        if self.best is None:
-            return
-        spoken_of = {self.best.name, *self.disk.best_of_snapshots()}
-        for folder in self.best.parent.glob("step-*"):
-            if folder.name not in spoken_of:
+        spoken_of = {self.folder / start for start in self.progress.starts.values()} | self.disk.best_of_snapshots()
+        for folder in (*self.folder.glob("best/step-*"), *self.folder.glob("round-*/best/step-*")):
+            if folder != self.best and folder not in spoken_of:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _bundle(self, step: int, reason: str, metrics: Mapping[str, float] | None) -> Path:

@@ -360,3 +360,30 @@ def test_a_signal_while_roles_come_up_stops_before_the_first_step(recipe, whole,
     assert (status, "stopped by SIGTERM at step 0" in errors) == (75, True)
     assert not (tmp_path / "run/best").exists()
     assert check(recipe, tmp_path / "run", "", whole) == 0
+
+
+def test_models_of_an_earlier_round(recipe, tmp_path):
+    """The one that a round starts from stops the run; after a step back, both are written again."""
+    rounds = ("rounds=2", "run.steps=2", "evaluation.every=1")
+    assert train(recipe, tmp_path / "whole", *rounds) == (0, "")
+    folder = tmp_path / "run"
+    assert train(recipe, folder, *rounds, fault="role=driver,phase=step,step=3,kind=sigterm")[0] == 75
+    start = folder / json.loads((folder / "checkpoints/step-000003/driver.json").read_text())["starts"]["2"]
+    assert start.parent == folder / "round-1/best"
+    for model in (start, folder / "round-1/final"):
+        content = (model / "model.safetensors").read_bytes()
+        flip(model / "model.safetensors")
+        status, errors = train(recipe, folder, *rounds)
+        assert status == 78
+        assert f"{model}: is damaged: model.safetensors: its sha256 is not that of the manifest" in errors
+        (model / "model.safetensors").write_bytes(content)
+    flip(folder / "round-1/final/model.safetensors")
+    assert "move away the checkpoints after step 2:" in train(recipe, folder, *rounds)[1]
+    shutil.rmtree(folder / "checkpoints/step-000003")
+    status, errors = train(recipe, folder, *rounds)
+    assert status == 0, errors
+    models = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("model.safetensors"))
+    assert len(models) > 3
+    for model in models:
+        assert (folder / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    assert (folder / "round-1/final.before-1").is_dir()
