@@ -62,7 +62,8 @@ def sources(config: Any, absent: set[str] = frozenset()) -> Iterator[Source]:  #
     if isinstance(config, Recipe):
         for name, path in config.evaluations().items():
             yield Source(f"benchmarks.{name}", path, "rows")
-        if config.run.resume not in ("auto", "never"):
+        begun = any(Path(config.run.dir).expanduser().glob("checkpoints/step-*"))  # these count, and it may be gone
+        if config.run.resume not in ("auto", "never") and not begun:
             yield Source("run.resume", config.run.resume, "local")
     for key in ("answers", "judge_prompt", "scores", "compare"):
         yield Source(key, getattr(config, key, ""), "local")
