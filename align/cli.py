@@ -271,6 +271,8 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
         _show(loaded, console)
         plan.describe(loaded.config, console)
     prechecks.check(loaded)
+    if loaded.config.run.progress != "none" or arguments.dry_run:
+        console.print("checked: paths, run.dir, placement; now tokenizers, models and data", highlight=False)
     wanted = loaded.config.evaluations()
     planned = importlib.import_module("align.evaluation.reward").planned(loaded.config) if wanted else []
     if arguments.dry_run:

@@ -75,11 +75,14 @@ def cast(
     }
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     if config.executor == "local":
-        ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock) for name, side in sides.items()}
+        ranks = {
+            name: local.bring_up(side.worker, specs[name][0], run.clock, run.announce) for name, side in sides.items()
+        }
         yield _attached(config, sides, ranks, run, worlds, spoken)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
-    with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, config.run.max_restarts) as cluster:
+    restarts = config.run.max_restarts
+    with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, restarts, run.announce) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
         run.stopping.install()  # Ray has set a handler of its own
         ranks = cluster.bring_up(wanted, run.logs.absolute(), run.clock)

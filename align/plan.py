@@ -47,7 +47,7 @@ def conclude(config: Recipe, counts: Mapping[str, int], notes: Sequence[str], co
     for line in notes:
         console.print(f"note: {line}", highlight=False)
     data = ", ".join(f"{count} {name}" for name, count in counts.items())
-    console.print(f"checked: paths, run.dir, placement, tokenizers, models, data ({data})", highlight=False)
+    console.print(f"checked: tokenizers, models and data ({data})", highlight=False)
     elsewhere = [one.http.url for one in vars(config).values() if isinstance(one, Reward) and one.http.url]
     cluster = [config.cluster.address] if config.executor == "ray" and config.cluster.address else []
     left = ["whether the models fit into memory", *(f"whether {name} answers" for name in [*cluster, *elsewhere])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from align.errors import ConfigError, DataError
 from align.generators.base import Generator, Request
 from align.generators.opening import open_generator
 from align.models.weights import stored_file
+from align.prechecks.announce import announced
 from align.sections import Generator as GeneratorSection
 from align.sections import Sampling
 
@@ -45,7 +47,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     form = form_of(section, parsed(arguments.attributes))
     if form is not None and form.date is not None:
         section = GeneratorSection(path=arguments.model, dtype=arguments.dtype, date=form.date)
-    generator = open_generator(section, distributed.initialize_alone(), arguments.seed)
+    with announced(lambda line: print(line, file=sys.stderr, flush=True), "generate", section, "in this process"):
+        generator = open_generator(section, distributed.initialize_alone(), arguments.seed)
     answered = answers(generator, asked, form, sampling)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

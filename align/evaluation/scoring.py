@@ -27,7 +27,7 @@ from align.evaluation.items import Benchmark, Item
 ITEMS, MANIFEST = "items.jsonl", "manifest.json"
 RESPONSES_AT_ONCE = 128
 """Responses of a request for each rank: what a kill can cost."""
-PLAIN_LINES = 10
+PLAIN_LINES = 20
 
 Score = Callable[[Sequence[Dialogue], Sequence[int]], Sequence[float]]
 """Scores of conversations, and which of them are responses of one item."""
@@ -181,7 +181,7 @@ def complete(benchmark: Benchmark, store: Store, score: Score, most: int, consol
 
 @contextmanager
 def progress(console: Console, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else about ten lines; yields what counts items."""
+    """A bar on a terminal, else a line for each 5 %; yields what counts items."""
     if console.is_terminal:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:

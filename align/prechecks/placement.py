@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from align.errors import ConfigError, PlacementError
@@ -63,10 +63,10 @@ def idle(slots: Mapping[str, tuple[int, ...]], there: int) -> str | None:
     """Which of the ``there`` slots no role uses, as a sentence; None where each has one."""
     used = sorted({slot for role in slots.values() for slot in role})
     left = there - len(used)
-    return None if left <= 0 else f"placement uses {_ranges(used)} only: {left} of {there} stay idle"
+    return None if left <= 0 else f"placement uses {ranges(used)} only: {left} of {there} stay idle"
 
 
-def _ranges(used: list[int]) -> str:
+def ranges(used: Sequence[int]) -> str:
     """``slot 0``, or ``slots 0-3,6``."""
     parts: list[list[int]] = []
     for slot in used:

@@ -207,7 +207,8 @@ class Run:
     tensorboard: bool = True
     """Write event files to ``tensorboard/``."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere."""
+    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere. ``none``
+    shows neither steps nor what is being loaded; errors are printed all the same."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, int) and (self.epochs < 0 or (self.steps > 0) == (self.epochs > 0)):

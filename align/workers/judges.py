@@ -40,7 +40,8 @@ def company(
     """Generators and reward models by name, up for the time of the context: in this process, or with a process on each
     of their ``slots``.
 
-    ``logs`` is the folder of the workers' logs, ``report`` is told a line when lost workers are brought up anew.
+    ``logs`` is the folder of the workers' logs, ``report`` gets a line when a role is loaded, when it is ready, and
+    when lost workers are brought up again.
     """
     clock, sides = Clock(), {name: _side(section) for name, section in sections.items()}
     sizes = {name: len(slots[name]) if executor == "ray" else 1 for name in sections}
@@ -50,12 +51,12 @@ def company(
     }
     if executor == "local":
         yield {
-            name: sides[name](local.bring_up(sides[name].worker, specs[name][0], clock), sections[name])
+            name: sides[name](local.bring_up(sides[name].worker, specs[name][0], clock, report), sections[name])
             for name in specs
         }
         return
     count = 1 + max(slot for name in sections for slot in slots[name])
-    with RayCluster(cluster, count, report=report, max_restarts=RESTARTS) as ray:
+    with RayCluster(cluster, count, report=report, max_restarts=RESTARTS, announce=report) as ray:
         wanted = {name: (sides[name].worker, specs[name], slots[name]) for name in specs}
         ranks = ray.bring_up(wanted, logs.absolute(), clock)
         yield {name: sides[name](ranks[name], sections[name]) for name in specs}

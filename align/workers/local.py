@@ -9,6 +9,7 @@ import torch
 
 from align import faults
 from align.errors import WorkerError
+from align.prechecks.announce import Announce, announced, silent
 from align.roles import Ready
 from align.run import Clock
 from align.workers.base import Answer, Ranks, Spec, Worker
@@ -54,10 +55,11 @@ class LocalRanks(Ranks):
             ) from error
 
 
-def bring_up(worker: type[Worker], spec: Spec, clock: Clock) -> LocalRanks:
+def bring_up(worker: type[Worker], spec: Spec, clock: Clock, announce: Announce = silent) -> LocalRanks:
     """Start the role in this process."""
     faults.strike(spec.role, spec.rank, "start", clock.step)
     instance = worker(spec)
     faults.strike(spec.role, spec.rank, "load", clock.step)
-    instance.start_alone()
+    with announced(announce, spec.role, spec.section, "in this process"):
+        instance.start_alone()
     return LocalRanks(instance, clock)

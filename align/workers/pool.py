@@ -25,6 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align import faults
 from align.errors import PlacementError, WorkerError
+from align.prechecks.announce import Announce, loading, silent
+from align.prechecks.placement import ranges
 from align.run import Clock
 from align.sections import Cluster
 from align.workers.actors import Member, Place, Process, signal_all
@@ -38,6 +40,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 NODE_POLL_S = 1.0
+
+
+def _begin_log(path: Path, line: str) -> None:
+    """Write a worker's log from its start on: the worker opens it after seconds of imports."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 @dataclass(frozen=True)
@@ -173,10 +182,12 @@ class RayCluster:
         interrupted: Callable[[], None] = lambda: None,
         report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
         max_restarts: int = 0,
+        announce: Announce = silent,
     ):
         """``interrupted`` is called at least once a second while workers are waited for; what it raises ends the wait.
-        ``max_restarts``: how often roles without state are brought up anew, each time with a line to ``report``."""
-        self.section, self.num_slots, self.report = section, num_slots, report
+        ``max_restarts``: how often roles without state are brought up anew, each time with a line to ``report``.
+        ``announce`` gets a line for each thing that starts and that is up."""
+        self.section, self.num_slots, self.report, self.announce = section, num_slots, report, announce
         self.restarts_left = max_restarts
         self.session = Session(section)
         self.watch = Watch(interrupted)
@@ -184,6 +195,9 @@ class RayCluster:
         """Calls that nobody waits for."""
 
     def __enter__(self) -> RayCluster:
+        begun = time.monotonic()
+        where = "on this machine" if self.session.own else f"at {self.section.address}"
+        self.announce(f"{'starting' if self.session.own else 'joining'} Ray {where}, for {self.num_slots} slots")
         self.session.open()
         try:
             self._reserve()
@@ -192,6 +206,8 @@ class RayCluster:
             if isinstance(error, (RayError, ConnectionError)):
                 raise WorkerError(f"Ray failed while slots were taken: {error}", remedy="run again") from error
             raise
+        nodes = len(set(self._node_of_slot))
+        self.announce(f"Ray: up in {time.monotonic() - begun:.1f} s (slots {self.num_slots}, nodes {nodes})")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -290,15 +306,19 @@ class RayCluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._order[slot]),
                 runtime_env={"env_vars": cast.environments[rank]},
             )
+            _begin_log(cast.logs[rank], f"{role}-{rank}: a process is started on slot {slot}")
             handle = actor.remote(cast.logs[rank])
             members.append(Member(role, rank, handle, cast.logs[rank], cast.worker.stateless))
         return members
 
     def _come_up(self, pools: Sequence[RayRanks]) -> None:
         """New processes for some roles, all at the same time, until their models are loaded."""
-        deadline = time.monotonic() + self.section.start_timeout_s
-        made, loading = [], []
+        begun = time.monotonic()
+        deadline = begun + self.section.start_timeout_s
+        made, calls = [], []
         for pool in pools:
+            slots = ranges(pool.cast.slots)
+            self.announce(f"{pool.role}: starting on {slots}, logs in {pool.cast.logs[0].parent}")
             self.watch.members[pool.role] = self._processes(pool.role, pool.cast)
             made.append(self._ask(pool, "start", "come_up", [(pool.cast.worker, spec) for spec in pool.cast.specs]))
         for pool, call in zip(pools, made, strict=True):
@@ -309,9 +329,12 @@ class RayCluster:
             place = pool.members[0].place
             host = LOOPBACK if self.session.own or place is None else place.host
             (port,) = self._answers(pool, self._ask(pool, "meet", "open_store", [(host,)]), deadline)
-            loading.append(self._ask(pool, "load", "start", pool.everywhere(host, port)))
-        for pool, call in zip(pools, loading, strict=True):
+            calls.append(self._ask(pool, "load", "start", pool.everywhere(host, port)))
+            up = time.monotonic() - begun
+            self.announce(f"{pool.role}: {loading(pool.cast.specs[0].section)}, processes are up after {up:.1f} s")
+        for pool, call in zip(pools, calls, strict=True):
             self._answers(pool, call, deadline)
+            self.announce(f"{pool.role}: ready after {time.monotonic() - begun:.1f} s")
 
     def _ask(self, pool: RayRanks, phase: str, method: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
         return pool.ask(Call(phase, pool.clock.step, method, arguments))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,14 @@ def test_a_fault_strikes_as_the_role_comes_up(phase: str):
     faults.arm(f"role=reward,phase={phase},step=0,kind=error")
     with pytest.raises(RuntimeError, match="on purpose"):
         local.bring_up(Echo, Spec("reward", 0, 1, Model(path="-"), 0, 1, 1.0), Clock())
+
+
+def test_the_start_is_announced_with_its_bytes(tmp_path: Path):
+    for number, size in enumerate((1_000_000, 500_000)):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(b"0" * size)
+    lines: list[str] = []
+    local.bring_up(Echo, Spec("reward", 0, 1, Model(path=str(tmp_path)), 0, 1, 1.0), Clock(), lines.append)
+    assert lines == [f"reward: loading {tmp_path} (2 MB) in this process", "reward: ready in 0.0 s"]
 
 
 def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):

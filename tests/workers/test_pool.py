@@ -1,6 +1,7 @@
 """Workers on Ray when something is wrong: what the driver says, and how soon."""
 
 import os
+import re
 import signal
 import time
 
@@ -49,10 +50,13 @@ class Toy(Worker):
 SECTION = Cluster(start_timeout_s=120.0, call_timeout_s=60.0, phase_timeout_s={"late": 1.0})
 
 
+ANNOUNCED: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Three slots."""
-    with RayCluster(SECTION, 3) as running:
+    with RayCluster(SECTION, 3, announce=ANNOUNCED.append) as running:
         yield running
 
 
@@ -61,6 +65,19 @@ def ranks(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory):
     """A role of three ranks, a slot each. The tests below run in order, and the one that kills a rank comes last."""
     specs = [Spec("toy", rank, 3, Model(path="-"), 0, 1, 20.0) for rank in range(3)]
     return cluster.bring_up({"toy": (Toy, specs, (0, 1, 2))}, tmp_path_factory.mktemp("logs"), Clock())["toy"]
+
+
+def test_each_start_is_announced_and_each_log_begins_at_once(ranks):
+    lines = [re.sub(r"[\d.]+ s\b", "N s", line) for line in ANNOUNCED]
+    assert lines == [
+        "starting Ray on this machine, for 3 slots",
+        "Ray: up in N s (slots 3, nodes 1)",
+        f"toy: starting on slots 0-2, logs in {ranks.cast.logs[0].parent}",
+        "toy: loading -, processes are up after N s",
+        "toy: ready after N s",
+    ]
+    for rank, log in enumerate(ranks.cast.logs):
+        assert f"toy-{rank}: a process is started on slot {rank}" in log.read_text().splitlines()[0]
 
 
 def test_answers_come_in_rank_order_with_their_time(ranks):
