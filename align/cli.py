@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -316,6 +317,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     name = next((name for name in ("overrides", "recipe") if isinstance(getattr(arguments, name, None), list)), None)
     if rest and (name is None or not all("=" in text and not text.startswith("-") for text in rest)):
+        if name is not None and (option := next((text for text in rest if re.match(r"--?\w[\w-]*\.\w", text)), None)):
+            given = option.lstrip("-") if "=" in option else f"{option.lstrip('-')}=VALUE"
+            raise ConfigError(f"{option} is no option", where="command line", remedy=f"write {given}, without dashes")
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and name is not None:
         setattr(arguments, name, [*getattr(arguments, name), *rest])

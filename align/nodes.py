@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 import yaml
 from omegaconf import MISSING
 
+from align import foreign_keys
 from align.errors import ConfigError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
@@ -225,6 +226,7 @@ class Reader:
                 likely = [f"`{key}.{match}`" if key else f"`{match}`" for match in near]
                 likely += [f"`{place}`" for place in self.places if place.endswith(f".{name}") and place != dotted]
                 remedy = f"did you mean {' or '.join(likely[:3])}?" if likely else f"keys here: {', '.join(hints)}"
+                remedy = foreign_keys.meant(dotted, self.places) or remedy
                 self.fault(dotted, f"unknown key (set to {found(child)})", remedy, self.places[dotted])
             else:
                 read = self.section if is_section(hints[name]) else self.value

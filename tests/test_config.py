@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import MISSING
 
-from align import config, sections
+from align import cli, config, sections
 from align.errors import ConfigError
 
 RECIPE = Path("r.yaml")
@@ -675,3 +675,42 @@ def test_nothing_heavy_is_imported():
     root = Path(config.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "meant"),
+    [
+        ("rloo", "learning_rate", "policy.optimizer.lr"),
+        ("reward_model", "learning_rate", "reward.optimizer.lr"),
+        ("ppo", "critic.learning_rate", "critic.optimizer.lr"),
+        ("rloo", "policy.lora.r", "policy.lora.rank"),
+        ("rloo", "lora_alpha", "policy.lora.alpha"),
+        ("rloo", "target_modules", "policy.lora.targets"),
+        ("rloo", "beta", "kl_coef"),
+        ("dpo", "beta", "loss.beta"),
+        ("rloo", "kl_penalty", "kl_estimator"),
+        ("rloo", "num_generations", "sampling.num_samples"),
+        ("rloo", "max_completion_length", "sampling.max_tokens"),
+        ("rloo", "per_device_train_batch_size", "prompts_per_step"),
+        ("reward_model", "per_device_train_batch_size", "batch_size"),
+        ("rloo", "gradient_accumulation_steps", "micro_batch_tokens"),
+        ("rloo", "num_train_epochs", "run.epochs"),
+        ("rloo", "max_steps", "run.steps"),
+        ("rloo", "max_length", "data.max_response_tokens"),
+        ("rloo", "output_dir", "run.dir"),
+        ("rloo", "model_name_or_path", "policy.path"),
+        ("reward_model", "model_name_or_path", "reward.path"),
+        ("rloo", "dataset_name", "data.path"),
+    ],
+)
+def test_keys_of_other_libraries_get_the_key_that_is_meant(recipe: str, key: str, meant: str):
+    path = Path(__file__).parents[1] / "recipes" / "quickstart" / f"{recipe}.yaml"
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, [f"{key}=1"])
+    assert f"{key}: unknown key" in str(caught.value) and f"`{meant}`" in str(caught.value).partition("remedy")[2]
+
+
+@pytest.mark.parametrize("words", [["--run.steps", "2"], ["--run.steps=2"], ["-run.steps=2"]])
+def test_keys_are_written_without_dashes(words: list[str], capsys):
+    assert cli.main(["show", "recipes/none.yaml", *words]) == 78
+    assert "remedy: write run.steps=" in capsys.readouterr().err

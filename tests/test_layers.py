@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "disk", "errors", "faults", "plugins", "private", "redact", "signals"},
+    {"types", "config", "nodes", "sections", "disk", "errors", "faults"}
+    | {"foreign_keys", "plugins", "private", "redact", "signals"},
     {"ops", "data", "roles", "prechecks"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers"},
@@ -23,6 +24,7 @@ BESIDE = {
     ("config", "errors"),
     ("config", "disk"),
     ("nodes", "errors"),
+    ("nodes", "foreign_keys"),
     ("faults", "errors"),
     ("plugins", "errors"),
     ("private", "errors"),

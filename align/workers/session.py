@@ -20,7 +20,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] - compiled
 
-from align.errors import WorkerError
+from align.errors import PlacementError, WorkerError
 from align.sections import Cluster
 from align.workers import reaper
 from align.workers.process import inherited
@@ -54,7 +54,8 @@ class Session:
         return self.section.address is None
 
     def open(self) -> None:
-        """Start or join. Raises `WorkerError` when that fails."""
+        """Start or join. Raises `WorkerError` when that fails, and `PlacementError` where nothing listens at
+        ``cluster.address``."""
         try:
             if self.own:
                 remove_abandoned()
@@ -62,6 +63,8 @@ class Session:
             else:
                 self._knock(str(self.section.address))
                 ray.init(address=self.section.address, **QUIET)
+        except PlacementError:
+            raise
         except Exception as error:  # Ray raises a bare one where its own processes are slow to start
             self.close()
             remedy = (
@@ -107,9 +110,13 @@ class Session:
             try:
                 socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
                 return
-            except OSError:
+            except OSError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    waited = f"cluster.start_timeout_s ({self.section.start_timeout_s:g})"
+                    raise PlacementError(
+                        f"cluster.address={address} could not be reached within {waited}: {error}",
+                        remedy="check host and port, that Ray runs there (ray start --head), and firewalls between",
+                    ) from error
             time.sleep(KNOCK_S)
 
     def close(self) -> None:
