@@ -19,6 +19,7 @@ from align.config import load as load_recipe
 from align.data.conversations import Conversations
 from align.errors import DivergedError, LoadError, PlacementError, StoppedError, WorkerError
 from align.models.exported_files import Exported
+from align.prechecks.announce import silent, to_stdout
 from align.prechecks.roles import cast_sections, check, located, remote_code
 from align.prepare import Prepared, prepare
 from align.run import Run, Stopping, bundle
@@ -74,6 +75,7 @@ def cast(
         for size in [worlds[name]["world_size"]]
     }
     sides = {name: ROLES[type(section)] for name, section in named.items()}
+    announce = silent if config.run.progress == "none" else to_stdout
     if config.executor == "local":
         ranks = {
             name: local.bring_up(side.worker, specs[name][0], run.clock, run.announce) for name, side in sides.items()
@@ -82,7 +84,7 @@ def cast(
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
     restarts = config.run.max_restarts
-    with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, restarts, run.announce) as cluster:
+    with RayCluster(cluster_section, num_slots, run.leave_if_told, run.report, restarts, announce) as cluster:
         wanted = {name: (side.worker, specs[name], slots[name]) for name, side in sides.items()}
         run.stopping.install()  # Ray has set a handler of its own
         ranks = cluster.bring_up(wanted, run.logs.absolute(), run.clock)

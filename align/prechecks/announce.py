@@ -7,10 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from align.redact import redact
 from align.sections import Generator, Model, Reward
 
 Announce = Callable[[str], None]
 """Called with one line at a time."""
+
+
+def to_stdout(line: str) -> None:
+    """An `Announce` that prints at once."""
+    print(redact(line), flush=True)
 
 
 def silent(line: str) -> None:

@@ -17,7 +17,6 @@ from align import faults
 from align.data.prompts import PromptStream
 from align.disk import saving
 from align.errors import AlignError, DivergedError, SaveError, StoppedError
-from align.redact import redact
 from align.roles import Counting, Future, Policy, Previous, Ready, Stateful
 from align.run import bundle, display
 from align.run.clock import Clock
@@ -123,11 +122,6 @@ class Run:
     def report(self, line: str) -> None:
         """Tell the user something at once."""
         self.disk.report(line)
-
-    def announce(self, line: str) -> None:
-        """Print what is being brought up, unless ``run.progress`` is ``none``."""
-        if self.section.progress != "none":
-            print(redact(line), flush=True)
 
     # Beginning, going on, ending
 

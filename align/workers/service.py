@@ -27,7 +27,7 @@ import uvicorn
 from rich.console import Console
 
 from align.errors import ConfigError, WorkerError
-from align.prechecks.announce import announced, loading
+from align.prechecks.announce import announced, loading, to_stdout
 from align.private import require_private
 from align.rewards import functions, reading, serving
 from align.rewards.log_limit import LogLimit
@@ -210,34 +210,29 @@ def _up(section: RewardService, stop: Stop) -> Iterator[tuple[Scorer, Callable[[
         call_timeout_s=section.request_timeout_s,
     )
     if section.executor == "local":
-        with announced(announce, "reward", section.reward, "in this process"):
+        with announced(to_stdout, "reward", section.reward, "in this process"):
             batcher = Batcher(open_judge(section.reward, device()), section)
         yield batcher, lambda: _look_at(batcher)
     elif section.replicas.shards > 1:
         slots = tuple(range(section.replicas.shards))
         # A conversation without a score is answered as such, and does not fail those beside it.
         reward = replace(section.reward, failed="drop")
-        with judge(reward, "ray", slots, cluster, logs, announce) as role:
+        with judge(reward, "ray", slots, cluster, logs, to_stdout) as role:
             stop.install()
             sharded = Sharded(role)
             batcher = Batcher(sharded, section)
             yield batcher, sharded.look
     else:
         session = Session(cluster)
-        announce("starting Ray on this machine")
+        to_stdout("starting Ray on this machine")
         session.open()
         try:
             stop.install()
-            announce(f"reward: {loading(section.reward)} in replicas, {section.replicas.min} at first, logs in {logs}")
+            to_stdout(f"reward: {loading(section.reward)} in replicas, {section.replicas.min} at first, logs in {logs}")
             with replicated(section, stop.asked, logs) as (scorer, look):
                 yield scorer, look
         finally:
             session.close()
-
-
-def announce(line: str) -> None:
-    """Print what is being brought up."""
-    print(line, flush=True)
 
 
 def _look_at(batcher: Batcher) -> None:
