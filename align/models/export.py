@@ -102,7 +102,7 @@ def write(
         verify_export.weights(partial, state, type(model))
         exported_files.verify(partial, tokenizer, any(name.endswith(".py") for name in extra))
         state.clear()
-        verify_export.behaviour(partial, verify_export.probe(tokenizer), expected, model.dtype)
+        verify_export.behaviour(partial, verify_export.probe(tokenizer), expected, model)
 
 
 def _name_dtype(file: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:

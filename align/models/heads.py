@@ -45,10 +45,15 @@ def restrict(model: PreTrainedModel, ids: TokenizerIds) -> None:
     vars(model)["tokenizer_ids"] = ids
 
 
+def tokenizer_ids(model: PreTrainedModel) -> TokenizerIds | None:
+    """What `restrict` was given; None without it."""
+    return vars(model).get("tokenizer_ids")
+
+
 def restricted(model: PreTrainedModel, logits_NV: Tensor) -> Tensor:
     """Logits of the ids that the model's tokenizer has: columns beyond the last one are cut off, which copies nothing,
     and those of gaps are -inf. Without `restrict` the logits as they are."""
-    ids: TokenizerIds | None = vars(model).get("tokenizer_ids")
+    ids = tokenizer_ids(model)
     if ids is None:
         return logits_NV
     logits_NV = logits_NV[:, : ids.size]

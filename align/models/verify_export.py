@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from align.errors import ModelError
+from align.models.heads import restrict, restricted, tokenizer_ids
 from align.types import Packed, Sequences
 
 PROBE_LENGTHS = ((5, 6), (7, 6), (3, 6))
@@ -27,9 +28,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """A fixed batch of token ids spread over the vocabulary, without the padding token."""
+    """A fixed batch of ids of tokens, spread over the vocabulary, without the padding token."""
     source = torch.Generator().manual_seed(0)
-    ids = torch.tensor([id for id in range(len(tokenizer)) if id != tokenizer.pad_token_id])
+    ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}))
 
     def drawn(length: int) -> list[int]:
         return ids[torch.randint(len(ids), (length,), generator=source)].tolist()
@@ -81,18 +82,21 @@ def _own_code(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def behaviour(folder: Path, sequences: Sequences, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def behaviour(folder: Path, sequences: Sequences, expected: Mapping[str, Tensor], trained: PreTrainedModel) -> None:
     """Compare what the folder computes with what the model in training does.
 
-    ``expected`` holds outputs of its head (`align.models.heads`) on ``sequences``, computed in ``dtype`` on its own
-    device; the folder is read by transformers alone, on the CPU, in the number format that it is written in. Raises
-    `ModelError` with the difference.
+    ``expected`` holds outputs of the head (`align.models.heads`) of ``trained`` on ``sequences``, computed on its own
+    device; the folder is read by transformers alone, on the CPU, in the number format that it is written in, and its
+    log-probabilities are taken over the same ids (`align.models.heads.restrict`). Raises `ModelError` with the
+    difference.
     """
     auto: Any = AutoModelForCausalLM if "logprob_BT" in expected else AutoModelForSequenceClassification
     model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=_own_code(folder)).eval()
+    if (ids := tokenizer_ids(trained)) is not None:
+        restrict(model, ids)
     computed = {name: READERS[name](model, sequences, expected[name]) for name in READERS.keys() & expected.keys()}
     for name, value in computed.items():
-        apart, allowed = difference(expected[name], value), tolerance(dtype, model.dtype)
+        apart, allowed = difference(expected[name], value), tolerance(trained.dtype, model.dtype)
         if not apart <= allowed:
             raise ModelError(
                 f"the folder is not the trained model: on a fixed batch its {WORDS[name]} differ by {apart:.3g} on "
@@ -114,8 +118,10 @@ def _rows(sequences: Sequences) -> Iterator[tuple[int, list[int], list[int]]]:
 def _logprobs(model: Any, sequences: Sequences, expected_BT: Tensor) -> Tensor:
     logprob_BT = torch.zeros_like(expected_BT)
     for row, prompt, response in _rows(sequences):
-        logits_TV = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
-        logprob_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        logits_TV = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logprob_T = (
+            restricted(model, logits_TV).float().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        )
         logprob_BT[row, : len(response)] = logprob_T
     return logprob_BT
 

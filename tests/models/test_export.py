@@ -27,7 +27,7 @@ from transformers import (
 
 from align.data import collate, toy
 from align.errors import ModelError
-from align.models import export, load, verify_export
+from align.models import export, heads, load, verify_export
 from align.models.heads import LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues, is_packed
 from align.sections import Lora, Model
 from align.types import Packed, Sequences
@@ -209,6 +209,23 @@ def test_a_folder_that_computes_something_else_is_refused(tokenizer, tmp_path):
         export.write(model, tokenizer, state, tmp_path / "final", {}, outputs(model, tokenizer))
     assert "rounding explains 0.001" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gaps", [0, 20])
+def test_a_head_with_more_rows_than_the_tokenizer_has_ids_comes_back(gaps: int, tokenizer, tmp_path):
+    """The model in training predicts the tokenizer's ids alone; transformers gives the other rows a probability too."""
+    size = len(tokenizer)
+    model = build(LlamaConfig(**SIZES | {"vocab_size": size + 40}))
+    heads.restrict(model, heads.TokenizerIds(size + gaps, tuple(range(size, size + gaps))))
+    expected = outputs(model, tokenizer)
+    folder = written(model, tokenizer, tmp_path / "final")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sequences = verify_export.probe(tokenizer)
+    with torch.no_grad():
+        apart = verify_export.difference(
+            expected["logprob_BT"], verify_export.READERS["logprob_BT"](plain, sequences, expected["logprob_BT"])
+        )
+    assert apart > 0.05  # over all rows
 
 
 def test_numbers_that_are_not_finite_are_refused(tokenizer, tmp_path):
