@@ -77,9 +77,7 @@ def cast(
     sides = {name: ROLES[type(section)] for name, section in named.items()}
     announce = silent if config.run.progress == "none" else to_stdout
     if config.executor == "local":
-        ranks = {
-            name: local.bring_up(side.worker, specs[name][0], run.clock, run.announce) for name, side in sides.items()
-        }
+        ranks = {name: local.bring_up(side.worker, specs[name][0], run.clock, announce) for name, side in sides.items()}
         yield _attached(config, sides, ranks, run, worlds, spoken)
         return
     num_slots = 1 + max(slot for role in slots.values() for slot in role)
