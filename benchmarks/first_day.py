@@ -116,13 +116,15 @@ def align(*arguments: str) -> dict[str, Any]:
 
 
 def scores_by_readme(folder: Path, messages: list[list[dict[str, str]]]) -> list[float]:
-    """What the python block of the folder's README.md prints, run once for each conversation."""
+    """``scores`` of the python block of the folder's README.md, run once for each conversation."""
     (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     scores = []
     for conversation in messages:
-        code = re.sub(r"^messages = .*$", f"messages = {conversation!r}", block, flags=re.MULTILINE)
-        printed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-        scores.append(float(re.findall(r"-?\d+\.\d+(?:e-?\d+)?", printed.stdout)[-1]))
+        line = f"messages = {conversation!r}"
+        code = re.sub(r"^messages = .*$", lambda _, line=line: line, block, flags=re.MULTILINE)
+        command = [sys.executable, "-c", f"{code}\nprint(scores[0].item())"]
+        printed = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+        scores.append(float(printed.splitlines()[-1]))
     return scores
 
 

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 def probe(tokenizer: PreTrainedTokenizerBase) -> Sequences:
     """A fixed batch of ids of tokens, spread over the vocabulary, without the padding token."""
     source = torch.Generator().manual_seed(0)
-    ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}))
+    ids = torch.tensor(sorted(id for id in tokenizer.get_vocab().values() if id != tokenizer.pad_token_id))
 
     def drawn(length: int) -> list[int]:
         return ids[torch.randint(len(ids), (length,), generator=source)].tolist()
