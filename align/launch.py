@@ -116,7 +116,8 @@ def train(loaded: Loaded, console: Console) -> None:
     faults.arm(os.environ.get("ALIGN_FAULT"))
     prepared = prepare(loaded)
     with Stopping(Path(section.dir).expanduser().absolute(), section.max_seconds) as stopping:
-        run = Run(prepared.config, prepared.renderer.text, prepared.identity, stopping)
+        renderer = prepared.renderer
+        run = Run(prepared.config, renderer.text, prepared.identity, stopping, renderer.text_with_special_tokens)
         with run:
             if run.finished:
                 console.print(f"done before: {run.final}", highlight=False)
@@ -181,7 +182,8 @@ def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:
             "checkpoint.every=0",
         ]
         prepared = prepare(load_recipe(folder / "config.yaml", [*own, *overrides]))
-        run = Run(prepared.config, prepared.renderer.text, prepared.identity)
+        renderer = prepared.renderer
+        run = Run(prepared.config, renderer.text, prepared.identity, None, renderer.text_with_special_tokens)
         run.stop_after = found.step
         outcome = "ended"
         with run:

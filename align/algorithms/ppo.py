@@ -85,6 +85,7 @@ def learn_from(
         "learnable": float(judged.usable_B.double().mean()),
         "return": float(return_BT[learn_BT].mean()) if bool(learn_BT.any()) else 0.0,
         "explained_variance": ops.diagnostics.explained_variance(value_BT, return_BT, learn_BT),
+        "explained_variance_responses": float(learn_BT.any(1).sum()),  # of two or three it says next to nothing
     }
     if config.whiten:
         advantage_BT = ops.advantages.whiten(advantage_BT, learn_BT)

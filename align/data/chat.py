@@ -249,6 +249,10 @@ class Renderer:
         """The text of ``ids`` without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def text_with_special_tokens(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` as the model reads it, where special tokens tell the roles apart."""
+        return cast(str, self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's end-of-sequence token and the template's end-of-turn token."""

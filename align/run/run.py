@@ -42,10 +42,12 @@ class Run:
         decode: Callable[[Sequence[int]], str],
         identity: Identity | None = None,
         stopping: Stopping | None = None,
+        decode_samples: Callable[[Sequence[int]], str] | None = None,
     ):
-        """``decode`` turns token ids into text for samples. Without ``stopping`` no signal is heard. Nothing is touched
-        before the context is entered."""
+        """``decode`` turns token ids into text, ``decode_samples`` for ``samples.jsonl`` (``decode`` where it is None).
+        Without ``stopping`` no signal is heard. Nothing is touched before the context is entered."""
         self.recipe, self.section, self.decode = recipe, recipe.run, decode
+        self._decode_samples = decode_samples or decode
         self.identity = identity or Identity.of(recipe, {}, {})
         self.stopping = stopping or Stopping(self.folder, self.section.max_seconds)
         self.clock = Clock()
@@ -386,8 +388,8 @@ class Run:
         for i in (k * len(rollouts) // count for k in range(count)):  # spread over the prompts
             sample = {
                 "step": step,
-                "prompt": self.decode(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),
-                "response": self.decode(sequences.responses.row(i).tolist()),
+                "prompt": self._decode_samples(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),
+                "response": self._decode_samples(sequences.responses.row(i).tolist()),
                 "finished": bool(rollouts.finished_B[i]),
                 "score": None if score_B is None else float(score_B[i]),
             }

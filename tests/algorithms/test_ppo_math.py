@@ -79,6 +79,7 @@ def test_a_response_that_is_left_out(seen):
     assert found["return"] == 0.375  # (0.625 + 2.5 - 2) / 3
     # Returns about 0.375: 0.25, 2.125, -2.375, squares 10.21875. R - V = A.
     assert found["explained_variance"] == pytest.approx(1 - 914 / 24**2 / (10.21875 / 3))
+    assert found["explained_variance_responses"] == 2
     assert found["learnable"] == pytest.approx(2 / 3)
 
 

@@ -287,6 +287,7 @@ class TestAfterTraining:
         values = {
             "run.dir": tmp_path / "run",
             "run.steps": 1,
+            "batch_size": 8,
             "data.path": tmp_path / "toy",
             "reward.path": byte_models[0],
             "executor": "local",

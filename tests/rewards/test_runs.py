@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -135,8 +136,10 @@ def test_a_service_that_fails_gives_what_a_function_gives(tmp_path, toy_data, ti
     assert lines(asked, "samples.jsonl") == lines(called, "samples.jsonl")
     samples = lines(called, "samples.jsonl")
     assert len(samples) == 3 * 8
-    for sample in samples:  # the prompt as text holds the words of the template, which are special tokens, no more
-        assert sample["score"] == toy.score(sample["prompt"], sample["response"])
+    for sample in samples:
+        assert sample["prompt"].startswith("<s> <user>") and sample["prompt"].endswith("<assistant>")  # roles show
+        prompt, response = (re.sub(r" ?<[^>]+> ?", "", sample[name]) for name in ("prompt", "response"))
+        assert sample["score"] == toy.score(prompt, response)
     counted = [{k: v for k, v in line.items() if k.startswith("reward/service/")} for line in lines(asked)]
     total = {key: sum(line.get(f"reward/service/{key}", 0.0) for line in counted) for key in (
         "requests", "retries", "failures", "cache_hits", "scored", "unscored"
