@@ -330,6 +330,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.loads is not None:
         arguments.loaded = _function(f"align.evaluation.arguments:{arguments.loads}")(arguments)
         prechecks.check(arguments.loaded)
+        console.print("checked: paths and placement; now libraries, models and data", highlight=False)
     for name, kind in arguments.reads.items():
         if (given := getattr(arguments, name)) is not None:
             prechecks.sources.require(name, str(given), kind)
