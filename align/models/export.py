@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.checkpoint import new_result
 from align.models import exported_files, verify_export
+from align.models.weights import named_weights
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 MOST_LOST = 0.25
@@ -56,19 +57,20 @@ def merged_dtype(model: nn.Module, gather: Gather, base: torch.dtype) -> torch.d
 def state_dict(
     model: PreTrainedModel, gather: Gather, keep: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Every weight whole on the CPU, adapters merged into it, under its name without adapters.
+    """Every weight whole on the CPU, persistent buffers too, adapters merged into it, under its name without adapters.
 
     ``gather`` makes parameters whole within its context; every rank must call this, and only ranks with ``keep`` get
     the result. Sums are float32, rounded once to ``dtype``, or to that of the weight where it is None. Weights without
     adapters take on ``dtype`` where that changes no number.
     """
     adapted, state = _adapted(model), {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         if ".lora_" in name:
             continue
         plain = _plain(name)
         layer = adapted.get(plain)
-        with gather([parameter] if layer is None else layer.parameters()):
+        own = [parameter] if isinstance(parameter, nn.Parameter) else []
+        with gather(own if layer is None else layer.parameters()):
             value = parameter.detach()
             if layer is not None:
                 value = value.float() + layer.get_delta_weight(layer.active_adapters[0]).float()

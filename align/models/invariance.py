@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -137,6 +138,14 @@ def set_dropout(config: PreTrainedConfig, rate: float) -> None:
             set_dropout(value, rate)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             if "dropout" in name or name.endswith("pdrop"):
-                setattr(config, name, rate or type(value)(0))  # some fields take whole numbers only
+                _set_rate(config, name, rate or type(value)(0))  # some fields take whole numbers only
             elif "layerdrop" in name:
                 setattr(config, name, type(value)(0))
+
+
+def _set_rate(config: PreTrainedConfig, name: str, rate: float) -> None:
+    try:
+        setattr(config, name, rate)
+    except StrictDataclassFieldValidationError as error:
+        problem = f"{name} of {type(config).__name__} cannot be {rate}, the dropout of the recipe"
+        raise ModelError(problem, remedy="set dropout=0") from error

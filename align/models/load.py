@@ -61,14 +61,15 @@ def _check(section: Model, vocab_size: int, sampled: int) -> None:
         invariance.check_sampling(config, sampled)
     if isinstance(section, TrainedReward):
         start_of(section)
+    unread: list[str] = []
+    if type(section) is not Model:  # the files of a checkpoint that no role reads
+        unread = list(_check_architecture(section, config)._keys_to_ignore_on_load_unexpected or ())
     if not section.init and Path(section.path).expanduser().is_dir():
         for file in weight_files(section):
-            check_numbers(file)
-    if type(section) is not Model:  # the files of a checkpoint that no role reads
-        _check_architecture(section, config)
+            check_numbers(file, unread)
 
 
-def _check_architecture(section: Model, config: PreTrainedConfig) -> None:
+def _check_architecture(section: Model, config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model without memory for its weights, so that transformers refuses now what it would refuse later."""
     scores = isinstance(section, (Critic, TrainedReward))
     if isinstance(section, Reward):
@@ -79,6 +80,10 @@ def _check_architecture(section: Model, config: PreTrainedConfig) -> None:
         _require_score(section, model)
     else:
         invariance.require_causal(model)
+    if isinstance(section, Trained) and section.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        problem = f"{section.path}: {type(model).__name__} does not support gradient_checkpointing"
+        raise ModelError(problem, remedy="leave gradient_checkpointing out")
+    return model
 
 
 def _on_meta(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:

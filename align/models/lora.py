@@ -40,19 +40,30 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, task: str, key: str = "lora.
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if lora.targets == [ALL_LINEAR] else lora.targets,
+        exclude_modules=[name for name, module in model.named_modules() if _other_forward(module)] or None,
         task_type=task,
     )
     try:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{', '.join(lora.targets)}: {reason}", where=key, remedy=_remedy(usable)) from error
+        remedy = "name one or more of " + ", ".join(name for name in usable if f"'{name}'" not in reason)
+        raise ModelError(f"{', '.join(lora.targets)}: {reason}", where=key, remedy=remedy) from error
     for module in model.modules():
         if isinstance(module, LoraLayer):
             _refuse_shared(ALL_LINEAR, module.get_base_layer(), shared, usable, key)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or bool(HEAD.match(name)))
     return model
+
+
+def _other_forward(module: nn.Module) -> bool:
+    """A linear layer or embedding that computes something else (Llama 4's router, OPT's positions), so that peft would
+    add to another thing. An ``embed_scale`` is known to peft."""
+    forward = type(module).forward
+    if isinstance(module, nn.Embedding):
+        return forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
+    return isinstance(module, nn.Linear) and forward is not nn.Linear.forward
 
 
 def _shared(model: nn.Module) -> dict[int, list[str]]:
@@ -69,6 +80,7 @@ def _usable(model: nn.Module, shared: Mapping[int, Sequence[str]]) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, ADAPTABLE)
+        and not _other_forward(module)
         and not HEAD.match(f"{name}.")
         and not any(id(parameter) in shared for parameter in module.parameters())
     )
@@ -95,7 +107,7 @@ def _check(model: nn.Module, target: str, shared: Mapping[int, Sequence[str]], u
     for name, module in matched.items():
         if HEAD.match(f"{name}."):
             raise ModelError(f"{name} is trained whole, without adapters", where=key, remedy=f"leave {target} out")
-        if not isinstance(module, ADAPTABLE):
+        if not isinstance(module, ADAPTABLE) or _other_forward(module):
             kind = type(module).__name__
             raise ModelError(
                 f"{target} matches {name}, and a {kind} cannot have adapters", where=key, remedy=_remedy(usable)

@@ -19,6 +19,7 @@ from transformers import (
 
 from align.errors import ModelError
 from align.models.heads import restrict, restricted, tokenizer_ids
+from align.models.weights import named_weights
 from align.types import Packed, Sequences
 
 PROBE_LENGTHS = ((5, 6), (7, 6), (3, 6))
@@ -68,7 +69,7 @@ def _read_back(folder: Path, names: Set[str], kind: type[PreTrainedModel]) -> It
         with safe_open(file, framework="pt") as tensors:
             written |= dict.fromkeys(tensors.keys(), file)
     if written.keys() != names:
-        yield from kind.from_pretrained(folder, dtype="auto").named_parameters()
+        yield from named_weights(kind.from_pretrained(folder, dtype="auto"))
         return
     for file in sorted(set(written.values())):
         with safe_open(file, framework="pt") as tensors:

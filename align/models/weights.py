@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from align.errors import ModelError
@@ -49,15 +52,28 @@ def no_safetensors(section: Model, pickles: list[str]) -> ModelError:
     )
 
 
-def check_numbers(file: Path) -> None:
-    """Read the header of a file, and refuse numbers that would be cast to something else than what they mean."""
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of a model holds: its parameters, then its persistent buffers (DeepSeek-V3's bias by which
+    experts are chosen)."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def check_numbers(file: Path, unread: Sequence[str] = ()) -> None:
+    """Read the header of a file, and refuse numbers that would be cast to something else than what they mean.
+
+    ``unread`` has patterns of names that the model does not read, such as the masks of GPT-2 and Pythia.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} is damaged: {first_line(error)}", remedy="copy or download it again") from error
     for name, kind in kinds.items():
-        if kind not in FLOATS:
+        if kind not in FLOATS and not any(re.search(pattern, name) for pattern in unread):
             raise ModelError(
                 f"{file}: {name} holds {kind} numbers, a quantised weight without its scale; readable: "
                 f"{', '.join(FLOATS)}",

@@ -15,6 +15,7 @@ from align.engines import generation
 from align.engines.deepspeed import Engine
 from align.errors import ModelError
 from align.models import export, exported_files, heads, readme, verify_export
+from align.models.weights import named_weights
 from align.roles import Future, LossFunction, Metrics, Ready
 from align.sections import Model, Sampling
 from align.sections import Policy as PolicySection
@@ -116,7 +117,7 @@ class SamplerWorker(Worker):
 
         Raises `ModelError` where log-probabilities of a fixed batch differ by more than rounding explains.
         """
-        tensors, own = sent.value.tensors, dict(self.model.named_parameters())
+        tensors, own = sent.value.tensors, dict(named_weights(self.model))
         if tensors.keys() != own.keys():
             raise ModelError(f"policy and sampler differ in weights: {sorted(tensors.keys() ^ own.keys())[:3]}")
         with torch.no_grad():

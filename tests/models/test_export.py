@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -47,6 +48,20 @@ CONFIGS = {
     "qwen2 with biases": Qwen2Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4),
     "experts": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "experts chosen by a buffer": DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    ),
     "gpt_neox": GPTNeoXConfig(**{name: value for name, value in SIZES.items() if name != "num_key_value_heads"}),
 }
 IDS = torch.tensor([[5, 9, 3, 70, 12, 2]])
@@ -68,6 +83,9 @@ def build(config: Any, auto: Any = AutoModelForCausalLM, attention: str = "sdpa"
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.tensor([3.0, 0.0, -2.0, 0.5]))
     return model
 
 

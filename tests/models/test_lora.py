@@ -13,8 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    OPTConfig,
     Qwen3MoeConfig,
 )
 
@@ -35,6 +37,8 @@ CONFIGS = {
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2),
     "moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+    "router": Llama4TextConfig(**SIZES, head_dim=4, intermediate_size_mlp=24, num_local_experts=2),
+    "opt": OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2),
     "mamba": MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
 }
 TIED = "model.embed_tokens.weight and lm_head.weight are one weight"
@@ -63,6 +67,9 @@ def empty(name: str, auto: Any = AutoModelForCausalLM) -> Any:
         ("llama", ["input_layernorm"], "a LlamaRMSNorm cannot have adapters", "q_proj"),
         ("llama", ["mlp"], "mlp matches model.layers.0.mlp, and a LlamaMLP cannot have adapters", "up_proj"),
         ("mamba", ["out_proj"], "out_proj: [PEFT:PeftType.LORA] Module 'out_proj' is incompatible", "in_proj"),
+        ("mamba", ["all-linear"], "all-linear: [PEFT:PeftType.LORA] Module 'out_proj'", "in_proj, x_proj, dt_proj"),
+        ("router", ["router"], "feed_forward.router, and a Llama4Router cannot have adapters", "q_proj"),
+        ("opt", ["embed_positions"], "a OPTLearnedPositionalEmbedding cannot have adapters", "fc1"),
     ],
 )
 def test_a_target_that_cannot_be_trained_is_refused(name, targets, message, remedy):
@@ -99,6 +106,11 @@ def test_a_module_under_two_names_is_refused():
         ("llama", ["lm_head", "embed_tokens"], 2),
         ("llama", ["self_attn.q_proj", "model.layers.1.mlp.up_proj"], 3),
         ("gpt2", ["all-linear"], 4),
+        (
+            "router",
+            ["all-linear"],
+            2 * (4 + 3),
+        ),  # attention and the shared expert: peft cannot add to a router of its own
         ("moe", ["all-linear"], 2 * (4 + 3)),  # attention, router, and both weights of all experts
     ],
 )
