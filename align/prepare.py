@@ -15,7 +15,7 @@ from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.data.detect import described, resolved
 from align.errors import DataError
-from align.models import exported_files
+from align.models import exported_files, positions
 from align.models.exported_files import Exported
 from align.models.load import check as check_model
 from align.models.load import check_lora
@@ -146,6 +146,7 @@ def prepare(loaded: Loaded) -> Prepared:
     templates = [template for reader in readers.values() for template in reader.templates]
     source, refused = helpsteer.readable(source, templates, config.data)
     material, counts = algorithm.prepare(config, source, renderer)
+    require_positions(config, material, readers)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
     num_rows = config.num_rows(counts)
     prompts.require_rows(config, num_rows)
@@ -167,6 +168,18 @@ def prepare(loaded: Loaded) -> Prepared:
     notes = [*described(config.data), *epochs(config, num_rows, counts), *dtype_notes(loaded)]
     facts = description, identity, readers, spoken, notes, exported
     return Prepared(config, algorithm, material, counts, renderer, *facts)
+
+
+def require_positions(config: Any, material: Any, readers: Mapping[str, TextReader]) -> None:
+    """Raise `DataError` for a role that reads token ids and has fewer positions than the longest sequence of them. What
+    a reward model reads as text is known when it is rendered, and is checked there."""
+    sampling = getattr(config, "sampling", None)
+    parts: dict[str, positions.Longest] = {}
+    for part, one in positions.longest(material, sampling.max_tokens if sampling else 0):
+        parts[part] = max(one, parts.get(part, one))
+    for name, section in cast_sections(config).items():
+        if name not in readers:
+            positions.check(section, name, parts, scores_data=getattr(config, "gold", None) == "reward")
 
 
 def epochs(config: Any, num_rows: int, counts: Mapping[str, int]) -> list[str]:

@@ -33,6 +33,7 @@ from align.data import collate
 from align.engines import state
 from align.engines.schedule import learning_rate
 from align.errors import DivergedError
+from align.models import positions
 from align.models.heads import Head
 from align.roles import Loss, LossFunction, Metrics
 from align.sections import Model, Optimizer, Trained
@@ -158,9 +159,14 @@ class Engine:
                 for parameter in held:
                     parameter.ds_active_sub_modules.discard(_HOLDER)
 
+    def _require_positions(self, sequences: Sequences) -> None:
+        if len(sequences):
+            positions.require(self.head.model.config, int(sequences.tokens_B().max()), self._section.path)
+
     @torch.no_grad()
     def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:
         """Outputs of the head for every sequence, on the CPU, ``_BT`` ones 0 where there is no token."""
+        self._require_positions(sequences)
         rows_of = collate.micro_batches(sequences, 1, self._section.micro_batch_tokens)
         num_rounds = self.agree(len(rows_of)) if self.sharded else len(rows_of)
         outputs = {name: torch.zeros(shape) for name, shape in self._shapes(sequences).items()}
@@ -185,6 +191,7 @@ class Engine:
         finite, no weight, no optimizer state and no count of steps changes on any rank: raises `DivergedError`, or
         with ``skip_non_finite`` returns ``non_finite`` and ``skipped_steps`` as 1, and ``trained_tokens``.
         """
+        self._require_positions(batch.sequences)
         rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
         parts = [batch.select(rows) for rows in rows_of]
         probed = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]

@@ -15,6 +15,7 @@ from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import DataError
 from align.generators.base import Completion, Request
 from align.models import heads, load
+from align.models.positions import positions
 from align.sections import Generator as GeneratorSection
 from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
@@ -69,11 +70,11 @@ class ModelGenerator:
 
     def _require_positions(self, ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
         longest = max(map(len, ids), default=0)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and longest + sampling.max_tokens > limit:
+        limit = positions(self.model.config)
+        if limit is not None and longest + sampling.max_tokens > limit[0]:
             raise DataError(
                 f"a conversation of {longest} tokens and an answer of max_tokens={sampling.max_tokens} exceed the "
-                f"{limit} positions of the model",
+                f"{limit[0]} positions of the model",
                 where=self.section.path,
                 remedy="lower sampling.max_tokens, or leave the conversation out",
             )

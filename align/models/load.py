@@ -127,6 +127,11 @@ def _check_source(section: Model) -> None:
         )
 
 
+def config(section: Model) -> PreTrainedConfig:
+    """The config of a role's model, whatever its tokenizer."""
+    return _config(section, 0)
+
+
 def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig:
     """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
     try:

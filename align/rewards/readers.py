@@ -15,6 +15,7 @@ from align.data.chat import Dialogue
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import ConversationError
 from align.models import heads, load
+from align.models.positions import positions
 from align.rewards import reading, texts
 from align.rewards.functions import FunctionJudge
 from align.rewards.genrm import GenerativeJudge
@@ -104,9 +105,9 @@ class ModelJudge:
     def _require_positions(self, sequences: Sequences) -> None:
         """Text comes from anywhere and may have any length. Ids are those of a run, which has limits of its own."""
         longest = int(sequences.tokens_B().max()) if len(sequences) else 0
-        limit = getattr(self.engine.head.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            message = f"a conversation has {longest} tokens, the reward model has positions for {limit}"
+        limit = positions(self.engine.head.model.config)
+        if limit is not None and longest > limit[0]:
+            message = f"a conversation has {longest} tokens, the reward model has positions for {limit[0]}"
             raise ConversationError(
                 message,
                 public=message,

@@ -162,7 +162,13 @@ def test_one_response_to_a_prompt_can_be_labelled(tmp_path, family_data, tiny_fa
 
 def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family, tiny_attributes):
     """Judges read plain prompts; the policy is asked for the best."""
-    more = "labels=data", "data.format=helpsteer2", "evaluation.every=1", "evaluation.prompts=3"
+    more = (
+        "labels=data",
+        "data.format=helpsteer2",
+        "evaluation.every=1",
+        "evaluation.prompts=3",
+        "sampling.max_tokens=30",
+    )
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
     material, renderer = prepared.material, prepared.renderer
     source = helpsteer.load(Data(path=str(family_data), format="helpsteer2"), "ratings")

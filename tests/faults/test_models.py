@@ -221,6 +221,16 @@ def adapters_on_a_tied_output_layer(command: Command) -> list[str]:
     return ["policy.lora.targets: lm_head: model.embed_tokens.weight and lm_head.weight are one weight", "all-linear"]
 
 
+def fewer_positions_than_the_data_needs(command: Command) -> list[str]:
+    change(command.reward / "config.json", max_position_embeddings=12)
+    return [
+        f"reward.path: {command.reward}: the longest prompt of ",
+        "tokens and sampling.max_tokens=6 need ",
+        "the model has 12 positions (max_position_embeddings)",
+        "lower sampling.max_tokens, or data.max_prompt_tokens",
+    ]
+
+
 MISFITS = [
     adapters_on_a_tied_output_layer,
     other_vocabulary,
@@ -242,6 +252,7 @@ MISFITS = [
     a_tokenizer_that_cannot_be_saved,
     an_architecture_of_its_own_code,
     a_tokenizer_of_its_own_code,
+    fewer_positions_than_the_data_needs,
 ]
 
 
