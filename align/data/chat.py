@@ -65,7 +65,8 @@ def load_tokenizer(
 
     transformers 5 builds the tokenizer class that belongs to the ``model_type`` of ``config.json`` (``qwen2``) or to
     ``tokenizer_class`` (``LlamaTokenizer``), with that family's pre-tokenizer in place of the one in
-    ``tokenizer.json``. Where the two cut text differently, the file wins.
+    ``tokenizer.json``, and with its special tokens added. Where the two cut text differently, or the folder's files name
+    no such token, the files win.
 
     Raises `DataError` when there is no tokenizer at ``path`` or it cannot be loaded.
     """
@@ -83,8 +84,12 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **branch)
         file = cached_file(path, "tokenizer.json", **branch, _raise_exceptions_for_missing_entries=False)
-        if isinstance(tokenizer, PreTrainedTokenizerFast) and file and _cuts_differently(tokenizer, file):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **branch)
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and file:
+            raw = Tokenizer.from_file(file)
+            own = type(tokenizer).__module__.startswith("transformers.")  # no code of the checkpoint
+            longer, other = own and len(tokenizer) > raw.get_vocab_size(), _cuts_differently(tokenizer, raw)
+            plain = PreTrainedTokenizerFast.from_pretrained(path, **branch) if longer or other else tokenizer
+            tokenizer = plain if other or len(plain) < len(tokenizer) else tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise DataError(
             f"no tokenizer could be loaded: {_first_line(error)}",
@@ -125,8 +130,7 @@ def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
             )
 
 
-def _cuts_differently(tokenizer: PreTrainedTokenizerFast, file: str) -> bool:
-    raw = Tokenizer.from_file(file)
+def _cuts_differently(tokenizer: PreTrainedTokenizerFast, raw: Tokenizer) -> bool:
     raw.no_truncation()
     # Words of the vocabulary too: a word-level tokenizer knows no other.
     probe = " ".join([_PROBE, *sorted(raw.get_vocab())[:500]])

@@ -222,6 +222,15 @@ class TestLoading:
         assert tokenizer.decode(expected) == text
         assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|eot|>", QWEN)
 
+    def test_special_tokens_of_a_class_are_not_added(self, tmp_path: Path):
+        raw = Tokenizer(
+            models.BPE({letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+        )
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))  # whose class has <|endoftext|>
+        assert chat.vocab_size(load_tokenizer(tmp_path)) == 257
+
     def test_word_level_beside_a_llama_class(self, tmp_path: Path):
         raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "cat": 2, "dog": 3}, unk_token="<unk>"))
         raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -261,16 +261,16 @@ def test_dropout_is_what_the_recipe_says_not_what_the_checkpoint_says(tmp_path):
     assert rates
     assert set(rates) == {0.0}
     mpt = {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1}
-    load.check(Policy(path="", init=mpt), 50)
+    load.check(Policy(path="", init=mpt, dtype="float32"), 50)
     with pytest.raises(ModelError, match=r"attn_pdrop of MptAttentionConfig cannot be 0\.2"):
-        load.check(Policy(path="", init=mpt, dropout=0.2), 50)
+        load.check(Policy(path="", init=mpt, dtype="float32", dropout=0.2), 50)
 
 
 def test_an_architecture_without_gradient_checkpointing_is_refused():
     init = {"model_type": "jetmoe", "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2}
-    load.check(Policy(path="", init=init), 50)
+    load.check(Policy(path="", init=init, dtype="float32"), 50)
     with pytest.raises(ModelError, match="JetMoeForCausalLM does not support gradient_checkpointing"):
-        load.check(Policy(path="", init=init, gradient_checkpointing=True), 50)
+        load.check(Policy(path="", init=init, dtype="float32", gradient_checkpointing=True), 50)
 
 
 def test_masks_that_an_architecture_does_not_read_are_no_quantised_weights(tmp_path):
@@ -279,12 +279,12 @@ def test_masks_that_an_architecture_does_not_read_are_no_quantised_weights(tmp_p
     stored = load_file(file)
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
     save_file(stored | mask, file, metadata={"format": "pt"})
-    load.check(Policy(path=path), 50)
+    load.check(Policy(path=path, dtype="float32"), 50)
     load.causal_lm(Policy(path=path, dtype="float32"), 50, 0)
     quantised = {name: value.to(torch.int8) for name, value in stored.items() if name.endswith("c_attn.weight")}
     save_file(stored | quantised, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="holds I8 numbers, a quantised weight without its scale"):
-        load.check(Policy(path=path), 50)
+        load.check(Policy(path=path, dtype="float32"), 50)
 
 
 def test_lora_trains_adapters_and_a_new_head_only(causal_folder):
