@@ -65,8 +65,8 @@ def load_tokenizer(
 
     transformers 5 builds the tokenizer class that belongs to the ``model_type`` of ``config.json`` (``qwen2``) or to
     ``tokenizer_class`` (``LlamaTokenizer``), with that family's pre-tokenizer in place of the one in
-    ``tokenizer.json``, and with its special tokens added. Where the two cut text differently, or the folder's files name
-    no such token, the files win.
+    ``tokenizer.json``, and adds its special tokens. Where the two cut text differently, or the folder's files name no
+    such token, the files win.
 
     Raises `DataError` when there is no tokenizer at ``path`` or it cannot be loaded.
     """

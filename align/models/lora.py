@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import peft
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -58,12 +60,25 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, task: str, key: str = "lora.
 
 
 def _other_forward(module: nn.Module) -> bool:
-    """A linear layer or embedding that computes something else (Llama 4's router, OPT's positions), so that peft would
-    add to another thing. An ``embed_scale`` is known to peft."""
+    """A linear layer or embedding that computes something else, so that peft would add to another thing.
+
+    Routers return tuples (Llama 4, Phi-3.5-MoE), embeddings shift or norm (OPT's positions); peft knows
+    ``embed_scale``. Falcon's linear layer is a product, though in code of its own.
+    """
     forward = type(module).forward
     if isinstance(module, nn.Embedding):
         return forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
-    return isinstance(module, nn.Linear) and forward is not nn.Linear.forward
+    if not isinstance(module, nn.Linear) or forward is nn.Linear.forward:
+        return False
+    rows, columns = module.out_features, module.in_features
+    with torch.device("meta"):
+        weights = {"weight": torch.empty(rows, columns)}
+        weights |= {} if module.bias is None else {"bias": torch.empty(rows)}
+        try:
+            output = functional_call(module, weights, torch.empty(2, 3, columns))
+        except Exception:
+            return True
+    return not isinstance(output, torch.Tensor) or output.shape != (2, 3, rows)
 
 
 def _shared(model: nn.Module) -> dict[int, list[str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    FalconConfig,
     GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
@@ -38,6 +39,7 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2),
     "moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
     "router": Llama4TextConfig(**SIZES, head_dim=4, intermediate_size_mlp=24, num_local_experts=2),
+    "falcon": FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
     "opt": OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2),
     "mamba": MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
 }
@@ -111,6 +113,7 @@ def test_a_module_under_two_names_is_refused():
             ["all-linear"],
             2 * (4 + 3),
         ),  # attention and the shared expert: peft cannot add to a router of its own
+        ("falcon", ["all-linear"], 4),  # its linear layers are a class of its own
         ("moe", ["all-linear"], 2 * (4 + 3)),  # attention, router, and both weights of all experts
     ],
 )
