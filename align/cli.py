@@ -39,12 +39,12 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
 
 
-def _command(commands: Any, name: str, function: str, help: str, **reads: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, function: str, help: str, **requires: str) -> argparse.ArgumentParser:
     """A subcommand that ``function``, named as module:function, carries out: it is called with the arguments and the
-    console, and returns the exit status. ``reads`` names the arguments that must be there, and what each is (see
+    console, and returns the exit status. ``requires`` names the arguments that must be there, and what each is (see
     `align.prechecks.sources.Source`)."""
     parser = commands.add_parser(name, help=help)
-    parser.set_defaults(function=function, reads=reads, loads=None)
+    parser.set_defaults(function=function, requires=requires, loads=None)
     return parser
 
 
@@ -141,9 +141,9 @@ def _add_models(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     data = _group(commands, "data", "look at a data source, or write it in another format")
     lint = _command(
-        data, "lint", "align.report.data_lint:main", "what is wrong with a source; status 1 for errors", path="dataset"
+        data, "lint", "align.report.data_lint:main", "what is wrong with a source; status 1 for errors", path="rows"
     )
-    convert = _command(data, "convert", "align.data.convert:main", "write a source in another format", path="dataset")
+    convert = _command(data, "convert", "align.data.convert:main", "write a source in another format", path="rows")
     for parser in (lint, convert):
         parser.add_argument("path", metavar="SOURCE", help="folder, or hub id")
         parser.add_argument("--as", dest="reads", choices=get_args(Reads), help="default: what the format holds")
@@ -331,7 +331,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         arguments.loaded = _function(f"align.evaluation.arguments:{arguments.loads}")(arguments)
         prechecks.check(arguments.loaded)
         console.print("checked: paths and placement; now libraries, models and data", highlight=False)
-    for name, kind in arguments.reads.items():
+    for name, kind in arguments.requires.items():
         if (given := getattr(arguments, name)) is not None:
             prechecks.sources.require(name, str(given), kind)
     return _function(arguments.function)(arguments, console)

@@ -139,7 +139,7 @@ def test_an_unknown_key_stops_before_anything(tmp_path, toy_data, tiny_policy, t
     ("change", "parts"),
     [
         ("data.path=/nowhere", ["/nowhere"]),
-        ("reward.path=/nowhere", ["/nowhere", "tokenizer"]),
+        ("reward.path=/nowhere", ["reward.path=/nowhere", "there is no such file or folder"]),
         ("placement.policy=0-x", ["placement.policy", "'0-x'", "write 0, 0-3 or 0,2"]),
         ("placement.critic=0", ["no role is called critic", "policy, reward, reference"]),
         ("sampling.num_samples=1", ["sampling.num_samples", "at least 2"]),

@@ -46,9 +46,9 @@ class Source:
 
     key: str
     text: str
-    kind: Literal["model", "dataset", "rows", "local"]
-    """``model``: a folder or a hub id. ``dataset``: the same, of data. ``rows``: also a file. ``local``: what only this
-    machine can have."""
+    kind: Literal["model", "rows", "local"]
+    """``model``: a folder or a hub id. ``rows``: the same of data, or a file. ``local``: what only this machine can
+    have."""
     revision: str | None = None
     weights: bool = True
     """Whether weights are read, of a model."""
@@ -81,7 +81,10 @@ def _of_field(key: str, value: Any) -> Iterator[Source]:
             yield Source(f"{key}.ensemble.paths[{index}]", path, "model")
         yield from _of_field(f"{key}.generative.judge", value.generative.judge)
     if isinstance(value, (Data, BenchmarkData, QuestionData, ScalingPrompts)):
-        yield Source(f"{key}.path", value.path, "dataset" if isinstance(value, Data) else "rows", value.revision)
+        yield Source(f"{key}.path", value.path, "rows", value.revision)
+    if isinstance(value, Data):
+        for name, part in value.sources.items():
+            yield Source(f"{key}.sources.{name}.path", part.path, "rows", part.revision)
     if isinstance(value, QuestionData):
         yield Source(f"{key}.references", value.references, "local")
 
@@ -99,9 +102,7 @@ def missing(found: Iterator[Source], places: Mapping[str, str]) -> list[ConfigEr
     return faults
 
 
-def require(
-    key: str, text: str, kind: Literal["model", "dataset", "rows", "local"], revision: str | None = None
-) -> None:
+def require(key: str, text: str, kind: Literal["model", "rows", "local"], revision: str | None = None) -> None:
     """Raises `ConfigError` for a source of the command line that is not there."""
     for fault in missing(iter([Source(key, text, kind, revision)]), {key: "command line"}):
         raise fault
@@ -110,7 +111,7 @@ def require(
 def _problem(source: Source) -> tuple[str, str] | None:
     """What is wrong with a source, and the remedy."""
     path = Path(source.text).expanduser()
-    if path.is_file() and source.kind in ("model", "dataset"):
+    if path.is_file() and source.kind == "model":
         return "is a file, and a folder is read here", f"give the folder: {source.key}={path.parent}"
     if path.exists():
         return None
@@ -118,8 +119,8 @@ def _problem(source: Source) -> tuple[str, str] | None:
     close = near(source.text)
     suggestion = f"did you mean {close}? Else " if close else ""
     if source.kind == "local" or looks_local(source.text) or not is_id:
-        kinds = {"model": "a folder or a hub id (ORG/NAME)", "dataset": "a folder or a hub id (ORG/NAME)"}
-        kinds |= {"rows": "a file, a folder or a hub id (ORG/NAME)", "local": "a path that exists"}
+        kinds = {"model": "a folder or a hub id (ORG/NAME)", "rows": "a file, a folder or a hub id (ORG/NAME)"}
+        kinds["local"] = "a path that exists"
         return f"there is no such file or folder (from {Path.cwd()})", f"{suggestion}give {kinds[source.kind]}"
     return None if (what := _not_on_hub(source)) is None else (what, suggestion + _download(source))
 

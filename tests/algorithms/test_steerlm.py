@@ -155,7 +155,7 @@ def test_one_response_to_a_prompt_can_be_labelled(tmp_path, family_data, tiny_fa
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     for split in ("validation", "val"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row).replace("pig", "owl"))
-    settings = "steerlm", tmp_path, tiny_family, tiny_attributes, f"data.format={layout}"
+    settings = "steerlm", tmp_path, tiny_family, tiny_attributes, f"data.format={layout}", "batch_size=1"
     (said,) = launch.prepare(recipe(tmp_path, *settings)).material.rows
     assert (said.context, said.response) == ((Message("user", "pig"),), "ant pig")
 
@@ -184,7 +184,7 @@ def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family
 
 
 def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_data, tiny_family, tiny_attributes):
-    more = "rounds=3", "bootstrap_prompts=20", "sampling.num_samples=2", "sampling.max_tokens=30"
+    more = "rounds=3", "bootstrap_prompts=20", "sampling.num_samples=2", "sampling.max_tokens=30", "batch_size=8"
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
     section = replace(prepared.config.policy, zero_stage=0)
     ranks = local.bring_up(policy.PolicyWorker, Spec("policy", 0, 1, section, 0, 2, 60.0), Clock())

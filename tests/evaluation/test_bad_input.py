@@ -133,7 +133,7 @@ def test_a_configuration_that_cannot_be(overrides: list[str], message: str):
 
 def test_the_command_ends_with_the_status_of_the_error(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["eval", "reward", "--benchmark", "rm-bench", "--model", "m", "--data", "no-such-folder"]) == 78
-    assert "align: no-such-folder: there is no such file or folder" in capsys.readouterr().err
+    assert "data.path=no-such-folder: there is no such file or folder" in capsys.readouterr().err
 
 
 def test_benchmarks_of_a_recipe_are_looked_at_before_it_starts(tmp_path: Path, judge_data: Path):

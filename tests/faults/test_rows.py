@@ -304,4 +304,5 @@ def test_epochs_in_place_of_steps(command: Command):
     assert "2.5 epochs: run.steps 5 x batch_size 1 / 2 rows" in command.capsys.readouterr().out
     assert config.load(command.folder / "other" / "config.yaml").config.run.steps == 5
     assert main(["train", str(file)]) == REACHED  # the same run
-    assert main(["train", str(file), "run.epochs=3"]) == 78
+    assert main(["train", str(file), "run.epochs=3"]) == REACHED  # no step was taken yet
+    assert "3 epochs: run.steps 6 x batch_size 1 / 2 rows" in command.capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_an_error_for_the_user_shows_no_secret(recipe: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
     assert main(["train", str(recipe), "data.path=/nowhere/canary-0123456789"]) == 78
     said = capsys.readouterr().err
-    assert "/nowhere/<HF_TOKEN>: there is no such folder" in said
+    assert "/nowhere/<HF_TOKEN>: there is no such file or folder" in said
     assert "canary" not in said
 
 
@@ -195,9 +195,10 @@ def test_twelve_secrets_of_the_environment_are_found_nowhere(recipe: Path, execu
         )
     assert "canary-" not in said + out.read_text()
     assert not found_in(recipe.parent)
-    told = (recipe.parent / "run" / "environment.json").read_text()
-    assert not [name for name in CANARIES if name in told]
-    assert '"python"' in told
+    if not fails:  # the model's code raises before there is a run folder
+        told = (recipe.parent / "run" / "environment.json").read_text()
+        assert not [name for name in CANARIES if name in told]
+        assert '"python"' in told
 
 
 def whole_environments(source: str) -> list[str]:

@@ -79,7 +79,6 @@ def test_what_may_be_a_hub_id(root: Path, text: str):
         ("policy.path=org/part", "holds it without all that is needed"),
         ("reward.ensemble.paths=[./other]", "reward.ensemble.paths[0]=./other: there is no such"),
         ("policy={init: {model_type: llama}, path: ./none}", "policy.path=./none: there is no such"),
-        ("data.path=recipe.yaml", "is a file, and a folder is read here"),
         ("data.path=dta", "did you mean data?"),
         ("data.path=org/rows", "hf download org/rows --repo-type dataset"),
         ("data.chat_template=none.jinja", "data.chat_template=none.jinja: there is no such"),

@@ -44,7 +44,7 @@ class TestStatus:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "no file of split train"),
+            ([], "no file of a training split"),
             (["--format", "helpsteer2_preference", "--as", "ratings"], "holds preferences, not ratings"),
             (["--format", "helpsteer2", "--max-rows", "3"], "max_rows is even"),
             (["--date", "1 May 2025"], "need a tokenizer"),
@@ -52,6 +52,8 @@ class TestStatus:
         ],
     )
     def test_78_for_a_source_that_cannot_be_used(self, tmp_path: Path, capsys, arguments: list[str], message: str):
+        if {"--date", "--tokenizer"} & set(arguments):
+            (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
         assert lint(tmp_path, *arguments) == 78
         assert message in capsys.readouterr().err
 
