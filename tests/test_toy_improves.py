@@ -59,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 RUNS = {
-    "rloo": (4, 30, ["prompts_per_step=64", "kl_coef=0.1", "kl_reduction=sum", "kl_estimator=k1"], "reward: 3"),
+    "rloo": (4, 40, ["prompts_per_step=64", "kl_coef=0.1", "kl_reduction=sum", "kl_estimator=k1"], "reward: 3"),
     "ppo": (
         1,
         25,

@@ -38,7 +38,7 @@ def reward(origin: str, chat: Chat, tokenizer: PreTrainedTokenizerBase, pads: bo
     """Of a sequence classifier. ``pads``: config and tokenizer have a padding token, so batches work; ``weighted``: its
     score is a sum of attributes, by the weights in ``align_reward.json``."""
     end = json.dumps(tokenizer.convert_ids_to_tokens(chat.end_id), ensure_ascii=False)
-    rendered = f"tokenizer.apply_chat_template({_arguments('one', chat)}, tokenize=False)"
+    rendered = f"tokenizer.apply_chat_template({_arguments('conversation', chat)}, tokenize=False)"
     text = {"cut": f"{rendered}.rpartition({end})[0] + {end}", "append": f"{rendered} + {end}", "all": rendered}
     score = "outputs[:, 0]"
     if weighted:
@@ -65,7 +65,7 @@ outputs = torch.cat([model(input_ids=batch.input_ids).logits for batch in batche
 tokenizer = {chat.loader}.from_pretrained("."{_trust(trust)})  # this folder
 model = AutoModelForSequenceClassification.from_pretrained("."{_trust(trust)}).eval()
 messages = [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]
-{weights}texts = [{text[chat.end]} for one in [messages]]
+{weights}texts = [{text[chat.end]} for conversation in [messages]]
 {batch}
 scores = {score}
 ```
