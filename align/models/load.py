@@ -79,11 +79,21 @@ def _check_architecture(section: Model, config: PreTrainedConfig) -> PreTrainedM
     if scores:
         _require_score(section, model)
     else:
+        _require_language_model(section, config)
         invariance.require_causal(model)
     if isinstance(section, Trained) and section.gradient_checkpointing and not model.supports_gradient_checkpointing:
         problem = f"{section.path}: {type(model).__name__} does not support gradient_checkpointing"
         raise ModelError(problem, remedy="leave gradient_checkpointing out")
     return model
+
+
+def _require_language_model(section: Model, config: PreTrainedConfig) -> None:
+    """A classifier with tied embeddings has all weights of a language model, so only its config tells."""
+    if not section.init and is_classifier(config):
+        raise ModelError(
+            f"{section.path}: not a causal language model, but {', '.join(config.architectures or [])}, a reward model",
+            remedy="name the language model that answers, or that the reward model was trained from",
+        )
 
 
 def _on_meta(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
@@ -229,7 +239,9 @@ def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] 
     alone (`align.models.heads.restrict`).
     """
     _check_source(section)
-    model, missing = _build(AutoModelForCausalLM, section, _config(section, vocab_size), seed)
+    config = _config(section, vocab_size)
+    _require_language_model(section, config)
+    model, missing = _build(AutoModelForCausalLM, section, config, seed)
     if missing:
         raise ModelError(
             f"{section.path}: not a causal language model, it lacks {len(missing)} weights: "

@@ -127,9 +127,12 @@ def test_a_scorer_of_several_labels_is_refused(tmp_path, labels):
         load.scorer(TrainedReward(path=path), 50, 0, head="auto", combine=[1.0, 0.0, 0.0])
 
 
-def test_a_scorer_is_no_causal_lm(reward_folder):
-    with pytest.raises(ModelError, match=r"not a causal language model.*lm_head\.weight"):
-        load.causal_lm(model(reward_folder), 50, 0)
+def test_a_scorer_is_no_causal_lm(reward_folder, tmp_path):
+    tied = LlamaConfig(**SIZES, num_labels=1, tie_word_embeddings=True)  # all weights of a language model are there
+    for folder in (reward_folder, saved(tmp_path, tied, AutoModelForSequenceClassification)):
+        for refuse in (load.causal_lm, lambda one, *_: load.check(Policy(path=one.path, dtype="float32"), 50)):
+            with pytest.raises(ModelError, match="not a causal language model, but LlamaForSequenceClassification"):
+                refuse(model(folder), 50, 0)
 
 
 def test_a_missing_body_weight_is_refused_even_with_a_new_head(causal_folder, tmp_path):
