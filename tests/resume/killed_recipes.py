@@ -42,7 +42,12 @@ ALGORITHMS = {
         "reward: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora}, optimizer: {{lr: 2e-3}}, "
         "attributes: [helpfulness, verbosity]}}\nloss: regression\n" + PAIRS + "validate_every: 3\n",
     ),
-    "dpo": ("dpo", POLICY + PAIRS + "reward: {{path: {reward}}}\nevaluation: {{every: 3, prompts: 5}}\n"),
+    "dpo": (
+        "dpo",
+        POLICY
+        + PAIRS
+        + "reward: {{path: {reward}}}\nevaluation: {{every: 3, prompts: 5}}\nsampling: {{max_tokens: 24}}\n",
+    ),
     "online_dpo": ("online_dpo", POLICY + SAMPLED),
     "best_of_n": ("best_of_n", POLICY + SAMPLED),
     "ppo": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC),
