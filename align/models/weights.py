@@ -65,7 +65,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def check_numbers(file: Path, unread: Sequence[str] = ()) -> None:
     """Read the header of a file, and refuse numbers that would be cast to something else than what they mean.
 
-    ``unread`` has patterns of names that the model does not read, such as the masks of GPT-2 and Pythia.
+    ``unread`` has patterns of names that the model does not read, such as the masks of GPT-2 and GPT-NeoX.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
