@@ -20,13 +20,15 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from align import __version__, config, disk, plan, prechecks
+from align import __version__, plan, prechecks
+from align.cluster.process import driver_environment
+from align.config import DType, precision
+from align.config.base import DataFormat, RowKind
+from align.config.load import LoadedConfig, list_values, load_recipe
 from align.errors import AlignError, ConfigError, SaveError
-from align.redact import redact
-from align.sections import DType, precision
-from align.sections.runs import DataFormat, Reads
-from align.signals import leaving_at_once
-from align.workers.process import driver_environment
+from align.utils import disk
+from align.utils.redact import redact
+from align.utils.signals import leaving_at_once
 
 FAILED = DIFFERS = 1
 INTERRUPTED = 130
@@ -100,7 +102,7 @@ def _add_toy(commands: Any) -> None:
     compare = _command(
         commands,
         "compare",
-        "align.evaluation.compare:main",
+        "align.eval.compare:main",
         "judge a policy before and after training on the bundled task",
         **dict.fromkeys(("before", "after", "reward"), "model"),
         data="local",
@@ -146,7 +148,7 @@ def _add_data(commands: Any) -> None:
     convert = _command(data, "convert", "align.data.convert:main", "write a source in another format", path="rows")
     for parser in (lint, convert):
         parser.add_argument("path", metavar="SOURCE", help="folder, or hub id")
-        parser.add_argument("--as", dest="reads", choices=get_args(Reads), help="default: what the format holds")
+        parser.add_argument("--as", dest="reads", choices=get_args(RowKind), help="default: what the format holds")
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
         parser.add_argument("--max-rows", type=int, metavar="N", help="read only the first rows of each split")
     formats = get_args(DataFormat)
@@ -174,7 +176,7 @@ def _add_scale(commands: Any) -> None:
     scale = _command(
         commands,
         "scale",
-        "align.evaluation.scaling:main",
+        "align.scale.main:main",
         "drafts, feedback, edits, and the best of all, see docs/scale.md",
     )
     _recipe_arguments(scale)
@@ -185,7 +187,7 @@ def _add_generate(commands: Any) -> None:
     generate = _command(
         commands,
         "generate",
-        "align.evaluation.generate:main",
+        "align.eval.generate:main",
         "answers of a model, at chosen values of its attributes",
         model="model",
         prompts="local",
@@ -215,7 +217,7 @@ def _add_serve(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     kinds = _group(commands, "eval", "measure a model on benchmarks")
-    reward = _command(kinds, "reward", "align.evaluation.reward:main", "judge a reward model on a benchmark")
+    reward = _command(kinds, "reward", "align.eval.reward:main", "judge a reward model on a benchmark")
     reward.add_argument(
         "recipe", nargs="*", metavar="RECIPE key=value", help="YAML file, which may be left out; and values"
     )
@@ -226,7 +228,7 @@ def _add_eval(commands: Any) -> None:
     reward.add_argument("--scores", help="file of scores to be judged instead of a model")
     reward.add_argument("--out", help="folder for scores, numbers and report; goes on where it was left")
     reward.add_argument("--compare", help="folder or items.jsonl of another model: differences with intervals")
-    policy = _command(kinds, "policy", "align.evaluation.policy.command:main", "have answers of a policy judged")
+    policy = _command(kinds, "policy", "align.eval.policy.main:main", "have answers of a policy judged")
     policy.add_argument(
         "recipe", nargs="*", metavar="RECIPE key=value", help="YAML file, which may be left out; and values"
     )
@@ -246,9 +248,9 @@ def _add_eval(commands: Any) -> None:
     policy.add_argument("--out", help="folder for answers, verdicts, numbers and report; goes on where it was left")
 
 
-def _show(loaded: config.Loaded, console: Console) -> None:
+def _show(loaded: LoadedConfig, console: Console) -> None:
     table = Table("key", "value", "from", box=None, header_style="bold")
-    for key, value, origin in config.show(loaded):
+    for key, value, origin in list_values(loaded):
         style = "dim" if origin == "default" else ""
         shown = f"{origin}: auto" if key in loaded.automatic else origin
         table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), shown, style=style)
@@ -261,13 +263,13 @@ def _show(loaded: config.Loaded, console: Console) -> None:
 
 def show(arguments: argparse.Namespace, console: Console) -> int:
     """``align show``."""
-    _show(config.load(arguments.recipe, arguments.overrides), console)
+    _show(load_recipe(arguments.recipe, arguments.overrides), console)
     return 0
 
 
 def train(arguments: argparse.Namespace, console: Console) -> int:
     """``align train``."""
-    loaded = config.load(arguments.recipe, arguments.overrides)
+    loaded = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         _show(loaded, console)
         plan.describe(loaded.config, console)
@@ -275,7 +277,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     if loaded.config.run.progress != "none" or arguments.dry_run:
         console.print("checked: paths, run.dir, placement; now tokenizers, models and data", highlight=False)
     wanted = loaded.config.evaluations()
-    planned = importlib.import_module("align.evaluation.reward").planned(loaded.config) if wanted else []
+    planned = importlib.import_module("align.eval.reward").planned(loaded.config) if wanted else []
     if arguments.dry_run:
         prepared = importlib.import_module("align.prepare").prepare(loaded)
         plan.conclude(prepared.config, prepared.counts, prepared.notes, console)
@@ -295,7 +297,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
 def serve_reward(arguments: argparse.Namespace, console: Console) -> int:
     """``align serve reward``."""
     try:
-        service = importlib.import_module("align.workers.service")
+        service = importlib.import_module("align.serve.main")
     except ImportError as error:
         raise ConfigError(
             f"a service needs more packages: {error}", remedy="in the checkout: pip install -e '.[serve]'"
@@ -328,7 +330,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.loads is not None:
-        arguments.loaded = _function(f"align.evaluation.arguments:{arguments.loads}")(arguments)
+        arguments.loaded = _function(f"align.eval.arguments:{arguments.loads}")(arguments)
         prechecks.check(arguments.loaded)
         console.print("checked: paths and placement; now libraries, models and data", highlight=False)
     for name, kind in arguments.requires.items():

@@ -13,9 +13,22 @@ from types import MappingProxyType, SimpleNamespace
 
 from rich.console import Console
 
-from align import faults, sections
-from align.config import Loaded
-from align.config import load as load_recipe
+from align.cluster.pool import RayCluster
+from align.config import (
+    CriticConfig,
+    EvalRewardConfig,
+    ModelConfig,
+    OptionalRewardConfig,
+    PolicyConfig,
+    PreviousPolicyConfig,
+    PriorPolicyConfig,
+    RecipeConfig,
+    ReferenceConfig,
+    RewardConfig,
+    SamplerConfig,
+    TrainedRewardConfig,
+)
+from align.config.load import LoadedConfig, load_recipe
 from align.data.conversations import Conversations
 from align.errors import DivergedError, LoadError, PlacementError, StoppedError, WorkerError
 from align.models.exported_files import Exported
@@ -23,27 +36,26 @@ from align.prechecks.announce import silent, to_stdout
 from align.prechecks.roles import cast_sections, check, located, remote_code
 from align.prepare import Prepared, prepare
 from align.run import Run, Stopping, bundle
-from align.sections import Model, Recipe
+from align.utils import fault_injection
 from align.workers import critic, local, policy, reward
 from align.workers.base import Ranks, Role, Spec
-from align.workers.pool import RayCluster
 
-ROLES: dict[type[Model], type[Role]] = {
-    sections.Policy: policy.Policy,
-    sections.Sampler: policy.Sampler,
-    sections.Critic: critic.Critic,
-    sections.Reference: policy.Reference,
-    sections.Base: policy.Base,
-    sections.Previous: policy.Previous,
-    sections.Reward: reward.Reward,
-    sections.OptionalReward: reward.Reward,
-    sections.SecondReward: reward.SecondReward,
-    sections.TrainedReward: reward.TrainedReward,
+ROLES: dict[type[ModelConfig], type[Role]] = {
+    PolicyConfig: policy.Policy,
+    SamplerConfig: policy.Sampler,
+    CriticConfig: critic.Critic,
+    ReferenceConfig: policy.Reference,
+    PriorPolicyConfig: policy.Base,
+    PreviousPolicyConfig: policy.Previous,
+    RewardConfig: reward.Reward,
+    OptionalRewardConfig: reward.Reward,
+    EvalRewardConfig: reward.SecondReward,
+    TrainedRewardConfig: reward.TrainedReward,
 }
 """Which role each section of a recipe becomes."""
 
 
-def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+def _worlds(config: RecipeConfig, slots: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
     """How each role is split over processes: what a snapshot says of it."""
     return {
         name: {"world_size": len(slots[name]) if config.executor == "ray" else 1, "zero_stage": section.zero_stage}
@@ -53,7 +65,7 @@ def _worlds(config: Recipe, slots: Mapping[str, tuple[int, ...]]) -> dict[str, d
 
 @contextmanager
 def cast(
-    config: Recipe,
+    config: RecipeConfig,
     run: Run,
     spoken: Mapping[str, Conversations] = MappingProxyType({}),
     exported: Mapping[str, Exported] = MappingProxyType({}),
@@ -90,7 +102,7 @@ def cast(
 
 
 def _attached(
-    config: Recipe,
+    config: RecipeConfig,
     sides: Mapping[str, type[Role]],
     ranks: Mapping[str, Ranks],
     run: Run,
@@ -109,11 +121,11 @@ def _attached(
     return company
 
 
-def train(loaded: Loaded, console: Console) -> None:
+def train(loaded: LoadedConfig, console: Console) -> None:
     """Run a recipe to its end, or go on with it. Data and tokenizers are checked before the run folder is made and any
     worker starts. Raises `StoppedError` when it was asked to stop and has saved."""
     section = loaded.config.run
-    faults.arm(os.environ.get("ALIGN_FAULT"))
+    fault_injection.arm(os.environ.get("ALIGN_FAULT"))
     prepared = prepare(loaded)
     with Stopping(Path(section.dir).expanduser().absolute(), section.max_seconds) as stopping:
         renderer = prepared.renderer
@@ -170,7 +182,7 @@ def _rounds(prepared: Prepared, run: Run) -> None:
 
 def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:
     """Run the step of a bundle again in a folder that is deleted afterwards; returns whether it went the same way."""
-    faults.arm(os.environ.get("ALIGN_FAULT"))
+    fault_injection.arm(os.environ.get("ALIGN_FAULT"))
     found = bundle.read(folder)
     with tempfile.TemporaryDirectory(prefix="align-replay-") as temporary:
         own = [

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from align.config import RecipeConfig, RewardConfig, TrainedModelConfig
 from align.prechecks import placement
 from align.prechecks.roles import cast_sections, check, remote_code
-from align.sections import Recipe, Reward, Trained
 
 
-def describe(config: Recipe, console: Console) -> None:
+def describe(config: RecipeConfig, console: Console) -> None:
     """Print roles, their slots and how their weights are held. Raises `ConfigError` for an impossible placement."""
     slots, roles = check(config), cast_sections(config)
     table = Table("role", "slots", "processes", "weights", "source", box=None, header_style="bold")
     for name, section in roles.items():
         sharded = section.zero_stage == 3
-        kind = f"{section.dtype}, {'trained' if isinstance(section, Trained) else 'frozen'}, ZeRO {section.zero_stage}"
-        judge = section if isinstance(section, Reward) and not section.is_model else None
+        kind = f"{section.dtype}, {'trained' if isinstance(section, TrainedModelConfig) else 'frozen'}, ZeRO {section.zero_stage}"
+        judge = section if isinstance(section, RewardConfig) and not section.is_model else None
         table.add_row(
             name,
             ",".join(map(str, slots[name])) if config.executor == "ray" else "-",
@@ -42,13 +42,13 @@ def describe(config: Recipe, console: Console) -> None:
         console.print(f"note: {line} ({'GPUs of this machine' if gpus > total else 'slots'})", highlight=False)
 
 
-def conclude(config: Recipe, counts: Mapping[str, int], notes: Sequence[str], console: Console) -> None:
+def conclude(config: RecipeConfig, counts: Mapping[str, int], notes: Sequence[str], console: Console) -> None:
     """Print what a dry run has checked, and what only a run can tell."""
     for line in notes:
         console.print(f"note: {line}", highlight=False)
     data = ", ".join(f"{count} {name}" for name, count in counts.items())
     console.print(f"checked: tokenizers, models and data ({data})", highlight=False)
-    elsewhere = [one.http.url for one in vars(config).values() if isinstance(one, Reward) and one.http.url]
+    elsewhere = [one.http.url for one in vars(config).values() if isinstance(one, RewardConfig) and one.http.url]
     cluster = [config.cluster.address] if config.executor == "ray" and config.cluster.address else []
     left = ["whether the models fit into memory", *(f"whether {name} answers" for name in [*cluster, *elsewhere])]
     console.print(f"not checked: {', '.join(left)}", highlight=False)

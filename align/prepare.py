@@ -8,9 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from align import sections
-from align.config import Loaded
-from align.data import chat, helpsteer, prompts
+from align.config import (
+    CriticConfig,
+    ModelConfig,
+    OnPolicyConfig,
+    PolicyConfig,
+    RecipeConfig,
+    RewardConfig,
+    SamplerConfig,
+    TrainedModelConfig,
+    TrainedRewardConfig,
+)
+from align.config.load import LoadedConfig
+from align.data import chat, dataset, prompts
 from align.data.chat import Renderer
 from align.data.conversations import Conversations
 from align.data.detect import described, resolved
@@ -21,38 +31,37 @@ from align.models.load import check as check_model
 from align.models.load import check_lora
 from align.prechecks.precision import dtype_notes
 from align.prechecks.roles import cast_sections, check
-from align.rewards import functions, genrm, reading, texts
+from align.rewards import checkpoint_format, functions, genrm, texts
 from align.rewards.http import HttpJudge
 from align.run import Identity
-from align.sections import Model, OnPolicy, Recipe
 
 
-def load_renderer(config: Recipe) -> Renderer:
+def load_renderer(config: RecipeConfig) -> Renderer:
     """Tokenizer and template of the run: roles that are no frozen judges must read the same token ids."""
-    found = {name: one for name, one in cast_sections(config).items() if not isinstance(one, sections.Reward)}
+    found = {name: one for name, one in cast_sections(config).items() if not isinstance(one, RewardConfig)}
     loaded = {name: _tokenizer(section) for name, section in found.items()}
     (first, tokenizer), *others = loaded.items()
     for name, other in others:
         try:
             chat.require_same(tokenizer, other, first, name)
         except DataError as error:
-            if not isinstance(found[name], sections.Critic):
+            if not isinstance(found[name], CriticConfig):
                 raise
             remedy = "start the critic from the policy: critic.path=${policy.path} critic.head=new"
             raise DataError(error.message, where=error.where, remedy=remedy) from None
-    rollout = config.data.max_prompt_tokens + config.sampling.max_tokens if isinstance(config, OnPolicy) else 0
+    rollout = config.data.max_prompt_tokens + config.sampling.max_tokens if isinstance(config, OnPolicyConfig) else 0
     for name, section in found.items():
         vocab_size = chat.vocab_size(tokenizer)
-        samples = isinstance(section, (sections.Policy, sections.Sampler))
+        samples = isinstance(section, (PolicyConfig, SamplerConfig))
         check_model(section, vocab_size, name, rollout if samples else 0)
-        if isinstance(section, sections.Trained):
+        if isinstance(section, TrainedModelConfig):
             check_lora(section, vocab_size, f"{name}.lora.targets")
-        if isinstance(section, sections.Critic) and section.head == "trained":
-            reading.start_of(section)
+        if isinstance(section, CriticConfig) and section.head == "trained":
+            checkpoint_format.start_of(section)
     return Renderer(tokenizer, config.data.chat_template, config.data.date, bad_rows=config.data.bad_rows)
 
 
-def _tokenizer(section: Model) -> Any:
+def _tokenizer(section: ModelConfig) -> Any:
     return chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
 
 
@@ -67,13 +76,13 @@ class TextReader:
     """Of its models that read a conversation turn by turn."""
 
 
-def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
+def text_readers(config: RecipeConfig, renderer: Renderer) -> dict[str, TextReader]:
     """Judges that read text, by role, after a look at everything that a judge needs to come up."""
     for name, attributes in config.rated().items():
-        reading.require_attributes(getattr(config, name), attributes)
+        checkpoint_format.require_attributes(getattr(config, name), attributes)
     found = {}
     for name, section in cast_sections(config).items():
-        if not isinstance(section, sections.Reward):
+        if not isinstance(section, RewardConfig):
             continue
         if section.kind == "generative":
             found[name] = TextReader(section.source, genrm.check(section.generative))
@@ -88,13 +97,13 @@ def text_readers(config: Recipe, renderer: Renderer) -> dict[str, TextReader]:
     return found
 
 
-def _reads_text(name: str, section: sections.Reward, renderer: Renderer) -> TextReader | None:
+def _reads_text(name: str, section: RewardConfig, renderer: Renderer) -> TextReader | None:
     """None where all models of a judge can read the policy's token ids."""
-    members = reading.members(section)
+    members = checkpoint_format.members(section)
     tokenizers = [_tokenizer(member) for member in members]
     for member, tokenizer in zip(members, tokenizers, strict=True):
         check_model(member, chat.vocab_size(tokenizer), name)
-    reads = reading.read(section)
+    reads = checkpoint_format.read(section)
     reasons = {
         member.path: texts.why_text(read, tokenizer, renderer)
         for member, read, tokenizer in zip(members, reads, tokenizers, strict=True)
@@ -129,7 +138,7 @@ class Prepared:
     """What the folders of exported models say, by role."""
 
 
-def prepare(loaded: Loaded) -> Prepared:
+def prepare(loaded: LoadedConfig) -> Prepared:
     """Check data, tokenizers and models of a recipe."""
     config: Any = loaded.config
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
@@ -139,12 +148,12 @@ def prepare(loaded: Loaded) -> Prepared:
     exported = {
         name: Exported(config.algorithm, exported_files.try_out(section, renderer))
         for name, section in cast_sections(config).items()
-        if isinstance(section, (sections.Policy, sections.TrainedReward))
+        if isinstance(section, (PolicyConfig, TrainedRewardConfig))
     }
     readers = text_readers(config, renderer)
-    source = helpsteer.load(config.data, config.reads())
+    source = dataset.load(config.data, config.reads())
     templates = [template for reader in readers.values() for template in reader.templates]
-    source, refused = helpsteer.readable(source, templates, config.data)
+    source, refused = dataset.readable(source, templates, config.data)
     material, counts = algorithm.prepare(config, source, renderer)
     require_positions(config, material, readers)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
@@ -159,7 +168,7 @@ def prepare(loaded: Loaded) -> Prepared:
     }
     read = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
     read |= {f"renderers of {name}": one.renderers for name, one in readers.items() if one.renderers}
-    models = {name: reading.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
+    models = {name: checkpoint_format.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
     identity = Identity.of(config, read, models)
     spoken = {}
     if readers:

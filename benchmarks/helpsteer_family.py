@@ -21,12 +21,13 @@ from statistics import fmean, stdev
 import torch
 
 from align.cli import main as align
-from align.data import steering, toy, toy_family
+from align.config import GeneratorConfig, SamplingConfig
+from align.data import steerlm as steering
+from align.data import toy, toy_family
 from align.data.chat import Message
 from align.engines import distributed
 from align.generators.base import Request
 from align.generators.models import ModelGenerator
-from align.sections import Generator, Sampling
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
 SCALE = RECIPES.parent / "scale" / "quickstart.yaml"
@@ -89,12 +90,12 @@ def held_out(out: Path) -> list[str]:
 def steered(model: Path, instructions: list[str], values: Mapping[str, int], seed: int) -> tuple[float, float]:
     """Mean ground truth and words of sampled answers that ask for ``values``."""
     form = steering.read(model / steering.NAME).asking(values)
-    generator = ModelGenerator(Generator(path=str(model), dtype="float32"), distributed.initialize_alone(), seed)
+    generator = ModelGenerator(GeneratorConfig(path=str(model), dtype="float32"), distributed.initialize_alone(), seed)
     requests = []
     for text in instructions:
         messages, opening = form.steered((Message("user", text),))
         requests.append(Request(messages, 0, opening))
-    answers = [one.text for one in generator.complete(requests, Sampling(max_tokens=32))]
+    answers = [one.text for one in generator.complete(requests, SamplingConfig(max_tokens=32))]
     scores = [toy.score(text, answer) for text, answer in zip(instructions, answers, strict=True)]
     return fmean(scores), fmean(len(answer.split()) for answer in answers)
 

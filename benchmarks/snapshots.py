@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import checkpoint
-from align.sections import Checkpoint
+from align.config import CheckpointConfig
 
 FILES = 4
 """Of the snapshot that is verified, as of four ranks."""
@@ -71,7 +71,7 @@ def written(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
 
 def read(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
     """Seconds of each way to read."""
-    store = checkpoint.Snapshots(folder / "checkpoints", Checkpoint())
+    store = checkpoint.Snapshots(folder / "checkpoints", CheckpointConfig())
     partial = store.begin(1, sum(tensor.nbytes for tensor in numbers.values()))
     names = list(numbers)
     shares = [{name: numbers[name] for name in names[rank::FILES]} for rank in range(FILES)]

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from align.config import RunConfig
 from align.errors import AlignError
-from align.sections import Run
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def train_command(recipe: Path, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "align.cli", "train", str(recipe), *overrides]
 
 
-def resume_again(run: Run) -> list[str]:
+def resume_again(run: RunConfig) -> list[str]:
     """What ``run.resume`` must become where a run is started for the second time.
 
     ``never`` would find a folder that is not empty, and a snapshot that is named may be older than the run's own.

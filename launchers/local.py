@@ -20,7 +20,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align import config
+from align.config.load import load_recipe
 from launchers import common
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = common.parser(__doc__)
     arguments.add_argument("--retries", type=int, default=3, help="how often a fault is tried again (%(default)s)")
     given = arguments.parse_intermixed_args(argv)
-    run = config.load(given.recipe, given.overrides).config.run
+    run = load_recipe(given.recipe, given.overrides).config.run
     supervisor = Supervisor(common.train_command(given.recipe, given.overrides))
     for number in SIGNALS:
         signal.signal(number, supervisor.forward)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align import config
+from align.config.load import flatten_config
 from align.errors import ConfigError
 
 PASSED_ON = ("partition", "account", "qos", "mem", "constraint", "reservation")
@@ -88,7 +88,7 @@ def require_exported(given: argparse.Namespace, configurations: Iterable[Any]) -
     if "ALL" in exported:
         return
     for found in configurations:
-        for key, name in config.flatten(found).items():
+        for key, name in flatten_config(found).items():
             if key.endswith("_env") and name and name not in exported:
                 names = ",".join([*(part for part in chosen.split(",") if part != "NONE"), str(name)])
                 raise ConfigError(
@@ -149,7 +149,7 @@ def _caches(environment: Mapping[str, str]) -> set[Path]:
 def _named_in(configuration: Any) -> set[Path]:
     """Folders of what a configuration names in full, and those that links in these folders point to."""
     folders = set()
-    for value in config.flatten(configuration).values():
+    for value in flatten_config(configuration).values():
         for text in value if isinstance(value, list) else [value]:
             path = Path(str(text).partition(".py:")[0] + ".py" if ".py:" in str(text) else str(text))
             if path.is_absolute() and path.exists():

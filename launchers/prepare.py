@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import align
-from align import config, prechecks
+from align import prechecks
+from align.config import RewardServiceConfig, load
 from align.errors import ConfigError
 from align.prechecks.roles import cast_sections, check, located
-from align.sections import RewardService
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS_PATHS = ("run.dir", "dir", "data.chat_template", "reference_cache")
@@ -26,7 +26,7 @@ ALWAYS_PATHS = ("run.dir", "dir", "data.chat_template", "reference_cache")
 class Checked:
     """A recipe that can be run or a service that can be started, its paths in full."""
 
-    config: Any
+    load: Any
     """A `Recipe` or a `RewardService`."""
     slots: dict[str, tuple[int, ...]]
     """Slots of each role; those of all replicas of a service."""
@@ -45,7 +45,7 @@ def validate(recipe: Path, overrides: Sequence[str], suffix: str = "", *, paths:
 
     Paths of what exists here are written in full, because the run begins in the folder of its code.
     """
-    loaded = config.load(recipe, overrides)
+    loaded = load.load_recipe(recipe, overrides)
     found: Any = loaded.config
     slots = check(found)
     found = replace(found, run=replace(found.run, dir=f"{found.run.dir}{suffix}"))
@@ -58,9 +58,9 @@ def validate(recipe: Path, overrides: Sequence[str], suffix: str = "", *, paths:
 def validate_service(recipe: Path, overrides: Sequence[str], *, paths: bool = True) -> Checked:
     """Load what `align serve reward` reads, and check its folder and, with ``paths``, what it reads. Raises
     `ConfigError`."""
-    loaded = config.build(RewardService, recipe, overrides)
+    loaded = load.build_config(RewardServiceConfig, recipe, overrides)
     prechecks.check(loaded, here=False, paths=paths)
-    found: RewardService = loaded.config
+    found: RewardServiceConfig = loaded.config
     found = _in_full(replace(found, reward=located(found.reward)))
     folder = _writable(found.dir, "dir")
     replicas = found.replicas
@@ -77,7 +77,7 @@ def _writable(folder: str, key: str) -> Path:
 
 def _in_full(found: Any) -> Any:
     """The configuration with the paths of what exists here written in full: a job begins in the folder of its code."""
-    for key, value in config.flatten(found).items():
+    for key, value in load.flatten_config(found).items():
         if isinstance(value, str) and _is_path(key, value):
             found = _changed(found, key.split("."), str(Path(value).expanduser().absolute()))
     return found

@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align import config
+from align.config import RewardServiceConfig
+from align.config.load import write_config
 from align.errors import ConfigError, LockError, PlacementError
 from align.prechecks import placement
-from align.sections import RewardService
 from launchers import common, options
 from launchers.prepare import ROOT, Checked, copy_code, validate, validate_service
 
@@ -248,7 +248,7 @@ def write(job: Job) -> None:
             shutil.rmtree(folder)
         folder.mkdir()
     for run in job.runs:
-        config.dump(run.config, run.folder / "launch" / "config.yaml")
+        write_config(run.config, run.folder / "launch" / "config.yaml")
     copy_code(job.folder / "code")
     (job.folder / "runs").write_text("".join(f"{run.folder}\n" for run in job.runs))
     (job.folder / "job.sbatch").write_text(job.script)
@@ -297,7 +297,7 @@ def submit(job: Job, given: argparse.Namespace) -> list[str]:
 def explain(job: Job, numbers: Sequence[str]) -> str:
     """What to do with a job that is in the queue."""
     first, runs = numbers[0], [run.folder for run in job.runs]
-    is_service = isinstance(job.runs[0].config, RewardService)
+    is_service = isinstance(job.runs[0].config, RewardServiceConfig)
     own = "service-*.log" if is_service else "driver-*.log and logs/ROLE-RANK.log"
     lines = [f"job {', then '.join(numbers)}"]
     lines += [f"  run folder     {shlex.quote(str(run))}" for run in runs]

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from align.data import toy, toy_family
-from align.data.verdicts import Scores
-from align.data.verdicts import write as verdict
+from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import write as verdict
 
 LLAMA = {
     "model_type": "llama",

@@ -16,8 +16,54 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from align import algorithms, config, roles, sections
-from align.nodes import field_types, is_section
+from align import algorithms, roles
+from align.config import (
+    BenchmarkDataConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    CriticConfig,
+    CriticFromRewardConfig,
+    DataConfig,
+    EditingConfig,
+    EndpointConfig,
+    EnsembleConfig,
+    EvaluationConfig,
+    GenerativeConfig,
+    GeneratorConfig,
+    HttpConfig,
+    JudgeSamplingConfig,
+    LoraConfig,
+    ModelConfig,
+    OnPolicyConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PolicyEvaluationConfig,
+    PolicyGradientConfig,
+    PolicyLossConfig,
+    PreferenceLossConfig,
+    PreviousPolicyConfig,
+    QuestionDataConfig,
+    RecipeConfig,
+    ReferenceFromPolicyConfig,
+    ReplicasConfig,
+    RewardConfig,
+    RewardEvaluationConfig,
+    RewardServiceConfig,
+    RewardShapingConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplingConfig,
+    ScaleConfig,
+    ScalePromptsConfig,
+    SourceConfig,
+    SteeringConfig,
+    SweepConfig,
+    TrainedModelConfig,
+    TrainedRewardConfig,
+    VerdictConfig,
+)
+from align.config.load import build_config, describe_schema, flatten_config
+from align.config.yaml_reader import field_types, is_section
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,40 +78,40 @@ ALGORITHMS = {
 }
 
 HEADINGS = {
-    sections.Recipe: "Every recipe",
-    sections.Run: "`run`",
-    sections.Checkpoint: "`checkpoint`",
-    sections.Data: "`data`",
-    sections.Cluster: "`cluster`",
-    sections.OnPolicy: "Recipes whose policy samples",
-    sections.Sampling: "`sampling`",
-    sections.Evaluation: "`evaluation`",
-    sections.PolicyGradient: "Policy gradients",
-    sections.Shaping: "`shaping`",
-    sections.PolicyLoss: "`loss` of a policy gradient",
-    sections.DirectLoss: "`loss` of preference pairs",
-    sections.Model: "Every role",
-    sections.Trained: "Every trained role",
-    sections.TrainedReward: "`reward` of `reward_model`",
-    sections.Policy: "`policy`",
-    sections.Sampler: "`sampler`",
-    sections.StartingPolicy: "`reference`",
-    sections.Steering: "`steering`",
-    sections.Previous: "`previous`",
-    sections.Reward: "`reward`",
-    sections.Http: "`reward.http`",
-    sections.Generative: "`reward.generative`",
-    sections.JudgeSampling: "`reward.generative.sampling`",
-    sections.Ensemble: "`reward.ensemble`",
-    sections.Source: "One of `data.sources`",
-    sections.Editing: "`editing`",
-    sections.Verdict: "`verdict`",
-    sections.Generator: "What answers: `judge`, `policy`, `feedback`, `edit`",
-    sections.Endpoint: "`endpoint`",
-    sections.Critic: "`critic`",
-    sections.StartingCritic: "Where a critic starts",
-    sections.Optimizer: "`optimizer` of a trained role",
-    sections.Lora: "`lora` of a trained role",
+    RecipeConfig: "Every recipe",
+    RunConfig: "`run`",
+    CheckpointConfig: "`checkpoint`",
+    DataConfig: "`data`",
+    ClusterConfig: "`cluster`",
+    OnPolicyConfig: "Recipes whose policy samples",
+    SamplingConfig: "`sampling`",
+    EvaluationConfig: "`evaluation`",
+    PolicyGradientConfig: "Policy gradients",
+    RewardShapingConfig: "`shaping`",
+    PolicyLossConfig: "`loss` of a policy gradient",
+    PreferenceLossConfig: "`loss` of preference pairs",
+    ModelConfig: "Every role",
+    TrainedModelConfig: "Every trained role",
+    TrainedRewardConfig: "`reward` of `reward_model`",
+    PolicyConfig: "`policy`",
+    SamplerConfig: "`sampler`",
+    ReferenceFromPolicyConfig: "`reference`",
+    SteeringConfig: "`steering`",
+    PreviousPolicyConfig: "`previous`",
+    RewardConfig: "`reward`",
+    HttpConfig: "`reward.http`",
+    GenerativeConfig: "`reward.generative`",
+    JudgeSamplingConfig: "`reward.generative.sampling`",
+    EnsembleConfig: "`reward.ensemble`",
+    SourceConfig: "One of `data.sources`",
+    EditingConfig: "`editing`",
+    VerdictConfig: "`verdict`",
+    GeneratorConfig: "What answers: `judge`, `policy`, `feedback`, `edit`",
+    EndpointConfig: "`endpoint`",
+    CriticConfig: "`critic`",
+    CriticFromRewardConfig: "Where a critic starts",
+    OptimizerConfig: "`optimizer` of a trained role",
+    LoraConfig: "`lora` of a trained role",
     **{schema: f"`algorithm: {name}`" for name, schema in ALGORITHMS.items()},
 }
 """Under which heading of docs/recipes.md the own keys of a schema stand."""
@@ -147,7 +193,7 @@ def documented(schema: type, key: str) -> str:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gives(name: str, tmp_path: Path):
     schema = ALGORITHMS[name]
-    hints, cells = config.describe(schema), {}
+    hints, cells = describe_schema(schema), {}
     for key in hints:
         parent = schema
         for part in key.split(".")[:-1]:
@@ -157,10 +203,10 @@ def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gi
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{}\n")
     needed = [key for key, cell in cells.items() if cell == REQUIRED]
-    judged = (issubclass(schema, sections.OnPolicy) and name != "genrm") or name == "steerlm"
+    judged = (issubclass(schema, OnPolicyConfig) and name != "genrm") or name == "steerlm"
     needed += ["reward.path"] if judged else []  # some kinds of judges need none
-    loaded = config.build(schema, recipe, [f"{key}=1" for key in needed])
-    values = config.flatten(loaded.config)
+    loaded = build_config(schema, recipe, [f"{key}=1" for key in needed])
+    values = flatten_config(loaded.config)
     assert values.keys() == cells.keys()
     for key, value in values.items():
         if loaded.origin[key] != "default":
@@ -172,29 +218,29 @@ def test_every_key_of_an_algorithm_stands_there_with_the_default_that_loading_gi
 
 def test_the_page_of_the_service_holds_the_keys_and_defaults_of_its_schema():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "reward_service.md").read_text(), flags=re.M))
-    own = {key: cell for key, cell in own_defaults(sections.RewardService).items() if cell != SECTION}
-    assert rows == own | {f"replicas.{key}": cell for key, cell in own_defaults(sections.Replicas).items()}
+    own = {key: cell for key, cell in own_defaults(RewardServiceConfig).items() if cell != SECTION}
+    assert rows == own | {f"replicas.{key}": cell for key, cell in own_defaults(ReplicasConfig).items()}
 
 
 def test_the_page_of_evaluations_holds_the_keys_and_defaults_of_its_schema():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "evaluation.md").read_text(), flags=re.M))
-    own = {key: cell for key, cell in own_defaults(sections.RewardEvaluation).items() if cell != SECTION}
-    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(sections.BenchmarkData).items()}
+    own = {key: cell for key, cell in own_defaults(RewardEvaluationConfig).items() if cell != SECTION}
+    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(BenchmarkDataConfig).items()}
 
 
 def test_the_page_of_judged_evaluations_holds_the_keys_and_defaults_of_its_schema():
     rows = dict(
         re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "evaluation_policy.md").read_text(), flags=re.M)
     )
-    own = {key: cell for key, cell in own_defaults(sections.PolicyEvaluation).items() if cell != SECTION}
-    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(sections.QuestionData).items()}
+    own = {key: cell for key, cell in own_defaults(PolicyEvaluationConfig).items() if cell != SECTION}
+    assert rows == own | {f"data.{key}": cell for key, cell in own_defaults(QuestionDataConfig).items()}
 
 
 def test_the_page_of_scaling_holds_the_keys_and_defaults_of_its_schema():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| .+ \|$", (DOCS / "scale.md").read_text(), flags=re.M))
-    own = {key: cell for key, cell in own_defaults(sections.InferenceScaling).items() if cell != SECTION}
-    own |= {f"prompts.{key}": cell for key, cell in own_defaults(sections.ScalingPrompts).items()}
-    assert rows == own | {f"sweep.{key}": cell for key, cell in own_defaults(sections.Sweep).items()}
+    own = {key: cell for key, cell in own_defaults(ScaleConfig).items() if cell != SECTION}
+    own |= {f"prompts.{key}": cell for key, cell in own_defaults(ScalePromptsConfig).items()}
+    assert rows == own | {f"sweep.{key}": cell for key, cell in own_defaults(SweepConfig).items()}
 
 
 def slug(heading: str) -> str:
@@ -257,13 +303,13 @@ def test_what_the_readme_lists_is_there():
     assert [name for name in listed() if not (ROOT / name).exists() and not (ROOT / name).is_relative_to(IMAGES)] == []
 
 
-OTHERS = (sections.InferenceScaling, sections.PolicyEvaluation, sections.RewardEvaluation, sections.RewardService)
+OTHERS = (ScaleConfig, PolicyEvaluationConfig, RewardEvaluationConfig, RewardServiceConfig)
 """Schemas of other commands than `align train`."""
 
 
 @cache
 def known_keys() -> set[str]:
-    return {key for schema in (*ALGORITHMS.values(), *OTHERS) for key in config.describe(schema)}
+    return {key for schema in (*ALGORITHMS.values(), *OTHERS) for key in describe_schema(schema)}
 
 
 def is_code(name: str) -> bool:

@@ -16,7 +16,7 @@ data: {{path: {data}}}
 prompts_per_step: 3
 kl_reduction: sum
 kl_coef: 0.05
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 4, max_tokens: 10}}
 policy:
   path: {policy}
@@ -97,7 +97,7 @@ reward:
 def test_sharded_roles_sample_the_same(tmp_path, toy_data, tiny_policy, tiny_reward, gather):
     """At ZeRO 3 over two ranks, weights gathered or fetched layer by layer while sampling, against whole weights; every
     role, and in the second run the policy. Three prompts over two ranks make them take unequally many passes."""
-    sharded = ["policy.zero_stage=3", f"policy.gather_for_rollouts={gather}"]
+    sharded = ["policy.zero_stage=3", f"policy.gather_weights_for_generation={gather}"]
     if gather == "true":
         sharded += ["reference.zero_stage=3", "reward.zero_stage=3"]
         sharded += ["placement.reference=2-3", "placement.reward=2-3"]

@@ -19,13 +19,13 @@ policy: {{path: {policy}, dtype: float32, zero_stage: 2, optimizer: {{lr: 1e-3}}
 SAMPLED = """
 reward: {{path: {reward}, dtype: float32}}
 prompts_per_step: 4
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 2, max_tokens: 10}}
 """
 
 ROLES = {
     "rloo": "{policy: 0, reference: 2, reward: 3}",
-    "ppo": "{policy: 0-1, critic: 2, reference: 3, reward: 3, second_reward: 2}",
+    "ppo": "{policy: 0-1, critic: 2, reference: 3, reward: 3, eval_reward: 2}",
     "dpo": "{policy: 0-1, reference: 2}",
 }
 """Two cores offer four slots."""
@@ -74,7 +74,7 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
         "minibatches=2",
         "epochs=2",
         "critic={zero_stage: 2, optimizer: {lr: 1e-3}}",
-        f"second_reward={{path: {tiny_reward}, dtype: float32}}",
+        f"eval_reward={{path: {tiny_reward}, dtype: float32}}",
         "evaluation={every: 2, prompts: 6, keep_best: true, best_by: sampled}",
     ]
     there = run("ray", "ppo", *options, f"placement={ROLES['ppo']}")
@@ -86,7 +86,7 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
         assert {"seconds/values", "seconds/critic_update", "critic/loss", "explained_variance"} <= a.keys()
         assert a["disagreement"] == 0.0  # the second model is the first
     logs = {log.stem for log in (there / "logs").iterdir()}
-    assert logs == {"policy-0", "policy-1", "critic-0", "reference-0", "reward-0", "second_reward-0"}
+    assert logs == {"policy-0", "policy-1", "critic-0", "reference-0", "reward-0", "eval_reward-0"}
     evaluations = [json.loads(line) for line in (there / "evaluations.jsonl").read_text().splitlines()]
     assert [one["step"] for one in evaluations] == [0, 2, 3]
     assert evaluations[0]["heldout/greedy/win_rate/reward"] == 0.5
@@ -100,9 +100,9 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
 def test_a_sampler_on_slots_of_its_own_samples_what_the_policy_would(run):
     """Rollouts one step behind, from processes that get the weights sent, token for token."""
     placement = "placement={policy: 0-1, sampler: 2, reference: 3, reward: 3}"
-    there = run("ray", "rloo", "lag=1", placement)
-    here = run("local", "rloo", "lag=1", "executor=local")
-    apart = run("apart", "rloo", "lag=1", "executor=local", placement)
+    there = run("ray", "rloo", "max_off_policy_steps=1", placement)
+    here = run("local", "rloo", "max_off_policy_steps=1", "executor=local")
+    apart = run("apart", "rloo", "max_off_policy_steps=1", "executor=local", placement)
     on_policy = run("now", "rloo", "executor=local", placement)
     plain = run("plain", "rloo", "executor=local")
     assert responses(there) == responses(here) == responses(apart)

@@ -148,7 +148,7 @@ def test_configuration_loads_no_torch():
     algorithms = [path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__"]
     modules = (
         [f"align.{unit}" for unit in TORCH_FREE]
-        + ["align.evaluation.arguments"]
+        + ["align.eval.arguments"]
         + [f"align.algorithms.{name}" for name in algorithms]
     )
     heavy = ("torch", "ray", "deepspeed", "transformers", "datasets")

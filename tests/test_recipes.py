@@ -11,14 +11,16 @@ from typing import get_args
 
 import pytest
 
-from align import algorithms, config, sections
+from align import algorithms
+from align import config as sections
+from align.config.eval import BenchmarkName
+from align.config.eval_policy import PolicyBenchmarkName
+from align.config.load import LoadedConfig, build_config, describe_schema, load_recipe, write_config
 from align.errors import ConfigError
-from align.evaluation.arguments import SPEAKERS
+from align.eval.arguments import SPEAKERS
 from align.launch import ROLES
 from align.prechecks import placement
 from align.prechecks.roles import cast_sections, check
-from align.sections.evaluation_policy import PolicyBenchmarkName
-from align.sections.evaluation_reward import BenchmarkName
 
 ROOT = Path(__file__).parents[1]
 JUDGED = [
@@ -31,14 +33,14 @@ RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*EVALUATIONS} - {*JUDG
 SOURCE = {path: path.read_text() for path in (ROOT / "align").rglob("*.py")}
 
 
-def load(path: Path) -> config.Loaded:
+def load(path: Path) -> LoadedConfig:
     """The recipe, with a value for what it leaves to the command line."""
     folders = sorted(set(re.findall(r"([\w.]+)=FOLDER", path.read_text())))
-    return config.load(path, ["run.dir=runs/x", *[f"{key}=models/{key}" for key in folders]])
+    return load_recipe(path, ["run.dir=runs/x", *[f"{key}=models/{key}" for key in folders]])
 
 
 def test_flash_attention_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr("align.sections.precision.gpu_capability", lambda: None)
+    monkeypatch.setattr("align.config.precision.gpu_capability", lambda: None)
     loaded = load(next(path for path in RECIPES if path.parent.name == "rloo"))
     flash = dataclasses.replace(
         loaded.config, policy=dataclasses.replace(loaded.config.policy, attention="flash_attention_2")
@@ -55,17 +57,17 @@ def test_recipe_is_complete(path: Path, tmp_path: Path):
     slots = check(loaded.config)
     assert set(slots) == set(cast_sections(loaded.config))
     assert all(type(section) in ROLES for section in cast_sections(loaded.config).values())
-    config.dump(loaded.config, tmp_path / "config.yaml")
-    assert config.load(tmp_path / "config.yaml").config == loaded.config
+    write_config(loaded.config, tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml").config == loaded.config
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
 def test_evaluation_is_complete(path: Path, tmp_path: Path):
-    found = config.build(sections.RewardEvaluation, path).config
+    found = build_config(sections.RewardEvaluationConfig, path).config
     assert found.benchmark == path.stem
     assert placement.resolve(found.placement, ["reward"])["reward"] == tuple(range(8))
-    config.dump(found, tmp_path / "config.yaml")
-    assert config.build(sections.RewardEvaluation, tmp_path / "config.yaml").config == found
+    write_config(found, tmp_path / "config.yaml")
+    assert build_config(sections.RewardEvaluationConfig, tmp_path / "config.yaml").config == found
 
 
 @pytest.mark.parametrize("path", JUDGED, ids=lambda path: path.stem)
@@ -74,34 +76,34 @@ def test_judged_evaluation_is_complete(path: Path, tmp_path: Path):
     folders = dict(re.findall(r"^#.*?([\w.]+)=(F\w+)", path.read_text(), flags=re.M))
     given = [f"{key}={value}" for key, value in folders.items()]
     given += re.findall(r"(?:baseline_answers\.\w+|(?:policy|baseline)\.path)=F\S+", path.read_text())
-    found = config.build(sections.PolicyEvaluation, path, given).config
+    found = build_config(sections.PolicyEvaluationConfig, path, given).config
     assert path.stem.startswith(found.benchmark)
     placement.resolve(found.placement, SPEAKERS.values())
-    config.dump(found, tmp_path / "config.yaml")
-    assert config.build(sections.PolicyEvaluation, tmp_path / "config.yaml").config == found
+    write_config(found, tmp_path / "config.yaml")
+    assert build_config(sections.PolicyEvaluationConfig, tmp_path / "config.yaml").config == found
 
 
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.stem)
 def test_service_is_complete(path: Path, tmp_path: Path):
-    found = config.build(sections.RewardService, path, ["reward.path=FOLDER"]).config
-    config.dump(found, tmp_path / "config.yaml")
-    assert config.build(sections.RewardService, tmp_path / "config.yaml").config == found
+    found = build_config(sections.RewardServiceConfig, path, ["reward.path=FOLDER"]).config
+    write_config(found, tmp_path / "config.yaml")
+    assert build_config(sections.RewardServiceConfig, tmp_path / "config.yaml").config == found
 
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
 def test_scaling_is_complete(path: Path, tmp_path: Path):
-    found = config.build(sections.InferenceScaling, path).config
+    found = build_config(sections.ScaleConfig, path).config
     roles = ("policy", "feedback", "edit", "select")
     assert set(placement.resolve(found.placement, roles)) == set(roles)
-    config.dump(found, tmp_path / "config.yaml")
-    assert config.build(sections.InferenceScaling, tmp_path / "config.yaml").config == found
+    write_config(found, tmp_path / "config.yaml")
+    assert build_config(sections.ScaleConfig, tmp_path / "config.yaml").config == found
 
 
 def test_scaling_with_a_server_as_its_recipe_says():
     path = ROOT / "recipes" / "scale" / "llama3.3-70b.yaml"
     (words,) = re.findall(r"^#   (policy\.kind=.*)$", path.read_text(), flags=re.M)
     for name in ("policy", "feedback", "edit"):
-        found = config.build(sections.InferenceScaling, path, words.replace("policy.", f"{name}.").split()).config
+        found = build_config(sections.ScaleConfig, path, words.replace("policy.", f"{name}.").split()).config
         assert getattr(found, name).kind == "endpoint"
 
 
@@ -140,14 +142,14 @@ def _attributes_read() -> set[str]:
 
 @pytest.mark.parametrize("schema", _sections(), ids=lambda schema: f"{schema.__module__}.{schema.__name__}")
 def test_every_field_is_read_and_described(schema: type):
-    read, described = _attributes_read(), config.describe(schema)
+    read, described = _attributes_read(), describe_schema(schema)
     for field in dataclasses.fields(schema):
         assert field.name in read, f"{schema.__name__}.{field.name} is read nowhere"
         assert described[field.name], f"{schema.__name__}.{field.name} has no docstring"
 
 
 def test_kl_coefficient_is_shown_in_the_other_unit():
-    loaded = config.load(ROOT / "recipes/quickstart/rloo.yaml")
+    loaded = load_recipe(ROOT / "recipes/quickstart/rloo.yaml")
     assert loaded.config.notes() == [
         "kl_coef 0.1 on the sum over tokens equals 3.2 on the mean for a response of 32 tokens (sampling.max_tokens)"
     ]

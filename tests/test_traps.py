@@ -31,18 +31,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align import ops, sections
-from align.algorithms import _on_policy, _policy_loss, _rewards, rloo
+from align import ops
+from align.algorithms import _policy_loss, _rewards, _rollout, rloo
+from align.config import OptimizerConfig, PolicyConfig, PolicyLossConfig, RewardConfig, SamplingConfig
 from align.data import chat, collate, toy
 from align.data.chat import Message, Renderer
+from align.engines import decoder, distributed
 from align.engines import deepspeed as engine_module
-from align.engines import distributed, generation
 from align.engines.deepspeed import Engine
 from align.errors import DataError
 from align.models import heads
 from align.models.heads import LastTokenScore, TokenLogprobs, TokenValues
-from align.roles import Loss, Ready
-from align.sections import Optimizer, Policy, PolicyLoss, Sampling
+from align.roles import CompletedFuture, Loss
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 from align.workers import base
 from align.workers.policy import PolicyWorker
@@ -78,9 +78,14 @@ def llama(auto: Any = AutoModelForCausalLM, attention: str = "packed", **changes
     return auto.from_config(LlamaConfig(**{**fields, **changes}), attn_implementation=attention).eval()
 
 
-def policy_section(**changes: Any) -> Policy:
-    fields = {"path": "unused", "dtype": "float32", "zero_stage": 0, "optimizer": Optimizer(lr=0.0, max_grad_norm=0.0)}
-    return Policy(**{**fields, **changes})
+def policy_section(**changes: Any) -> PolicyConfig:
+    fields = {
+        "path": "unused",
+        "dtype": "float32",
+        "zero_stage": 0,
+        "optimizer": OptimizerConfig(lr=0.0, max_grad_norm=0.0),
+    }
+    return PolicyConfig(**{**fields, **changes})
 
 
 def engine_of(head: Any, **changes: Any) -> Engine:
@@ -107,13 +112,13 @@ def rollouts_of(sequences: Sequences) -> Rollouts:
     return Rollouts(sequences, logprob_BT, logprob_BT, torch.ones(len(sequences), dtype=torch.bool), 1.0, step=1)
 
 
-def seen_of(rollouts: Rollouts, score_B: Tensor, reference_BT: Tensor | None = None) -> _on_policy.Seen:
+def seen_of(rollouts: Rollouts, score_B: Tensor, reference_BT: Tensor | None = None) -> _rollout.ScoredRollouts:
     reference_BT = rollouts.logprob_BT if reference_BT is None else reference_BT
-    return _on_policy.Seen(rollouts, score_B, None, reference_BT, rollouts.logprob_BT)
+    return _rollout.ScoredRollouts(rollouts, score_B, None, reference_BT, rollouts.logprob_BT)
 
 
 def recipe(K: int = 3, **changes: Any) -> rloo.Config:
-    return rloo.Config(reward=sections.Reward(path="r"), sampling=Sampling(num_samples=K, max_tokens=8), **changes)
+    return rloo.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=K, max_tokens=8), **changes)
 
 
 # value at t computed after token t
@@ -161,7 +166,7 @@ def the_baseline_is_the_mean_of_the_others() -> None:
     score_B = torch.tensor([1.0, 2.0, 6.0])
     rollouts = rollouts_of(random_rows([3], [[2, 4, 3]]))
     config = recipe(kl_coef=0.0)
-    batch, _ = rloo.learn_from(config, seen := seen_of(rollouts, score_B), _rewards.judge(config, seen, {}))
+    batch, _ = rloo.make_batch(config, seen := seen_of(rollouts, score_B), _rewards.shape_rewards(config, seen, {}))
     assert batch.columns["advantage_BT"][:, 0].tolist() == [1 - 4, 2 - 3.5, 6 - 1.5]
 
 
@@ -183,9 +188,9 @@ class Asked(base.Ranks):
         self.world_size, self.answer = world_size, answer
         self.arguments: list[tuple[Any, ...]] = []
 
-    def call(self, phase: str, method: Any, arguments: Any, gather: Any) -> Ready[Any]:
+    def call(self, phase: str, method: Any, arguments: Any, gather: Any) -> CompletedFuture[Any]:
         self.arguments = list(arguments)
-        return Ready(gather([self.answer(*own) for own in arguments]))
+        return CompletedFuture(gather([self.answer(*own) for own in arguments]))
 
     def start(self, method: Any, arguments: Any) -> list[Any]:
         raise NotImplementedError
@@ -212,7 +217,7 @@ def all_ranks_make_as_many_passes() -> None:
     """The peer, who is not there, has seven micro-batches; a rank that made fewer passes would leave it waiting."""
     head, passes = TokenLogprobs(llama()), []
     head.register_forward_pre_hook(lambda *_: passes.append(1))
-    engine = engine_of(head, micro_batch_tokens=30)
+    engine = engine_of(head, max_tokens_per_micro_batch=30)
     assert len(collate.micro_batches(ROWS, 1, 30)) < 7
     gathered = dist.all_reduce
 
@@ -241,7 +246,7 @@ def what_is_masked_is_not_seen() -> None:
         reference_BT=torch.where(ROWS.mask_BT, -1.5, math.nan),
         learnable_B=torch.ones(len(ROWS), dtype=torch.bool),
         **columns,
-        how=PolicyLoss(kind="clipped", entropy_coef=0.1),
+        how=PolicyLossConfig(kind="clipped", entropy_coef=0.1),
         kl_coef=0.1,
         estimator="k3",
         max_tokens=8,
@@ -259,7 +264,7 @@ def masks_that_multiply(patch: Patch) -> None:
 
 
 PROMPTS = Prompts(Packed.from_lists([[5, 6, 7], [8], [5, 6, 7], [9, 10]]), torch.arange(4), (LAST,), step=3)
-SHORT = Sampling(num_samples=4, max_tokens=12)
+SHORT = SamplingConfig(num_samples=4, max_tokens=12)
 
 
 def gpt2() -> Any:
@@ -271,7 +276,7 @@ def gpt2() -> Any:
 
 
 def sampled(model: Any) -> Rollouts:
-    return generation.generate(model, PROMPTS, SHORT, seed=2, num_slots=3)
+    return decoder.generate(model, PROMPTS, SHORT, seed=2, num_slots=3)
 
 
 # truncated responses get EOS written over their last token
@@ -301,27 +306,27 @@ def a_gpt2_that_is_cut_off_keeps_its_last_token() -> None:
 
 
 def an_end_written_over_the_last_token(patch: Patch) -> None:
-    honest = generation._Drawn.rollouts
+    honest = decoder._Drawn.rollouts
 
-    def rollouts(self: Any, prompts: Prompts, sample: Sampling) -> Rollouts:
+    def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
         full_B = self.length_B == sample.max_tokens
         self.ids_BT[full_B, -1] = LAST
         return honest(self, prompts, sample)
 
-    patch.setattr(generation._Drawn, "rollouts", rollouts)
+    patch.setattr(decoder._Drawn, "rollouts", rollouts)
 
 
 def an_end_called_finished(patch: Patch) -> None:
-    honest = generation._Drawn.rollouts
+    honest = decoder._Drawn.rollouts
 
-    def rollouts(self: Any, prompts: Prompts, sample: Sampling) -> Rollouts:
+    def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
         self.finished_B[:] = True
         return honest(self, prompts, sample)
 
-    patch.setattr(generation._Drawn, "rollouts", rollouts)
+    patch.setattr(decoder._Drawn, "rollouts", rollouts)
 
 
-# responses are decoded and tokenised again for the reward model
+# responses are decoded and tokenized again for the reward model
 
 
 ODD = [[3, 3, 4], [0, 7, 1, 7], [6, 2, 9, 9, 1]]
@@ -330,14 +335,14 @@ ODD = [[3, 3, 4], [0, 7, 1, 7], [6, 2, 9, 9, 1]]
 
 def the_reward_model_gets_the_ids_that_were_sampled() -> None:
     rows = Sequences(Packed.from_lists([[5, 6]]), Packed.from_lists(ODD), torch.tensor([0, 0, 0]))
-    section = sections.Reward(path="unused")
+    section = RewardConfig(path="unused")
     asked = Asked(2, lambda sequences, *_: Scored(torch.zeros(len(sequences)), {}))
     cast: Any = type("Cast", (), {})()
-    cast.reward, cast.second_reward = Reward(asked, section), Reward(other := Asked(1, asked.answer), section)
+    cast.reward, cast.eval_reward = Reward(asked, section), Reward(other := Asked(1, asked.answer), section)
     cast.reference = base_reference = type("Frozen", (), {})()
-    base_reference.logprobs = lambda sequences, temperature: Ready(torch.zeros(sequences.mask_BT.shape))
-    cast.policy = type("Actor", (), {"proximal": lambda self, rollouts: Ready(rollouts.logprob_BT)})()
-    _on_policy.look(cast, rollouts_of(rows))
+    base_reference.logprobs = lambda sequences, temperature: CompletedFuture(torch.zeros(sequences.mask_BT.shape))
+    cast.policy = type("Actor", (), {"old_logprobs": lambda self, rollouts: CompletedFuture(rollouts.logprob_BT)})()
+    _rollout.score_rollouts(cast, rollouts_of(rows))
     for ranks in (asked, other):
         given = [row for (sequences,) in ranks.arguments for row in sequences.responses.lists()]
         assert sorted(given) == sorted(ODD)
@@ -389,7 +394,7 @@ def equal_prompts_are_two_groups() -> None:
     rows = Sequences(Packed.from_lists([[5, 6], [5, 6]]), Packed.from_lists([[7, 8]] * 4), torch.tensor([0, 0, 1, 1]))
     config = recipe(K=2, kl_coef=0.0)
     seen = seen_of(rollouts_of(rows), torch.tensor([1.0, 2.0, 10.0, 30.0]))
-    batch, _ = rloo.learn_from(config, seen, _rewards.judge(config, seen, {}))
+    batch, _ = rloo.make_batch(config, seen, _rewards.shape_rewards(config, seen, {}))
     assert batch.columns["advantage_BT"][:, 0].tolist() == [-1, 1, -20, 20]
 
 
@@ -410,13 +415,13 @@ def equal_prompts_get_responses_of_their_own() -> None:
 
 
 def noise_by_text(patch: Patch) -> None:
-    honest = generation._Request.noise
+    honest = decoder._Request.noise
 
     def noise(self: Any, sequence_B: Tensor) -> Tensor:
         K = self.sampling.num_samples
         return honest(self, torch.where(sequence_B // K == 2, sequence_B - 2 * K, sequence_B))
 
-    patch.setattr(generation._Request, "noise", noise)
+    patch.setattr(decoder._Request, "noise", noise)
 
 
 # logged losses are 1/M of the truth under accumulation; the same number feeds the KL controller
@@ -425,7 +430,7 @@ def noise_by_text(patch: Patch) -> None:
 def logged_losses_do_not_depend_on_micro_batches() -> None:
     logged = []
     for tokens in (10**6, 20, 1):
-        engine = engine_of(TokenLogprobs(llama()), micro_batch_tokens=tokens)
+        engine = engine_of(TokenLogprobs(llama()), max_tokens_per_micro_batch=tokens)
         logged.append(engine.update(Batch(ROWS, {}, 1, 1.0), summed, temperature=1.0)["loss"])
     assert logged == pytest.approx([logged[0]] * 3, rel=1e-5)
     assert logged[0] > 1
@@ -448,12 +453,12 @@ def a_mean_over_micro_batches(patch: Patch) -> None:
 def the_controller_does_not_see_micro_batches() -> None:
     rollouts, coefficients, kls = rollouts_of(ROWS), [], []
     for tokens in (10**6, 20, 1):
-        reference = engine_of(TokenLogprobs(llama()), micro_batch_tokens=tokens)
+        reference = engine_of(TokenLogprobs(llama()), max_tokens_per_micro_batch=tokens)
         reference_BT = reference.infer(ROWS, temperature=1.0)["logprob_BT"]
         kls.append(float(torch.where(ROWS.mask_BT, rollouts.logprob_BT - reference_BT, 0.0).sum()) / len(ROWS))
         config = recipe(kl_coef=0.5, kl_target=kls[0] / 1.1, kl_horizon=120, prompts_per_step=4)
         state: dict[str, float] = {}
-        _rewards.judge(config, seen_of(rollouts, torch.zeros(len(ROWS)), reference_BT), state)
+        _rewards.shape_rewards(config, seen_of(rollouts, torch.zeros(len(ROWS)), reference_BT), state)
         coefficients.append(state["kl_coef"])
     assert kls[0] > 1
     # Ziegler et al.: c (1 + (kl / target - 1) n / horizon) for n = 12 responses
@@ -470,26 +475,26 @@ def a_share_for_the_controller(patch: Patch) -> None:
 
 def sampling_is_without_dropout(folder: Path) -> None:
     """After an update too, and for an architecture that samples through transformers."""
-    section = policy_section(path=str(folder), dropout=0.5, optimizer=Optimizer(lr=0.0))
+    section = policy_section(path=str(folder), dropout=0.5, optimizer=OptimizerConfig(lr=0.0))
     worker = PolicyWorker(base.Spec("policy", 0, 1, section, seed=0, total_steps=5, timeout_s=60.0))
     worker.start_alone()
     rates = {name: rate for name, rate in vars(worker.model.config).items() if name.endswith(("dropout", "_pdrop"))}
     assert rates and set(rates.values()) == {0.5}
     prompts = Prompts(Packed.from_lists([[5, 6, 7], [8, 9]]), torch.arange(2), (LAST,), step=1)
     for _ in range(2):
-        rollouts = worker.generate(prompts, Sampling(num_samples=2, max_tokens=5)).value
+        rollouts = worker.generate(prompts, SamplingConfig(num_samples=2, max_tokens=5)).value
         again_BT = worker.logprobs(rollouts.sequences, 1.0).value
         assert float((again_BT - rollouts.logprob_BT).abs().max()) < 1e-4
         worker.update(rollouts.batch(), summed)
 
 
 def left_in_training(patch: Patch) -> None:
-    honest = generation.generate
+    honest = decoder.generate
 
     def generate(model: Any, *arguments: Any) -> Rollouts:
         return honest(model.train(), *arguments)
 
-    patch.setattr(generation, "generate", generate)
+    patch.setattr(decoder, "generate", generate)
 
 
 # bf16 is on by default on CPU

@@ -12,16 +12,17 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from align import ops, roles
+from align import ops
+from align.roles import Loss, LossFunction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from align.config import PolicyGradientConfig, PolicyLossConfig
     from align.ops.kl import Estimator
-    from align.sections import PolicyGradient, PolicyLoss
 
 
-def of(config: PolicyGradient, kl_coef: float) -> roles.LossFunction:
+def policy_loss(config: PolicyGradientConfig, kl_coef: float) -> LossFunction:
     """`loss` as the recipe wants it, with the KL coefficient of this step (0 where KL is in the reward)."""
     return partial(
         loss, how=config.loss, kl_coef=kl_coef, estimator=config.kl_estimator, max_tokens=config.sampling.max_tokens
@@ -38,11 +39,11 @@ def loss(
     old_BT: Tensor,
     rollout_BT: Tensor,
     reference_BT: Tensor,
-    how: PolicyLoss,
+    how: PolicyLossConfig,
     kl_coef: float,
     estimator: Estimator,
     max_tokens: int,
-) -> roles.Loss:
+) -> Loss:
     """Sum and count over the tokens of responses that are learned from.
 
     Metrics, nats a token: ``entropy`` of all responses; ``policy_kl``, KL of the policy before the step to the one now
@@ -63,11 +64,11 @@ def loss(
         "policy_kl": (ops.logprobs.masked_sum(moved_BT, learn_BT).sum(), tokens),
         "clipped": (clipped_BT.sum(), tokens),
     }
-    return roles.Loss(total, count, metrics)
+    return Loss(total, count, metrics)
 
 
 def _policy_gradient(
-    logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, learn_BT: Tensor, how: PolicyLoss
+    logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, learn_BT: Tensor, how: PolicyLossConfig
 ) -> tuple[Tensor, Tensor]:
     clip = how.clip_low, how.clip_high
     match how.kind:

@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from align import data, ops, roles
+from align import data, ops
+from align.roles import Loss, TrainedRewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from align.config import DataConfig
     from align.data.chat import Renderer
-    from align.data.helpsteer import PreferenceData
-    from align.sections import Data
+    from align.data.dataset import PreferenceData
     from align.types import Batch, Pairs
 
 Kind = Literal["bt", "margin", "scaled"]
 
 
 @dataclass(frozen=True)
-class Task:
+class PairTask:
     """Pairs to learn from and pairs to be judged by; see `align.algorithms.reward_model.Task`."""
 
     train: Pairs
     validation: Pairs
-    loss: partial[roles.Loss]
+    loss: partial[Loss]
 
     def __len__(self) -> int:
         return len(self.train)
@@ -34,7 +35,7 @@ class Task:
         """The pairs ``index``."""
         return self.train.select(index).batch()
 
-    def measure(self, reward: roles.TrainedReward) -> tuple[dict[str, float], Tensor]:
+    def measure(self, reward: TrainedRewardRole) -> tuple[dict[str, float], Tensor]:
         """Loss, accuracy (ties count as wrong), mean margin and calibration on held-out pairs."""
         score_B = reward.score(self.validation.sequences).result()
         batch = self.validation.batch()
@@ -43,17 +44,17 @@ class Task:
         return {"loss": float(value.sum / value.count), **measured}, score_B
 
 
-def prepare(
-    source: PreferenceData, renderer: Renderer, section: Data, loss: partial[roles.Loss]
-) -> tuple[Task, dict[str, int]]:
+def load_pairs(
+    source: PreferenceData, renderer: Renderer, section: DataConfig, loss: partial[Loss]
+) -> tuple[PairTask, dict[str, int]]:
     """Pairs of both splits, and what became of their rows."""
     limits = section.max_prompt_tokens, section.max_response_tokens
-    train, counts = data.helpsteer.pairs(source.train, renderer, *limits)
-    validation, others = data.helpsteer.pairs(source.validation, renderer, *limits)
-    return Task(train, validation, loss), counts | {f"validation_{name}": n for name, n in others.items()}
+    train, counts = data.dataset.pairs(source.train, renderer, *limits)
+    validation, others = data.dataset.pairs(source.validation, renderer, *limits)
+    return PairTask(train, validation, loss), counts | {f"validation_{name}": n for name, n in others.items()}
 
 
-def loss(*, score_B: Tensor, strength_B: Tensor, mask_BT: Tensor, kind: Kind, center_coef: float = 0.0) -> roles.Loss:
+def loss(*, score_B: Tensor, strength_B: Tensor, mask_BT: Tensor, kind: Kind, center_coef: float = 0.0) -> Loss:
     """The chosen loss over adjacent (chosen, rejected) rows, plus ``center_coef`` times the centering term, with
     accuracy and mean margin d."""
     chosen_P, rejected_P, strength_P = score_B[0::2], score_B[1::2], strength_B[0::2]
@@ -69,4 +70,4 @@ def loss(*, score_B: Tensor, strength_B: Tensor, mask_BT: Tensor, kind: Kind, ce
         loss_P = loss_P + center_coef * ops.losses.centering(chosen_P, rejected_P)
     count = mask_BT.new_tensor(len(loss_P), dtype=loss_P.dtype)
     right = (difference_P > 0).to(loss_P.dtype).sum()
-    return roles.Loss(loss_P.sum(), count, {"accuracy": (right, count), "margin": (difference_P.sum(), count)})
+    return Loss(loss_P.sum(), count, {"accuracy": (right, count), "margin": (difference_P.sum(), count)})

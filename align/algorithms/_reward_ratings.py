@@ -7,28 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align import data, ops, roles
+from align import data, ops
 from align.data.attributes import NEMO_ATTRIBUTES
 from align.errors import ConfigError
+from align.roles import Loss, TrainedRewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from align.config import DataConfig
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.data.rows import Rating
-    from align.sections import Data
     from align.types import Batch, Ratings
 
 
-def loss(*, attribute_BA: Tensor, label_BA: Tensor, mask_BT: Tensor) -> roles.Loss:
+def loss(*, attribute_BA: Tensor, label_BA: Tensor, mask_BT: Tensor) -> Loss:
     """Mean squared error over the attributes that somebody rated."""
     error, count = ops.losses.squared_error(attribute_BA, label_BA)
-    return roles.Loss(error, count, {})
+    return Loss(error, count, {})
 
 
 @dataclass(frozen=True)
-class Task:
+class RatingTask:
     """Ratings to learn from and ratings to be judged by; see `align.algorithms.reward_model.Task`."""
 
     train: Ratings
@@ -46,7 +47,7 @@ class Task:
         """The responses ``index``."""
         return self.train.select(index).batch()
 
-    def measure(self, reward: roles.TrainedReward) -> tuple[dict[str, float], Tensor]:
+    def measure(self, reward: TrainedRewardRole) -> tuple[dict[str, float], Tensor]:
         """On held-out responses: the loss; mean squared error and Pearson correlation of each attribute that is rated
         there; accuracy on pairs of responses to one prompt whose goodness differs (a tie of scores is wrong)."""
         attribute_BA = reward.attributes(self.validation.sequences).result()
@@ -64,14 +65,18 @@ class Task:
         return found, score_B
 
 
-def prepare(
-    source: Corpus[Rating], renderer: Renderer, section: Data, names: tuple[str, ...], weights: Mapping[str, float]
-) -> tuple[Task, dict[str, int]]:
+def load_ratings(
+    source: Corpus[Rating],
+    renderer: Renderer,
+    section: DataConfig,
+    names: tuple[str, ...],
+    weights: Mapping[str, float],
+) -> tuple[RatingTask, dict[str, int]]:
     """Rated responses of both splits, and what became of their rows. Raises `ConfigError` for an attribute that nobody
     rated, but for those of NeMo-Aligner's nine that have no weight."""
     limits = section.max_prompt_tokens, section.max_response_tokens
-    train, counts = data.helpsteer.ratings(source.train, renderer, names, *limits)
-    validation, others = data.helpsteer.ratings(source.validation, renderer, names, *limits)
+    train, counts = data.dataset.ratings(source.train, renderer, names, *limits)
+    validation, others = data.dataset.ratings(source.validation, renderer, names, *limits)
     rated_A = ops.ratings.is_rated(train.label_BA).any(0).tolist()
     missing = [name for name, rated in zip(names, rated_A, strict=True) if not rated]
     if wrong := [name for name in missing if weights.get(name) or name not in NEMO_ATTRIBUTES]:
@@ -79,5 +84,5 @@ def prepare(
             f"reward.attributes: no row of train is rated by {', '.join(wrong)}",
             remedy="name attributes that the data has, and give those that it lacks no weight",
         )
-    task = Task(train, validation, names, weights)
+    task = RatingTask(train, validation, names, weights)
     return task, counts | {f"validation_{name}": n for name, n in others.items()}

@@ -1,6 +1,6 @@
 """From scores to rewards, in the order that every policy gradient keeps.
 
-Score; normalisation, scale and clip; length and missing ends; KL, which the algorithm takes off itself where it belongs
+Score; normalization, scale and clip; length and missing ends; KL, which the algorithm takes off itself where it belongs
 into the reward. A response without a finite score takes all responses to its prompt out of the step.
 """
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align import ops
-from align.algorithms import _diagnose
+from align.algorithms import _diagnostics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from align.algorithms._on_policy import Seen
+    from align.algorithms._rollout import ScoredRollouts
+    from align.config import PolicyGradientConfig
     from align.ops.rewards import Moments
-    from align.sections import PolicyGradient
     from align.types import Rollouts
 
 
 @dataclass(frozen=True)
-class Judged:
+class ShapedRewards:
     """Rewards before KL, and what belongs to them."""
 
     reward_B: Tensor
@@ -36,8 +36,8 @@ class Judged:
     statistics: dict[str, float]
 
 
-def shaped(
-    config: PolicyGradient, rollouts: Rollouts, score_B: Tensor, state: dict[str, float]
+def normalize_scores(
+    config: PolicyGradientConfig, rollouts: Rollouts, score_B: Tensor, state: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Rewards before KL, and which responses may be learned from as far as their end tells."""
     shaping = config.shaping
@@ -51,21 +51,21 @@ def shaped(
     reward_B = reward_B + ops.rewards.overlong(
         rollouts.mask_BT.sum(1), config.sampling.max_tokens, shaping.overlong_buffer, shaping.overlong_penalty
     )
-    return ops.rewards.treat_unfinished(reward_B, rollouts.finished_B, config.unfinished, config.unfinished_penalty)
+    return ops.rewards.treat_truncated(reward_B, rollouts.finished_B, config.truncated, config.truncation_penalty)
 
 
 def _moments(state: dict[str, float]) -> Moments:
     return ops.rewards.Moments(*(state.get(f"reward/{name}", 0.0) for name in ("count", "mean", "m2")))
 
 
-def judge(config: PolicyGradient, seen: Seen, state: dict[str, float]) -> Judged:
+def shape_rewards(config: PolicyGradientConfig, seen: ScoredRollouts, state: dict[str, float]) -> ShapedRewards:
     """From scores to rewards and KL. Moves what is carried in ``state``: running moments, whose new values count
     already, and the KL controller, whose new coefficient the next step reads."""
     rollouts, mask_BT, K = seen.rollouts, seen.rollouts.mask_BT, config.sampling.num_samples
     if config.shaping.running:
         state |= {f"reward/{name}": value for name, value in vars(_moments(state).updated(seen.score_B)).items()}
     scored_B = seen.score_B.isfinite().view(-1, K).all(1).repeat_interleave(K)
-    reward_B, usable_B = shaped(config, rollouts, seen.score_B, state)
+    reward_B, usable_B = normalize_scores(config, rollouts, seen.score_B, state)
     usable_B = usable_B & scored_B
     signed_BT = ops.kl.per_token(rollouts.logprob_BT, seen.reference_BT, "k1")
     kl_B = ops.logprobs.masked_sum(signed_BT, mask_BT)
@@ -76,7 +76,7 @@ def judge(config: PolicyGradient, seen: Seen, state: dict[str, float]) -> Judged
         )
     mismatch_BT = ops.kl.per_token(rollouts.logprob_BT, seen.old_BT, "k3")
     statistics = {
-        **_diagnose.describe(rollouts, seen.score_B, seen.second_B, kl_B, state),
+        **_diagnostics.reward_diagnostics(rollouts, seen.score_B, seen.eval_B, kl_B, state),
         "shaped_reward": float(reward_B[usable_B].mean()) if bool(usable_B.any()) else 0.0,
         "kl_coef": coefficient,
         "kl_limited_tokens": float(ops.kl.num_limited(rollouts.logprob_BT, seen.reference_BT, mask_BT)),
@@ -84,7 +84,7 @@ def judge(config: PolicyGradient, seen: Seen, state: dict[str, float]) -> Judged
         "usable": float(usable_B.double().mean()),
     }
     in_loss = config.kl_placement == "loss"
-    return Judged(
+    return ShapedRewards(
         reward_B.masked_fill(~usable_B, 0.0),
         usable_B,
         ops.kl.per_token(rollouts.logprob_BT, seen.reference_BT, config.kl_estimator),

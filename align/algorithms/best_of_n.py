@@ -14,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from align import ops, roles, sections
-from align.algorithms import _candidates, _diagnose, _on_policy
-from align.algorithms._heldout import Evaluator
+from align import ops
+from align.algorithms import _candidates, _diagnostics, _rollout
+from align.algorithms._evaluation import Evaluator
 from align.algorithms.sft import loss
+from align.config import OnPolicyConfig, SamplingConfig
+from align.roles import PolicyRole, RewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
     from align.run import Run
     from align.types import Batch, Rollouts
 
-prepare = _on_policy.prepare
+load_data = _rollout.load_data
 
 
 @dataclass(frozen=True)
-class Config(sections.OnPolicy):
+class Config(OnPolicyConfig):
     """Recipe of best-of-n."""
 
-    sampling: sections.Sampling = field(default_factory=lambda: sections.Sampling(num_samples=8))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=8))
     """``num_samples`` is n, at least 2. 8: RAFT compares 8, 16 and 32."""
 
     def __post_init__(self) -> None:
@@ -40,18 +42,18 @@ class Config(sections.OnPolicy):
         self.require_varied()
 
 
-class Cast(Protocol):
+class BestOfNRoles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
-    reward: roles.Reward
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    reward: RewardRole
+    eval_reward: RewardRole | None
 
 
-def best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Batch, dict[str, float]]:
+def select_best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Batch, dict[str, float]]:
     """The best response to each prompt that has one, and its mean score."""
     num_samples = config.sampling.num_samples
-    score_PK, usable_PK = _candidates.comparable(config, rollouts, score_B)
+    score_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, score_B)
     best_P, _, _ = ops.groups.best_and_worst(score_PK, usable_PK)
     prompts = usable_PK.any(1).nonzero().squeeze(1)
     rows = ops.groups.rows(prompts, best_P[prompts], num_samples)
@@ -63,13 +65,13 @@ def best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Batch, di
     return rollouts.sequences.select(rows).batch(), statistics
 
 
-def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: _rollout.TrainData, cast: BestOfNRoles, run: Run) -> None:
     """Sample, keep the best, imitate it."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        score_B, second_B = _candidates.opinions(cast, rollouts)
-        batch, statistics = best(config, rollouts, score_B)
-        statistics |= _diagnose.describe(rollouts, score_B, second_B, None, run.state)
-        metrics = _on_policy.learn(config, step, 1, {"": (cast.policy, batch, loss)})
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
+        score_B, eval_B = _candidates.score_candidates(cast, rollouts)
+        batch, statistics = select_best(config, rollouts, score_B)
+        statistics |= _diagnostics.reward_diagnostics(rollouts, score_B, eval_B, None, run.state)
+        metrics = _rollout.run_updates(config, step, 1, {"": (cast.policy, batch, loss)})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
     cast.policy.export(run.final).result()

@@ -4,7 +4,7 @@ HelpSteer2-Preference, arXiv 2410.01257; reward-aware: Nemotron-4 340B, arXiv 24
     d = [log pi(y_c|x) - log pi_ref(y_c|x)] - [log pi(y_r|x) - log pi_ref(y_r|x)]          sums over response tokens
     L = mean over pairs of f(d)  +  sft_coef * mean over preferred tokens of -log pi
 
-with f by ``loss.kind``; the functions are in `align.ops.direct`, the whole loss in `align.algorithms._direct_loss`. The
+with f by ``loss.kind``; the functions are in `align.ops.preference_losses`, the whole loss in `align.algorithms._preference_loss`. The
 strength m of a preference is that of the data, the gold difference d* of ``rpo_*`` the strength or the difference of a
 reward model's scores. Reference log-probabilities come from workers, or are computed once by the policy itself before
 its first step and kept on disk.
@@ -19,44 +19,56 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from align import data, ops, roles, sections
-from align.algorithms import _direct_loss, _heldout
-from align.algorithms._heldout import Evaluator
+from align import data, ops
+from align.algorithms import _evaluation, _preference_loss
+from align.algorithms._evaluation import Evaluator
+from align.config import (
+    EvalRewardConfig,
+    EvaluationConfig,
+    OptionalRewardConfig,
+    PolicyConfig,
+    PreferenceLossConfig,
+    RecipeConfig,
+    ReferenceConfig,
+    ReferenceFromPolicyConfig,
+    SamplingConfig,
+)
+from align.roles import PolicyRole, ReferenceRole, RewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import PreferenceData
+    from align.data.dataset import PreferenceData
     from align.run import Run
     from align.types import Pairs
 
 
 @dataclass(frozen=True)
-class Config(sections.Recipe):
+class Config(RecipeConfig):
     """Recipe of DPO."""
 
-    policy: sections.Policy = field(default_factory=sections.Policy)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
-    reference: sections.Reference = field(default_factory=lambda: sections.StartingPolicy())
+    reference: ReferenceConfig = field(default_factory=lambda: ReferenceFromPolicyConfig())
     """The frozen policy in d; by default what the policy starts from. Absent where the loss reads none and where its
     log-probabilities are cached."""
     reference_cache: str = ""
     """Folder for log-probabilities of the starting policy, computed once before the first step and found again under
     the fingerprints of model and pairs; empty for reference workers, which compute them in each step."""
-    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
+    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
     """A reward model for ``gold: reward`` and for held-out evaluation; absent unless ``path`` is given."""
-    second_reward: sections.SecondReward = field(default_factory=sections.SecondReward)
+    eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
     """Judges held-out answers beside the first."""
-    loss: sections.DirectLoss = field(default_factory=sections.DirectLoss)
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     """The loss of a pair."""
     gold: Literal["strength", "reward"] = "strength"
     """Where the target d* of ``rpo_*`` comes from: the strength of the preference, or ``reward``'s scores."""
     batch_size: int = 128
     """Pairs of an optimizer step. 128: HelpSteer2 (arXiv 2406.08673)."""
-    evaluation: sections.Evaluation = field(default_factory=sections.Evaluation)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation during training."""
-    sampling: sections.Sampling = field(default_factory=sections.Sampling)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How held-out prompts are answered beside the greedy answers."""
 
     def __post_init__(self) -> None:
@@ -64,8 +76,8 @@ class Config(sections.Recipe):
             raise ValueError("gold: reward and evaluation.every need a reward model: give reward.path")
         if self.reward.path and self.gold != "reward" and not self.evaluation.every:
             raise ValueError("reward.path is read with gold reward or evaluation.every only")
-        if self.second_reward.path and not self.evaluation.every:
-            raise ValueError("second_reward.path judges held-out answers: set evaluation.every")
+        if self.eval_reward.path and not self.evaluation.every:
+            raise ValueError("eval_reward.path judges held-out answers: set evaluation.every")
         if self.gold == "reward" and not self.loss.reads_gold:
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
         if self.reference_cache and not self.loss.needs_reference:
@@ -80,58 +92,58 @@ class Config(sections.Recipe):
             raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")
 
     def absent(self) -> set[str]:
-        """See `align.sections.Recipe.absent`."""
+        """See `align.config.RecipeConfig.absent`."""
         needless = self.reference_cache or not self.loss.needs_reference
         return super().absent() | ({"reference"} if needless else set())
 
 
-class Cast(Protocol):
+class DPORoles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
-    reference: roles.Reference | None
-    reward: roles.Reward | None
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    reference: ReferenceRole | None
+    reward: RewardRole | None
+    eval_reward: RewardRole | None
 
 
 @dataclass(frozen=True)
-class Material:
+class DPOData:
     """Pairs to learn from, and held-out prompts."""
 
     pairs: Pairs
-    held_out: _heldout.HeldOut | None
+    held_out: _evaluation.HeldOutPrompts | None
 
 
-def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[Material, dict[str, int]]:
+def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[DPOData, dict[str, int]]:
     """Pairs of the training split, ties dropped, and what became of its rows."""
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    pairs, counts = data.helpsteer.pairs(source.train, renderer, *limits)
-    return Material(pairs, _heldout.prepare(config.evaluation, source, renderer, config.data, counts)), counts
+    pairs, counts = data.dataset.pairs(source.train, renderer, *limits)
+    return DPOData(pairs, _evaluation.load_held_out(config.evaluation, source, renderer, config.data, counts)), counts
 
 
-def reference_sums(config: Config, pairs: Pairs, cast: Cast) -> Callable[[Pairs, Tensor], Tensor]:
+def reference_sums(config: Config, pairs: Pairs, cast: DPORoles) -> Callable[[Pairs, Tensor], Tensor]:
     """A function from a batch of pairs and their numbers to reference log-probabilities of their responses, nats."""
     if not config.reference_cache:
-        return lambda batch, rows: _direct_loss.reference_sums(cast.reference, batch)
+        return lambda batch, rows: _preference_loss.reference_sums(cast.reference, batch)
     key = data.cache.fingerprint(config.policy, pairs.sequences, config.run.seed)
     known_B = data.cache.remembered(
-        config.reference_cache, key, pairs.sequences, partial(_direct_loss.log_prob_sums, cast.policy)
+        config.reference_cache, key, pairs.sequences, partial(_preference_loss.log_prob_sums, cast.policy)
     )
     return lambda batch, rows: known_B[data.prompts.members(rows, 2)]
 
 
-def gold(config: Config, pairs: Pairs, cast: Cast) -> Tensor:
+def gold(config: Config, pairs: Pairs, cast: DPORoles) -> Tensor:
     """Numbers whose difference in a pair is the target d* of ``rpo_*``."""
     if config.gold == "reward" and cast.reward:
         return cast.reward.score(pairs.sequences).result()
     return ops.groups.interleaved(pairs.strength_P, 0.0 * pairs.strength_P)
 
 
-def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: DPOData, cast: DPORoles, run: Run) -> None:
     """Visit the pairs in seeded order."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     reference = reference_sums(config, material.pairs, cast)
-    loss = partial(_direct_loss.loss, how=config.loss)
+    loss = partial(_preference_loss.loss, how=config.loss)
     order = data.prompts.Order(len(material.pairs), config.batch_size, config.run.seed)
     for step in run.steps():
         rows = order.indices(step)

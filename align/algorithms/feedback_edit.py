@@ -19,15 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from align import data, sections
-from align.algorithms import _heldout, _on_policy, _policy_loss, _rewards, rloo
-from align.algorithms._heldout import Evaluator
+from align import data
+from align.algorithms import _evaluation, _policy_loss, _rewards, _rollout, rloo
+from align.algorithms._evaluation import Evaluator
+from align.config import EditingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.data.rows import Edit
     from align.run import Run
     from align.types import Rollouts
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 class Config(rloo.Config):
     """Recipe of the edit model's RLOO."""
 
-    editing: sections.Editing = field(default_factory=sections.Editing)
+    editing: EditingConfig = field(default_factory=EditingConfig)
     """What the edit model reads, and which feedback of the data counts."""
     copy_penalty: float | None = 0.0
     """Subtracted from the lowest score of the other edits for one that only copies, in units of the score; null leaves
@@ -49,12 +50,12 @@ class Config(rloo.Config):
             raise ValueError(f"copy_penalty must not be negative: {self.copy_penalty}")
 
     def reads(self) -> Literal["edits"]:
-        """See `align.sections.Recipe.reads`."""
+        """See `align.config.RecipeConfig.reads`."""
         return "edits"
 
 
 @dataclass(frozen=True)
-class Material(_on_policy.Material):
+class FeedbackEditData(_rollout.TrainData):
     """Edit prompts, and the responses that they show."""
 
     originals: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ class Material(_on_policy.Material):
         return data.editing.copies([originals[prompt] for prompt in sequences.prompt_B.tolist()], texts)
 
 
-def prepare(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[FeedbackEditData, dict[str, int]]:
     """Edit prompts of both splits, and what became of the rows of train."""
     limits = config.editing, config.data.max_prompt_tokens
     found = data.editing.edit_prompts(source.train, renderer, *limits)
@@ -76,33 +77,33 @@ def prepare(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[M
     if config.evaluation.every:
         other, count = data.editing.edit_prompts(source.validation, renderer, *limits), config.evaluation.prompts
         counts |= {f"held_out_{name}": n for name, n in other.counts.items()}
-        prompts = data.prompts.first(other.tokens, count, renderer.stop_ids, _heldout.NOISE)
-        judged = data.prompts.first(other.judged, count, renderer.stop_ids, _heldout.NOISE).tokens
+        prompts = data.prompts.first(other.tokens, count, renderer.stop_ids, _evaluation.NOISE)
+        judged = data.prompts.first(other.judged, count, renderer.stop_ids, _evaluation.NOISE).tokens
         kept = other.contexts[:count], judged
-        held_out = _heldout.HeldOut(prompts, *kept, originals=other.originals[:count])
-    return Material(stream, held_out, found.judged, tuple(found.originals)), counts
+        held_out = _evaluation.HeldOutPrompts(prompts, *kept, originals=other.originals[:count])
+    return FeedbackEditData(stream, held_out, found.judged, tuple(found.originals)), counts
 
 
-def penalised(score_PK: Tensor, copy_PK: Tensor, penalty: float) -> Tensor:
+def penalize_copies(score_PK: Tensor, copy_PK: Tensor, penalty: float) -> Tensor:
     """Scores with copies below all other edits of their group, (P, K). A group of copies alone moves as one."""
     others_P1 = score_PK.masked_fill(copy_PK, float("inf")).amin(1, keepdim=True)
     return score_PK.where(~copy_PK, score_PK.minimum(others_P1) - penalty)
 
 
-def train(config: Config, material: Material, cast: _on_policy.Cast, run: Run) -> None:
+def train(config: Config, material: FeedbackEditData, cast: _rollout.Roles, run: Run) -> None:
     """Sample edits, judge them as answers, put copies last, compare, step."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     num_samples = config.sampling.num_samples
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        seen = _on_policy.look(cast, rollouts, judged=material.as_judged(rollouts))
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
+        seen = _rollout.score_rollouts(cast, rollouts, judged=material.as_judged(rollouts))
         copy_B = material.copies(rollouts, run)
         if config.copy_penalty is not None:
             score_PK, copy_PK = seen.score_B.view(-1, num_samples), copy_B.view(-1, num_samples)
-            seen = replace(seen, score_B=penalised(score_PK, copy_PK, config.copy_penalty).flatten())
-        judged = _rewards.judge(config, seen, run.state)
-        batch, statistics = rloo.learn_from(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
-        metrics = _on_policy.learn(config, step, num_samples, {"": lesson}, config.target_kl)
+            seen = replace(seen, score_B=penalize_copies(score_PK, copy_PK, config.copy_penalty).flatten())
+        judged = _rewards.shape_rewards(config, seen, run.state)
+        batch, statistics = rloo.make_batch(config, seen, judged)
+        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, num_samples, {"": lesson}, config.target_kl)
         statistics |= {"copies": float(copy_B.double().mean())}
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
     cast.policy.export(run.final).result()

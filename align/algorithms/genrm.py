@@ -2,7 +2,7 @@
 judge learns "similar to DeepSeek-GRM", Liu et al. 2025, arXiv 2504.02495): GRPO on pairs that people compared.
 
 The policy is the judge. It reads a conversation and two responses, and writes reasons, scores s_1, s_2 in 1 to 5 and a
-ranking r in 1 to 6. Each pair is there in both orders. With the labels of people s*, r* (`align.data.judging`)
+ranking r in 1 to 6. Each pair is there in both orders. With the labels of people s*, r* (`align.data.genrm`)
 
     R = -c (|s_1 - s*_1| + |s_2 - s*_2|) - C2 |r - r*|        of a verdict
     R = -C1                                                   of an answer that cannot be read, or was cut off
@@ -18,9 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from align import data, ops, roles, sections
-from align.algorithms import _genrm_heldout, _on_policy, _policy_loss, _rewards, grpo
-from align.rewards import judge_card
+from align import data, ops
+from align.algorithms import _genrm_evaluation, _policy_loss, _rewards, _rollout, grpo
+from align.config import OptionalRewardConfig, RowKind, VerdictConfig
+from align.rewards import genrm_card
+from align.roles import CompletedFuture, PolicyRole, ReferenceRole, RewardRole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.data.prompts import PromptStream
     from align.data.rows import Comparison
     from align.run import Run
@@ -39,9 +41,9 @@ if TYPE_CHECKING:
 class Config(grpo.Config):
     """Recipe of a generative reward model."""
 
-    verdict: sections.Verdict = field(default_factory=sections.Verdict)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
     """What the judge is asked, and how it answers."""
-    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
+    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
     """Absent: the reward is the distance from the labels."""
     format_penalty: float = 10.0
     """C1, what an answer costs that holds no verdict. 10: Nemotron 3 Nano; NeMo-Gym's newer server takes 100."""
@@ -52,10 +54,10 @@ class Config(grpo.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward.present or self.second_reward.present:
+        if self.reward.present or self.eval_reward.present:
             raise ValueError(
                 f"genrm learns from labels and asks no reward model: reward.path {self.reward.path!r}, reward.kind "
-                f"{self.reward.kind}, second_reward.path {self.second_reward.path!r}"
+                f"{self.reward.kind}, eval_reward.path {self.eval_reward.path!r}"
             )
         weights = self.format_penalty, self.score_weight, self.ranking_weight
         if min(weights) < 0:
@@ -65,69 +67,69 @@ class Config(grpo.Config):
         if self.max_attempts > 1:
             raise ValueError(f"genrm samples each pair once: max_attempts must be 1, not {self.max_attempts}")
 
-    def reads(self) -> sections.Reads:
-        """See `align.sections.Recipe.reads`."""
+    def reads(self) -> RowKind:
+        """See `align.config.RecipeConfig.reads`."""
         return "comparisons"
 
     def num_rows(self, counts: Mapping[str, int]) -> int:
-        """See `align.sections.Recipe.num_rows`: each pair in both orders."""
+        """See `align.config.RecipeConfig.num_rows`: each pair in both orders."""
         return 2 * counts["kept"]
 
     def reward_of(self, verdict_B3: Tensor, label_B3: Tensor) -> Tensor:
         """R of each verdict, (B,)."""
         weights = self.format_penalty, self.score_weight, self.ranking_weight
-        return ops.verdicts.reward(verdict_B3, label_B3, *weights)
+        return ops.genrm.reward(verdict_B3, label_B3, *weights)
 
 
-class Cast(Protocol):
+class GenRMRoles(Protocol):
     """Roles of this algorithm; both reward models are None."""
 
-    policy: roles.Policy
-    reference: roles.Reference
-    reward: roles.Reward
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    reference: ReferenceRole
+    reward: RewardRole
+    eval_reward: RewardRole | None
 
 
 @dataclass(frozen=True)
-class Material:
+class GenRMData:
     """Pairs in both orders, the label of each row, and held-out pairs."""
 
     prompts: PromptStream
     label_R3: Tensor
-    held_out: _genrm_heldout.HeldOut | None
+    held_out: _genrm_evaluation.HeldOutComparisons | None
     files: Mapping[str, str]
     """What a trained judge's folder gets beside the model, text by name."""
 
 
-def prepare(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[GenRMData, dict[str, int]]:
     """Pairs of both splits, and what became of the rows of the training split."""
-    found = data.judging.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
+    found = data.genrm.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
-    files = judge_card.files(config.verdict, config.data.date)
-    held_out = _genrm_heldout.prepare(config, source, renderer, files, found.counts)
-    return Material(stream, found.label_P3, held_out, files), found.counts
+    files = genrm_card.files(config.verdict, config.data.date)
+    held_out = _genrm_evaluation.load_held_out(config, source, renderer, files, found.counts)
+    return GenRMData(stream, found.label_P3, held_out, files), found.counts
 
 
 def grade(
-    config: Config, material: Material, rollouts: Rollouts, decode: Callable[[Sequence[int]], str]
+    config: Config, material: GenRMData, rollouts: Rollouts, decode: Callable[[Sequence[int]], str]
 ) -> tuple[Tensor, dict[str, float]]:
     """R of each response, and how far the verdicts of a step are from the labels."""
     rows = material.prompts.order.indices(rollouts.step)
     label_B3 = material.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
     texts = [decode(ids) for ids in rollouts.sequences.responses.lists()]
-    verdict_B3 = data.judging.read(texts, rollouts.finished_B.tolist(), config.verdict.form)
-    return config.reward_of(verdict_B3, label_B3), ops.verdicts.errors(verdict_B3, label_B3)
+    verdict_B3 = data.genrm.read(texts, rollouts.finished_B.tolist(), config.verdict.form)
+    return config.reward_of(verdict_B3, label_B3), ops.genrm.errors(verdict_B3, label_B3)
 
 
-def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: GenRMData, cast: GenRMRoles, run: Run) -> None:
     """Judge, compare with people, compare within groups, step."""
-    evaluator = _genrm_heldout.Evaluator(config, material.held_out, cast.policy, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+    evaluator = _genrm_evaluation.GenRMEvaluator(config, material.held_out, cast.policy, run)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
         score_B, distance = grade(config, material, rollouts, run.decode)
-        seen = _on_policy.look(cast, rollouts, roles.Ready(score_B))
-        judged = _rewards.judge(config, seen, run.state)
-        batch, statistics = grpo.learn_from(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
-        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        seen = _rollout.score_rollouts(cast, rollouts, CompletedFuture(score_B))
+        judged = _rewards.shape_rewards(config, seen, run.state)
+        batch, statistics = grpo.make_batch(config, seen, judged)
+        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
         run.log(step, statistics | distance | metrics | evaluator.measure(step), rollouts, score_B)
     cast.policy.export(run.final, material.files).result()

@@ -6,7 +6,7 @@ For K responses to a prompt with rewards R_i, on every token t of response i:
     A_i = (R_i - mean R) / (std R + 1e-6)                                        std with K - 1
     L   = mean of max(-A_i rho_it, -A_i clip(rho_it, 1 - low, 1 + high)) + kl_coef * k3_it
 
-GRPO: the mean is over each response's tokens, then over responses. Dr. GRPO: ``normalise: false``, ``loss.aggregation:
+GRPO: the mean is over each response's tokens, then over responses. Dr. GRPO: ``normalize: false``, ``loss.aggregation:
 constant``. DAPO: ``loss: {clip_high: 0.28, aggregation: token_mean}``, ``kl_coef: 0``, ``shaping.overlong_buffer`` and
 ``max_attempts`` above 1: prompts whose responses all have one reward teach nothing, so more prompts are sampled until
 ``prompts_per_step`` groups with spread are there.
@@ -19,25 +19,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from align import data, ops, roles, sections
-from align.algorithms import _on_policy, _policy_loss, _rewards
-from align.algorithms._heldout import Evaluator
+from align import data, ops
+from align.algorithms import _policy_loss, _rewards, _rollout
+from align.algorithms._evaluation import Evaluator
+from align.config import PolicyGradientConfig, PolicyLossConfig, SamplingConfig
+from align.roles import CompletedFuture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import PreferenceData
+    from align.data.dataset import PreferenceData
     from align.data.prompts import PromptStream
     from align.run import Run
     from align.types import Batch, Rollouts
 
 
 @dataclass(frozen=True)
-class Config(sections.PolicyGradient):
+class Config(PolicyGradientConfig):
     """Recipe of GRPO and its kin."""
 
-    sampling: sections.Sampling = field(default_factory=lambda: sections.Sampling(num_samples=8))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=8))
     """``num_samples`` is K, at least 2. 8: TRL; DeepSeekMath takes 64."""
     kl_coef: float = 0.04
     """Weight of the KL divergence. 0.04: DeepSeekMath; DAPO and Dr. GRPO take 0."""
@@ -47,13 +49,13 @@ class Config(sections.PolicyGradient):
     """``loss``: DeepSeekMath."""
     kl_reduction: Literal["mean", "sum"] = "sum"
     """KL of a response where it is in the reward: of all its tokens or of the mean one. Not read with ``loss``."""
-    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    truncated: Literal["mask", "keep", "penalize"] = "keep"
     """``keep``: DeepSeekMath. DAPO shapes by length or excludes (its overlong filtering)."""
-    loss: sections.PolicyLoss = field(
-        default_factory=lambda: sections.PolicyLoss(kind="clipped", aggregation="sequence_mean_token_mean")
+    loss: PolicyLossConfig = field(
+        default_factory=lambda: PolicyLossConfig(kind="clipped", aggregation="sequence_mean_token_mean")
     )
     """The policy's loss."""
-    normalise: bool = True
+    normalize: bool = True
     """Divide by the group's standard deviation; false is Dr. GRPO."""
     max_attempts: int = 1
     """Batches of prompts that a step may sample to find ``prompts_per_step`` groups with spread; 1 takes the first
@@ -64,26 +66,28 @@ class Config(sections.PolicyGradient):
         self.require_varied()
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be positive: {self.max_attempts}")
-        if self.max_attempts > 1 and self.lag:
-            raise ValueError(f"max_attempts {self.max_attempts} samples within the step, lag {self.lag} before it")
+        if self.max_attempts > 1 and self.max_off_policy_steps:
+            raise ValueError(
+                f"max_attempts {self.max_attempts} samples within the step, lag {self.max_off_policy_steps} before it"
+            )
 
     def rows_per_step(self) -> tuple[str, int]:
-        """See `align.sections.Recipe.rows_per_step`. Each step sets the prompts of all its attempts aside."""
+        """See `align.config.RecipeConfig.rows_per_step`. Each step sets the prompts of all its attempts aside."""
         key = "prompts_per_step" if self.max_attempts == 1 else "prompts_per_step times max_attempts"
         return key, self.prompts_per_step * self.max_attempts
 
     def notes(self) -> list[str]:
-        """See `align.sections.Recipe.notes`."""
+        """See `align.config.RecipeConfig.notes`."""
         return self.kl_notes(self.kl_reduction)
 
 
-def prepare(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[_on_policy.Material, dict[str, int]]:
-    """See `align.algorithms._on_policy.prepare`."""
-    return _on_policy.prepare(config, source, renderer, config.max_attempts)
+def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[_rollout.TrainData, dict[str, int]]:
+    """See `align.algorithms._rollout.prepare`."""
+    return _rollout.load_data(config, source, renderer, config.max_attempts)
 
 
 def with_spread(
-    config: Config, prompts: PromptStream, rollouts: Rollouts, cast: _on_policy.Cast
+    config: Config, prompts: PromptStream, rollouts: Rollouts, cast: _rollout.Roles
 ) -> tuple[Rollouts, Tensor, int]:
     """DAPO's dynamic sampling (section 3.2): rollouts and scores of the first ``prompts_per_step`` groups whose scores
     are not all alike, and the batches that were sampled. Scores are taken as they are, before any shaping.
@@ -110,31 +114,33 @@ def with_spread(
     return type(rollouts).concatenate(parts), ops.groups.joined(scores), attempt
 
 
-def learn_from(config: Config, seen: _on_policy.Seen, judged: _rewards.Judged) -> tuple[Batch, dict[str, float]]:
+def make_batch(
+    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards
+) -> tuple[Batch, dict[str, float]]:
     """From rewards to advantages, and what is worth knowing."""
     rollouts, K = seen.rollouts, config.sampling.num_samples
     kl_B = ops.kl.per_sequence(judged.kl_BT, rollouts.mask_BT, config.kl_reduction)
     reward_PK = ops.rewards.subtract_kl(judged.reward_B, kl_B, judged.kl_in_reward).view(-1, K)
-    compare = ops.advantages.group_standardised if config.normalise else ops.advantages.group_centred
+    compare = ops.advantages.group_standardized if config.normalize else ops.advantages.group_centred
     advantage_PK, learnable_PK = compare(reward_PK, judged.usable_B.view(-1, K))
     advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
     statistics = judged.statistics | {
         "learnable": float(learnable_PK.double().mean()),
         "groups_without_spread": 1.0 - float((advantage_PK != 0).any(1).double().mean()),
     }
-    return _on_policy.batch(seen, advantage_BT, learnable_PK.flatten()), statistics
+    return _rollout.policy_batch(seen, advantage_BT, learnable_PK.flatten()), statistics
 
 
-def train(config: Config, material: _on_policy.Material, cast: _on_policy.Cast, run: Run) -> None:
+def train(config: Config, material: _rollout.TrainData, cast: _rollout.Roles, run: Run) -> None:
     """Sample, judge, compare within groups, step."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, first in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+    for step, first in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
         rollouts, score_B, batches = with_spread(config, material.prompts, first, cast)
-        seen = _on_policy.look(cast, rollouts, roles.Ready(score_B))
-        judged = _rewards.judge(config, seen, run.state)
-        batch, statistics = learn_from(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
-        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        seen = _rollout.score_rollouts(cast, rollouts, CompletedFuture(score_B))
+        judged = _rewards.shape_rewards(config, seen, run.state)
+        batch, statistics = make_batch(config, seen, judged)
+        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
         statistics["sampled_batches"] = float(batches)
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
     cast.policy.export(run.final).result()

@@ -16,9 +16,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from align import ops, roles, sections
-from align.algorithms import _candidates, _diagnose, _direct_loss, _on_policy
-from align.algorithms._heldout import Evaluator
+from align import ops
+from align.algorithms import _candidates, _diagnostics, _preference_loss, _rollout
+from align.algorithms._evaluation import Evaluator
+from align.config import (
+    OnPolicyConfig,
+    PreferenceLossConfig,
+    ReferenceConfig,
+    ReferenceFromPolicyConfig,
+    SamplingConfig,
+)
+from align.roles import PolicyRole, ReferenceRole, RewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,20 +34,18 @@ if TYPE_CHECKING:
     from align.run import Run
     from align.types import Pairs, Rollouts
 
-prepare = _on_policy.prepare
+load_data = _rollout.load_data
 
 
 @dataclass(frozen=True)
-class Config(sections.OnPolicy):
+class Config(OnPolicyConfig):
     """Recipe of online DPO."""
 
-    reference: sections.Reference = field(default_factory=lambda: sections.StartingPolicy())
+    reference: ReferenceConfig = field(default_factory=lambda: ReferenceFromPolicyConfig())
     """The frozen policy in d; by default what the policy starts from. Absent where the loss reads none."""
-    sampling: sections.Sampling = field(
-        default_factory=lambda: sections.Sampling(num_samples=10, temperature=0.7, top_p=0.9)
-    )
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=10, temperature=0.7, top_p=0.9))
     """``num_samples`` is n, at least 2. 10 samples at temperature 0.7 and top-p 0.9: HelpSteer2."""
-    loss: sections.DirectLoss = field(default_factory=sections.DirectLoss)
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     """The loss of a pair."""
 
     def __post_init__(self) -> None:
@@ -47,23 +53,23 @@ class Config(sections.OnPolicy):
         self.require_varied()
 
     def absent(self) -> set[str]:
-        """See `align.sections.Recipe.absent`."""
+        """See `align.config.RecipeConfig.absent`."""
         return super().absent() | (set() if self.loss.needs_reference else {"reference"})
 
 
-class Cast(Protocol):
+class OnlineDPORoles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
-    reference: roles.Reference | None
-    reward: roles.Reward
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    reference: ReferenceRole | None
+    reward: RewardRole
+    eval_reward: RewardRole | None
 
 
-def choose(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, Tensor, dict[str, float]]:
+def choose_pairs(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, Tensor, dict[str, float]]:
     """Pairs of best and worst, and the scores of their responses."""
     num_samples = config.sampling.num_samples
-    score_PK, usable_PK = _candidates.comparable(config, rollouts, score_B)
+    score_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, score_B)
     best_P, worst_P, gap_P = ops.groups.best_and_worst(score_PK, usable_PK)
     prompts = (gap_P > 0).nonzero().squeeze(1)
     chosen, rejected = (ops.groups.rows(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
@@ -73,15 +79,15 @@ def choose(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Pairs, 
     return pairs, gold_B, statistics
 
 
-def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: _rollout.TrainData, cast: OnlineDPORoles, run: Run) -> None:
     """Sample, pair the best with the worst, prefer it."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    loss = partial(_direct_loss.loss, how=config.loss)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        score_B, second_B = _candidates.opinions(cast, rollouts)
-        pairs, gold_B, statistics = choose(config, rollouts, score_B)
-        batch = pairs.batch(reference_B=_direct_loss.reference_sums(cast.reference, pairs), gold_B=gold_B)
-        statistics |= _diagnose.describe(rollouts, score_B, second_B, None, run.state)
-        metrics = _on_policy.learn(config, step, 2, {"": (cast.policy, batch, loss)})
+    loss = partial(_preference_loss.loss, how=config.loss)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
+        score_B, eval_B = _candidates.score_candidates(cast, rollouts)
+        pairs, gold_B, statistics = choose_pairs(config, rollouts, score_B)
+        batch = pairs.batch(reference_B=_preference_loss.reference_sums(cast.reference, pairs), gold_B=gold_B)
+        statistics |= _diagnostics.reward_diagnostics(rollouts, score_B, eval_B, None, run.state)
+        metrics = _rollout.run_updates(config, step, 2, {"": (cast.policy, batch, loss)})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
     cast.policy.export(run.final).result()

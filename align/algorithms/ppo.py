@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from align import ops, roles, sections
-from align.algorithms import _on_policy, _policy_loss, _rewards
-from align.algorithms._heldout import Evaluator
+from align import ops
+from align.algorithms import _policy_loss, _rewards, _rollout
+from align.algorithms._evaluation import Evaluator
+from align.config import CriticConfig, CriticFromRewardConfig, PolicyGradientConfig, PolicyLossConfig
+from align.roles import CriticRole, Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,22 +33,22 @@ if TYPE_CHECKING:
     from align.run import Run
     from align.types import Batch
 
-prepare = _on_policy.prepare
+load_data = _rollout.load_data
 
 
 @dataclass(frozen=True)
-class Config(sections.PolicyGradient):
+class Config(PolicyGradientConfig):
     """Recipe of PPO."""
 
-    critic: sections.Critic = field(default_factory=lambda: sections.StartingCritic())
+    critic: CriticConfig = field(default_factory=lambda: CriticFromRewardConfig())
     """The value function; by default it starts from the reward model."""
     prompts_per_step: int = 512
     """Prompts of a rollout batch, P. 512: NeMo-Aligner; HelpSteer2 takes 128 and one optimizer step for each."""
     minibatches: int = 8
     """Optimizer steps of a pass; each sees a part of the prompts. 8: NeMo-Aligner, 512 rollouts by 64."""
-    loss: sections.PolicyLoss = field(default_factory=lambda: sections.PolicyLoss(kind="clipped"))
+    loss: PolicyLossConfig = field(default_factory=lambda: PolicyLossConfig(kind="clipped"))
     """The policy's loss."""
-    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    truncated: Literal["mask", "keep", "penalize"] = "keep"
     """``keep``: InstructGPT and NeMo-Aligner's PPO."""
     gamma: float = 1.0
     """Discount of a later token's reward. 1: NeMo-Aligner, TRL."""
@@ -67,14 +69,14 @@ class Config(sections.PolicyGradient):
             raise ValueError(f"gamma and gae_lambda lie in [0, 1]: {self.gamma}, {self.gae_lambda}")
 
 
-class Cast(_on_policy.Cast, Protocol):
+class PPORoles(_rollout.Roles, Protocol):
     """Roles of this algorithm."""
 
-    critic: roles.Critic
+    critic: CriticRole
 
 
-def learn_from(
-    config: Config, seen: _on_policy.Seen, judged: _rewards.Judged, value_BT: Tensor
+def make_batches(
+    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards, value_BT: Tensor
 ) -> tuple[Batch, Batch, dict[str, float]]:
     """Batches of policy and critic, and what is worth knowing."""
     mask_BT = seen.rollouts.mask_BT
@@ -90,33 +92,33 @@ def learn_from(
     if config.whiten:
         advantage_BT = ops.advantages.whiten(advantage_BT, learn_BT)
     values = seen.rollouts.batch(old_BT=value_BT, return_BT=return_BT, learnable_B=judged.usable_B)
-    return _on_policy.batch(seen, advantage_BT, judged.usable_B), values, statistics
+    return _rollout.policy_batch(seen, advantage_BT, judged.usable_B), values, statistics
 
 
 def value_loss(
     *, value_BT: Tensor, mask_BT: Tensor, old_BT: Tensor, return_BT: Tensor, learnable_B: Tensor, clip: float
-) -> roles.Loss:
+) -> Loss:
     """Clipped squared error of the critic, mean over tokens of responses that are learned from."""
     learn_BT = mask_BT & learnable_B[:, None]
     loss_BT = ops.policy_losses.value(value_BT, old_BT, return_BT, learn_BT, clip)
     total, count = ops.policy_losses.aggregate(loss_BT, learn_BT, "token_mean", max_tokens=1)
     mean = ops.logprobs.masked_sum(value_BT, learn_BT).sum()
-    return roles.Loss(total, count, {"value": (mean, count)})
+    return Loss(total, count, {"value": (mean, count)})
 
 
-def train(config: Config, material: _on_policy.Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: _rollout.TrainData, cast: PPORoles, run: Run) -> None:
     """Sample, judge and value, estimate advantages, step both."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
         values = cast.critic.values(rollouts.sequences)
-        seen = _on_policy.look(cast, rollouts)
-        judged = _rewards.judge(config, seen, run.state)
-        batch, value_batch, statistics = learn_from(config, seen, judged, values.result())
-        lessons: dict[str, _on_policy.Lesson] = {
+        seen = _rollout.score_rollouts(cast, rollouts)
+        judged = _rewards.shape_rewards(config, seen, run.state)
+        batch, value_batch, statistics = make_batches(config, seen, judged, values.result())
+        lessons: dict[str, _rollout.Update] = {
             "critic/": (cast.critic, value_batch, partial(value_loss, clip=config.value_clip))
         }
         if step - run.first_step >= config.critic_warmup_steps:
-            lessons[""] = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
-        metrics = _on_policy.learn(config, step, config.sampling.num_samples, lessons, config.target_kl)
+            lessons[""] = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, lessons, config.target_kl)
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
     cast.policy.export(run.final).result()

@@ -11,7 +11,7 @@ With r the shaped score, on the last token of response i, and kl the estimate at
 - ``baseline: greedy``  ReMax: b is the score of the greedy response, one rollout more; ``whiten: false`` and
   ``loss: {kind: reinforce, aggregation: sequence_mean}`` as its paper has them
 
-REINFORCE++ clips and normalises rewards; here ``shaping`` does, and does not by default. Left out: PPO's epochs with a
+REINFORCE++ clips and normalizes rewards; here ``shaping`` does, and does not by default. Left out: PPO's epochs with a
 critic, which are `align.algorithms.ppo`.
 """
 
@@ -20,9 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from align import ops, sections
-from align.algorithms import _on_policy, _policy_loss, _rewards
-from align.algorithms._heldout import Evaluator
+from align import ops
+from align.algorithms import _policy_loss, _rewards, _rollout
+from align.algorithms._evaluation import Evaluator
+from align.config import PolicyGradientConfig, PolicyLossConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
     from align.run import Run
     from align.types import Batch, Prompts
 
-prepare = _on_policy.prepare
+load_data = _rollout.load_data
 
 
 @dataclass(frozen=True)
-class Config(sections.PolicyGradient):
+class Config(PolicyGradientConfig):
     """Recipe of REINFORCE++, its variant with a baseline, and ReMax."""
 
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     """Estimate at a token. k1: REINFORCE++, equation 4; its variant with a baseline takes k2 in the loss."""
-    unfinished: Literal["exclude", "keep", "penalise"] = "keep"
+    truncated: Literal["mask", "keep", "penalize"] = "keep"
     """``keep``: the papers do not treat responses that are cut off."""
-    loss: sections.PolicyLoss = field(default_factory=lambda: sections.PolicyLoss(kind="clipped"))
+    loss: PolicyLossConfig = field(default_factory=lambda: PolicyLossConfig(kind="clipped"))
     """The policy's loss. ``clipped``: REINFORCE++."""
     baseline: Literal["none", "group", "greedy"] = "none"
     """What is subtracted from a response's score."""
@@ -61,16 +62,16 @@ class Config(sections.PolicyGradient):
             raise ValueError(f"loss.kind {self.loss.kind} needs one advantage a response; here each token has its own")
 
 
-def greedy_rewards(config: Config, prompts: Prompts, cast: _on_policy.Cast, state: dict[str, float]) -> Tensor:
+def greedy_rewards(config: Config, prompts: Prompts, cast: _rollout.Roles, state: dict[str, float]) -> Tensor:
     """ReMax's baseline of each sequence: the shaped score of the greedy response of the policy as it is now."""
     sampling = replace(config.sampling, num_samples=1, temperature=0.0)
     rollouts = cast.policy.generate(prompts, sampling).result()
-    reward_P, _ = _rewards.shaped(config, rollouts, cast.reward.score(rollouts.sequences).result(), state)
+    reward_P, _ = _rewards.normalize_scores(config, rollouts, cast.reward.score(rollouts.sequences).result(), state)
     return reward_P.repeat_interleave(config.sampling.num_samples)
 
 
-def learn_from(
-    config: Config, seen: _on_policy.Seen, judged: _rewards.Judged, greedy_B: Tensor | None
+def make_batch(
+    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards, greedy_B: Tensor | None
 ) -> tuple[Batch, dict[str, float]]:
     """From rewards to advantages, and what is worth knowing."""
     mask_BT, K = seen.rollouts.mask_BT, config.sampling.num_samples
@@ -86,19 +87,19 @@ def learn_from(
     if config.whiten:
         advantage_BT = ops.advantages.whiten(advantage_BT, mask_BT & learnable_B[:, None])
     statistics = judged.statistics | {"learnable": float(learnable_B.double().mean())}
-    return _on_policy.batch(seen, advantage_BT, learnable_B), statistics
+    return _rollout.policy_batch(seen, advantage_BT, learnable_B), statistics
 
 
-def train(config: Config, material: _on_policy.Material, cast: _on_policy.Cast, run: Run) -> None:
+def train(config: Config, material: _rollout.TrainData, cast: _rollout.Roles, run: Run) -> None:
     """Sample, judge, subtract the baseline, step."""
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.lag):
-        seen = _on_policy.look(cast, rollouts)
-        judged = _rewards.judge(config, seen, run.state)
+    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
+        seen = _rollout.score_rollouts(cast, rollouts)
+        judged = _rewards.shape_rewards(config, seen, run.state)
         greedy = config.baseline == "greedy"
         greedy_B = greedy_rewards(config, material.prompts.batch(step), cast, run.state) if greedy else None
-        batch, statistics = learn_from(config, seen, judged, greedy_B)
-        lesson = cast.policy, batch, _policy_loss.of(config, judged.kl_in_loss)
-        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+        batch, statistics = make_batch(config, seen, judged, greedy_B)
+        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
     cast.policy.export(run.final).result()

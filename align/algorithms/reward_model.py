@@ -25,16 +25,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from align import data, roles, sections
+from align import data
 from align.algorithms import _reward_pairs, _reward_ratings
+from align.config import RecipeConfig, TrainedRewardConfig
 from align.data.attributes import resolve
 from align.rewards.card import Card, Moments
+from align.roles import LossFunction, TrainedRewardRole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.run import Run
     from align.types import Batch
 
@@ -42,10 +44,10 @@ Kind = Literal["bt", "margin", "scaled", "regression"]
 
 
 @dataclass(frozen=True)
-class Config(sections.Recipe):
+class Config(RecipeConfig):
     """Recipe of a reward model."""
 
-    reward: sections.TrainedReward = field(default_factory=sections.TrainedReward)
+    reward: TrainedRewardConfig = field(default_factory=TrainedRewardConfig)
     """The model that learns, from a causal language model or a sequence classifier."""
     loss: Kind = "scaled"
     """Scaled is the best of those from pairs in HelpSteer2-Preference, table 3; ``regression`` reads ratings, and needs
@@ -80,25 +82,25 @@ class Config(sections.Recipe):
         return self.weights or ({"helpfulness": 1.0} if self.reward.attributes else {})
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.sections.Recipe.reads`."""
+        """See `align.config.RecipeConfig.reads`."""
         return "ratings" if self.loss == "regression" else "preferences"
 
     def evaluations(self) -> Mapping[str, str]:
-        """See `align.sections.Recipe.evaluations`."""
+        """See `align.config.RecipeConfig.evaluations`."""
         return self.benchmarks
 
 
-class Cast(Protocol):
+class RewardModelRoles(Protocol):
     """Roles of this algorithm."""
 
-    reward: roles.TrainedReward
+    reward: TrainedRewardRole
 
 
-class Task(Protocol):
+class RewardTask(Protocol):
     """Rows to learn from and rows to be judged by."""
 
     @property
-    def loss(self) -> roles.LossFunction:
+    def loss(self) -> LossFunction:
         """Loss of a batch."""
         ...
 
@@ -108,34 +110,34 @@ class Task(Protocol):
         """The rows ``index`` of the training split."""
         ...
 
-    def measure(self, reward: roles.TrainedReward) -> tuple[dict[str, float], Tensor]:
+    def measure(self, reward: TrainedRewardRole) -> tuple[dict[str, float], Tensor]:
         """Numbers of the validation split by name, and the score of each of its responses, (B,)."""
         ...
 
 
 @dataclass(frozen=True)
-class Material:
+class RewardModelData:
     """What to learn, and what will stand beside the model, but for its moments."""
 
-    task: Task
+    task: RewardTask
     card: Card
 
 
-def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[RewardModelData, dict[str, int]]:
     """Rows of both splits, and what became of them."""
     names = resolve(config.reward.attributes)
     if config.loss == "regression":
-        task, counts = _reward_ratings.prepare(source, renderer, config.data, names, config.goodness)
+        task, counts = _reward_ratings.load_ratings(source, renderer, config.data, names, config.goodness)
     else:
         loss = partial(_reward_pairs.loss, kind=config.loss, center_coef=config.center_coef)
-        task, counts = _reward_pairs.prepare(source, renderer, config.data, loss)
+        task, counts = _reward_pairs.load_pairs(source, renderer, config.data, loss)
     kind = "attributes" if names else "sequence_classification"
     read = renderer.template, config.data.date
     card = Card(kind, names, config.goodness, None, *read, source.fingerprint, config.loss)
-    return Material(task, card), counts
+    return RewardModelData(task, card), counts
 
 
-def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: RewardModelData, cast: RewardModelRoles, run: Run) -> None:
     """Visit the rows in seeded order."""
     task, score_B = material.task, None
     order = data.prompts.Order(len(task), config.batch_size, config.run.seed)

@@ -15,8 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from align import data, ops, roles, sections
-from align.rewards import judge_card
+from align import data, ops
+from align.config import EditingConfig, PolicyConfig, RecipeConfig, RowKind, VerdictConfig
+from align.rewards import genrm_card
+from align.roles import Loss, PolicyRole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,16 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.run import Run
     from align.types import Sequences
 
 
 @dataclass(frozen=True)
-class Config(sections.Recipe):
+class Config(RecipeConfig):
     """Recipe of supervised fine-tuning."""
 
-    policy: sections.Policy = field(default_factory=sections.Policy)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     batch_size: int = 128
     """Demonstrations of an optimizer step. 128: HelpSteer2's first stage of SFT (arXiv 2406.08673)."""
@@ -42,28 +44,28 @@ class Config(sections.Recipe):
     gave, as a start for ``genrm``; feedback on an answer; or a better answer by feedback."""
     responses: Literal["preferred", "all"] = "preferred"
     """Imitate the preferred response of each row, or both. Of answers alone."""
-    verdict: sections.Verdict = field(default_factory=sections.Verdict)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
     """What a judge is asked and how it answers. Read where verdicts are demonstrated."""
-    editing: sections.Editing = field(default_factory=sections.Editing)
+    editing: EditingConfig = field(default_factory=EditingConfig)
     """How feedback and edits are asked for. Read where these are demonstrated."""
 
     def __post_init__(self) -> None:
         if self.responses == "all" and self.demonstrates != "answers":
             raise ValueError(f"responses all is about answers, and demonstrates is {self.demonstrates}")
 
-    def reads(self) -> sections.Reads:
-        """See `align.sections.Recipe.reads`."""
+    def reads(self) -> RowKind:
+        """See `align.config.RecipeConfig.reads`."""
         return data.tasks.DEMONSTRATIONS[self.demonstrates].reads
 
 
-class Cast(Protocol):
+class SFTRoles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
+    policy: PolicyRole
 
 
 @dataclass(frozen=True)
-class Material:
+class SFTData:
     """What is imitated."""
 
     demonstrations: Sequences
@@ -71,21 +73,21 @@ class Material:
     """What the folder of a judge gets beside the model, text by name; nothing of other models."""
 
 
-def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[SFTData, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
     made, counts = data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
     judges = config.demonstrates == "verdicts"
-    return Material(made, judge_card.files(config.verdict, config.data.date) if judges else {}), counts
+    return SFTData(made, genrm_card.files(config.verdict, config.data.date) if judges else {}), counts
 
 
-def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> roles.Loss:
+def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> Loss:
     """Cross-entropy, with the mean entropy of the model's predictions."""
     total, count = ops.losses.cross_entropy(logprob_BT, mask_BT)
     entropy = ops.logprobs.masked_sum(entropy_BT, mask_BT).sum()
-    return roles.Loss(total, count, {"entropy": (entropy, count)})
+    return Loss(total, count, {"entropy": (entropy, count)})
 
 
-def train(config: Config, material: Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: SFTData, cast: SFTRoles, run: Run) -> None:
     """Visit the demonstrations in seeded order."""
     demonstrations = material.demonstrations
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)

@@ -17,15 +17,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from align import data, roles, sections
-from align.algorithms import _steer
-from align.algorithms._heldout import Evaluator
+from align import data
+from align.algorithms import _steerlm
+from align.algorithms._evaluation import Evaluator
 from align.algorithms.sft import loss
+from align.config import (
+    EvalRewardConfig,
+    EvaluationConfig,
+    OptionalRewardConfig,
+    PolicyConfig,
+    RecipeConfig,
+    SamplingConfig,
+    SteeringConfig,
+)
 from align.data.attributes import resolve
+from align.roles import PolicyRole, RewardRole
 
 if TYPE_CHECKING:
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.data.rows import Rating
     from align.run import Run
 
@@ -34,17 +44,17 @@ NOISE = -100
 
 
 @dataclass(frozen=True)
-class Config(sections.Recipe):
+class Config(RecipeConfig):
     """Recipe of SteerLM."""
 
-    policy: sections.Policy = field(default_factory=sections.Policy)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
-    reward: sections.OptionalReward = field(default_factory=sections.OptionalReward)
+    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
     """The attribute model: a frozen regression model that labels responses and judges held-out answers. Absent unless
     ``path`` is given."""
-    second_reward: sections.SecondReward = field(default_factory=sections.SecondReward)
+    eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
     """Judges held-out answers beside the first."""
-    steering: sections.Steering = field(default_factory=sections.Steering)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
     """Which attributes the policy is told, and where."""
     labels: Literal["reward", "data"] = "reward"
     """Who labels the responses of the data: the attribute model, or the people who rated them."""
@@ -55,10 +65,10 @@ class Config(sections.Recipe):
     ``evaluation.keep_best``) and bootstraps."""
     bootstrap_prompts: int = 0
     """Training prompts that a later round answers, others in each; 0 for all of them."""
-    sampling: sections.Sampling = field(default_factory=lambda: sections.Sampling(temperature=0.7, top_p=0.9))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.9))
     """How training prompts are answered in bootstrapping, ``num_samples`` times each, and held-out ones beside the
     greedy answers. 0.7 and 0.9: HelpSteer2 (arXiv 2406.08673)."""
-    evaluation: sections.Evaluation = field(default_factory=sections.Evaluation)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation during training, of answers that ask for ``steering.values``."""
 
     def __post_init__(self) -> None:
@@ -75,8 +85,8 @@ class Config(sections.Recipe):
             )
         if self.reward.present and not used:
             raise ValueError(f"reward.path {self.reward.path!r} is not read: labels data, rounds 1, evaluation.every 0")
-        if self.second_reward.present and not self.evaluation.every:
-            raise ValueError("second_reward.path judges held-out answers: set evaluation.every")
+        if self.eval_reward.present and not self.evaluation.every:
+            raise ValueError("eval_reward.path judges held-out answers: set evaluation.every")
 
     @property
     def rates(self) -> bool:
@@ -84,63 +94,63 @@ class Config(sections.Recipe):
         return self.labels == "reward" or self.rounds > 1
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.sections.Recipe.reads`."""
-        return _steer.reads(self.labels, self.data)
+        """See `align.config.RecipeConfig.reads`."""
+        return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        """See `align.sections.Recipe.rated`."""
+        """See `align.config.RecipeConfig.rated`."""
         return {"reward": resolve(self.steering.attributes)} if self.rates else {}
 
     def num_rounds(self) -> int:
-        """See `align.sections.Recipe.num_rounds`."""
+        """See `align.config.RecipeConfig.num_rounds`."""
         return self.rounds
 
     def in_round(self, start: str) -> Config:
-        """See `align.sections.Recipe.in_round`."""
+        """See `align.config.RecipeConfig.in_round`."""
         return replace(self, policy=replace(self.policy, path=start, revision=None, init={}))
 
 
-class Cast(Protocol):
+class SteerLMRoles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
-    reward: roles.Reward | None
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    reward: RewardRole | None
+    eval_reward: RewardRole | None
 
 
-def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
     """Responses of the training split, held-out prompts, and what became of the rows."""
-    material, counts = _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+    material, counts = _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
     if config.rounds > 1:  # fewer answers are left where some do not end
         asked = list({row.context for row in material.rows})[: config.bootstrap_prompts or None]
         data.prompts.require_rows(config, len(asked) * config.sampling.num_samples)
     return material, counts
 
 
-def bootstrapped(config: Config, material: _steer.Material, policy: roles.Policy, run: Run) -> list[Rating]:
+def bootstrap(config: Config, material: _steerlm.SteerLMData, policy: PolicyRole, run: Run) -> list[Rating]:
     """Answers of the policy to training prompts that ask for the best values; those that did not end are left out."""
     contexts = list(dict.fromkeys(row.context for row in material.rows))
     count = min(config.bootstrap_prompts or len(contexts), len(contexts))
     chosen = data.prompts.Order(len(contexts), count, config.run.seed).indices(run.round).tolist()
     wanted = [("", contexts[i], material.form.values) for i in chosen]
-    asked = data.steered.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
+    asked = data.steerlm_dataset.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
     prompts = data.prompts.first(asked.steered, count, material.renderer.stop_ids, NOISE - run.round)
-    parts = data.steered.parts(prompts, _steer.PART)
+    parts = data.steerlm_dataset.parts(prompts, _steerlm.PART)
     answered = ((part.index_P, policy.generate(part, config.sampling).result()) for part in parts)
-    rows, counts = data.steered.sampled(asked.contexts, answered, material.renderer)
-    run.report(f"round {run.round}, bootstrap prompts: {_steer.told(asked.counts)}")
-    run.report(f"round {run.round}, their answers: {_steer.told(counts)}")
+    rows, counts = data.steerlm_dataset.sampled(asked.contexts, answered, material.renderer)
+    run.report(f"round {run.round}, bootstrap prompts: {_steerlm.told(asked.counts)}")
+    run.report(f"round {run.round}, their answers: {_steerlm.told(counts)}")
     return rows
 
 
-def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: _steerlm.SteerLMData, cast: SteerLMRoles, run: Run) -> None:
     """Label, then visit the responses in seeded order. All before the first step happens again in a resumed run."""
-    rows = material.rows if run.round == 1 else bootstrapped(config, material, cast.policy, run)
+    rows = material.rows if run.round == 1 else bootstrap(config, material, cast.policy, run)
     if cast.reward and (run.round > 1 or config.labels == "reward"):
-        rows = _steer.rated(rows, cast.reward, material.form, run)
+        rows = _steerlm.label_ratings(rows, cast.reward, material.form, run)
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    demonstrations, counts = data.steered.demonstrations(rows, material.renderer, material.form, *limits)
-    run.report(f"round {run.round}, demonstrations: {_steer.told(counts)}")
+    demonstrations, counts = data.steerlm_dataset.demonstrations(rows, material.renderer, material.form, *limits)
+    run.report(f"round {run.round}, demonstrations: {_steerlm.told(counts)}")
     data.prompts.require_rows(config, counts["kept"])
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)

@@ -22,36 +22,50 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from align import data, ops, roles, sections
-from align.algorithms import _candidates, _diagnose, _on_policy, _steer
-from align.algorithms._heldout import Evaluator
+from align import data, ops
+from align.algorithms import _candidates, _diagnostics, _rollout, _steerlm
+from align.algorithms._evaluation import Evaluator
+from align.config import (
+    OnPolicyConfig,
+    PreviousPolicyConfig,
+    PriorPolicyConfig,
+    SamplingConfig,
+    SteeringConfig,
+)
 from align.data.attributes import resolve
-from align.data.steering import Form, require_same
+from align.data.steerlm import Form, require_same
+from align.roles import (
+    CompletedFuture,
+    Loss,
+    PolicyRole,
+    ReferenceRole,
+    RewardRole,
+    SamplingRole,
+    wait_for_all,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.helpsteer import Corpus
+    from align.data.dataset import Corpus
     from align.run import Run
     from align.types import Batch, Rollouts
 
 
 @dataclass(frozen=True)
-class Config(sections.OnPolicy):
+class Config(OnPolicyConfig):
     """Recipe of SteerLM 2.0."""
 
-    previous: sections.Previous = field(default_factory=lambda: sections.Previous())
-    """The frozen policy Q' that samples; with slots of its own and ``lag`` while the policy learns, at no loss."""
-    base: sections.Base = field(default_factory=sections.Base)
+    previous: PreviousPolicyConfig = field(default_factory=lambda: PreviousPolicyConfig())
+    """The frozen policy Q' that samples; with slots of its own and ``max_off_policy_steps`` while the policy learns, at no loss."""
+    base: PriorPolicyConfig = field(default_factory=PriorPolicyConfig)
     """The model of P(y|x). HelpSteer2's is the supervised model that its SteerLM model started from."""
-    steering: sections.Steering = field(default_factory=sections.Steering)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
     """Which attributes the policy is told, and where: as its SteerLM model learned it."""
     labels: Literal["reward", "data"] = "reward"
     """Who gives the labels that are asked for, those of the data's responses: the attribute model, or people."""
-    sampling: sections.Sampling = field(
-        default_factory=lambda: sections.Sampling(num_samples=10, temperature=0.7, top_p=0.9)
-    )
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=10, temperature=0.7, top_p=0.9))
     """n samples, at least 2. 10 at temperature 0.7 and top-p 0.9: HelpSteer2."""
     prompts_per_step: int = 128
     """Groups of a step. 128: HelpSteer2's batch."""
@@ -63,28 +77,28 @@ class Config(sections.OnPolicy):
         self.require_varied()
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.sections.Recipe.reads`."""
-        return _steer.reads(self.labels, self.data)
+        """See `align.config.RecipeConfig.reads`."""
+        return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        """See `align.sections.Recipe.rated`."""
+        """See `align.config.RecipeConfig.rated`."""
         return {"reward": resolve(self.steering.attributes)}
 
 
-class Cast(Protocol):
+class SteerLM2Roles(Protocol):
     """Roles of this algorithm."""
 
-    policy: roles.Policy
-    previous: roles.Previous
-    base: roles.Reference
-    reward: roles.Reward
-    second_reward: roles.Reward | None
+    policy: PolicyRole
+    previous: SamplingRole
+    base: ReferenceRole
+    reward: RewardRole
+    eval_reward: RewardRole | None
 
 
-def prepare(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steer.Material, dict[str, int]]:
+def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
     """Responses whose labels are asked for, held-out prompts, and what became of the rows."""
     require_same(Form.of(config.steering), config.policy.path)
-    return _steer.prepare(config, config.evaluation, config.steering, config.labels, source, renderer)
+    return _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
 
 
 def loss(
@@ -96,7 +110,7 @@ def loss(
     weight_B: Tensor,
     learnable_B: Tensor,
     num_samples: int,
-) -> roles.Loss:
+) -> Loss:
     """The group objective, mean over the groups in which two samples are usable, with the KL divergence that it lowers
     and the mean entropy of the model's predictions."""
     ratio_B = ops.logprobs.masked_sum(logprob_BT - previous_BT, mask_BT).detach()
@@ -113,11 +127,11 @@ def loss(
         "kl": (over_groups(ops.steerlm.divergence(target_PK, baseline_PK, usable_PK)), count),
         "entropy": (entropy, learn_BT.sum()),
     }
-    return roles.Loss(over_groups(loss_P), count, metrics)
+    return Loss(over_groups(loss_P), count, metrics)
 
 
-def weigh(
-    config: Config, material: _steer.Groups, cast: Cast, rollouts: Rollouts
+def weigh_samples(
+    config: Config, material: _steerlm.LabelGroups, cast: SteerLM2Roles, rollouts: Rollouts
 ) -> tuple[Batch, Tensor, dict[str, float]]:
     """Samples with their weights log P(a|x, y) + log P(y|x) - log Q'(y|a, x); log P(a|x, y); numbers of both."""
     sequences, previous_BT = rollouts.sequences, rollouts.untempered_logprob_BT
@@ -125,10 +139,10 @@ def weigh(
     said = zip(rows_B.tolist(), map(material.steer.renderer.text, sequences.responses.lists()), strict=True)
     dialogues = [data.chat.Dialogue(material.asked.contexts[i], text) for i, text in said]
     rating = cast.reward.rate(dialogues, material.steer.form.names)
-    rating_BA, base_BT = roles.together(rating, cast.base.logprobs(material.as_judged(rollouts), 1.0))
+    rating_BA, base_BT = wait_for_all(rating, cast.base.logprobs(material.as_judged(rollouts), 1.0))
     fit_B = ops.steerlm.attribute_logprob(rating_BA, material.asked.label_PA[rows_B]).float()
     weight_B = fit_B + ops.logprobs.masked_sum(base_BT - previous_BT, rollouts.mask_BT)
-    weight_PK, usable_PK = _candidates.comparable(config, rollouts, weight_B)
+    weight_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, weight_B)
     columns = {"previous_BT": previous_BT, "weight_B": weight_PK.flatten(), "learnable_B": usable_PK.flatten()}
     batch = replace(rollouts.batch(**columns), unit=config.sampling.num_samples, temperature=1.0)
     effective = ops.steerlm.effective_samples(ops.steerlm.shares(weight_PK, usable_PK))
@@ -136,15 +150,15 @@ def weigh(
     return batch, fit_B, {"learnable": learnable, "effective_samples": effective}
 
 
-def train(config: Config, material: _steer.Material, cast: Cast, run: Run) -> None:
+def train(config: Config, material: _steerlm.SteerLMData, cast: SteerLM2Roles, run: Run) -> None:
     """Sample from the previous policy, weigh, step."""
-    prompts = _steer.groups(config, config.labels, material, cast.reward, run)
+    prompts = _steerlm.group_labels(config, config.labels, material, cast.reward, run)
     evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(prompts.prompts, cast.previous, config.sampling, config.lag):
-        batch, fit_B, statistics = weigh(config, prompts, cast, rollouts)
-        second = cast.second_reward.score(prompts.as_judged(rollouts)) if cast.second_reward else roles.Ready(None)
-        statistics |= _diagnose.describe(rollouts, fit_B, second.result(), None, run.state)
+    for step, rollouts in run.rollouts(prompts.prompts, cast.previous, config.sampling, config.max_off_policy_steps):
+        batch, fit_B, statistics = weigh_samples(config, prompts, cast, rollouts)
+        second = cast.eval_reward.score(prompts.as_judged(rollouts)) if cast.eval_reward else CompletedFuture(None)
+        statistics |= _diagnostics.reward_diagnostics(rollouts, fit_B, second.result(), None, run.state)
         lesson = cast.policy, batch, partial(loss, num_samples=config.sampling.num_samples)
-        metrics = _on_policy.learn(config, step, config.sampling.num_samples, {"": lesson})
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, fit_B)
     cast.policy.export(run.final, material.files).result()

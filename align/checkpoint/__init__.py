@@ -3,7 +3,7 @@
 from align.checkpoint.files import FileRecord, write_bytes, write_json, write_tensors
 from align.checkpoint.manifest import SCHEMA, Manifest, UnsoundError, read_file
 from align.checkpoint.results import RESULT_MANIFEST, new_result, require_sound
-from align.checkpoint.snapshots import Snapshot, Snapshots, listed
+from align.checkpoint.store import Snapshot, Snapshots, listed
 
 __all__ = [
     "RESULT_MANIFEST",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import faults
-from align.disk import saving, write_new
+from align.utils import fault_injection
+from align.utils.disk import saving, write_new
 
 MANIFEST = "manifest.json"
 DTYPES = {
@@ -103,7 +103,7 @@ def _write(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> File
     path = folder / name
     with saving(path):
         step = re.search(r"step-([0-9]+)", folder.name)
-        faults.strike("driver", 0, "shard", int(step[1]) if step else 0)
+        fault_injection.maybe_inject("driver", 0, "shard", int(step[1]) if step else 0)
         for parent in reversed(PurePosixPath(name).parents[:-1]):
             (folder / parent).mkdir(mode=0o700, exist_ok=True)
         size, sha256 = write_new(path, parts)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from align.checkpoint.files import FileRecord
 from align.checkpoint.manifest import READERS, SCHEMA, UnsoundError, read_records, sealed, sha256_of, unsealed
-from align.disk import new_folder, open_file, sync_folder, write_new
 from align.errors import AlignError, ModelError
+from align.utils.disk import new_folder, open_file, sync_folder, write_new
 
 RESULT_MANIFEST = "align_manifest.json"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Set
 
-from align.sections import Checkpoint
+from align.config import CheckpointConfig
 
 
-def kept(metrics: Mapping[int, Mapping[str, float]], pinned: Set[int], section: Checkpoint) -> set[int]:
+def kept(metrics: Mapping[int, Mapping[str, float]], pinned: Set[int], section: CheckpointConfig) -> set[int]:
     """Steps whose snapshots stay, of those with these metrics.
 
     The latest ``keep_latest``, the best ``keep_best`` of all by ``best_by``, the multiples of ``keep_every``, and the

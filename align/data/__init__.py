@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from . import cache as cache
     from . import chat as chat
     from . import collate as collate
+    from . import dataset as dataset
     from . import editing as editing
-    from . import helpsteer as helpsteer
-    from . import judging as judging
-    from . import messages as messages
+    from . import genrm as genrm
+    from . import genrm_prompts as genrm_prompts
+    from . import openai as openai
     from . import prompts as prompts
-    from . import steered as steered
+    from . import steerlm_dataset as steerlm_dataset
     from . import tasks as tasks
     from . import toy as toy
-    from . import verdicts as verdicts
 
 _SUBMODULES = (
     "cache",
     "chat",
     "collate",
     "editing",
-    "helpsteer",
-    "judging",
-    "messages",
+    "dataset",
+    "genrm",
+    "openai",
     "prompts",
-    "steered",
+    "steerlm_dataset",
     "tasks",
     "toy",
-    "verdicts",
+    "genrm_prompts",
 )
 
 

@@ -13,16 +13,16 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from align import disk
+from align.config import ModelConfig
 from align.errors import DataError
-from align.sections import Model
 from align.types import Sequences
+from align.utils import disk
 
 CHUNK = 1024
 """Sequences of one call to the model; bounds the (B, T) numbers that are held at a time. Even, so no pair is parted."""
 
 
-def fingerprint(model: Model, sequences: Sequences, seed: int) -> str:
+def fingerprint(model: ModelConfig, sequences: Sequences, seed: int) -> str:
     """sha256 over a model and the token ids it is asked about.
 
     A folder counts by the bytes of its config and weights, a hub id by the commit it resolves to, random weights

@@ -12,12 +12,12 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from align import config
-from align.data import helpsteer, helpsteer3, messages, nemo
+from align.config import DataConfig
+from align.config.load import build_config
+from align.data import dataset, helpsteer3, nemo, openai
 from align.data.rows import BadRow, Preference, Rating
-from align.disk import new_folder
 from align.errors import ConfigError, DataError
-from align.sections import Data
+from align.utils.disk import new_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +82,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "openai": Target(messages.SPLITS, "jsonl", {Preference: messages.preference, Rating: messages.rated}),
+    "openai": Target(openai.SPLITS, "jsonl", {Preference: openai.preference, Rating: openai.rated}),
     "nemo": Target(nemo.SPLITS, "jsonl", {Preference: nemo.conversation, Rating: nemo.conversation}),
     "nemo_text": Target(nemo.SPLITS, "jsonl", {Preference: nemo.regression, Rating: nemo.regression}),
     "helpsteer3": Target(helpsteer3.SPLITS, "jsonl.gz", {Preference: helpsteer3.written}, ties=True),
@@ -135,25 +135,27 @@ def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[R
     return dict(counts)
 
 
-def section(arguments: argparse.Namespace) -> Data:
+def section(arguments: argparse.Namespace) -> DataConfig:
     """The section ``data`` that a command's arguments amount to: its options, and ``key=value`` with keys of ``data``.
     Raises `ConfigError` for values that it refuses."""
-    names = [field.name for field in fields(Data) if getattr(arguments, field.name, None) is not None]
+    names = [field.name for field in fields(DataConfig) if getattr(arguments, field.name, None) is not None]
     options = [f"{name}={json.dumps(getattr(arguments, name))}" for name in names]
-    return config.build(Data, None, [*options, *(text.removeprefix("data.") for text in arguments.overrides)]).config
+    return build_config(
+        DataConfig, None, [*options, *(text.removeprefix("data.") for text in arguments.overrides)]
+    ).config
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data convert``."""
     data = section(arguments)
-    reads = "ratings" if arguments.pairs_by else arguments.reads or helpsteer.usual(data)
+    reads = "ratings" if arguments.pairs_by else arguments.reads or dataset.usual(data)
     kind = Rating if reads == "ratings" and not arguments.pairs_by else Preference
     if kind not in TARGETS[arguments.to].objects:
         raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
     if arguments.attributes and kind is Preference:
         raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --as ratings")
     _require_new(arguments.out)
-    source = helpsteer.load(data, reads)
+    source = dataset.load(data, reads)
     splits: dict[str, Any] = {"train": source.train, "validation": source.validation}
     for split, rows in splits.items():
         console.print(f"{split}: {_listed(asdict(source.counts[split]))}", highlight=False)

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from align.config import DataConfig, RowKind
 from align.data import layout, sources
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, DataError
-from align.sections import Data, Reads
 
 FIRST_ROWS = 20
 HUB = {"nvidia/HelpSteer3": "helpsteer3", "nvidia/HelpSteer2": "helpsteer2", "nvidia/HelpSteer": "helpsteer"}
@@ -41,7 +41,7 @@ FIELDS = sorted({name for forms in COLUMNS.values() for form in forms for name i
 UNPAIRED = ("prompt", "completion", "label")
 
 
-def resolved(data: Data) -> Data:
+def resolved(data: DataConfig) -> DataConfig:
     """The section with the format of its source, or of each of its sources, in place of ``auto``.
 
     Raises `DataError` for columns of no format or of several, and for unpaired preferences, and `ConfigError` for
@@ -62,14 +62,14 @@ def resolved(data: Data) -> Data:
         raise ConfigError(f"data: {error}", remedy="see data in docs/recipes.md") from error
 
 
-def alone(data: Data, name: str) -> Data:
+def alone(data: DataConfig, name: str) -> DataConfig:
     """The section of one of its sources."""
     one = data.sources[name]
     own: dict[str, Any] = {key: getattr(one, key) for key in ("path", "format", "revision", "columns")}
     return replace(data, sources={}, **own)
 
 
-def described(data: Data) -> list[str]:
+def described(data: DataConfig) -> list[str]:
     """A line for each source: its format, columns and files. ``data`` is `resolved`."""
     if data.sources:
         return [
@@ -87,7 +87,7 @@ def described(data: Data) -> list[str]:
     return [f"data: {data.format}{_used(data)}{renamed} from {layout.listed(files['train'])}, {held_out}"]
 
 
-def _stems(data: Data) -> dict[str, str]:
+def _stems(data: DataConfig) -> dict[str, str]:
     """The files of both splits, without suffix. Of HelpSteer3's folders that of preferences, or the first there is."""
     own = "val" if data.format == "nemo" else "validation"
     configs = _configs(data.path) if data.format.startswith("helpsteer3") else []
@@ -98,7 +98,7 @@ def _stems(data: Data) -> dict[str, str]:
     )
 
 
-def _used(data: Data) -> str:
+def _used(data: DataConfig) -> str:
     """The columns that are read."""
     if data.format.startswith("helpsteer3") and _configs(data.path):
         return ""
@@ -107,7 +107,7 @@ def _used(data: Data) -> str:
     return f" ({', '.join(read)})" if read else ""
 
 
-def trl_reads(data: Data) -> Reads:
+def trl_reads(data: DataConfig) -> RowKind:
     """What the rows of a source of format ``trl`` hold."""
     columns = {name for row in _first_rows(data).values() for name, value in row.items() if value is not None}
     if "chosen" in columns:
@@ -130,7 +130,7 @@ def _configs(path: str) -> list[str]:
     return [name for name, several in files.items() if any(file.is_file() for file in several)]
 
 
-def _first_rows(data: Data) -> dict[str, dict[str, Any]]:
+def _first_rows(data: DataConfig) -> dict[str, dict[str, Any]]:
     """The first rows that can be read, by their place, with their columns renamed. Raises `DataError` for none."""
     stems = {"train": "train", "validation": "validation"}
     problem: tuple[str, BadRow] | None = None
@@ -147,7 +147,7 @@ def _first_rows(data: Data) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _require_columns(data: Data, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _require_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> None:
     there = {name for row in rows.values() for name in row}
     for name, column in data.columns.items():
         if name not in FIELDS:
@@ -164,7 +164,7 @@ def _require_columns(data: Data, rows: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def _by_columns(data: Data, rows: Mapping[str, Mapping[str, Any]]) -> Any:
+def _by_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> Any:
     first = next(iter(rows))
     there = {name for row in rows.values() for name, value in row.items() if value is not None}
     if there >= set(UNPAIRED):

@@ -20,10 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from align.config import DataConfig, EditingConfig
 from align.data.chat import Message, Renderer
 from align.data.rows import Context, Edit, Feedback
-from align.data.tokenise import Item, answered, require_some
-from align.sections import Data, Editing
+from align.data.tokenize import Item, answered, require_some
 from align.types import Packed, Sequences
 
 QUESTION = (
@@ -52,29 +52,29 @@ class Config(Protocol):
     """What demonstrations need of a recipe."""
 
     @property
-    def data(self) -> Data:
+    def data(self) -> DataConfig:
         """Its limits on tokens."""
         ...
 
     @property
-    def editing(self) -> Editing:
+    def editing(self) -> EditingConfig:
         """The words, and which feedback is followed."""
         ...
 
 
-def feedback_prompt(context: Sequence[Message], response: str, editing: Editing) -> Context:
+def feedback_prompt(context: Sequence[Message], response: str, editing: EditingConfig) -> Context:
     """What a feedback model answers."""
     return (*context, Message("assistant", response), Message("user", editing.question or QUESTION))
 
 
-def edit_prompt(context: Sequence[Message], response: str, feedback: Sequence[str], editing: Editing) -> Context:
+def edit_prompt(context: Sequence[Message], response: str, feedback: Sequence[str], editing: EditingConfig) -> Context:
     """What an edit model answers: the feedback is numbered from 1."""
     told = "\n".join(f"{number}. {text}" for number, text in enumerate(feedback, start=1))
     asked = (editing.instruction or INSTRUCTION).replace("{feedback}", told)
     return (*context, Message("assistant", response), Message("user", asked))
 
 
-def asking(feedback: Sequence[str], editing: Editing) -> list[int]:
+def asking(feedback: Sequence[str], editing: EditingConfig) -> list[int]:
     """Which texts ask for a change: neither empty nor perfect, and of equal ones the first."""
     first: dict[str, int] = {}
     for number, text in enumerate(feedback):
@@ -83,7 +83,7 @@ def asking(feedback: Sequence[str], editing: Editing) -> list[int]:
     return list(first.values())
 
 
-def effective(feedback: Sequence[str], editing: Editing) -> list[str]:
+def effective(feedback: Sequence[str], editing: EditingConfig) -> list[str]:
     """The texts that ask for a change, each once, in their order."""
     return [feedback[number].strip() for number in asking(feedback, editing)]
 
@@ -102,7 +102,7 @@ def _words(text: str) -> set[str]:
     return {word[:_STEM] for word in re.findall(r"\w+", text.lower()) if word not in _STOP}
 
 
-def followed(row: Edit, editing: Editing) -> list[str]:
+def followed(row: Edit, editing: EditingConfig) -> list[str]:
     """The effective feedback that the edit of a row followed."""
     asked = effective(row.feedback, editing)
     if editing.used_by == "none":
@@ -172,7 +172,7 @@ class EditPrompts:
     counts: dict[str, int]
 
 
-def edit_prompts(rows: Iterable[Edit], renderer: Renderer, editing: Editing, max_tokens: int) -> EditPrompts:
+def edit_prompts(rows: Iterable[Edit], renderer: Renderer, editing: EditingConfig, max_tokens: int) -> EditPrompts:
     """A prompt of each row, its feedback in the order of the data. Counts are those of `edit_demonstrations`. Raises
     `DataError` when none is left."""
     counts = _counts() | {"too_long": 0, "kept": 0}
@@ -199,7 +199,7 @@ def _counts() -> dict[str, int]:
     return dict.fromkeys(("rows", "perfect", "not_followed", "no_feedback"), 0)
 
 
-def _told(rows: Iterable[Edit], editing: Editing, counts: dict[str, int]) -> Iterator[tuple[Edit, list[str]]]:
+def _told(rows: Iterable[Edit], editing: EditingConfig, counts: dict[str, int]) -> Iterator[tuple[Edit, list[str]]]:
     """Rows with the feedback that they followed, without those that have none."""
     for row in rows:
         asked, told = effective(row.feedback, editing), followed(row, editing)

@@ -37,6 +37,7 @@ from contextlib import suppress
 from itertools import combinations, groupby, islice
 from typing import Any
 
+from align.config import DataConfig
 from align.data.attributes import HELPSTEER_ATTRIBUTES
 from align.data.chat import Message
 from align.data.rows import (
@@ -53,7 +54,6 @@ from align.data.rows import (
     text,
 )
 from align.data.sources import Rows, tables
-from align.sections import Data
 
 NO_DOMAIN, LANGUAGE = "", "english"
 _OPINIONS = "three_most_similar_preferences"
@@ -67,7 +67,7 @@ _HELD_OUT_OF = 20
 # A rated response.
 
 
-def rated(data: Data) -> dict[str, Rows]:
+def rated(data: DataConfig) -> dict[str, Rows]:
     """Both splits, row by row."""
     found = tables(data, {"train": "train", "validation": "validation"})
     return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
@@ -91,7 +91,7 @@ def _rated(raw: Any) -> tuple[str, str, dict[str, int]]:
 # Rated responses to one prompt, in pairs.
 
 
-def rated_twos(data: Data) -> dict[str, Rows]:
+def rated_twos(data: DataConfig) -> dict[str, Rows]:
     """Both splits, two rows of the file at a time; the last item may hold one."""
     return {split: in_twos(rows) for split, rows in rated(data).items()}
 
@@ -110,7 +110,7 @@ def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
     return found
 
 
-def rated_groups(data: Data) -> dict[str, Rows]:
+def rated_groups(data: DataConfig) -> dict[str, Rows]:
     """Both splits, the rows in succession that have one prompt at a time; a row that cannot be read is alone."""
     return {split: _by_prompt(rows) for split, rows in rated(data).items()}
 
@@ -154,7 +154,7 @@ def parse_group(group: list[tuple[str, Any]]) -> list[Preference]:
 # A response with what each annotator said.
 
 
-def disagreements(data: Data) -> dict[str, Rows]:
+def disagreements(data: DataConfig) -> dict[str, Rows]:
     """Both splits of the one table."""
     table = tables(data, {"train": "disagreements/disagreements"}, data_dir="disagreements")["train"]
     return {split: islice(_part(split, table()), data.max_rows) for split in ("train", "validation")}
@@ -193,7 +193,7 @@ def _opinions(name: str, values: object) -> list[int]:
 # One row, with a preference.
 
 
-def compared(data: Data) -> dict[str, Rows]:
+def compared(data: DataConfig) -> dict[str, Rows]:
     """Both splits, told apart in the one table that holds them."""
     table = tables(data, {"train": "preference/preference"}, data_dir="preference")["train"]
     return {split: islice(_only(split, table()), data.max_rows) for split in ("train", "validation")}

@@ -34,6 +34,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from align.config import DataConfig
 from align.data.rows import (
     BadRow,
     Comparison,
@@ -53,7 +54,6 @@ from align.data.rows import (
 )
 from align.data.sources import Rows, tables
 from align.errors import DataError
-from align.sections import Data
 
 PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
 """How helpful a response is by the first sentence of its feedback, from 1 to 5."""
@@ -72,20 +72,20 @@ SPLITS = {split: f"preference/{split}" for split in ("train", "validation")}
 """The file of each split of preferences."""
 
 
-def of(config: str) -> Callable[[Data], dict[str, Rows]]:
+def of(config: str) -> Callable[[DataConfig], dict[str, Rows]]:
     """What reads both splits of ``config``."""
     return partial(_sources, config)
 
 
-def _sources(config: str, data: Data) -> dict[str, Rows]:
+def _sources(config: str, data: DataConfig) -> dict[str, Rows]:
     return {split: islice(rows(), data.max_rows) for split, rows in _tables(config, data).items()}
 
 
-def _tables(config: str, data: Data) -> dict[str, Callable[[], Rows]]:
+def _tables(config: str, data: DataConfig) -> dict[str, Callable[[], Rows]]:
     return tables(data, {split: f"{config}/{split}" for split in ("train", "validation")}, name=config)
 
 
-def compared(data: Data) -> dict[str, Rows]:
+def compared(data: DataConfig) -> dict[str, Rows]:
     """Both splits of ``preference``, each row with what all of ``feedback`` says of how helpful responses are."""
     said = _helpfulness(data)
     return {
@@ -93,7 +93,7 @@ def compared(data: Data) -> dict[str, Rows]:
     }
 
 
-def _feedback(data: Data) -> dict[str, Callable[[], Rows]]:
+def _feedback(data: DataConfig) -> dict[str, Callable[[], Rows]]:
     """Both splits of ``feedback``; none where the source has no such config."""
     folder = Path(data.path).expanduser()
     if folder.exists() and not (folder / "feedback").is_dir():
@@ -106,7 +106,7 @@ def _feedback(data: Data) -> dict[str, Callable[[], Rows]]:
         raise
 
 
-def _helpfulness(data: Data) -> dict[bytes, float]:
+def _helpfulness(data: DataConfig) -> dict[bytes, float]:
     """Helpfulness by context and response: the median of what people said, the lower of two in the middle, so that a
     label is always one that somebody gave. Both splits are read whole, ``data.max_rows`` or not: a pair may have its
     feedback anywhere. Of a response that occurs twice the first is taken."""

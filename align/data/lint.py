@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from align.config import DataConfig, RowKind
 from align.data.chat import Renderer
+from align.data.dataset import items
 from align.data.detect import resolved
-from align.data.helpsteer import items
 from align.data.mixing import SPLITS
 from align.data.rows import BadRow, Preference, Prompt, Rating
 from align.errors import DataError
-from align.sections import Data, Reads
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -49,7 +49,7 @@ CHECKS: dict[str, tuple[Severity, str]] = {
     "pad_is_eos": ("warning", "the padding token is the end-of-sequence token; whoever masks padding masks the end"),
     "added_bos": (
         "warning",
-        "the tokenizer adds a beginning-of-sequence token and the template writes one: tokenise its text without "
+        "the tokenizer adds a beginning-of-sequence token and the template writes one: tokenize its text without "
         "special tokens, as align does, or it has two",
     ),
     "no_end_of_turn": (
@@ -142,7 +142,7 @@ _Placed = list[tuple[str, Any]]
 """Rows, each with its place."""
 
 
-def lint(data: Data, reads: Reads, renderer: Renderer | None = None, template: str = "") -> Report:
+def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, template: str = "") -> Report:
     """Read everything and say what was found.
 
     ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
@@ -226,7 +226,7 @@ def _repetitions(splits: Mapping[str, _Placed], findings: _Findings) -> list[Any
     return distinct
 
 
-def _check_texts(rows: _Placed, data: Data, findings: _Findings) -> None:
+def _check_texts(rows: _Placed, data: DataConfig, findings: _Findings) -> None:
     for where, row in rows:
         if data.max_spread is not None and row.spread > data.max_spread:
             findings.note("spread", where)
@@ -257,7 +257,9 @@ def _check_tokenizer(renderer: Renderer, findings: _Findings) -> None:
         findings.note("added_bos")
 
 
-def _check_tokens(rows: _Placed, renderer: Renderer, data: Data, findings: _Findings) -> dict[int, tuple[int, ...]]:
+def _check_tokens(
+    rows: _Placed, renderer: Renderer, data: DataConfig, findings: _Findings
+) -> dict[int, tuple[int, ...]]:
     """Note what only token ids show; by ``id`` of a row, the tokens of prompt and responses."""
     lengths = {}
     for where, row in rows:

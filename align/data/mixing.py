@@ -13,11 +13,11 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
+from align.config import DataConfig
 from align.data.chat import Message
 from align.data.detect import alone
 from align.data.rows import BadRow, Context, Row
 from align.data.sources import Rows
-from align.sections import Data
 
 SPLITS = ("train", "validation")
 
@@ -28,7 +28,7 @@ Item = tuple[str, "Sequence[Row] | BadRow"]
 class Format(NamedTuple):
     """How a source is read as rows of one kind."""
 
-    sources: Callable[[Data], dict[str, Rows]]
+    sources: Callable[[DataConfig], dict[str, Rows]]
     """Both splits as they come, item by item; the training split alone where there is no other."""
     parse: Callable[[Any], Sequence[Row]]
     """The rows of one item. Raises `BadRow`."""
@@ -41,7 +41,7 @@ class Splits(dict[str, Iterable[Item]]):
     """Whether the validation split is a part of what the source has for training."""
 
 
-def split_items(data: Data, form: Format) -> Splits:
+def split_items(data: DataConfig, form: Format) -> Splits:
     """Both splits of one source. Without a validation split of its own, ``data.validation`` of the prompts are it."""
     found = Splits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
     if "validation" not in found:
@@ -89,7 +89,7 @@ def _led(row: Any, system: Message) -> Row:
     return row if row.context[0].role == "system" else replace(row, context=(system, *row.context))
 
 
-def mixed(data: Data, read: Callable[[Data], Splits]) -> Splits:
+def mixed(data: DataConfig, read: Callable[[DataConfig], Splits]) -> Splits:
     """The sources of ``data``: their training splits one after the other, each by its weight, and their validation
     splits whole, a row of each in turn."""
     parts = {name: read(alone(data, name)) for name in data.sources}

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from align.config import DataConfig
 from align.data.attributes import NEMO_ATTRIBUTES
 from align.data.chat import Message
 from align.data.helpsteer2 import LANGUAGE, NO_DOMAIN, STRAY, in_twos, marked_turns
@@ -40,7 +41,6 @@ from align.data.rows import (
     text,
 )
 from align.data.sources import Rows, tables
-from align.sections import Data
 from align.types import NOT_RATED
 
 SPLITS = {"train": "train", "validation": "val"}
@@ -63,12 +63,12 @@ _Said = tuple[Context, str, dict[str, float]]
 """Context, response and its labels as they stand there, without -100."""
 
 
-def sources(data: Data) -> dict[str, Rows]:
+def sources(data: DataConfig) -> dict[str, Rows]:
     """Both splits, row by row."""
     return {split: islice(rows(), data.max_rows) for split, rows in tables(data, SPLITS).items()}
 
 
-def sources_twos(data: Data) -> dict[str, Rows]:
+def sources_twos(data: DataConfig) -> dict[str, Rows]:
     """Both splits, two rows at a time."""
     return {split: in_twos(rows) for split, rows in sources(data).items()}
 

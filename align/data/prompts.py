@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.config import RecipeConfig
 from align.errors import ConfigError, DataError
-from align.sections import Recipe
 from align.types import Packed, Prompts
 
 
-def require_rows(recipe: Recipe, num_rows: int) -> None:
+def require_rows(recipe: RecipeConfig, num_rows: int) -> None:
     """Raise `ConfigError` for a batch of more rows than there are, unless ``data.repeat_within_batch`` allows it."""
     key, batch = recipe.rows_per_step()
     if batch < 1:

@@ -27,10 +27,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
+from align.config import DataConfig
 from align.data import layout
 from align.data.rows import BadRow, decoded
 from align.errors import DataError
-from align.sections import Data
 
 Rows = Iterator[tuple[str, Any]]
 _SUFFIXES = ", ".join(layout.SUFFIXES)
@@ -38,7 +38,7 @@ CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
 """Folders of HelpSteer3, each a data set of its own."""
 
 
-def tables(data: Data, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], Rows]]:
+def tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], Rows]]:
     """The tables at ``data.path`` by name; a call begins to read one from its first row.
 
     ``stems`` gives the file of each table below the folder, without its suffix; where there is none of that name, any
@@ -50,7 +50,7 @@ def tables(data: Data, stems: Mapping[str, str], **hub: Any) -> dict[str, Callab
     return found if data.columns else {name: rows.args[0] for name, rows in found.items()}
 
 
-def _tables(data: Data, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], Rows]]:
+def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], Rows]]:
     folder = Path(data.path).expanduser()
     if folder.exists():
         files = files_of(data.path, stems)
@@ -80,7 +80,7 @@ def files_of(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:
     return {name: files for name in stems if (files := own[name] or others.get(name, []))}
 
 
-def hub_splits(data: Data, hub: Mapping[str, Any]) -> Mapping[str, Any]:
+def hub_splits(data: DataConfig, hub: Mapping[str, Any]) -> Mapping[str, Any]:
     """The splits of a hub id by their name there."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.path):
         remedy = "set data.path to a file, a folder or a hub id"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from align.data import editing, judging, tokenise
+from align.config import RowKind
+from align.data import editing, genrm, tokenize
 from align.data.chat import Renderer
 from align.data.rows import Demonstration, Preference
-from align.sections import Reads
 from align.types import Sequences
 
 
 class Task(NamedTuple):
     """Which rows a model learns to continue, and how."""
 
-    reads: Reads
+    reads: RowKind
     """What the data is read as."""
     make: Callable[[Sequence[Any], Renderer, Any], tuple[Sequences, dict[str, int]]]
     """Demonstrations of rows, by the recipe (`align.algorithms.sft.Config`), and what became of the rows."""
@@ -25,12 +25,12 @@ def _answers(
     rows: Sequence[Preference | Demonstration], renderer: Renderer, config: Any
 ) -> tuple[Sequences, dict[str, int]]:
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return tokenise.demonstrations(rows, renderer, config.responses, *limits)
+    return tokenize.demonstrations(rows, renderer, config.responses, *limits)
 
 
 DEMONSTRATIONS: dict[str, Task] = {
     "answers": Task("demonstrations", _answers),
-    "verdicts": Task("comparisons", judging.demonstrations),
+    "verdicts": Task("comparisons", genrm.demonstrations),
     "feedback": Task("feedback", editing.feedback_demonstrations),
     "edits": Task("edits", editing.edit_demonstrations),
 }

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.data.chat import Message
-from align.data.messages import parse_preference, place, response, sources
+from align.data.openai import parse_preference, place, response, sources
 from align.data.rows import (
     BadRow,
     Context,

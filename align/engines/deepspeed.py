@@ -1,6 +1,6 @@
 """DeepSpeed under a head of `align.models.heads`: forward passes by token budget, and exact optimizer steps.
 
-An optimizer step minimises ``sum of loss sums / sum of counts`` over all micro-batches of all ranks. DeepSpeed averages
+An optimizer step minimizes ``sum of loss sums / sum of counts`` over all micro-batches of all ranks. DeepSpeed averages
 gradients over ranks, so each micro-batch's sum is multiplied by ``world_size / total count`` before its backward pass;
 the total is known beforehand because a loss's count depends on the batch alone (`align.roles.Loss`).
 
@@ -28,16 +28,16 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from align import faults
+from align.config import ModelConfig, OptimizerConfig, TrainedModelConfig
 from align.data import collate
-from align.engines import state
+from align.engines import optimizer_state
 from align.engines.schedule import learning_rate
 from align.errors import DivergedError
 from align.models import positions
 from align.models.heads import Head
 from align.roles import Loss, LossFunction, Metrics
-from align.sections import Model, Optimizer, Trained
 from align.types import Batch, Packed, Sequences
+from align.utils import fault_injection
 
 _FILLER = Sequences(Packed.from_lists([[0]]), Packed.from_lists([[0]]), torch.zeros(1, dtype=torch.int64))
 """What an empty micro-batch computes on."""
@@ -50,19 +50,19 @@ BUCKET = 500_000_000
 """Gradients that are reduced at a time; DeepSpeed's default, which it allocates whatever the size of the model."""
 
 
-def _configuration(section: Model, head: nn.Module | None = None) -> dict[str, Any]:
+def _configuration(section: ModelConfig, head: nn.Module | None = None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": section.zero_stage}
     if head is not None:
         weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in head.parameters())
         zero["reduce_bucket_size"] = max(1, min(BUCKET, weights))
-    if isinstance(section, Trained) and section.offload_optimizer:
+    if isinstance(section, TrainedModelConfig) and section.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if section.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # the real sizes are ours; see set_gradient_accumulation_boundary
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": section.optimizer.max_grad_norm if isinstance(section, Trained) else 0.0,
+        "gradient_clipping": section.optimizer.max_grad_norm if isinstance(section, TrainedModelConfig) else 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": section.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
@@ -79,7 +79,7 @@ def _is_matrix(parameter: Any) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # a ZeRO 3 shard itself is flat
 
 
-def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, section: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves vectors alone."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -91,7 +91,7 @@ def _adamw(module: nn.Module, section: Optimizer) -> torch.optim.AdamW:
 
 
 @contextmanager
-def sharded_loading(section: Model) -> Iterator[None]:
+def sharded_loading(section: ModelConfig) -> Iterator[None]:
     """Within it transformers reads a ZeRO 3 model straight into shards, so that no rank ever holds it whole.
 
     Random weights (``init``) are small or a mistake; they are made whole and sharded afterwards.
@@ -116,14 +116,14 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 class Engine:
     """A head module on this rank: `infer` for numbers, `update` for training."""
 
-    def __init__(self, head: Head, section: Model, device: torch.device, total_steps: int):
+    def __init__(self, head: Head, section: ModelConfig, device: torch.device, total_steps: int):
         """``head.outputs`` names what it returns; ``head.packed`` tells which layout it reads.
 
         A section without an optimizer gives an engine that only infers: sharded at ZeRO 3, replicated otherwise.
         """
         self.head, self.device, self.total_steps = head, device, total_steps
         self._section = section
-        self._optimizer = section.optimizer if isinstance(section, Trained) else None
+        self._optimizer = section.optimizer if isinstance(section, TrainedModelConfig) else None
         self._layout = collate.packed if head.packed else collate.padded
         self.step = 0
         self.sharded = section.zero_stage == 3
@@ -167,7 +167,7 @@ class Engine:
     def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:
         """Outputs of the head for every sequence, on the CPU, ``_BT`` ones 0 where there is no token."""
         self._require_positions(sequences)
-        rows_of = collate.micro_batches(sequences, 1, self._section.micro_batch_tokens)
+        rows_of = collate.micro_batches(sequences, 1, self._section.max_tokens_per_micro_batch)
         num_rounds = self.agree(len(rows_of)) if self.sharded else len(rows_of)
         outputs = {name: torch.zeros(shape) for name, shape in self._shapes(sequences).items()}
         for i in range(num_rounds):
@@ -192,7 +192,7 @@ class Engine:
         with ``skip_non_finite`` returns ``non_finite`` and ``skipped_steps`` as 1, and ``trained_tokens``.
         """
         self._require_positions(batch.sequences)
-        rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.micro_batch_tokens)
+        rows_of = collate.micro_batches(batch.sequences, batch.unit, self._section.max_tokens_per_micro_batch)
         parts = [batch.select(rows) for rows in rows_of]
         probed = [self._probe(part, loss) for part in parts] or [self._probe(batch, loss)]
         probes, read = [value for value, _ in probed], probed[0][1]
@@ -250,7 +250,7 @@ class Engine:
             else:
                 objective = self._nothing(read, arguments)
             if last:
-                totals[0, 0] += faults.spoilt("loss") or 0.0
+                totals[0, 0] += fault_injection.corrupt("loss") or 0.0
                 means = [s / n if n else 0.0 for s, n in self._sum(totals).tolist()]
             with self._spoilt(last, means[: len(shared)]):
                 self._module.backward(objective)
@@ -265,7 +265,7 @@ class Engine:
         if last and not math.isfinite(sum(terms)):
             number = math.nan
         elif last:
-            number, spoilt = faults.spoilt("gradient"), spoilt[:1]
+            number, spoilt = fault_injection.corrupt("gradient"), spoilt[:1]
         hooks = [p.register_hook(partial(torch.full_like, fill_value=number)) for p in spoilt if number is not None]
         try:
             yield
@@ -295,10 +295,10 @@ class Engine:
         return {"grad_norm": norm, "lr": rate}
 
     @property
-    def training(self) -> state.TrainingState:
+    def training(self) -> optimizer_state.TrainingState:
         """What this rank holds of the state of training; only an engine with an optimizer has it."""
         assert self._optimizer is not None
-        return state.TrainingState(self.head, self._module.optimizer, self._section.zero_stage)
+        return optimizer_state.TrainingState(self.head, self._module.optimizer, self._section.zero_stage)
 
     def counters(self) -> dict[str, Any]:
         """What `restore` needs to know beside the tensors of `training`, as JSON; equal on every rank."""
@@ -312,7 +312,7 @@ class Engine:
     def restore(self, folder: Path) -> None:
         """Go back to what is stored in the folder of a role; every rank calls this. Raises `ModelError` where it does
         not fit this model."""
-        stored = state.Stored(folder)
+        stored = optimizer_state.Stored(folder)
         self.training.apply(stored)
         self.step = int(stored.counters["step"])
 

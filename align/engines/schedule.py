@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from align.sections import Optimizer
+from align.config import OptimizerConfig
 
 
-def learning_rate(section: Optimizer, step: int, total_steps: int) -> float:
+def learning_rate(section: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of optimizer step ``step`` (1-based).
 
     Warm-up is linear, ``lr * step / warmup_steps``. Then, with u in [0, 1] the fraction of the remaining steps that is

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from align.config import SamplingConfig
 from align.data.chat import Message
-from align.sections import Sampling
 
 
 class Request(NamedTuple):
@@ -47,7 +47,9 @@ class Completion(NamedTuple):
 class Generator(Protocol):
     """Whatever answers."""
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling, margins: bool = False) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
+    ) -> list[Completion]:
         """An answer to each request, in their order. ``sampling.num_samples`` is not read. With ``margins`` completions
         carry `Completion.margin`.
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from align.config import EndpointConfig, SamplingConfig
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, WorkerError
-from align.generators import transport
+from align.generators import http
 from align.generators.base import Completion, Request
-from align.generators.transport import Again, Transport
-from align.sections import Endpoint, Sampling
+from align.generators.http import Again, Transport
 
 PATH = "/chat/completions"
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 1 << 12
@@ -26,7 +26,7 @@ TOP = 20
 class EndpointGenerator:
     """A client: requests that are repeated, and counted."""
 
-    def __init__(self, section: Endpoint, seed: int):
+    def __init__(self, section: EndpointConfig, seed: int):
         """Raises `ConfigError` where the key is missing or cannot be sent."""
         self.section, self.seed = section, seed
         export = (
@@ -36,14 +36,16 @@ class EndpointGenerator:
         self._transport = Transport(
             section,
             section.key_env,
-            transport.secret(section.key_env, "endpoint.key_env", export),
+            http.secret(section.key_env, "endpoint.key_env", export),
             _remedies(section),
         )
         self._pool = ThreadPoolExecutor(section.max_concurrency, "endpoint")
         self._lock = threading.Lock()
         self._counts: dict[str, float] = {}
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling, margins: bool = False) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
+    ) -> list[Completion]:
         """See `align.generators.base.Generator`. Raises `ConfigError` at once for an answer that repeating cannot
         change."""
         stop = threading.Event()
@@ -70,7 +72,7 @@ class EndpointGenerator:
         self._pool.shutdown()
         self._transport.close()
 
-    def _body(self, request: Request, sampling: Sampling, margins: bool) -> dict[str, Any]:
+    def _body(self, request: Request, sampling: SamplingConfig, margins: bool) -> dict[str, Any]:
         if request.opening:
             raise ConfigError(
                 f"an answer that begins with {request.opening[:40]!r} cannot be asked of an endpoint",
@@ -118,10 +120,10 @@ class EndpointGenerator:
                 self._counts[name] = self._counts.get(name, 0.0) + value
 
 
-def _remedies(section: Endpoint) -> dict[int, str]:
+def _remedies(section: EndpointConfig) -> dict[int, str]:
     key = f"environment variable {section.key_env}" if section.key_env else "endpoint.key_env=NAME"
     return {
-        transport.MOVED: "set endpoint.url to where the server is",
+        http.MOVED: "set endpoint.url to where the server is",
         400: "the server's words say what it does not take; endpoint.extra adds fields and replaces them",
         401: f"set the key: {key}",
         403: f"set the key: {key}",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from align import plugins
+from align.config import SamplingConfig
 from align.errors import ConfigError, DataError
 from align.generators.base import Completion, Request
-from align.sections import Sampling
+from align.utils import plugins
 
 
 class FunctionGenerator:
@@ -18,8 +18,8 @@ class FunctionGenerator:
 
     def __init__(self, name: str):
         """Raises `ConfigError` for what cannot be imported or called so."""
-        self.name, self.function = name, plugins.load(name)
-        signature = plugins.signature(name, self.function)
+        self.name, self.function = name, plugins.load_function(name)
+        signature = plugins.function_signature(name, self.function)
         parameters = signature.parameters.values()
         positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         needed = [one for one in parameters if one.default is one.empty and one not in positional]
@@ -32,7 +32,9 @@ class FunctionGenerator:
         self._arguments = len(positional)
         self._requests = 0
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling, margins: bool = False) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
+    ) -> list[Completion]:
         """See `align.generators.base.Generator`; margins it has none. Raises `DataError` for what is no text."""
         self._requests += len(requests)
         return [self._answer(request) for request in requests]

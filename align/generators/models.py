@@ -8,16 +8,15 @@ from functools import cached_property
 
 import torch
 
+from align.config import GeneratorConfig, SamplingConfig
 from align.data import chat
 from align.data.chat import Renderer
-from align.engines import generation
+from align.engines import decoder
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import DataError
 from align.generators.base import Completion, Request
 from align.models import heads, load
 from align.models.positions import positions
-from align.sections import Generator as GeneratorSection
-from align.sections import Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 NOISE = -2
@@ -27,7 +26,7 @@ NOISE = -2
 class ModelGenerator:
     """A causal language model with its own tokenizer and template."""
 
-    def __init__(self, section: GeneratorSection, device: torch.device, seed: int):
+    def __init__(self, section: GeneratorConfig, device: torch.device, seed: int):
         """Raises `ModelError` and `DataError`, each with a remedy."""
         self.section, self.seed = section, seed
         tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
@@ -37,7 +36,9 @@ class ModelGenerator:
         self.engine = Engine(heads.TokenLogprobs(self.model), section, device, total_steps=0)
         self._counts = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling, margins: bool = False) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
+    ) -> list[Completion]:
         """See `align.generators.base.Generator`."""
         ids = [self.renderer.prompt_ids(one.messages, one.opening) for one in requests]
         self._require_positions(ids, sampling)
@@ -45,8 +46,8 @@ class ModelGenerator:
         names = [int.from_bytes(one.key[:8], "big", signed=True) for one in requests]
         prompts = Prompts(Packed.from_lists(ids), torch.tensor(names, dtype=torch.int64), self.renderer.stop_ids, NOISE)
         with self.engine.full(self.model.parameters()):
-            slots, one_each = self.section.generation_slots, replace(sampling, num_samples=1)
-            rollouts = generation.generate(self.model, prompts, one_each, self.seed, slots)
+            slots, one_each = self.section.max_num_seqs, replace(sampling, num_samples=1)
+            rollouts = decoder.generate(self.model, prompts, one_each, self.seed, slots)
         found = self._margins(rollouts) if margins else [None] * len(requests)
         lengths = rollouts.sequences.responses.lengths_B.tolist()
         self._counts["requests"] += len(requests)
@@ -68,7 +69,7 @@ class ModelGenerator:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _require_positions(self, ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def _require_positions(self, ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
         longest = max(map(len, ids), default=0)
         limit = positions(self.model.config)
         if limit is not None and longest + sampling.max_tokens > limit[0]:

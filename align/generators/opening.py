@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from align import plugins
+from align.config import GeneratorConfig
 from align.data import chat
 from align.data.chat import Renderer
 from align.generators.base import Generator
@@ -15,13 +15,13 @@ from align.generators.endpoint import EndpointGenerator
 from align.generators.functions import FunctionGenerator
 from align.generators.models import ModelGenerator
 from align.models import identity, load
-from align.sections import Generator as GeneratorSection
+from align.utils import plugins
 
 SAYS = ("kind", "path", "revision", "init", "dtype", "function", "date")
 """Fields of a generator that change what it says, beside its weights, its template and its endpoint."""
 
 
-def open_generator(section: GeneratorSection, device: torch.device, seed: int = 0) -> Generator:
+def open_generator(section: GeneratorConfig, device: torch.device, seed: int = 0) -> Generator:
     """What a section names. ``seed`` is part of the noise of a model, and of what an endpoint is sent.
 
     Raises `ModelError`, `ConfigError` or `DataError`, each with a remedy.
@@ -35,7 +35,7 @@ def open_generator(section: GeneratorSection, device: torch.device, seed: int = 
             return ModelGenerator(section, device, seed)
 
 
-def check(section: GeneratorSection, name: str = "generator") -> Renderer | None:
+def check(section: GeneratorConfig, name: str = "generator") -> Renderer | None:
     """Look at all that a generator needs to come up, without reading weights or asking a server; returns what a model
     renders conversations by. ``name`` is that of the section, for messages.
 
@@ -53,7 +53,7 @@ def check(section: GeneratorSection, name: str = "generator") -> Renderer | None
     return None
 
 
-def depends_on(name: str, section: GeneratorSection, seed: int) -> dict[str, Any]:
+def depends_on(name: str, section: GeneratorConfig, seed: int) -> dict[str, Any]:
     """Whatever its answers depend on, by key below ``name``. Raises as `check` does."""
     renderer = check(section, name)
     known = {f"{name}.{field}": getattr(section, field) for field in SAYS}
@@ -62,13 +62,13 @@ def depends_on(name: str, section: GeneratorSection, seed: int) -> dict[str, Any
     return known | {f"{name}, its content": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def fingerprint(section: GeneratorSection, seed: int) -> str:
+def fingerprint(section: GeneratorConfig, seed: int) -> str:
     """As `align.models.identity.fingerprint`; of a function its source. Of an endpoint it says nothing: address and
     model stand in the recipe."""
     match section.kind:
         case "endpoint":
             return hashlib.sha256(b"endpoint").hexdigest()
         case "function":
-            return plugins.fingerprint(section.function)
+            return plugins.function_fingerprint(section.function)
         case _:
             return identity.fingerprint(section, seed)

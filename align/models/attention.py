@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from align.config import ModelConfig
 from align.data.collate import Layout
 from align.errors import ModelError
 from align.models.invariance import constant_length
-from align.sections import Model
 
 PACKED, FLASH = "packed", "flash_attention_2"
 
@@ -36,7 +36,7 @@ def is_plain(config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is None
 
 
-def implementation(section: Model, config: PreTrainedConfig) -> str | None:
+def implementation(section: ModelConfig, config: PreTrainedConfig) -> str | None:
     """``attn_implementation`` for transformers; None has it take sdpa, or eager where an architecture has no sdpa, as
     those with soft caps or sinks. Raises `ModelError` where the recipe's ``attention`` cannot be."""
     foreign = section.trust_remote_code and getattr(config, "auto_map", None)

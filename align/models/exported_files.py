@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_relative_imports
 
+from align.config import ModelConfig, TrainedRewardConfig
 from align.data import chat
 from align.data.chat import Message, Renderer
 from align.errors import AlignError, ModelError
 from align.models import load
 from align.models.weights import stored_file
-from align.sections import Model, TrainedReward
 
 CONFIGS = ("config.json", "tokenizer_config.json")
 """Files whose ``auto_map`` names Python modules of the folder."""
@@ -164,7 +164,7 @@ def _rank(token: str) -> int:
     return next((rank for rank, word in enumerate(words) if word in token.lower()), len(words))
 
 
-def code(section: Model) -> dict[str, str]:
+def code(section: ModelConfig) -> dict[str, str]:
     """Text by name of the Python modules that a checkpoint with ``trust_remote_code`` names, and of those they import
     relatively. Raises `ModelError` for one that is missing."""
     if not section.trust_remote_code:
@@ -184,7 +184,7 @@ def code(section: Model) -> dict[str, str]:
     return found
 
 
-def _modules(section: Model) -> set[str]:
+def _modules(section: ModelConfig) -> set[str]:
     names: set[str] = set()
     for config in CONFIGS:
         if file := stored_file(section, config):
@@ -260,7 +260,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Any]]]:
     return [("[bos, eos, pad, number of entries]", marks), *encoded]
 
 
-def try_out(section: Model, renderer: Renderer) -> Chat:
+def try_out(section: ModelConfig, renderer: Renderer) -> Chat:
     """Write the model of a role without its weights to a folder that is deleted, and read it back, so that no run
     fails after its last step.
 
@@ -279,12 +279,12 @@ def try_out(section: Model, renderer: Renderer) -> Chat:
         ) from error
 
 
-def _tried(section: Model, chat_format: Chat, folder: Path) -> Chat:
+def _tried(section: ModelConfig, chat_format: Chat, folder: Path) -> Chat:
     tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
     size = chat.vocab_size(tokenizer)
     model = load.without_weights(section, size)
     chat_format.set_template(tokenizer)
-    if isinstance(section, TrainedReward):
+    if isinstance(section, TrainedRewardConfig):
         set_padding(tokenizer, model.config, chat_format)
     else:
         set_stop_ids(model, chat_format.stop_ids)

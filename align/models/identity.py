@@ -8,14 +8,14 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-from align.sections import Model
+from align.config import ModelConfig
 
 BLOCK = 1 << 20
 BLOCKS = 64
 """Blocks of a file that are read, spread evenly; files up to 64 MiB are read whole."""
 
 
-def fingerprint(model: Model, seed: int) -> str:
+def fingerprint(model: ModelConfig, seed: int) -> str:
     """sha256 over what a role starts from.
 
     A folder counts by names, sizes and up to 64 MiB of the bytes of each config and weight file and of what a reward

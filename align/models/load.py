@@ -18,6 +18,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from align.config import (
+    CriticConfig,
+    ModelConfig,
+    PolicyConfig,
+    RewardConfig,
+    TrainedModelConfig,
+    TrainedRewardConfig,
+)
 from align.data.attributes import resolve
 from align.data.chat import TRUST
 from align.errors import ModelError
@@ -34,12 +42,11 @@ from align.models.weights import (
     stored_file,
     weight_files,
 )
-from align.sections import Critic, Model, Policy, Reward, Trained, TrainedReward
 
 HeadSource = Literal["auto", "trained", "new"]
 
 
-def check(section: Model, vocab_size: int, name: str = "", sampled: int = 0) -> None:
+def check(section: ModelConfig, vocab_size: int, name: str = "", sampled: int = 0) -> None:
     """What can be told of a role's checkpoint without reading its weights, before any worker starts.
 
     Raises `ModelError` for a folder that is no whole model, a config that cannot be read or does not fit a tokenizer of
@@ -54,25 +61,25 @@ def check(section: Model, vocab_size: int, name: str = "", sampled: int = 0) -> 
         raise ModelError(error.message, where=where, remedy=error.remedy) from error
 
 
-def _check(section: Model, vocab_size: int, sampled: int) -> None:
+def _check(section: ModelConfig, vocab_size: int, sampled: int) -> None:
     _check_source(section)
     config = _config(section, vocab_size)
     if sampled:
         invariance.check_sampling(config, sampled)
-    if isinstance(section, TrainedReward):
+    if isinstance(section, TrainedRewardConfig):
         start_of(section)
     unread: list[str] = []
-    if type(section) is not Model:  # the files of a checkpoint that no role reads
+    if type(section) is not ModelConfig:  # the files of a checkpoint that no role reads
         unread = list(_check_architecture(section, config)._keys_to_ignore_on_load_unexpected or ())
     if not section.init and Path(section.path).expanduser().is_dir():
         for file in weight_files(section):
             check_numbers(file, unread)
 
 
-def _check_architecture(section: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def _check_architecture(section: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model without memory for its weights, so that transformers refuses now what it would refuse later."""
-    scores = isinstance(section, (Critic, TrainedReward))
-    if isinstance(section, Reward):
+    scores = isinstance(section, (CriticConfig, TrainedRewardConfig))
+    if isinstance(section, RewardConfig):
         classifier = bool(section.init) or is_classifier(config)
         scores = section.kind in ("sequence_classification", "attributes") or (section.kind == "auto" and classifier)
     model = _on_meta(AutoModelForSequenceClassification if scores else AutoModelForCausalLM, section, config)
@@ -81,13 +88,17 @@ def _check_architecture(section: Model, config: PreTrainedConfig) -> PreTrainedM
     else:
         _require_language_model(section, config)
         invariance.require_causal(model)
-    if isinstance(section, Trained) and section.gradient_checkpointing and not model.supports_gradient_checkpointing:
+    if (
+        isinstance(section, TrainedModelConfig)
+        and section.gradient_checkpointing
+        and not model.supports_gradient_checkpointing
+    ):
         problem = f"{section.path}: {type(model).__name__} does not support gradient_checkpointing"
         raise ModelError(problem, remedy="leave gradient_checkpointing out")
     return model
 
 
-def _require_language_model(section: Model, config: PreTrainedConfig) -> None:
+def _require_language_model(section: ModelConfig, config: PreTrainedConfig) -> None:
     """A classifier with tied embeddings has all weights of a language model, so only its config tells."""
     if not section.init and is_classifier(config):
         raise ModelError(
@@ -96,7 +107,7 @@ def _require_language_model(section: Model, config: PreTrainedConfig) -> None:
         )
 
 
-def _on_meta(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def _on_meta(auto: Any, section: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with parameters on the meta device, which hold no numbers."""
     elsewhere = section.attention == FLASH and not torch.cuda.is_available()  # the GPUs of a Ray cluster
     built_as = replace(section, attention="eager") if elsewhere and implementation(section, config) else section
@@ -108,17 +119,17 @@ def _on_meta(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedM
     return model
 
 
-def check_lora(section: Trained, vocab_size: int, key: str) -> None:
+def check_lora(section: TrainedModelConfig, vocab_size: int, key: str) -> None:
     """Put the adapters of a role on a model of its config that has no weights. Raises as `align.models.lora.add_lora`
     does; ``key`` is that of the targets in the recipe."""
     if not section.lora.rank:
         return
     model = without_weights(section, vocab_size)
-    task = "CAUSAL_LM" if isinstance(section, Policy) else "SEQ_CLS"
+    task = "CAUSAL_LM" if isinstance(section, PolicyConfig) else "SEQ_CLS"
     add_lora(model, section.lora, task=task, key=key)
 
 
-def _check_source(section: Model) -> None:
+def _check_source(section: ModelConfig) -> None:
     """Refuse a folder that is not there, and adapters, which transformers would put on whatever base they name."""
     if section.init:
         return
@@ -137,12 +148,12 @@ def _check_source(section: Model) -> None:
         )
 
 
-def config(section: Model) -> PreTrainedConfig:
+def config(section: ModelConfig) -> PreTrainedConfig:
     """The config of a role's model, whatever its tokenizer."""
     return _config(section, 0)
 
 
-def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig:
+def _config(section: ModelConfig, vocab_size: int, **changes: Any) -> PreTrainedConfig:
     """The checkpoint's config, or that of ``init`` with the tokenizer's vocabulary, with dropout as the recipe says."""
     try:
         if section.init:
@@ -160,8 +171,8 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
         raise ModelError(f"cannot read the config of {section.path}: {first_line(error)}", remedy=remedy) from error
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"{section.path}: the checkpoint is quantised, and dtype={section.dtype} asks for its plain weights",
-            remedy="give the checkpoint as it was before it was quantised",
+            f"{section.path}: the checkpoint is quantized, and dtype={section.dtype} asks for its plain weights",
+            remedy="give the checkpoint as it was before it was quantized",
         )
     embedded = _embedded(config, vocab_size)
     if vocab_size > embedded:
@@ -169,7 +180,7 @@ def _config(section: Model, vocab_size: int, **changes: Any) -> PreTrainedConfig
             f"{section.path}: the tokenizer has {vocab_size} entries, the model embeds only {embedded}",
             remedy="give the tokenizer that belongs to the model",
         )
-    rate = section.dropout if isinstance(section, Trained) else 0.0
+    rate = section.dropout if isinstance(section, TrainedModelConfig) else 0.0
     invariance.set_dropout(config, rate)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -181,7 +192,7 @@ def _embedded(config: PreTrainedConfig, default: int) -> int:
     return getattr(config.get_text_config(), "vocab_size", default)
 
 
-def _untrained(auto: Any, section: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def _untrained(auto: Any, section: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with random weights."""
     common = {"attn_implementation": implementation(section, config), "dtype": getattr(torch, section.dtype)}
     if section.revision and section.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {}):
@@ -200,7 +211,7 @@ def _untrained(auto: Any, section: Model, config: PreTrainedConfig) -> PreTraine
     return model
 
 
-def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, set[str]]:
+def _build(auto: Any, section: ModelConfig, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of weights that no checkpoint supplied (their values follow from ``seed``)."""
     torch.manual_seed(seed)
     if section.init:
@@ -232,7 +243,7 @@ def _build(auto: Any, section: Model, config: PreTrainedConfig, seed: int) -> tu
     return model, set(info["missing_keys"])
 
 
-def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] = ()) -> PreTrainedModel:
+def causal_lm(section: ModelConfig, vocab_size: int, seed: int, gaps: tuple[int, ...] = ()) -> PreTrainedModel:
     """A causal language model; every weight must be in the checkpoint.
 
     Where its head has more rows than ``vocab_size``, or the tokenizer has ``gaps``, it predicts the tokenizer's ids
@@ -252,19 +263,19 @@ def causal_lm(section: Model, vocab_size: int, seed: int, gaps: tuple[int, ...] 
     return model
 
 
-def without_weights(section: Model, vocab_size: int) -> PreTrainedModel:
+def without_weights(section: ModelConfig, vocab_size: int) -> PreTrainedModel:
     """The model of a role that trains, with parameters on the meta device, which hold no numbers."""
     config: Any = _config(section, vocab_size)
-    if isinstance(section, TrainedReward):
+    if isinstance(section, TrainedRewardConfig):
         config.num_labels = start_of(section)[0]
-    auto: Any = AutoModelForCausalLM if isinstance(section, Policy) else AutoModelForSequenceClassification
+    auto: Any = AutoModelForCausalLM if isinstance(section, PolicyConfig) else AutoModelForSequenceClassification
     model = _on_meta(auto, section, config)
     if not section.init and (file := stored_file(section, "generation_config.json")) and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(Path(file).parent)
     return model
 
 
-def start_of(section: TrainedReward) -> tuple[int, list[float] | None]:
+def start_of(section: TrainedRewardConfig) -> tuple[int, list[float] | None]:
     """``num_labels`` and ``combine`` by which `scorer` makes the head that a reward model in training starts from.
 
     Raises `ModelError` where the checkpoint's head has other outputs than the recipe names, or none to go on with.
@@ -292,7 +303,7 @@ def start_of(section: TrainedReward) -> tuple[int, list[float] | None]:
 
 
 def scorer(
-    section: Model,
+    section: ModelConfig,
     vocab_size: int,
     seed: int,
     *,
@@ -334,7 +345,7 @@ def scorer(
     return model
 
 
-def _require_score(section: Model, model: PreTrainedModel) -> None:
+def _require_score(section: ModelConfig, model: PreTrainedModel) -> None:
     if not hasattr(model, "score"):
         raise ModelError(f"{section.path}: {type(model).__name__} has no `score` head", remedy="use a decoder model")
 
@@ -356,7 +367,7 @@ def is_classifier(config: PreTrainedConfig) -> bool:
     return (config.architectures or ["?"])[0].endswith("ForSequenceClassification")
 
 
-def labels(section: Model) -> tuple[str, ...]:
+def labels(section: ModelConfig) -> tuple[str, ...]:
     """Names of the outputs of a checkpoint that is a classifier; none where it is not, or is drawn (``init``)."""
     if section.init:
         return ()
@@ -365,7 +376,7 @@ def labels(section: Model) -> tuple[str, ...]:
     return tuple(config.id2label[i] for i in range(config.num_labels)) if is_classifier(config) else ()
 
 
-def row_zero(section: Model) -> torch.Tensor:
+def row_zero(section: ModelConfig) -> torch.Tensor:
     """Row 0 of a checkpoint's language-model head, (hidden,): what such a reward model scores with, alone."""
     remedy = "kind lm_head_row0 reads checkpoints whose output layer is a weight of its own"
     return weights.stored(section, "lm_head.weight", 0, remedy)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from align.config import LoraConfig
 from align.errors import ModelError
-from align.sections import Lora
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 """Classes of modules that adapters are put on."""
@@ -26,7 +26,7 @@ HEAD = re.compile(r"^score\.")
 """Names of the weights of a head that scores, which is trained whole beside the adapters."""
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, *, task: str, key: str = "lora.targets") -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, lora: LoraConfig, *, task: str, key: str = "lora.targets") -> PreTrainedModel:
     """Inject adapters and freeze the rest, but for a ``score`` head. Returns the same model.
 
     Raises `ModelError`, which names ``key``, for a target that matches no module, that matches a module which cannot

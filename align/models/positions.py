@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from align.config import ModelConfig, PolicyConfig, PriorPolicyConfig, RewardConfig, SamplerConfig
 from align.data.prompts import PromptStream
 from align.errors import DataError
 from align.models import load
-from align.sections import Base, Model, Policy, Reward, Sampler
 from align.types import Packed, Prompts, Sequences
 
 KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -86,17 +86,17 @@ def longest(material: Any, max_tokens: int, held_out: bool = False) -> Iterator[
             yield from longest(getattr(material, item.name), max_tokens, held_out or item.name == "held_out")
 
 
-def check(section: Model, name: str, parts: Mapping[str, Longest], scores_data: bool = False) -> None:
+def check(section: ModelConfig, name: str, parts: Mapping[str, Longest], scores_data: bool = False) -> None:
     """Raise `DataError` where a role has too few positions for what it reads of the data. ``scores_data``: a frozen
     reward model scores responses of the data too."""
     judged = ["judged" if "judged" in parts else "prompts"]
-    if isinstance(section, (Policy, Sampler)):
+    if isinstance(section, (PolicyConfig, SamplerConfig)):
         read = ["data", "prompts", "held_out"]
-    elif isinstance(section, Reward):
+    elif isinstance(section, RewardConfig):
         judged.append("held_out_judged" if "held_out_judged" in parts else "held_out")
         read = [*judged, *(["data"] if scores_data else [])]
     else:  # references, critics and reward models in training
-        read = judged if isinstance(section, Base) else ["data", "prompts"]
+        read = judged if isinstance(section, PriorPolicyConfig) else ["data", "prompts"]
     limit = positions(load.config(section))
     most = max((parts[part] for part in read if part in parts), default=None)
     if limit is not None and most is not None and most.tokens > limit[0]:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.checkpoint import RESULT_MANIFEST, new_result
+from align.config import ModelConfig
 from align.errors import ModelError
 from align.models import load
 from align.models.weights import INDEX, weight_files
-from align.sections import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -25,8 +25,8 @@ class Checkpoint:
     """A folder in Hugging Face layout with weights in safetensors."""
 
     def __init__(self, folder: Path):
-        """Raises `ModelError` for a folder that is no whole model, or is quantised."""
-        section = Model(path=str(folder))
+        """Raises `ModelError` for a folder that is no whole model, or is quantized."""
+        section = ModelConfig(path=str(folder))
         if not folder.is_dir():
             remedy = "download the model into a folder and give that"
             raise ModelError("is not a folder", where=str(folder), remedy=remedy)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from align.config import ModelConfig
 from align.errors import ModelError
-from align.sections import Model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where transformers looks for safetensors, in this order."""
@@ -24,7 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights are read from."""
 
 
-def weight_files(section: Model) -> list[Path]:
+def weight_files(section: ModelConfig) -> list[Path]:
     """The safetensors files of a checkpoint in a folder, all of them there."""
     folder = Path(section.path).expanduser()
     if (folder / SINGLE).is_file():
@@ -44,7 +44,7 @@ def weight_files(section: Model) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def no_safetensors(section: Model, pickles: list[str]) -> ModelError:
+def no_safetensors(section: ModelConfig, pickles: list[str]) -> ModelError:
     others = f", but {', '.join(pickles[:3])}: pickles, which can run code when they are loaded" if pickles else ""
     return ModelError(
         f"{section.path}: there are no weights in {SINGLE} or {INDEX}{others}",
@@ -75,9 +75,9 @@ def check_numbers(file: Path, unread: Sequence[str] = ()) -> None:
     for name, kind in kinds.items():
         if kind not in FLOATS and not any(re.search(pattern, name) for pattern in unread):
             raise ModelError(
-                f"{file}: {name} holds {kind} numbers, a quantised weight without its scale; readable: "
+                f"{file}: {name} holds {kind} numbers, a quantized weight without its scale; readable: "
                 f"{', '.join(FLOATS)}",
-                remedy="give the checkpoint as it was before it was quantised",
+                remedy="give the checkpoint as it was before it was quantized",
             )
 
 
@@ -89,7 +89,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def stored(section: Model, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:
+def stored(section: ModelConfig, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:
     """Rows of a weight in the checkpoint's files; no others are read. Raises `ModelError` where there is none."""
     try:
         index = stored_file(section, INDEX)
@@ -101,7 +101,7 @@ def stored(section: Model, name: str, rows: int | slice = slice(None), remedy: s
         raise ModelError(problem, remedy=remedy) from error
 
 
-def stored_dtype(section: Model) -> torch.dtype | None:
+def stored_dtype(section: ModelConfig) -> torch.dtype | None:
     """Number format of most of a checkpoint's weights, by its first file; None where weights are drawn (``init``)."""
     if section.init:
         return None
@@ -118,7 +118,7 @@ def stored_dtype(section: Model) -> torch.dtype | None:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.float32)
 
 
-def stored_file(section: Model, name: str) -> str | None:
+def stored_file(section: ModelConfig, name: str) -> str | None:
     """A file of the checkpoint on this disk; None where it has none of that name."""
     return cached_file(
         str(Path(section.path).expanduser()) if Path(section.path).expanduser().is_dir() else section.path,

@@ -13,35 +13,35 @@ if TYPE_CHECKING:
     from . import (
         advantages,
         diagnostics,
-        direct,
+        genrm,
         groups,
         kl,
         logprobs,
         losses,
         policy_losses,
+        preference_losses,
         preferences,
         ratings,
         rewards,
         sampling,
         steerlm,
-        verdicts,
     )
 
 __all__ = [
     "advantages",
     "diagnostics",
-    "direct",
+    "genrm",
     "groups",
     "kl",
     "logprobs",
     "losses",
     "policy_losses",
+    "preference_losses",
     "preferences",
     "ratings",
     "rewards",
     "sampling",
     "steerlm",
-    "verdicts",
 ]
 
 

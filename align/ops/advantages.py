@@ -26,7 +26,7 @@ def leave_one_out(
 
 
 @checked
-def group_standardised(
+def group_standardized(
     reward_PK: Float[Tensor, "P K"], usable_PK: Bool[Tensor, "P K"]
 ) -> tuple[Float[Tensor, "P K"], Bool[Tensor, "P K"]]:
     """GRPO: ``A_i = (R_i - mean) / (std + 1e-6)`` over the n usable samples of a prompt, std over n - 1 (Shao et al.
@@ -70,7 +70,7 @@ def gae(
     gamma: float,
     lambda_: float,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Generalised advantages and the returns the critic learns (Schulman et al. 2016, arXiv 1506.02438, section 3).
+    """Generalized advantages and the returns the critic learns (Schulman et al. 2016, arXiv 1506.02438, section 3).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``return_t = A_t + V_t``, with
     V_t the value *before* token t and 0 after the last token. The tokens of a row are its first columns. Both results

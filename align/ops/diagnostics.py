@@ -168,7 +168,7 @@ def policy_statistics(
 ) -> dict[str, float]:
     """One step's signs of reward hacking.
 
-    ``score_B`` raw scores, ``kl_B`` KL of each response to the reference (nats, sum of ``k1``). ``unfinished`` is a
+    ``score_B`` raw scores, ``kl_B`` KL of each response to the reference (nats, sum of ``k1``). ``truncated`` is a
     share of responses, ``response_tokens`` their mean length, the others as above. Raises ValueError for no responses.
     """
     if len(responses) == 0:
@@ -180,6 +180,6 @@ def policy_statistics(
         "distinct_1": distinct(responses, 1),
         "distinct_2": distinct(responses, 2),
         "repeated_3": repeated(responses, 3),
-        "unfinished": float((~finished_B).double().mean()),
+        "truncated": float((~finished_B).double().mean()),
         "response_tokens": float(length_B.mean()),
     }

@@ -1,6 +1,6 @@
 """Losses of policy and critic at each token, and how tokens become the sum and count of `align.roles.Loss`.
 
-A is the advantage, rho the ratio of new to old probability. Every loss is to be minimised, is 0 where there is no
+A is the advantage, rho the ratio of new to old probability. Every loss is to be minimized, is 0 where there is no
 token, and passes its gradient through the new log-probabilities or values only.
 """
 

@@ -12,26 +12,26 @@ from torch import Tensor
 
 from align.types import checked
 
-Unfinished = Literal["exclude", "keep", "penalise"]
-Combine = Literal["mean", "minimum", "penalised"]
+Truncated = Literal["mask", "keep", "penalize"]
+Combine = Literal["mean", "minimum", "penalized"]
 
 
 @checked
-def treat_unfinished(
-    score_B: Float[Tensor, " B"], finished_B: Bool[Tensor, " B"], treatment: Unfinished, penalty: float
+def treat_truncated(
+    score_B: Float[Tensor, " B"], finished_B: Bool[Tensor, " B"], treatment: Truncated, penalty: float
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
     """Rewards, and which sequences may be learned from.
 
-    A response cut off at the length limit was not judged as the policy meant it. ``exclude`` takes it out of baseline
-    and gradient (the intent of NeMo-Aligner's REINFORCE), ``keep`` treats it like any other, ``penalise`` subtracts
+    A response cut off at the length limit was not judged as the policy meant it. ``mask`` takes it out of baseline
+    and gradient (the intent of NeMo-Aligner's REINFORCE), ``keep`` treats it like any other, ``penalize`` subtracts
     ``penalty`` from its score.
     """
     match treatment:
-        case "exclude":
+        case "mask":
             return score_B, finished_B
         case "keep":
             return score_B, torch.ones_like(finished_B)
-        case "penalise":  # pragma: no branch - the type names no other
+        case "penalize":  # pragma: no branch - the type names no other
             return torch.where(finished_B, score_B, score_B - penalty), torch.ones_like(finished_B)
 
 
@@ -71,7 +71,7 @@ def overlong(length_B: Int[Tensor, " B"], max_tokens: int, buffer: int, penalty:
 
 @checked
 def combined(score_MB: Float[Tensor, "M B"], how: Combine, penalty: float) -> Float[Tensor, " B"]:
-    """One score of those of M models: their ``mean``, their ``minimum`` (worst case), or ``penalised``: ``mean -
+    """One score of those of M models: their ``mean``, their ``minimum`` (worst case), or ``penalized``: ``mean -
     penalty * standard deviation`` over the models (uncertainty-weighted; Coste et al. 2023, arXiv 2310.02743, section
     3.2).
 
@@ -82,7 +82,7 @@ def combined(score_MB: Float[Tensor, "M B"], how: Combine, penalty: float) -> Fl
             return score_MB.mean(0)
         case "minimum":
             return score_MB.amin(0)
-        case "penalised":  # pragma: no branch - the type names no other
+        case "penalized":  # pragma: no branch - the type names no other
             return score_MB.mean(0) - penalty * spread(score_MB)
 
 
@@ -95,7 +95,7 @@ def spread(score_MB: Float[Tensor, "M B"]) -> Float[Tensor, " B"]:
 @checked
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of all rewards seen, from which a running normalisation divides by
+    """Count, mean and sum of squared deviations of all rewards seen, from which a running normalization divides by
     ``std``. Three numbers, so that a checkpoint can hold them."""
 
     count: float = 0.0

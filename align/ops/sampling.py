@@ -28,7 +28,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words in which every input bit
+    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words in which every input bit
     changes about half of the output bits. Products wrap modulo 2^64."""
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX[0])
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX[1])

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from align.sections.steering import LABEL_MAX
+from align.config.steerlm import LABEL_MAX
 from align.types import checked
 
 CONCENTRATION = 24.0

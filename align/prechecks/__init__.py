@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.config import Loaded
+from align.config import ClusterConfig, ModelConfig, RecipeConfig, RewardServiceConfig
+from align.config.load import LoadedConfig
 from align.errors import AlignError, ConfigError, PlacementError
 from align.prechecks import folders, functions, placement, precision, roles, sources
-from align.private import require_private
-from align.sections import Cluster, Model, Recipe, RewardService
+from align.utils.security import require_private
 
 
-def check(loaded: Loaded, *, here: bool = True, paths: bool = True) -> None:
+def check(loaded: LoadedConfig, *, here: bool = True, paths: bool = True) -> None:
     """Check what a command would read (``paths``), where it writes, and its placement. ``here``: it runs on this
     machine, whose slots are counted too.
 
@@ -22,7 +22,7 @@ def check(loaded: Loaded, *, here: bool = True, paths: bool = True) -> None:
     `PlacementError`.
     """
     config = loaded.config
-    absent = config.absent() if isinstance(config, Recipe) else set()
+    absent = config.absent() if isinstance(config, RecipeConfig) else set()
     if getattr(config, "scores", ""):
         absent = {"reward"}
     faults: list[AlignError] = []
@@ -42,35 +42,35 @@ def check(loaded: Loaded, *, here: bool = True, paths: bool = True) -> None:
         raise ConfigError("\n".join(lines), where=f"{loaded.recipe}")
 
 
-def _folder(loaded: Loaded) -> None:
+def _folder(loaded: LoadedConfig) -> None:
     config = loaded.config
-    if isinstance(config, Recipe):
+    if isinstance(config, RecipeConfig):
         folders.check_run_folder(config.run)
         return
-    key = "dir" if isinstance(config, RewardService) else "out"
+    key = "dir" if isinstance(config, RewardServiceConfig) else "out"
     folder = Path(getattr(config, key)).expanduser()
     if getattr(config, key):
         folders.require_writable(folder.absolute(), key)
-    if isinstance(config, RewardService):
+    if isinstance(config, RewardServiceConfig):
         require_private(folder)
 
 
-def _placement(loaded: Loaded) -> None:
+def _placement(loaded: LoadedConfig) -> None:
     config = loaded.config
-    if isinstance(config, RewardService):
+    if isinstance(config, RewardServiceConfig):
         if config.executor == "ray" and config.replicas.shards > 1:
-            placement.require_machine(config.replicas.shards, Cluster(slots_per_core=config.replicas.shards))
+            placement.require_machine(config.replicas.shards, ClusterConfig(slots_per_core=config.replicas.shards))
         return
-    if isinstance(config, Recipe):
+    if isinstance(config, RecipeConfig):
         slots = roles.check(config)
     else:
-        names = {name: one for name, one in vars(config).items() if isinstance(one, Model)}
+        names = {name: one for name, one in vars(config).items() if isinstance(one, ModelConfig)}
         every = placement.resolve(config.placement, names)
         slots = {name: every[name] for name, one in names.items() if one.path or getattr(one, "present", True)}
     if config.executor == "ray" and slots:
         placement.require_machine(1 + max(slot for role in slots.values() for slot in role), config.cluster)
 
 
-def _dtype(loaded: Loaded) -> None:
-    if isinstance(loaded.config, Recipe):
+def _dtype(loaded: LoadedConfig) -> None:
+    if isinstance(loaded.config, RecipeConfig):
         precision.dtype_notes(loaded)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.redact import redact
-from align.sections import Generator, Model, Reward
+from align.config import GeneratorConfig, ModelConfig, RewardConfig
+from align.utils.redact import redact
 
 Announce = Callable[[str], None]
 """Called with one line at a time."""
@@ -23,12 +23,12 @@ def silent(line: str) -> None:
     """An `Announce` that prints nothing."""
 
 
-def loading(section: Model) -> str:
+def loading(section: ModelConfig) -> str:
     """What a role does before it can answer: ``loading ./model (269 MB)``."""
-    if isinstance(section, (Reward, Generator)) and section.kind in ("http", "endpoint", "function"):
-        source = section.source if isinstance(section, Reward) else section.function or section.endpoint.url
+    if isinstance(section, (RewardConfig, GeneratorConfig)) and section.kind in ("http", "endpoint", "function"):
+        source = section.source if isinstance(section, RewardConfig) else section.function or section.endpoint.url
         return f"opening {source}"
-    if isinstance(section, Reward) and section.kind == "generative":
+    if isinstance(section, RewardConfig) and section.kind == "generative":
         return loading(section.generative.judge)
     if section.init:
         return "making random weights"
@@ -46,7 +46,7 @@ def _bytes(size: float) -> str:
 
 
 @contextmanager
-def announced(announce: Announce, name: str, section: Model, place: str) -> Iterator[None]:
+def announced(announce: Announce, name: str, section: ModelConfig, place: str) -> Iterator[None]:
     """Announce the start of a role, and after the context its end with the seconds that it took."""
     announce(f"{name}: {loading(section)} {place}")
     begun = time.monotonic()

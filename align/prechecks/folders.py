@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from align.config import RunConfig
 from align.errors import ConfigError
-from align.private import require_private
-from align.sections import Run
+from align.utils.security import require_private
 
 STOP_FILE = "STOP"
 BEFORE_A_RUN = re.compile(r"launch|logs|lock|attempt-[0-9]+|\..+\.partial")
@@ -40,7 +40,7 @@ def require_writable(folder: Path, key: str) -> None:
         raise ConfigError(f"{key}={folder}: {problem}", remedy=f"{remedy}{nearest.stat().st_uid}")
 
 
-def check_run_folder(section: Run) -> bool:
+def check_run_folder(section: RunConfig) -> bool:
     """Whether ``run.dir`` holds a run already. Raises `ConfigError` where it holds something else, or must not."""
     path = Path(section.dir).expanduser().absolute()
     require_writable(path, "run.dir")

@@ -9,9 +9,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from align.config import GeneratorConfig, RewardConfig
 from align.errors import ConfigError
 from align.prechecks.sources import near
-from align.sections import Generator, Reward
 
 LATE = {"__getattr__", "*", "globals"}
 """Names in a source that may define more than is written there."""
@@ -22,9 +22,9 @@ def functions(config: Any, absent: set[str] = frozenset()) -> Iterator[tuple[str
     for name, value in vars(config).items():
         if name in absent:
             continue
-        if isinstance(value, (Reward, Generator)) and value.function:
+        if isinstance(value, (RewardConfig, GeneratorConfig)) and value.function:
             yield f"{name}.function", value.function
-        if isinstance(value, Reward) and value.generative.judge.function:
+        if isinstance(value, RewardConfig) and value.generative.judge.function:
             yield f"{name}.generative.judge.function", value.generative.judge.function
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from align.config import ClusterConfig
 from align.errors import ConfigError, PlacementError
-from align.sections import Cluster
 
 
 def parse_slots(role: str, text: str) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def machine_gpus() -> int:
     return devices if visible is None else min(devices, len([name for name in visible.split(",") if name.strip()]))
 
 
-def require_machine(num_slots: int, cluster: Cluster) -> None:
+def require_machine(num_slots: int, cluster: ClusterConfig) -> None:
     """Raise `PlacementError` where a Ray that is started on this machine cannot have ``num_slots``. Where
     ``cluster.address`` names another, nothing is known before it is reached."""
     if cluster.address is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from align.config import Loaded
+from align.config import precision
+from align.config.load import LoadedConfig
 from align.errors import ConfigError
 from align.prechecks.roles import cast_sections
-from align.sections import precision
 
 
-def dtype_notes(loaded: Loaded) -> list[str]:
+def dtype_notes(loaded: LoadedConfig) -> list[str]:
     """A line for what ``dtype: auto`` is here, and one for roles that hold bfloat16 where it is slow.
 
     Raises `ConfigError` where the driver's machine cannot tell: it has no GPU, and the workers' machines are others.

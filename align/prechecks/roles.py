@@ -5,27 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from align import sections
+from align.config import (
+    CriticConfig,
+    GeneratorConfig,
+    ModelConfig,
+    RecipeConfig,
+    RewardConfig,
+    TrainedModelConfig,
+    precision,
+)
 from align.errors import ConfigError
 from align.prechecks import placement
-from align.sections import Critic, Model, Recipe, precision
 
 
-def cast_sections(config: Recipe) -> dict[str, Model]:
+def cast_sections(config: RecipeConfig) -> dict[str, ModelConfig]:
     """The role sections of a recipe by name, the trained ones first; without those it calls absent."""
     absent = config.absent()
-    found = {name: one for name, one in vars(config).items() if isinstance(one, Model) and name not in absent}
-    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], sections.Trained)))
+    found = {name: one for name, one in vars(config).items() if isinstance(one, ModelConfig) and name not in absent}
+    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], TrainedModelConfig)))
 
 
-def check(config: Recipe) -> dict[str, tuple[int, ...]]:
+def check(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
     """Slots of every role. Raises `ConfigError` for a placement that cannot be."""
     roles = cast_sections(config)
     slots = placement.resolve(config.placement, roles)
     for name, section in roles.items():
-        if isinstance(section, sections.Critic):
+        if isinstance(section, CriticConfig):
             require_head(section)
-        if not section.path and not (isinstance(section, sections.Reward) and section.present):
+        if not section.path and not (isinstance(section, RewardConfig) and section.present):
             raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
         elsewhere = config.executor == "ray" and config.cluster.address
         if section.attention == "flash_attention_2" and not elsewhere and precision.gpu_capability() is None:
@@ -34,17 +41,17 @@ def check(config: Recipe) -> dict[str, tuple[int, ...]]:
     return slots
 
 
-def remote_code(config: Recipe) -> list[str]:
+def remote_code(config: RecipeConfig) -> list[str]:
     """A line for each role that runs code which comes with its model."""
     models = cast_sections(config)
-    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, sections.Reward)}
+    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, RewardConfig)}
     models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
     trusted = {name: one for name, one in models.items() if one.trust_remote_code}
     commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
     return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
 
 
-def require_head(critic: Critic) -> None:
+def require_head(critic: CriticConfig) -> None:
     """Raises `ConfigError` for a critic that is to start from a judge without a head."""
     if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
         raise ConfigError(
@@ -53,17 +60,17 @@ def require_head(critic: Critic) -> None:
         )
 
 
-def located(section: Model) -> Model:
+def located(section: ModelConfig) -> ModelConfig:
     """The section with local files and folders named in full: workers may have another working directory."""
-    if isinstance(section, sections.Reward):
+    if isinstance(section, RewardConfig):
         judge = located(section.generative.judge)
-        assert isinstance(judge, sections.Generator)
+        assert isinstance(judge, GeneratorConfig)
         section = replace(
             section,
             ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
             generative=replace(section.generative, judge=judge),
         )
-    if isinstance(section, (sections.Reward, sections.Generator)):
+    if isinstance(section, (RewardConfig, GeneratorConfig)):
         file, colon, function = section.function.rpartition(":")
         section = replace(
             section,

@@ -15,21 +15,21 @@ from typing import Any, Literal
 
 from huggingface_hub import constants, get_token
 
-from align.errors import ConfigError
-from align.sections import (
-    BenchmarkData,
-    Data,
-    Generator,
-    InferenceScaling,
-    Model,
-    PolicyEvaluation,
-    QuestionData,
-    Recipe,
-    Reward,
-    RewardEvaluation,
-    RewardService,
-    ScalingPrompts,
+from align.config import (
+    BenchmarkDataConfig,
+    DataConfig,
+    GeneratorConfig,
+    ModelConfig,
+    PolicyEvaluationConfig,
+    QuestionDataConfig,
+    RecipeConfig,
+    RewardConfig,
+    RewardEvaluationConfig,
+    RewardServiceConfig,
+    ScaleConfig,
+    ScalePromptsConfig,
 )
+from align.errors import ConfigError
 
 SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".jsonl", ".parquet", ".py", ".safetensors", ".txt", ".yaml", ".yml"}
 """A name that ends so is a file: no hub id does."""
@@ -37,7 +37,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 HUB_S = 5.0
 """Seconds for the hub to say whether it has an id."""
 
-Configuration = Recipe | RewardEvaluation | PolicyEvaluation | InferenceScaling | RewardService
+Configuration = RecipeConfig | RewardEvaluationConfig | PolicyEvaluationConfig | ScaleConfig | RewardServiceConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def sources(config: Any, absent: set[str] = frozenset()) -> Iterator[Source]:  #
     for name, value in vars(config).items():
         if name not in absent:
             yield from _of_field(name, value)
-    if isinstance(config, Recipe):
+    if isinstance(config, RecipeConfig):
         for name, path in config.evaluations().items():
             yield Source(f"benchmarks.{name}", path, "rows")
         begun = any(Path(config.run.dir).expanduser().glob("checkpoints/step-*"))  # these count, and it may be gone
@@ -72,20 +72,20 @@ def sources(config: Any, absent: set[str] = frozenset()) -> Iterator[Source]:  #
 
 
 def _of_field(key: str, value: Any) -> Iterator[Source]:
-    if isinstance(value, (Reward, Generator, Data)):
+    if isinstance(value, (RewardConfig, GeneratorConfig, DataConfig)):
         yield Source(f"{key}.chat_template", value.chat_template or "", "local")
-    if isinstance(value, Model):
+    if isinstance(value, ModelConfig):
         yield Source(f"{key}.path", value.path, "model", value.revision, not value.init)
-    if isinstance(value, Reward):
+    if isinstance(value, RewardConfig):
         for index, path in enumerate(value.ensemble.paths):
             yield Source(f"{key}.ensemble.paths[{index}]", path, "model")
         yield from _of_field(f"{key}.generative.judge", value.generative.judge)
-    if isinstance(value, (Data, BenchmarkData, QuestionData, ScalingPrompts)):
+    if isinstance(value, (DataConfig, BenchmarkDataConfig, QuestionDataConfig, ScalePromptsConfig)):
         yield Source(f"{key}.path", value.path, "rows", value.revision)
-    if isinstance(value, Data):
+    if isinstance(value, DataConfig):
         for name, part in value.sources.items():
             yield Source(f"{key}.sources.{name}.path", part.path, "rows", part.revision)
-    if isinstance(value, QuestionData):
+    if isinstance(value, QuestionDataConfig):
         yield Source(f"{key}.references", value.references, "local")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from align.data import chat, helpsteer
+from align.data import chat, dataset
 from align.data.chat import Renderer
 from align.data.convert import section
 from align.data.lint import Finding, Report, lint
@@ -29,7 +29,7 @@ _COLUMNS = ("severity", "count", "share", "finding", "first places")
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data lint``. The status is 1 where there are errors, or with ``--strict`` warnings."""
     data = section(arguments)
-    reads = arguments.reads or helpsteer.usual(data)
+    reads = arguments.reads or dataset.usual(data)
     renderer, problem = None, ""
     if arguments.tokenizer:
         tokenizer = chat.load_tokenizer(arguments.tokenizer)

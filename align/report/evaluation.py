@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from align.report import svg
-from align.report.svg import Row
+from align.report import plots
+from align.report.plots import Row
 
 MOST_ON_TERMINAL = 12
 """Kinds of slices with more names than this are in the files only."""
@@ -103,15 +103,15 @@ def page(results: Mapping[str, Any]) -> str:
         parts.append(section(heading, _table(rows(comparison["numbers"]), "points", "{:+.1f}")))
     if calibration := results["calibration"]:
         error = f"<p>Expected calibration error {calibration['expected_calibration_error']:.3f}. "
-        plot = svg.reliability(calibration["bins"], "Reliability diagram")
+        plot = plots.reliability(calibration["bins"], "Reliability diagram")
         words = "A calibrated judge lies on the dashed line.</p>"
         parts.append(section("Calibration", f'{error}{words}<div class="square">{plot}</div>'))
     if margins := results["margins"]:
-        plot = svg.histogram(margins["edges"], margins["counts"], "Histogram of margins")
+        plot = plots.histogram(margins["edges"], margins["counts"], "Histogram of margins")
         words = f"<p>Mean {margins['mean']:.3g}, median {margins['median']:.3g}, {margins['ties']} ties.</p>"
         parts.append(section("Margins", words + plot))
     for kind, members in results["slices"].items():
-        parts.append(section(TITLES[kind], svg.intervals(rows(members), TITLES[kind])))
+        parts.append(section(TITLES[kind], plots.intervals(rows(members), TITLES[kind])))
     interval = (
         f"Intervals hold {100 * boot['confidence']:g} % of {boot['resamples']} bootstrap resamples of prompts, seed "
         f"{boot['seed']}. "

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from align.report import evaluation, svg
-from align.report.svg import Axis, Row
+from align.report import evaluation, plots
+from align.report.plots import Axis, Row
 
 AXES = {
     "percent": Axis(0, 100, (0, 25, 50, 75, 100), 50, (0, 50, 100), " %"),
@@ -85,7 +85,7 @@ def page(results: Mapping[str, Any]) -> str:
         found, unit = rows(group["numbers"]), group["unit"]
         heading = group["name"].capitalize()
         table = _table(("", UNITS[unit], "interval", "n"), [_cells(row, unit) for row in found])
-        picture = svg.intervals(found, heading, AXES[unit]) if unit in AXES else ""
+        picture = plots.intervals(found, heading, AXES[unit]) if unit in AXES else ""
         parts.append(evaluation.section(heading, table if heading == "Overall" or not picture else picture))
     lengths = [(name, *(_length(one[kind]) for kind in LENGTHS)) for name, one in results["lengths"].items()]
     parts.append(evaluation.section("Mean length of an answer", _table(("", *LENGTHS), lengths)))

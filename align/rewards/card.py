@@ -19,7 +19,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Moments:
-    """Scores of held-out responses: what ``reward.normalise`` subtracts and divides by."""
+    """Scores of held-out responses: what ``reward.normalize`` subtracts and divides by."""
 
     mean: float
     std: float

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from align import __version__
+from align.config import ModelConfig
 from align.data import chat
 from align.data.chat import Renderer
 from align.errors import DataError
@@ -18,7 +19,6 @@ from align.models import convert, exported_files, load, merge, readme
 from align.models.exported_files import Chat
 from align.rewards import card
 from align.rewards.card import Card
-from align.sections import Model
 
 
 def expo(arguments: argparse.Namespace, console: Console) -> int:
@@ -55,7 +55,7 @@ def _readme(strong: Path, origin: str, found: Card | None) -> dict[str, str]:
         renderer = Renderer(tokenizer, date=None if found is None else found.date, section="tokenizer")
     except DataError:
         return {readme.NAME: f"# Model\n\n{origin}\n"}
-    if not load.labels(Model(path=str(strong))):
+    if not load.labels(ModelConfig(path=str(strong))):
         stops = exported_files.stored_stop_ids(strong) or list(renderer.stop_ids)
         return {readme.NAME: readme.policy(origin, Chat.of(renderer), tokenizer, stops, trust=False)}
     form = Chat.of(renderer, whole=found is None or not found.loss)

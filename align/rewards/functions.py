@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import plugins
 from align.data.chat import Dialogue
 from align.errors import ConfigError, DataError
+from align.utils import plugins
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """What a function may ask for. TRL passes columns of the data set and its own state too, which nothing has here."""
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function ``module:function`` or ``path/file.py:function``. Raises `ConfigError`, see `align.plugins.load`,
+    """The function ``module:function`` or ``path/file.py:function``. Raises `ConfigError`, see `align.utils.plugins.load`,
     also for one that needs what nothing gives."""
-    found = plugins.load(name)
+    found = plugins.load_function(name)
     _check_signature(name, found)
     return found
 
 
 def _check_signature(name: str, function: Callable[..., Any]) -> None:
-    parameters = plugins.signature(name, function).parameters.values()
+    parameters = plugins.function_signature(name, function).parameters.values()
     for one in parameters:
         if one.kind is one.POSITIONAL_ONLY or (one.kind is one.VAR_POSITIONAL):
             raise ConfigError(

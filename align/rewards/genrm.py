@@ -15,15 +15,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from align.data import judging, verdicts
+from align.config import GenerativeConfig
+from align.data import genrm, genrm_prompts
 from align.data.chat import Dialogue, Message
-from align.data.verdicts import FALLBACK, Scores
+from align.data.genrm_prompts import FALLBACK, Scores
 from align.generators import opening
 from align.generators.base import Completion, Request
-from align.ops.verdicts import MIDDLE
-from align.rewards import groups as grouping
-from align.rewards import judge_card, principles
-from align.sections import Generative
+from align.ops.genrm import MIDDLE
+from align.rewards import genrm_card, principles
+from align.rewards import genrm_groups as grouping
 
 T = TypeVar("T")
 Context = tuple[Message, ...]
@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
 class GenerativeJudge:
     """Scores of a judge that writes."""
 
-    def __init__(self, section: Generative, device: torch.device, seed: int = 0):
+    def __init__(self, section: GenerativeConfig, device: torch.device, seed: int = 0):
         """Raises `ModelError`, `ConfigError` or `DataError` for a generator that cannot be."""
         self.section = section
         self.generator = opening.open_generator(section.judge, device, seed)
@@ -94,8 +94,8 @@ class GenerativeJudge:
         orders = [self._orders(one) for one in questions]
         asked = [one for found in orders for one in found]
         votes = self._votes(
-            [verdicts.ask(*one, form, section.custom_roles, section.principle) for one in asked],
-            lambda i, completion: verdicts.read(completion.text, form, len(asked[i].responses)),
+            [genrm_prompts.ask(*one, form, section.custom_roles, section.principle) for one in asked],
+            lambda i, completion: genrm_prompts.read(completion.text, form, len(asked[i].responses)),
         )
         said = iter(votes)
         found = [_merged([next(said) for _ in found], len(found[0].responses)) for found in orders]
@@ -112,7 +112,7 @@ class GenerativeJudge:
         return found
 
     def _shown(self, response: str) -> str:
-        return verdicts.thought(response)[1] if self.section.strip_thoughts else response
+        return genrm_prompts.thought(response)[1] if self.section.strip_thoughts else response
 
     def _orders(self, question: Question) -> list[Question]:
         context, responses = question
@@ -178,7 +178,7 @@ def _merged(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> Co
     there, *back = [[vote or none for vote in votes] for votes in orders]
     if not back:
         return Comparison(_mean(there), unread, None)
-    swapped = [verdicts.swapped(vote) for vote in back[0]]
+    swapped = [genrm_prompts.swapped(vote) for vote in back[0]]
     agreed = None if unread else _favours(_mean(there)) == _favours(_mean(swapped))
     return Comparison(_mean([*there, *swapped]), unread, agreed)
 
@@ -198,16 +198,16 @@ def _favours(scores: Scores) -> int:
     return (scores.ranking < MIDDLE) - (scores.ranking > MIDDLE)
 
 
-def check(section: Generative) -> str:
+def check(section: GenerativeConfig) -> str:
     """Look at all that a judge needs to come up; returns the fingerprint of what its model renders text by, or nothing.
 
     Raises `AlignError` with a remedy: no such model or function, no key, a template that does not know the roles, a
     judge that learned another form.
     """
     renderer = opening.check(section.judge)
-    judge_card.require_same(section)
+    genrm_card.require_same(section)
     if renderer is None:
         return ""
     keys = "reward.generative.custom_roles", "reward.generative.judge.chat_template"
-    judging.require_roles(renderer, section, keys)
+    genrm.require_roles(renderer, section, keys)
     return renderer.fingerprint

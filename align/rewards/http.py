@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from align.config import HttpConfig
 from align.data.chat import Dialogue
 from align.errors import WorkerError
-from align.generators import transport
-from align.generators.transport import Again, Transport
-from align.rewards import api
-from align.sections import Http
+from align.generators import http
+from align.generators.http import Again, Transport
+from align.rewards import http_protocol
 
 ANSWER_BYTES, SCORE_BYTES = 1 << 16, 1 << 12
 """Length of the longest answer that is read, and what each conversation adds to it."""
@@ -43,13 +43,13 @@ class HttpJudge:
     Scores of requests that were answered are remembered also when another one of the same call fails.
     """
 
-    def __init__(self, section: Http, failed: Literal["fail", "drop"] = "fail"):
+    def __init__(self, section: HttpConfig, failed: Literal["fail", "drop"] = "fail"):
         """``failed`` is what follows when the retries are used up: `WorkerError`, or NaN for those conversations.
 
         Raises `ConfigError` where the token is missing or cannot be sent.
         """
         self._section, self._failed = section, failed
-        token = transport.secret(section.token_env, "http.token_env", _EXPORT.format(name=section.token_env))
+        token = http.secret(section.token_env, "http.token_env", _EXPORT.format(name=section.token_env))
         self._transport = Transport(section, section.token_env, token, _remedies(section))
         self._pool = ThreadPoolExecutor(section.max_concurrency, "reward-http")
         self._lock = threading.Lock()
@@ -102,7 +102,7 @@ class HttpJudge:
 
     def _key(self, index: int, dialogue: Dialogue) -> bytes:
         """What tells conversations apart: their content where scores are remembered, else their place."""
-        return hashlib.sha256(api.canonical(dialogue)).digest() if self._section.cache_size else b"%d" % index
+        return hashlib.sha256(http_protocol.canonical(dialogue)).digest() if self._section.cache_size else b"%d" % index
 
     def _recall(self, keys: Sequence[bytes]) -> dict[bytes, float]:
         with self._lock:
@@ -123,7 +123,7 @@ class HttpJudge:
     def _ask(self, part: Sequence[tuple[bytes, Dialogue]], stop: threading.Event) -> dict[bytes, float]:
         """Scores of the conversations of one request, by key."""
         keys = [key for key, _ in part]
-        body = api.request([dialogue for _, dialogue in part])
+        body = http_protocol.request([dialogue for _, dialogue in part])
         self._sent()
         try:
             found = self._transport.repeated(lambda: self._send(body, len(part)), stop, lambda: self._sent(again=True))
@@ -147,16 +147,18 @@ class HttpJudge:
         return WorkerError(
             f"the reward service gave no scores in {error}",
             where=self._section.url,
-            remedy=f"see that it runs (GET {api.HEALTH}) and its log; wait for longer with http.retries and "
+            remedy=f"see that it runs (GET {http_protocol.HEALTH}) and its log; wait for longer with http.retries and "
             "http.timeout_s; failed=drop goes on without such prompts",
         )
 
     def _send(self, body: bytes, count: int) -> list[float]:
         """One request. Raises `Again`, or `ConfigError`."""
         begun = time.perf_counter()
-        data = self._transport.post(api.REWARDS, body, ANSWER_BYTES + count * SCORE_BYTES, api.message_of)
+        data = self._transport.post(
+            http_protocol.REWARDS, body, ANSWER_BYTES + count * SCORE_BYTES, http_protocol.message_of
+        )
         try:
-            scores = api.read_answer(data, count)
+            scores = http_protocol.read_answer(data, count)
         except ValueError as error:
             raise Again(f"an answer that cannot be used: {error}") from error
         with self._lock:
@@ -167,13 +169,13 @@ class HttpJudge:
 _EXPORT = "export {name}=TOKEN before the start; workers on Ray get it when its name begins with ALIGN_REWARD_TOKEN"
 
 
-def _remedies(section: Http) -> dict[int, str]:
+def _remedies(section: HttpConfig) -> dict[int, str]:
     token = f"environment variable {section.token_env}" if section.token_env else "http.token_env=NAME"
     return {
-        transport.MOVED: "set http.url to where the service is",
+        http.MOVED: "set http.url to where the service is",
         401: f"set the token of the service: {token}",
         403: f"set the token of the service: {token}",
-        404: f"http.url is the address without {api.REWARDS}",
+        404: f"http.url is the address without {http_protocol.REWARDS}",
         413: "lower http.batch_size, or raise the limits of the service",
     }
 

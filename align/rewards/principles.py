@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 
+from align.config import GenerativeConfig
 from align.data.chat import Dialogue, Message
-from align.data.verdicts import thought
+from align.data.genrm_prompts import thought
 from align.generators.base import Completion
 from align.rewards import texts
-from align.sections import Generative
 
 NO_OPINION = 0.0
 """Score of a response whose verdict cannot be read."""
@@ -17,7 +17,7 @@ NO_OPINION = 0.0
 _VERDICT = re.compile(r"[\s*_\"']*(Yes|No)[\s*_\"'.!]*")
 
 
-def ask(dialogue: Dialogue, section: Generative) -> tuple[Message, ...]:
+def ask(dialogue: Dialogue, section: GenerativeConfig) -> tuple[Message, ...]:
     """The conversation that is answered by Yes or No: the question follows the response, as of a ``yes_no`` model."""
     question = Message("user", texts.question_of(section.principle))
     return (*dialogue.context, Message("assistant", dialogue.response), question)

@@ -16,8 +16,8 @@ from align.types import Packed, Sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from align.rewards.reading import Reading
-    from align.sections import Reward
+    from align.config import RewardConfig
+    from align.rewards.checkpoint_format import Reading
 
 QUESTION = (
     "Evaluate the response to the previous prompt in terms of whether it satisfies this principle: {principle}. Only "
@@ -37,7 +37,7 @@ class Text:
     ``yes_no`` model reads a further user turn, the question, and stands where its own answer would begin.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: Reward):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: RewardConfig):
         """Raises `DataError` where the template cannot be used, `ModelError` where no answer could be read."""
         if reading.chat_template is not None:
             tokenizer.chat_template = reading.chat_template

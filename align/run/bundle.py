@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from align import config as configuration
-from align.disk import saving, write_whole
+from align.config import RecipeConfig
+from align.config.load import write_config
 from align.errors import ConfigError
+from align.run.checkpointing import read_rollouts, write_rollouts
 from align.run.folder import Folder
-from align.run.saving import read_rollouts, write_rollouts
-from align.sections import Recipe
 from align.types import Rollouts
+from align.utils.disk import saving, write_whole
 
 SCHEMA = 1
 CLOCK = re.compile("seconds/|tokens_per_second/|[a-z_]+/service/")
@@ -50,7 +50,7 @@ class Bundle:
 
 def write(
     disk: Folder,
-    recipe: Recipe,
+    recipe: RecipeConfig,
     step: int,
     reason: str,
     metrics: Mapping[str, float] | None,
@@ -64,7 +64,7 @@ def write(
     before = [at for at in disk.snapshots.steps() if at < step]
     if before:
         disk.snapshots.pin(before[-1])
-    configuration.dump(recipe, folder / "config.yaml")
+    write_config(recipe, folder / "config.yaml")
     if rollouts is not None:
         write_rollouts(folder, "rollouts.safetensors", rollouts)
     content = {

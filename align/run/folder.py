@@ -16,24 +16,24 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from align import config as configuration
 from align.checkpoint import Snapshot, Snapshots, UnsoundError, listed, read_file, require_sound
-from align.disk import open_file, saving, write_whole
+from align.config import RecipeConfig
+from align.config.load import format_config
 from align.errors import ConfigError
 from align.prechecks.folders import BEFORE_A_RUN, check_run_folder
-from align.redact import redact
+from align.run.checkpointing import Progress
 from align.run.environment import environment, versions
 from align.run.identity import MOST_LISTED, Identity
-from align.run.lines import Lines, copy_tree
+from align.run.jsonl import Lines, copy_tree
 from align.run.lock import Lock
-from align.run.saving import Progress
-from align.sections import Recipe
+from align.utils.disk import open_file, saving, write_whole
+from align.utils.redact import redact
 
 
 class Folder:
     """The folder of one run, owned by this process from `open` to `close`."""
 
-    def __init__(self, recipe: Recipe, identity: Identity):
+    def __init__(self, recipe: RecipeConfig, identity: Identity):
         self.recipe, self.section, self.identity = recipe, recipe.run, identity
         self.path = Path(self.section.dir).expanduser().absolute()
         self.metrics, self.samples, self.evaluations = (
@@ -175,7 +175,7 @@ class Folder:
 
     def _write_start(self) -> None:
         self.write_json("identity.json", asdict(self.identity))  # first: it tells a run from other folders
-        self.write_text("config.yaml", redact(configuration.dumped(self.recipe)))
+        self.write_text("config.yaml", redact(format_config(self.recipe)))
         now = environment()
         self.write_text("environment.json", redact(json.dumps(now, indent=2)) + "\n")
         start = {"epoch": self.lock.epoch, "from_step": self.found.manifest.step if self.found else 0, **now}

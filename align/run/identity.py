@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from align import config as configuration
+from align.config import RecipeConfig
+from align.config.load import flatten_config
 from align.errors import ConfigError
-from align.sections import Recipe
 
 HARMLESS = (
     r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|tensorboard|progress|bundle_steps)",
     r"run\.(non_finite|max_non_finite)",
     r"(checkpoint|cluster|placement)\..*",
     r"placement|executor|benchmarks(\..*)?",
-    r"\w+\.(zero_stage|micro_batch_tokens|offload_optimizer|offload_parameters|gradient_checkpointing)",
-    r"\w+\.(generation_slots|gather_for_rollouts)",
+    r"\w+\.(zero_stage|max_tokens_per_micro_batch|offload_optimizer|offload_parameters|gradient_checkpointing)",
+    r"\w+\.(max_num_seqs|gather_weights_for_generation)",
     r"data\.(path|revision|streaming|chat_template)|data\.sources\.[\w-]+\.(path|revision)|\w+\.(path|revision)|reference_cache",
     r"\w+\.(ensemble\.paths|chat_template)",
-    r"\w+\.generative\.judge\.(path|revision|chat_template|micro_batch_tokens|generation_slots)",
+    r"\w+\.generative\.judge\.(path|revision|chat_template|max_tokens_per_micro_batch|max_num_seqs)",
     r"\w+\.generative\.judge\.endpoint\.(key_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency)",
     r"\w+\.http\.(token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size)",
 )
@@ -45,9 +45,9 @@ class Identity:
     """Fingerprint of what each role starts from."""
 
     @classmethod
-    def of(cls, recipe: Recipe, data: Mapping[str, str], models: Mapping[str, str]) -> Identity:
+    def of(cls, recipe: RecipeConfig, data: Mapping[str, str], models: Mapping[str, str]) -> Identity:
         """The identity of a run that is about to begin or to go on."""
-        leaves = configuration.flatten(recipe)
+        leaves = flatten_config(recipe)
         kept = {key: value for key, value in leaves.items() if not _HARMLESS.fullmatch(key)}
         return cls(_plain(kept), dict(data), dict(models))
 

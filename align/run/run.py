@@ -13,19 +13,19 @@ from typing import Any
 
 from torch import Tensor
 
-from align import faults
+from align.config import RecipeConfig, SamplingConfig
 from align.data.prompts import PromptStream
-from align.disk import saving
 from align.errors import AlignError, DivergedError, SaveError, StoppedError
-from align.roles import Counting, Future, Policy, Previous, Ready, Stateful
+from align.roles import CompletedFuture, Future, MeteredRole, PolicyRole, SamplingRole, StatefulRole
 from align.run import bundle, display
+from align.run.checkpointing import Content, Progress, Saver, read_content
 from align.run.clock import Clock
 from align.run.folder import Folder, damage_of
 from align.run.identity import Identity
-from align.run.saving import Content, Progress, Saver, read_content
 from align.run.stopping import Stopping
-from align.sections import Recipe, Sampling
 from align.types import Rollouts
+from align.utils import fault_injection
+from align.utils.disk import saving
 
 
 class Run:
@@ -38,7 +38,7 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RecipeConfig,
         decode: Callable[[Sequence[int]], str],
         identity: Identity | None = None,
         stopping: Stopping | None = None,
@@ -56,8 +56,8 @@ class Run:
         """Tensors that an algorithm carries from step to step, as `state` does with numbers."""
         self.stop_after: int | None = None
         """A step after which the run ends at once, without a snapshot: the end of a replay."""
-        self._roles: dict[str, Stateful] = {}
-        self._counting: dict[str, Counting] = {}
+        self._roles: dict[str, StatefulRole] = {}
+        self._counting: dict[str, MeteredRole] = {}
         self._waiting: deque[Future[Rollouts]] = deque()
         self.sampled: Rollouts | None = None
         """The rollouts of the step under way."""
@@ -99,7 +99,7 @@ class Run:
     def _best_at(self, step: int) -> Path:
         return self._here / "best" / f"step-{step:06d}"
 
-    def keep_best(self, step: int, policy: Policy, extra: Mapping[str, str] | None = None) -> None:
+    def keep_best(self, step: int, policy: PolicyRole, extra: Mapping[str, str] | None = None) -> None:
         """Write the policy as the best one so far, with the ``extra`` files, text by name. Those before go when no
         snapshot speaks of them any more."""
         folder = self._best_at(step)
@@ -155,7 +155,7 @@ class Run:
         snapshot = self.disk.found
         content = Content(Progress(), {}, []) if snapshot is None else read_content(snapshot)
         self.progress, self.tensors = content.progress, dict(content.tensors)
-        self._waiting = deque(Ready(rollouts) for rollouts in content.waiting)
+        self._waiting = deque(CompletedFuture(rollouts) for rollouts in content.waiting)
         self.clock.step = self.progress.step
         self.disk.cut_back(self.progress)
 
@@ -195,8 +195,8 @@ class Run:
     def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
         """The roles of this round are up: those with state are saved from now on, and what they count is logged.
         ``worlds`` tells how each role is split over processes."""
-        self._counting = {name: role for name, role in vars(roles).items() if isinstance(role, Counting)}
-        self._roles = {name: role for name, role in vars(roles).items() if isinstance(role, Stateful)}
+        self._counting = {name: role for name, role in vars(roles).items() if isinstance(role, MeteredRole)}
+        self._roles = {name: role for name, role in vars(roles).items() if isinstance(role, StatefulRole)}
         self.saver.roles = self._roles
         self.saver.facts = {**self.disk.facts, "roles": {name: dict(worlds[name]) for name in self._roles}}
 
@@ -235,7 +235,7 @@ class Run:
         self.stop_if_asked()
         for step in range(max(self.first_step, self.progress.step + 1), self.round * self.section.steps + 1):
             self.clock.step = step
-            faults.strike("driver", 0, "step", step)
+            fault_injection.maybe_inject("driver", 0, "step", step)
             begun = time.monotonic()
             yield step
             self.stopping.note_step(time.monotonic() - begun)
@@ -283,7 +283,7 @@ class Run:
 
     def _save(self, must: bool) -> None:
         waiting = [future.result() for future in self._waiting]
-        self._waiting = deque(Ready(rollouts) for rollouts in waiting)
+        self._waiting = deque(CompletedFuture(rollouts) for rollouts in waiting)
         self.progress.waiting = len(waiting)
         self.progress.roles = {name: role.counters() for name, role in self._roles.items()}
         try:
@@ -317,16 +317,16 @@ class Run:
         )
 
     def rollouts(
-        self, prompts: PromptStream, policy: Previous, sampling: Sampling, lag: int
+        self, prompts: PromptStream, policy: SamplingRole, sampling: SamplingConfig, max_off_policy_steps: int
     ) -> Iterator[tuple[int, Rollouts]]:
         """Each step with the rollouts it learns from.
 
         Those of step s + lag are asked for before step s trains, so they come from the weights after step s - 1 and
-        meet a policy that is ``lag`` updates further. With ``lag`` 0 a step asks for its own rollouts and waits.
+        meet a policy that is ``max_off_policy_steps`` updates further. With ``max_off_policy_steps`` 0 a step asks for its own rollouts and waits.
         """
         last = self.round * self.section.steps
         for step in self.steps():
-            while len(self._waiting) <= min(lag, last - step):
+            while len(self._waiting) <= min(max_off_policy_steps, last - step):
                 self._waiting.append(policy.generate(prompts.batch(step + len(self._waiting)), sampling))
             self.sampled = self._waiting.popleft().result()
             yield step, self.sampled

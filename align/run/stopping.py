@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from align.prechecks.folders import STOP_FILE
-from align.signals import IGNORED_STAYS_IGNORED, SIGNALS
+from align.utils.signals import IGNORED_STAYS_IGNORED, SIGNALS
 
 SAME_REQUEST_SECONDS = 1.0
 """A signal this soon after the first is the same request: Slurm sends it to a step and the batch script passes its own

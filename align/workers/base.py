@@ -15,18 +15,19 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import __version__, faults
+from align import __version__
 from align.checkpoint import FileRecord, write_json, write_tensors
+from align.config import ModelConfig, TrainedModelConfig
 from align.data import chat, collate
-from align.engines import distributed, state
+from align.engines import distributed, optimizer_state
 from align.engines.deepspeed import Engine, sharded_loading
 from align.errors import SaveError
 from align.models import export, exported_files, load, verify_export, weights
 from align.models.exported_files import Exported
 from align.roles import Future, LossFunction, Metrics
 from align.run.clock import Span
-from align.sections import Model, Trained
 from align.types import Batch, Record
+from align.utils import fault_injection
 
 W = TypeVar("W", bound="Worker")
 P = ParamSpec("P")
@@ -41,7 +42,7 @@ class Spec:
     role: str
     rank: int
     world_size: int
-    section: Model
+    section: ModelConfig
     seed: int
     total_steps: int
     timeout_s: float
@@ -67,7 +68,7 @@ def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, 
     def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
         begin = time.time()
         value = method(self, *args, **kwargs)
-        number = faults.spoilt("answer")
+        number = fault_injection.corrupt("answer")
         return Answer(value if number is None else _spoilt(value, number), (begin, time.time()))
 
     return timed
@@ -117,7 +118,7 @@ class Worker:
     def _prepare(self) -> None:
         section = self.spec.section
         self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-        state.seed_generators(self.spec.seed)
+        optimizer_state.seed_generators(self.spec.seed)
         with sharded_loading(section):
             self.load()
 
@@ -142,7 +143,7 @@ class TrainedWorker(Worker):
     def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
         """Adapters and activation checkpoints, as the recipe says."""
         section = self.spec.section
-        assert isinstance(section, Trained)
+        assert isinstance(section, TrainedModelConfig)
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if section.lora.rank:
@@ -164,7 +165,7 @@ class TrainedWorker(Worker):
 
     @answered
     def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
-        """Write what this rank holds of the state of training below ``folder / role``; see `align.engines.state`.
+        """Write what this rank holds of the state of training below ``folder / role``; see `align.engines.optimizer_state`.
 
         Memory is copied before this returns; with ``overlap`` the copy is written by a thread, and `saved` has the
         records. A save that nobody asked about is waited for, and its outcome dropped. Raises `SaveError`.
@@ -173,8 +174,8 @@ class TrainedWorker(Worker):
             futures.wait([self._writing])
         role, rank = self.spec.role, self.spec.rank
         files = {
-            state.tensors_file(rank): self.engine.training.collect(),
-            state.random_file(rank): state.random_state(),
+            optimizer_state.tensors_file(rank): self.engine.training.collect(),
+            optimizer_state.random_file(rank): optimizer_state.random_state(),
         }
         counters = self.engine.counters() if rank == 0 else None
         self._writing = self._writer.submit(_write, folder, role, files, counters)
@@ -194,12 +195,12 @@ class TrainedWorker(Worker):
         """Go back to what `save` wrote, on any number of ranks and at any ZeRO stage. Raises `ModelError`."""
         own = folder / self.spec.role
         self.engine.restore(own)
-        state.restore_random_state(own, self.spec.seed, self.engine.step)
+        optimizer_state.restore_random_state(own, self.spec.seed, self.engine.step)
 
     @answered
     def state_bytes(self) -> int:
         """About what this rank would write."""
-        return self.engine.training.num_bytes() + sum(one.nbytes for one in state.random_state().values())
+        return self.engine.training.num_bytes() + sum(one.nbytes for one in optimizer_state.random_state().values())
 
     @answered
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
@@ -208,7 +209,7 @@ class TrainedWorker(Worker):
         Raises `ModelError` where the folder would not be the trained model.
         """
         section, first = self.spec.section, self.spec.rank == 0
-        assert isinstance(section, Trained)
+        assert isinstance(section, TrainedModelConfig)
         expected = self.engine.infer(verify_export.probe(self.tokenizer), **self.inference_arguments)
         base = weights.stored_dtype(section) if section.lora.rank else None
         dtype = base and export.merged_dtype(self.model, self.engine.full, base)
@@ -236,7 +237,7 @@ def _write(
     try:
         records = [write_tensors(folder, f"{role}/{name}", tensors) for name, tensors in files.items()]
         if counters is not None:
-            records.append(write_json(folder, f"{role}/{state.COUNTERS}", counters))
+            records.append(write_json(folder, f"{role}/{optimizer_state.COUNTERS}", counters))
     except SaveError:
         raise
     except Exception as error:
@@ -292,7 +293,7 @@ class Role:
 
     worker: type[Worker]
 
-    def __init__(self, ranks: Ranks, section: Model):
+    def __init__(self, ranks: Ranks, section: ModelConfig):
         self.ranks, self.section = ranks, section
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align.config import CriticConfig
 from align.data import chat, collate
 from align.engines.deepspeed import Engine, assign
 from align.models import heads, load
-from align.rewards import reading
+from align.rewards import checkpoint_format
 from align.roles import Future
-from align.sections import Critic as CriticSection
 from align.types import Sequences
 from align.workers.base import TrainedRole, TrainedWorker, answered, merged
 
@@ -19,8 +19,8 @@ class CriticWorker(TrainedWorker):
 
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
-        assert isinstance(section, CriticSection)
-        start = None if section.head == "new" else reading.start_of(section)
+        assert isinstance(section, CriticConfig)
+        start = None if section.head == "new" else checkpoint_format.start_of(section)
         size, from_row = chat.vocab_size(self.tokenizer), start is not None and start.kind == "lm_head_row0"
         if start is None:
             self.model = load.scorer(section, size, spec.seed, head="new" if len(load.labels(section)) > 1 else "auto")

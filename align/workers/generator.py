@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.engines import state
+from align.config import GeneratorConfig, ModelConfig, SamplingConfig
+from align.engines import optimizer_state
 from align.generators import opening
 from align.generators.base import Completion, Request
 from align.roles import Future, Metrics
-from align.sections import Generator as GeneratorSection
-from align.sections import Model, Sampling
 from align.workers.base import Ranks, Role, Worker, answered, by_rank
 
 
@@ -29,12 +28,12 @@ class GeneratorWorker(Worker):
 
     def _prepare(self) -> None:
         section = self.spec.section
-        assert isinstance(section, GeneratorSection)
-        state.seed_generators(self.spec.seed)
+        assert isinstance(section, GeneratorConfig)
+        optimizer_state.seed_generators(self.spec.seed)
         self.generator = opening.open_generator(section, self.device, self.spec.seed)
 
     @answered
-    def complete(self, requests: Sequence[Request], sampling: Sampling, margins: bool) -> Completed:
+    def complete(self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool) -> Completed:
         """Answers to this rank's requests."""
         return Completed(self.generator.complete(requests, sampling, margins), self.generator.metrics())
 
@@ -44,14 +43,14 @@ class Generator(Role):
 
     worker = GeneratorWorker
 
-    def __init__(self, ranks: Ranks, section: Model, phase: str = "complete"):
+    def __init__(self, ranks: Ranks, section: ModelConfig, phase: str = "complete"):
         """``phase`` is the name under which its seconds are counted."""
         super().__init__(ranks, section)
         self.phase = phase
         self._counts: Metrics = {}
 
     def complete(
-        self, requests: Sequence[Request], sampling: Sampling, margins: bool = False
+        self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> Future[list[Completion]]:
         """See `align.generators.base.Generator`."""
         index = [part.tolist() for part in by_rank(len(requests), self.ranks.world_size)]

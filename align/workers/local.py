@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from align import faults
 from align.errors import WorkerError
 from align.prechecks.announce import Announce, announced, silent
-from align.roles import Ready
+from align.roles import CompletedFuture
 from align.run import Clock
+from align.utils import fault_injection
 from align.workers.base import Answer, Ranks, Spec, Worker
 
 T = TypeVar("T")
@@ -32,12 +32,12 @@ class LocalRanks(Ranks):
         method: Callable[..., Answer[T]],
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
-    ) -> Ready[U]:
+    ) -> CompletedFuture[U]:
         """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
         answer = self._run(phase, method, arguments)
         self.clock.record(phase, [answer.span])
-        return Ready(gather([answer.value]))
+        return CompletedFuture(gather([answer.value]))
 
     def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
         """See `align.workers.base.Ranks`."""
@@ -46,20 +46,20 @@ class LocalRanks(Ranks):
     def _run(self, phase: str, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> Answer[T]:
         role, step = self.worker.spec.role, self.clock.step
         try:
-            faults.strike(role, 0, phase, step)
+            fault_injection.maybe_inject(role, 0, phase, step)
             return getattr(self.worker, method.__name__)(*arguments[0])  # by name: the worker's own override counts
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise WorkerError(
                 f"{role} ran out of memory in {phase}, step {step}: {type(error).__name__}: {error}",
-                remedy=f"lower {role}.micro_batch_tokens, or {role}.generation_slots while it samples",
+                remedy=f"lower {role}.max_tokens_per_micro_batch, or {role}.max_num_seqs while it samples",
             ) from error
 
 
 def bring_up(worker: type[Worker], spec: Spec, clock: Clock, announce: Announce = silent) -> LocalRanks:
     """Start the role in this process."""
-    faults.strike(spec.role, spec.rank, "start", clock.step)
+    fault_injection.maybe_inject(spec.role, spec.rank, "start", clock.step)
     instance = worker(spec)
-    faults.strike(spec.role, spec.rank, "load", clock.step)
+    fault_injection.maybe_inject(spec.role, spec.rank, "load", clock.step)
     with announced(announce, spec.role, spec.section, "in this process"):
         instance.start_alone()
     return LocalRanks(instance, clock)

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.config import ModelConfig, PolicyConfig, PreviousPolicyConfig, SamplerConfig, SamplingConfig
 from align.data import collate
-from align.engines import generation
+from align.engines import decoder
 from align.engines.deepspeed import Engine
 from align.errors import ModelError
 from align.models import export, exported_files, heads, readme, verify_export
 from align.models.weights import named_weights
-from align.roles import Future, LossFunction, Metrics, Ready
-from align.sections import Model, Sampling
-from align.sections import Policy as PolicySection
-from align.sections import Previous as PreviousSection
-from align.sections import Sampler as SamplerSection
+from align.roles import CompletedFuture, Future, LossFunction, Metrics
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences, Weights
 from align.workers.base import (
     After,
@@ -56,14 +53,14 @@ class ReferenceWorker(Worker):
         """log pi(token t | before) of this rank's sequences, (B, T)."""
         return self.engine.infer(sequences, temperature=temperature)["logprob_BT"]
 
-    def _sampled(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+    def _sampled(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses on whole weights, or on weights that are fetched layer by layer."""
         section, seed = self.spec.section, self.spec.seed
-        assert isinstance(section, PolicySection | PreviousSection)
-        if self.engine.sharded and not section.gather_for_rollouts:
-            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots, self.engine.agree)
+        assert isinstance(section, PolicyConfig | PreviousPolicyConfig)
+        if self.engine.sharded and not section.gather_weights_for_generation:
+            return decoder.generate(self.model, prompts, sampling, seed, section.max_num_seqs, self.engine.agree)
         with self.engine.full(self.model.parameters()):
-            return generation.generate(self.model, prompts, sampling, seed, section.generation_slots)
+            return decoder.generate(self.model, prompts, sampling, seed, section.max_num_seqs)
 
 
 class PolicyWorker(TrainedWorker, ReferenceWorker):
@@ -92,7 +89,7 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
         return {"temperature": batch.temperature}
 
     @answered
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts, with dropout off and on the weights as they are now."""
         return self._sampled(prompts, sampling)
 
@@ -137,11 +134,11 @@ class SamplerWorker(Worker):
             )
 
     @answered
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts on the weights received last."""
         section = self.spec.section
-        assert isinstance(section, SamplerSection)
-        return generation.generate(self.model, prompts, sampling, self.spec.seed, section.generation_slots)
+        assert isinstance(section, SamplerConfig)
+        return decoder.generate(self.model, prompts, sampling, self.spec.seed, section.max_num_seqs)
 
 
 class Sampler(Role):
@@ -158,7 +155,7 @@ class PreviousWorker(ReferenceWorker):
     """A frozen policy that samples."""
 
     @answered
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts."""
         return self._sampled(prompts, sampling)
 
@@ -191,7 +188,7 @@ class Previous(Role):
 
     worker = PreviousWorker
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
         """See `align.roles.Previous`."""
         return _generate(self.ranks, PreviousWorker.generate, prompts, sampling)
 
@@ -205,7 +202,7 @@ class Policy(TrainedRole, Reference):
     worker = PolicyWorker
     phase = "logprobs"
 
-    def __init__(self, ranks: Ranks, section: Model):
+    def __init__(self, ranks: Ranks, section: ModelConfig):
         super().__init__(ranks, section)
         self._sampler: Sampler | None = None
         self._version, self._sent = 0, -1
@@ -231,25 +228,25 @@ class Policy(TrainedRole, Reference):
         self._version += 1
         return super().update(batch, loss)
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
         """See `align.roles.Policy`."""
         self._version_at.setdefault(prompts.step, self._version)  # a greedy baseline comes after its samples
         if self._sampler is None:
             return _generate(self.ranks, PolicyWorker.generate, prompts, sampling)
-        renewed: Future[None] = Ready(None)
+        renewed: Future[None] = CompletedFuture(None)
         if self._sent != self._version:
             self._sent = self._version
             renewed = self._sampler.receive(self.ranks.start(PolicyWorker.weights, self.ranks.everywhere())[0])
         return After(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
 
-    def proximal(self, rollouts: Rollouts) -> Future[Tensor]:
+    def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:
         """See `align.roles.Policy`."""
         if self._sampler is None and self._version_at[rollouts.step] == self._version:
-            return Ready(rollouts.logprob_BT)
+            return CompletedFuture(rollouts.logprob_BT)
         return self.logprobs(rollouts.sequences, rollouts.temperature)
 
 
-def _generate(ranks: Ranks, method: Any, prompts: Prompts, sampling: Sampling) -> Future[Rollouts]:
+def _generate(ranks: Ranks, method: Any, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
     index = by_rank(len(prompts), ranks.world_size)
     return ranks.call(
         "generate" if prompts.step > 0 else "held_out",  # tokens a second are those of training's rollouts

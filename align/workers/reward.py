@@ -9,22 +9,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from align.config import ModelConfig, RewardConfig, TrainedRewardConfig
 from align.data import chat, collate
 from align.data.attributes import resolve
 from align.data.chat import Dialogue
 from align.data.conversations import Conversations
-from align.engines import state
+from align.engines import optimizer_state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
 from align.models import exported_files, heads, load, readme
-from align.rewards import readers
+from align.rewards import scorers
 from align.rewards.functions import FunctionJudge
 from align.rewards.genrm import GenerativeJudge
-from align.rewards.readers import EnsembleJudge, ModelJudge
+from align.rewards.scorers import EnsembleJudge, ModelJudge
 from align.roles import Future, Metrics
-from align.sections import Model
-from align.sections import Reward as RewardSection
-from align.sections import TrainedReward as TrainedRewardSection
 from align.types import Record, Sequences
 from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, answered, merged
 
@@ -35,7 +33,7 @@ class Scored(Record):
 
     score_B: Tensor
     metrics: Mapping[str, float]
-    """See `align.rewards.readers.Judge.metrics`."""
+    """See `align.rewards.scorers.Judge.metrics`."""
 
 
 class RewardWorker(Worker):
@@ -45,9 +43,9 @@ class RewardWorker(Worker):
 
     def _prepare(self) -> None:
         section = self.spec.section
-        assert isinstance(section, RewardSection)
-        state.seed_generators(self.spec.seed)
-        self.judge = readers.open_judge(section, self.device, self.spec.seed)
+        assert isinstance(section, RewardConfig)
+        optimizer_state.seed_generators(self.spec.seed)
+        self.judge = scorers.open_judge(section, self.device, self.spec.seed)
 
     @answered
     def score(self, sequences: Sequences) -> Scored:
@@ -79,7 +77,7 @@ class TrainedRewardWorker(TrainedWorker):
 
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
-        assert isinstance(section, TrainedRewardSection)
+        assert isinstance(section, TrainedRewardConfig)
         num_labels, combine = load.start_of(section)
         size = chat.vocab_size(self.tokenizer)
         self.model = load.scorer(section, size, spec.seed, head=section.head, num_labels=num_labels, combine=combine)
@@ -97,7 +95,7 @@ class TrainedRewardWorker(TrainedWorker):
         exported, section = self.spec.exported, self.spec.section
         if exported is None:
             return {}
-        assert isinstance(section, TrainedRewardSection)
+        assert isinstance(section, TrainedRewardConfig)
         pads = self.model.config.get_text_config().pad_token_id is not None
         form = pads, bool(section.attributes), section.trust_remote_code
         return {readme.NAME: readme.reward(self._origin(exported), exported.chat, self.tokenizer, *form)}
@@ -123,7 +121,7 @@ class Reward(Role):
     worker = RewardWorker
     phase = "score"
 
-    def __init__(self, ranks: Ranks, section: Model):
+    def __init__(self, ranks: Ranks, section: ModelConfig):
         super().__init__(ranks, section)
         self._conversations: Conversations | None = None
         self._counts: dict[str, float] = {}
@@ -174,7 +172,7 @@ class Reward(Role):
     def _gathered(self, parts: Sequence[Scored], rows: Sequence[Tensor]) -> Tensor:
         for part in parts:
             for name, value in part.metrics.items():
-                if name.startswith(readers.AVERAGED):
+                if name.startswith(scorers.AVERAGED):
                     total, count = self._averaged.get(name, (0.0, 0))
                     self._averaged[name] = total + value * len(part.score_B), count + len(part.score_B)
                 else:
@@ -184,7 +182,7 @@ class Reward(Role):
 
     def _passed(self, score: Tensor) -> Tensor:
         """Scores or attributes that a run may go on with."""
-        dropped = isinstance(self.section, RewardSection) and self.section.failed == "drop"
+        dropped = isinstance(self.section, RewardConfig) and self.section.failed == "drop"
         return score if dropped else _finite(score)
 
     def drain(self) -> Metrics:
@@ -193,7 +191,7 @@ class Reward(Role):
         means = {name: total / count for name, (total, count) in self._averaged.items() if count}
         found = self._counts | means
         self._counts, self._averaged = {}, {}
-        service = isinstance(self.section, RewardSection) and self.section.remote
+        service = isinstance(self.section, RewardConfig) and self.section.remote
         return {f"service/{name}": value for name, value in found.items()} if service else found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from align.algorithms._on_policy import Seen
+from align.algorithms._rollout import ScoredRollouts
 from align.types import Packed, Rollouts, Sequences
 
 Rows = Sequence[Sequence[float]]
@@ -23,7 +23,7 @@ def _seen(
     old: Rows | None = None,
     second: Sequence[float] | None = None,
     padding: float = 0.0,
-) -> Seen:
+) -> ScoredRollouts:
     """Row i is a response of ``len(x[i])`` tokens with x = log pi - log pi_ref at each; K neighbours share a prompt.
 
     ``logprob`` of the rollout is -1 on every token, ``old`` the same and every response finished, if not given. Columns
@@ -43,10 +43,12 @@ def _seen(
     )
     finished_B = torch.ones(len(x), dtype=torch.bool) if finished is None else torch.tensor(finished)
     rollouts = Rollouts(sequences, logprob_BT, logprob_BT, finished_B, 0.7, 1)
-    return Seen(rollouts, torch.tensor(score), None if second is None else torch.tensor(second), reference_BT, old_BT)
+    return ScoredRollouts(
+        rollouts, torch.tensor(score), None if second is None else torch.tensor(second), reference_BT, old_BT
+    )
 
 
 @pytest.fixture(scope="session")
-def seen() -> Callable[..., Seen]:
+def seen() -> Callable[..., ScoredRollouts]:
     """Makes a `Seen` of what is given; see `_seen`."""
     return _seen

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from align.algorithms import feedback_edit
+from align.config import EditingConfig, EvaluationConfig, PolicyConfig, RewardConfig, SamplingConfig
 from align.data import editing, toy_family
 from align.data.chat import Message, Renderer
-from align.data.helpsteer import Corpus
+from align.data.dataset import Corpus
 from align.data.prompts import PromptStream
 from align.data.rows import Edit
-from align.roles import Ready
-from align.sections import Editing, Evaluation, Policy, Reward, Sampling
+from align.roles import CompletedFuture
 from align.types import Batch, Packed, Rollouts, Sequences
 
 NAN = float("nan")
@@ -39,7 +39,7 @@ NAN = float("nan")
 )
 def test_copies_come_last(score: list[float], copy: list[int], penalty: float, expected: list[float]):
     score_PK, copy_PK = torch.tensor([score, score]), torch.tensor([copy, [0] * 4]).bool()
-    found = feedback_edit.penalised(score_PK, copy_PK, penalty)
+    found = feedback_edit.penalize_copies(score_PK, copy_PK, penalty)
     assert found[0].tolist() == pytest.approx(expected, nan_ok=True)
     assert found[1].tolist() == pytest.approx(score, nan_ok=True)  # another group's copies do not matter
 
@@ -57,13 +57,13 @@ ROWS = [
 
 def test_edits_are_judged_as_answers_to_the_conversation(renderer: Renderer):
     recipe: Any = SimpleNamespace(
-        editing=Editing(question="feedback", instruction="edit\n{feedback}"),
+        editing=EditingConfig(question="feedback", instruction="edit\n{feedback}"),
         data=SimpleNamespace(max_prompt_tokens=99),
-        evaluation=Evaluation(every=1, prompts=2),
+        evaluation=EvaluationConfig(every=1, prompts=2),
         prompts_per_step=2,
         run=SimpleNamespace(seed=3),
     )
-    material, counts = feedback_edit.prepare(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
+    material, counts = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
     assert counts["kept"] == 3
     prompts = material.prompts.batch(2)
     rows = material.prompts.order.indices(2).tolist()
@@ -90,7 +90,7 @@ class Roles:
     """Policy, reference and reward in one. Two prompts get a copy, a short edit and a longer one; copies score best."""
 
     def __init__(self, renderer: Renderer, texts: list[str]):
-        self.ids, self.texts, self.second_reward = (
+        self.ids, self.texts, self.eval_reward = (
             [renderer.response_ids(ROWS[0].context, t) for t in texts],
             texts,
             None,
@@ -103,21 +103,21 @@ class Roles:
         self.zero_BT = torch.zeros(sequences.mask_BT.shape)
         yield 1, Rollouts(sequences, self.zero_BT, self.zero_BT, torch.ones(6).bool(), 1.0, 1)
 
-    def score(self, sequences: Sequences) -> Ready[torch.Tensor]:
+    def score(self, sequences: Sequences) -> CompletedFuture[torch.Tensor]:
         self.judged = sequences.prompts.lists()
-        return Ready(torch.tensor([9.0, 1.0, 3.0] * 2))
+        return CompletedFuture(torch.tensor([9.0, 1.0, 3.0] * 2))
 
-    def logprobs(self, *_: Any) -> Ready[torch.Tensor]:
-        return Ready(self.zero_BT)
+    def logprobs(self, *_: Any) -> CompletedFuture[torch.Tensor]:
+        return CompletedFuture(self.zero_BT)
 
-    proximal = logprobs
+    old_logprobs = logprobs
 
-    def update(self, batch: Batch, loss: Any) -> Ready[dict[str, float]]:
+    def update(self, batch: Batch, loss: Any) -> CompletedFuture[dict[str, float]]:
         self.batch = batch
-        return Ready({})
+        return CompletedFuture({})
 
-    def export(self, *_: Any) -> Ready[None]:
-        return Ready(None)
+    def export(self, *_: Any) -> CompletedFuture[None]:
+        return CompletedFuture(None)
 
     def log(self, step: int, metrics: dict[str, float], *_: Any) -> None:
         self.metrics = metrics
@@ -127,14 +127,14 @@ class Roles:
 def test_a_step_against_copies(renderer: Renderer, penalty: float | None, copy: float):
     """A copy counts as the worst edit, 1 - (1 + 3) / 2; without the rule it is the best, 9 - (1 + 3) / 2."""
     recipe = feedback_edit.Config(
-        policy=Policy(path="p"),
-        reward=Reward(path="r"),
-        sampling=Sampling(num_samples=3),
+        policy=PolicyConfig(path="p"),
+        reward=RewardConfig(path="r"),
+        sampling=SamplingConfig(num_samples=3),
         prompts_per_step=2,
         copy_penalty=penalty,
-        editing=Editing(instruction="edit\n{feedback}"),
+        editing=EditingConfig(instruction="edit\n{feedback}"),
     )
-    material, _ = feedback_edit.prepare(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
+    material, _ = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
     asked = [ROWS[i] for i in material.prompts.order.indices(1).tolist()]
     made = Roles(renderer, [text for row in asked for text in (row.original, f"{row.edited} okay", row.edited)])
     run: Any = SimpleNamespace(

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from align.algorithms import _genrm_heldout, genrm, sft
+from align.algorithms import _genrm_evaluation, genrm, sft
 from align.cli import main
-from align.data import judging, toy, toy_family, verdicts
+from align.config import DataConfig, EvaluationConfig, PolicyConfig, SamplingConfig, VerdictConfig
+from align.data import genrm as judging
+from align.data import genrm_prompts, toy, toy_family
 from align.data.chat import Message, Renderer
-from align.data.helpsteer import Corpus
+from align.data.dataset import Corpus
+from align.data.genrm_prompts import Scores
 from align.data.rows import Comparison
-from align.data.verdicts import Scores
-from align.rewards import judge_card
-from align.roles import Ready
-from align.sections import Data, Evaluation, Policy, Sampling, Verdict
+from align.rewards import genrm_card
+from align.roles import CompletedFuture
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 LABELS = [(-3, (5.0, 1.0)), (-2, None), (-1, (4.0, 3.0)), (1, (2.0, 3.0)), (2, (2.0, 4.0)), (3, (1.0, 4.0))]
@@ -29,9 +30,9 @@ LABELS = [(-3, (5.0, 1.0)), (-2, None), (-1, (4.0, 3.0)), (1, (2.0, 3.0)), (2, (
 
 def config(**values: Any) -> genrm.Config:
     usual = {
-        "policy": Policy(path="p"),
-        "verdict": Verdict(form="json", custom_roles=True),
-        "sampling": Sampling(num_samples=2, max_tokens=64, temperature=0.7),
+        "policy": PolicyConfig(path="p"),
+        "verdict": VerdictConfig(form="json", custom_roles=True),
+        "sampling": SamplingConfig(num_samples=2, max_tokens=64, temperature=0.7),
         "prompts_per_step": 4,
     }
     return genrm.Config(**{**usual, **values})
@@ -65,17 +66,17 @@ def right(prompt: list[int], renderer: Renderer) -> Scores:
     asked, first, _ = re.split(r"<response_[12]>", renderer.tokenizer.decode(prompt))
     preference, helpfulness = LABELS[toy.WORDS.index(asked.rpartition("<user>")[2])]
     scores = Scores(*(helpfulness or (3.0, 3.0)), {-3: 1, -2: 2, -1: 3, 1: 4, 2: 5, 3: 6}[preference])
-    return scores if first == "cat" else verdicts.swapped(scores)
+    return scores if first == "cat" else genrm_prompts.swapped(scores)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 def test_every_response_is_graded_by_its_own_label(step: int, source, renderer):
     """The first sample of each prompt is right, the second holds no verdict. In three steps all twelve rows come."""
     recipe = config()
-    material, counts = genrm.prepare(recipe, source, renderer)
+    material, counts = genrm.load_data(recipe, source, renderer)
     assert (counts["kept"], counts["without_scores"], len(material.prompts.tokens)) == (6, 1, 12)
     prompts = material.prompts.batch(step)
-    said = [verdicts.write(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
+    said = [genrm_prompts.write(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
     texts = [text for one in said for text in (one, "Yes")]
     score_B, distance = genrm.grade(recipe, material, answers(prompts, texts, renderer, 2), renderer.text)
     assert score_B.tolist() == [0.0, -10.0] * 4
@@ -92,16 +93,16 @@ def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer)
     """Of reinforcement and of imitation; the best one of an evaluation too."""
     file = tmp_path / "t.jinja"
     file.write_text(f"{{# {{{{ date_string }}}} #}}{toy_family.CHAT_TEMPLATE}")
-    section = Data(path="d", chat_template=str(file), date="26 Jul 2024")
-    recipe = config(data=section, evaluation=Evaluation(every=1))
+    section = DataConfig(path="d", chat_template=str(file), date="26 Jul 2024")
+    recipe = config(data=section, evaluation=EvaluationConfig(every=1))
     read = Renderer(renderer.tokenizer, section.chat_template, section.date)
-    material, _ = genrm.prepare(recipe, source, read)
-    card = json.loads(material.files[judge_card.NAME])
+    material, _ = genrm.load_data(recipe, source, read)
+    card = json.loads(material.files[genrm_card.NAME])
     assert (card["form"], card["date"]) == ("json", section.date)
     assert material.held_out is not None and material.held_out.files == material.files
     said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
-    imitated = sft.Config(policy=Policy(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
-    assert sft.prepare(imitated, Corpus(said, said, {}, ""), read)[0].files == material.files
+    imitated = sft.Config(policy=PolicyConfig(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
+    assert sft.load_data(imitated, Corpus(said, said, {}, ""), read)[0].files == material.files
 
 
 class Run:
@@ -129,19 +130,19 @@ class Judge:
     def __init__(self, renderer: Renderer, say: Any):
         self.renderer, self.say, self.temperatures = renderer, say, list[float]()
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Ready[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> CompletedFuture[Rollouts]:
         assert (sampling.num_samples, prompts.step) == (1, -1)
         self.temperatures.append(sampling.temperature)
         texts = [self.say(right(prompt, self.renderer)) for prompt in prompts.tokens.lists()]
-        return Ready(answers(prompts, texts, self.renderer, 1))
+        return CompletedFuture(answers(prompts, texts, self.renderer, 1))
 
 
 def test_held_out_verdicts_when_they_are_due(source, renderer):
-    recipe = config(evaluation=Evaluation(every=2, prompts=4, keep_best=True))
-    held_out = _genrm_heldout.prepare(recipe, source, renderer, judge_card.files(recipe.verdict, None), {})
+    recipe = config(evaluation=EvaluationConfig(every=2, prompts=4, keep_best=True))
+    held_out = _genrm_evaluation.load_held_out(recipe, source, renderer, genrm_card.files(recipe.verdict, None), {})
     assert held_out is not None and len(held_out.prompts) == 8
-    run, judge = Run(renderer), Judge(renderer, lambda label: verdicts.write(Scores(3, 3, 1), "json"))
-    evaluator = _genrm_heldout.Evaluator(recipe, held_out, judge, run)
+    run, judge = Run(renderer), Judge(renderer, lambda label: genrm_prompts.write(Scores(3, 3, 1), "json"))
+    evaluator = _genrm_evaluation.GenRMEvaluator(recipe, held_out, judge, run)
     step, start, lines = run.written[0]
     assert (step, run.state["heldout/start/greedy/agreement"], judge.temperatures) == (0, 0.0, [0.0, 0.7])
     greedy = {name: value for name, value in start.items() if name.startswith("heldout/greedy/")}
@@ -150,12 +151,12 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
         # three of four pairs prefer the first response; 0, 1, 2, 3 and, turned round, 5, 4, 3, 2 steps from 1
         {"agreement": 0.0, "first_order": 75.0, "order_consistency": 0.0, "format_violations": 0.0}
         | {"ranking_error": 2.5, "score_error": 6 / 6, "reward": -(20 + 12) / 8}
-        | {"response_tokens": start["heldout/greedy/response_tokens"], "unfinished": 0.0}
+        | {"response_tokens": start["heldout/greedy/response_tokens"], "truncated": 0.0}
     )
     assert [(line["ranking"], line["label"]) for line in lines[:4]] == [(1, 1), (1, 6), (1, 2), (1, 5)]
     assert [line["kind"] for line in lines] == ["greedy"] * 8 + ["sampled"] * 8
     assert [line["prompt"] for line in lines[:4]] == [toy.WORDS[0]] * 2 + [toy.WORDS[1]] * 2
-    judge.say = lambda label: verdicts.write(label, "json")
+    judge.say = lambda label: genrm_prompts.write(label, "json")
     assert evaluator.measure(1) == {}
     found = evaluator.measure(2)
     assert found["heldout/start/greedy/agreement"] == found["heldout/start/sampled/agreement"] == 0.0
@@ -166,9 +167,9 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     assert run.written[-1][2][0]["ranking"] is None
     assert [step for step, _ in run.kept] == [0, 2]
     assert json.loads(run.kept[0][1]["align_judge.json"])["custom_roles"] is True
-    _genrm_heldout.Evaluator(recipe, held_out, judge, run)  # a run that is gone on with has measured its start
+    _genrm_evaluation.GenRMEvaluator(recipe, held_out, judge, run)  # a run that is gone on with has measured its start
     assert len(run.written) == 3
-    assert _genrm_heldout.prepare(config(), source, renderer, {}, {}) is None
+    assert _genrm_evaluation.load_held_out(config(), source, renderer, {}, {}) is None
 
 
 def write_pairs(folder: Path) -> Path:

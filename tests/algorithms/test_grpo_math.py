@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from align import roles
 from align.algorithms import _policy_loss, _rewards, grpo
-from align.algorithms._on_policy import Seen
+from align.algorithms._rollout import ScoredRollouts
+from align.config import PolicyLossConfig, RewardConfig, RewardShapingConfig, SamplingConfig
 from align.data.prompts import PromptStream
-from align.sections import PolicyLoss, Reward, Sampling, Shaping
+from align.roles import CompletedFuture, Loss
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 
 NAN, INF = math.nan, math.inf
@@ -33,11 +33,13 @@ ROOT = math.sqrt(7)
 
 
 def config(K: int = 3, **values: Any) -> grpo.Config:
-    return grpo.Config(**{"reward": Reward(path="r"), "sampling": Sampling(num_samples=K, max_tokens=8), **values})
+    return grpo.Config(
+        **{"reward": RewardConfig(path="r"), "sampling": SamplingConfig(num_samples=K, max_tokens=8), **values}
+    )
 
 
-def learn(config: grpo.Config, seen: Seen) -> tuple[Batch, dict[str, float]]:
-    return grpo.learn_from(config, seen, _rewards.judge(config, seen, {}))
+def learn(config: grpo.Config, seen: ScoredRollouts) -> tuple[Batch, dict[str, float]]:
+    return grpo.make_batch(config, seen, _rewards.shape_rewards(config, seen, {}))
 
 
 def advantages(batch: Batch) -> list[float]:
@@ -47,18 +49,18 @@ def advantages(batch: Batch) -> list[float]:
     return advantage_BT[:, 0].tolist()
 
 
-def loss_of(config: grpo.Config, batch: Batch, logprob_BT: Any, kl_coef: float = 0.0) -> roles.Loss:
+def loss_of(config: grpo.Config, batch: Batch, logprob_BT: Any, kl_coef: float = 0.0) -> Loss:
     outputs = {"mask_BT": batch.sequences.mask_BT, "entropy_BT": torch.zeros(batch.sequences.mask_BT.shape)}
-    return _policy_loss.of(config, kl_coef)(logprob_BT=logprob_BT, **outputs, **batch.columns)
+    return _policy_loss.policy_loss(config, kl_coef)(logprob_BT=logprob_BT, **outputs, **batch.columns)
 
 
 # Advantages
 
 
 @pytest.mark.parametrize("padding", [0.0, NAN])
-@pytest.mark.parametrize(("normalise", "divisor"), [(True, ROOT), (False, 1.0)])
-def test_advantages_by_hand(seen, normalise: bool, divisor: float, padding: float):
-    batch, statistics = learn(config(normalise=normalise), seen(X, SCORE, K=3, padding=padding))
+@pytest.mark.parametrize(("normalize", "divisor"), [(True, ROOT), (False, 1.0)])
+def test_advantages_by_hand(seen, normalize: bool, divisor: float, padding: float):
+    batch, statistics = learn(config(normalize=normalize), seen(X, SCORE, K=3, padding=padding))
     assert advantages(batch) == pytest.approx([-2 / divisor, -1 / divisor, 3 / divisor, 0, 0, 0], rel=1e-5)
     assert (statistics["learnable"], statistics["groups_without_spread"]) == (1, 0.5)
 
@@ -66,7 +68,7 @@ def test_advantages_by_hand(seen, normalise: bool, divisor: float, padding: floa
 def test_what_was_cut_off_can_be_left_out_of_mean_and_spread(seen):
     # 2 and 6 without the 1: mean 4, std sqrt 8.
     finished = [False, True, True, True, True, True]
-    batch, statistics = learn(config(unfinished="exclude"), seen(X, SCORE, finished, K=3))
+    batch, statistics = learn(config(truncated="mask"), seen(X, SCORE, finished, K=3))
     assert advantages(batch)[:3] == pytest.approx([0, -2 / math.sqrt(8), 2 / math.sqrt(8)], rel=1e-5)
     assert batch.columns["learnable_B"].tolist() == finished
     assert statistics["learnable"] == pytest.approx(5 / 6)
@@ -74,21 +76,21 @@ def test_what_was_cut_off_can_be_left_out_of_mean_and_spread(seen):
 
 def test_kl_is_in_the_loss_by_default_and_in_the_reward_on_request(seen):
     x = [[2.0], [0.0]]
-    batch, _ = learn(config(2, normalise=False), seen(x, [3.0, 1.0], K=2))
+    batch, _ = learn(config(2, normalize=False), seen(x, [3.0, 1.0], K=2))
     assert advantages(batch) == [1, -1]
-    in_reward = config(2, normalise=False, kl_placement="reward", kl_estimator="k1", kl_coef=0.5)
+    in_reward = config(2, normalize=False, kl_placement="reward", kl_estimator="k1", kl_coef=0.5)
     batch, _ = learn(in_reward, seen(x, [3.0, 1.0], K=2))
     assert advantages(batch) == [0.5, -0.5]  # 3 - 1 against 1
 
 
 def test_length_is_shaped_before_groups_are_compared(seen):
     # Equal scores of 1 and a limit of 8 with a buffer of 4: 1 for 4 tokens, 1 - 1/2 for 6, 0 for 8. Mean 1/2.
-    settings = config(normalise=False, shaping=Shaping(overlong_buffer=4))
+    settings = config(normalize=False, shaping=RewardShapingConfig(overlong_buffer=4))
     batch, statistics = learn(settings, seen([[0] * 4, [0] * 6, [0] * 8], [1.0] * 3, K=3))
     assert advantages(batch) == [0.5, 0, -0.5]
     assert statistics["groups_without_spread"] == 0
     # A clip at 1/2 comes before it: 1/2, 0, -1/2.
-    clipped = config(normalise=False, shaping=Shaping(overlong_buffer=4, clip=0.5))
+    clipped = config(normalize=False, shaping=RewardShapingConfig(overlong_buffer=4, clip=0.5))
     batch, statistics = learn(clipped, seen([[0] * 4, [0] * 6, [0] * 8], [1.0] * 3, K=3))
     assert advantages(batch) == [0.5, 0, -0.5]
     assert statistics["shaped_reward"] == 0
@@ -107,7 +109,7 @@ AGGREGATIONS = {
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations_by_hand(seen, aggregation):
-    settings = config(normalise=False, loss=PolicyLoss(kind="clipped", aggregation=aggregation))
+    settings = config(normalize=False, loss=PolicyLossConfig(kind="clipped", aggregation=aggregation))
     shown = seen(X, SCORE, K=3)
     batch, _ = learn(settings, shown)
     logprob = shown.rollouts.logprob_BT.clone().requires_grad_()
@@ -125,7 +127,7 @@ def test_aggregations_by_hand(seen, aggregation):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations_without_a_response(seen, aggregation):
     # The last of prompt 0 was cut off; 1 against 2 is left, and the group without spread.
-    settings = config(normalise=False, unfinished="exclude", loss=PolicyLoss(kind="clipped", aggregation=aggregation))
+    settings = config(normalize=False, truncated="mask", loss=PolicyLossConfig(kind="clipped", aggregation=aggregation))
     shown = seen(X, SCORE, [True, True, False, True, True, True], K=3)
     batch, _ = learn(settings, shown)
     loss = loss_of(settings, batch, shown.rollouts.logprob_BT)
@@ -142,7 +144,7 @@ def test_aggregations_without_a_response(seen, aggregation):
 def test_k3_in_the_loss_by_hand(seen):
     # x = log 2 on the token of response 0 and -log 2 on both of response 1: k3 = 1/2 - 1 + log 2 and 2 - 1 - log 2.
     log2 = math.log(2)
-    settings = config(2, normalise=False)  # sequence_mean_token_mean
+    settings = config(2, normalize=False)  # sequence_mean_token_mean
     shown = seen([[log2], [-log2, -log2]], [3.0, 1.0], K=2)
     batch, _ = learn(settings, shown)
     logprob = shown.rollouts.logprob_BT.clone().requires_grad_()
@@ -158,7 +160,7 @@ def test_k3_in_the_loss_by_hand(seen):
 @pytest.mark.parametrize("kind", ["sequence_clipped", "sequence_mean_clipped"])
 def test_one_ratio_a_response(seen, kind):
     # Log-ratios 0.1, 0.1 of the better response: by sum rho = exp(0.2) > 1.2, clipped; by mean exp(0.1) is not.
-    settings = config(2, normalise=False, loss=PolicyLoss(kind=kind, aggregation="sequence_mean_token_mean"))
+    settings = config(2, normalize=False, loss=PolicyLossConfig(kind=kind, aggregation="sequence_mean_token_mean"))
     batch, _ = learn(settings, seen([[0, 0], [0]], [3.0, 1.0], K=2))
     logprob = torch.tensor([[-0.9, -0.9], [-1.0, 0.0]], requires_grad=True)
     loss = loss_of(settings, batch, logprob)
@@ -174,7 +176,7 @@ def test_one_ratio_a_response(seen, kind):
 @pytest.mark.parametrize("kind", ["reinforce", "clipped", "sequence_clipped", "sequence_mean_clipped"])
 def test_a_rank_without_work_has_a_loss_of_nothing(seen, kind):
     aggregation = "sequence_mean_token_mean" if kind.startswith("sequence") else "token_mean"
-    settings = config(loss=PolicyLoss(kind=kind, aggregation=aggregation, entropy_coef=0.1))
+    settings = config(loss=PolicyLossConfig(kind=kind, aggregation=aggregation, entropy_coef=0.1))
     batch, _ = learn(settings, seen(X, SCORE, K=3))
     none = batch.select(torch.tensor([], dtype=torch.int64))
     loss = loss_of(settings, none, torch.zeros(0, 0), kl_coef=0.1)
@@ -184,10 +186,10 @@ def test_a_rank_without_work_has_a_loss_of_nothing(seen, kind):
 # Rollouts of older weights
 
 
-def lagging(seen: Any, how: PolicyLoss) -> tuple[grpo.Config, Batch, torch.Tensor]:
+def lagging(seen: Any, how: PolicyLossConfig) -> tuple[grpo.Config, Batch, torch.Tensor]:
     """The weights that learn find the tokens of the better response e^0.5, e^2 and e^-1 times as likely as the weights
     that sampled, those of the worse one as likely; A = 1 and -1."""
-    settings = config(2, normalise=False, lag=1, loss=how)
+    settings = config(2, normalize=False, max_off_policy_steps=1, loss=how)
     old = [[-0.5, 1.0, -2.0], [-1.0]]
     batch, statistics = learn(settings, seen([[0] * 3, [0]], [3.0, 1.0], K=2, old=old, padding=NAN))
     assert statistics["mismatch_kl"] == pytest.approx(
@@ -199,7 +201,7 @@ def lagging(seen: Any, how: PolicyLoss) -> tuple[grpo.Config, Batch, torch.Tenso
 @pytest.mark.parametrize("cap", [2.0, 1.0, 100.0])
 def test_importance_weights_by_hand(seen, cap: float):
     weights = [min(math.exp(d), cap) for d in (0.5, 2.0, -1.0)]
-    settings, batch, old = lagging(seen, PolicyLoss(kind="clipped", importance_cap=cap))
+    settings, batch, old = lagging(seen, PolicyLossConfig(kind="clipped", importance_cap=cap))
     logprob = old.clone().requires_grad_()
     loss = loss_of(settings, batch, logprob)
     assert loss.sum.item() == pytest.approx(
@@ -213,7 +215,7 @@ def test_importance_weights_by_hand(seen, cap: float):
 
 def test_the_ratio_is_to_the_weights_before_the_step_not_to_those_that_sampled(seen):
     # A step has made the first token e^0.1 times as likely: within 0.2 of the weights before it, so not clipped.
-    settings, batch, old = lagging(seen, PolicyLoss(kind="clipped", importance_cap=2.0))
+    settings, batch, old = lagging(seen, PolicyLossConfig(kind="clipped", importance_cap=2.0))
     moved = old.clone()
     moved[0, 0] += 0.1
     loss = loss_of(settings, batch, moved)
@@ -223,7 +225,7 @@ def test_the_ratio_is_to_the_weights_before_the_step_not_to_those_that_sampled(s
 
 
 def test_the_weight_is_of_the_policy_gradient_and_not_of_kl(seen):
-    settings, batch, old = lagging(seen, PolicyLoss(kind="clipped"))
+    settings, batch, old = lagging(seen, PolicyLossConfig(kind="clipped"))
     plain, with_kl = (loss_of(settings, batch, old, kl_coef=coefficient).sum.item() for coefficient in (0.0, 0.5))
     # log pi_ref = -1: x is the log-ratio to the rollout, k3 = exp(-x) - 1 + x.
     expected = sum(math.exp(-d) - 1 + d for d in (0.5, 2.0, -1.0))
@@ -231,7 +233,7 @@ def test_the_weight_is_of_the_policy_gradient_and_not_of_kl(seen):
 
 
 def test_without_lag_every_weight_is_one(seen):
-    settings = config(2, normalise=False)
+    settings = config(2, normalize=False)
     shown = seen([[0], [0]], [3.0, 1.0], K=2, logprob=[[-0.3], [-7.7]])
     batch, _ = learn(settings, shown)
     assert loss_of(settings, batch, shown.rollouts.logprob_BT).sum.item() == 0  # -1 + 1
@@ -248,14 +250,14 @@ class Sampler:
     def __init__(self) -> None:
         self.asked: list[tuple[int, list[int], list[list[int]]]] = []
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> roles.Ready[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> CompletedFuture[Rollouts]:
         self.asked.append((prompts.step, prompts.index_P.tolist(), prompts.tokens.lists()))
         rows = [[100 + 2 * n + k] * (n + 1) for n in prompts.index_P.tolist() for k in range(2)]
         responses = Packed.from_lists(rows)
         sequences = Sequences(prompts.tokens, responses, torch.arange(len(prompts)).repeat_interleave(2))
         logprob_BT = -responses.padded(0).float()
         finished_B = torch.ones(len(rows), dtype=torch.bool)
-        return roles.Ready(Rollouts(sequences, logprob_BT, logprob_BT, finished_B, 0.7, prompts.step))
+        return CompletedFuture(Rollouts(sequences, logprob_BT, logprob_BT, finished_B, 0.7, prompts.step))
 
 
 class Judge:
@@ -264,10 +266,10 @@ class Judge:
     def __init__(self, scores: dict[int, tuple[float, float]]):
         self.scores, self.count = scores, 0
 
-    def score(self, sequences: Sequences) -> roles.Ready[torch.Tensor]:
+    def score(self, sequences: Sequences) -> CompletedFuture[torch.Tensor]:
         self.count += 1
         ids = [row[0] - 100 for row in sequences.responses.lists()]
-        return roles.Ready(torch.tensor([self.scores.get(i // 2, (1.0, 1.0))[i % 2] for i in ids]))
+        return CompletedFuture(torch.tensor([self.scores.get(i // 2, (1.0, 1.0))[i % 2] for i in ids]))
 
 
 class Cast:
@@ -316,11 +318,11 @@ def test_groups_with_spread_are_kept_in_order_until_there_are_enough(scores, att
 
 
 def test_what_was_kept_is_learned_from_like_any_other_batch():
-    settings = config(2, prompts_per_step=2, max_attempts=2, normalise=False)
+    settings = config(2, prompts_per_step=2, max_attempts=2, normalize=False)
     cast: Any = Cast({0: (3.0, 1.0), 3: (0.0, 4.0)})
     first = cast.policy.generate(STREAM.batch(1), settings.sampling).result()
     rollouts, score_B, _ = grpo.with_spread(settings, STREAM, first, cast)
-    seen = Seen(rollouts, score_B, None, rollouts.logprob_BT, rollouts.logprob_BT)
+    seen = ScoredRollouts(rollouts, score_B, None, rollouts.logprob_BT, rollouts.logprob_BT)
     batch, statistics = learn(settings, seen)
     assert advantages(batch) == [1, -1, -2, 2]
     assert statistics["groups_without_spread"] == 0

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from align import config
 from align.algorithms import sft
-from align.data import helpsteer, toy
+from align.config import SamplingConfig
+from align.config.load import load_recipe
+from align.data import dataset, toy
 from align.data.prompts import PromptStream
 from align.launch import cast
 from align.prepare import load_renderer
-from align.roles import Ready
+from align.roles import CompletedFuture
 from align.run import Run
-from align.sections import Sampling
 
 LIKED = "cat"
 
@@ -31,7 +31,7 @@ policy: {{path: {policy}, dtype: float32, optimizer: {{lr: {lr}}}}}
 
 SAMPLED = """
 prompts_per_step: 16
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: {K}, max_tokens: 6}}
 reward: {{path: {policy}, kind: lm_head_row0, dtype: float32}}
 """
@@ -50,17 +50,17 @@ class ShareOfLikedWords:
 
     def score(self, sequences):
         shares = [sum(t == self.token for t in row) / len(row) for row in sequences.responses.lists()]
-        return Ready(torch.tensor(shares))
+        return CompletedFuture(torch.tensor(shares))
 
 
 def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     """Metrics of a run in this process in which the reward is the share of the liked word."""
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(text)
-    settings = config.load(folder / "recipe.yaml", overrides).config
+    settings = load_recipe(folder / "recipe.yaml", overrides).config
     algorithm = importlib.import_module(f"align.algorithms.{settings.algorithm}")
     renderer = load_renderer(settings)
-    material, _ = algorithm.prepare(settings, helpsteer.load(settings.data), renderer)
+    material, _ = algorithm.prepare(settings, dataset.load(settings.data), renderer)
     run = Run(settings, renderer.text)
     with run, cast(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))
@@ -86,10 +86,10 @@ LEARNERS = {
             "epochs=2",
         ],
     ),
-    "rloo, two steps behind": ("rloo", {"steps": 70}, ["lag=2"]),
+    "rloo, two steps behind": ("rloo", {"steps": 70}, ["max_off_policy_steps=2"]),
     "grpo": ("grpo", {}, []),
     "gspo": ("grpo", {}, ["loss.kind=sequence_mean_clipped", "minibatches=2"]),
-    "dr_grpo": ("grpo", {}, ["normalise=false", "loss.aggregation=constant"]),
+    "dr_grpo": ("grpo", {}, ["normalize=false", "loss.aggregation=constant"]),
     "dapo": ("grpo", {}, ["loss={clip_high: 0.28, aggregation: token_mean}", "max_attempts=3", "minibatches=2"]),
     "reinforce++": ("reinforce", {"K": 1, "steps": 90}, ["prompts_per_step=64"]),
     "reinforce++-baseline": ("reinforce", {}, ["baseline=group"]),
@@ -127,11 +127,11 @@ def test_learns_a_trivial_reward(name, tmp_path, toy_data, tiny_policy):
 
 @pytest.mark.slow
 def test_rloo_learns_to_end_its_responses(tmp_path, toy_data, tiny_policy):
-    """With unfinished responses penalised, the end-of-sequence token must be among what is learned."""
-    overrides = ["unfinished=penalise", "unfinished_penalty=3.0", "run.steps=40"]
+    """With unfinished responses penalized, the end-of-sequence token must be among what is learned."""
+    overrides = ["truncated=penalize", "truncation_penalty=3.0", "run.steps=40"]
     metrics = learn(tmp_path, recipe(tmp_path, toy_data, tiny_policy, "rloo"), *overrides)
-    assert metrics[0]["unfinished"] > 0.8
-    assert metrics[-1]["unfinished"] < 0.1
+    assert metrics[0]["truncated"] > 0.8
+    assert metrics[-1]["truncated"] < 0.1
 
 
 @pytest.mark.slow
@@ -178,12 +178,12 @@ def write_pairs(folder: Path, liked: str) -> Path:
 def share_said(folder: Path, policy: Path) -> float:
     """Share of a trained policy's first words that are the liked one."""
     recipe = policy.parents[1] / "recipe.yaml"
-    settings = config.load(recipe, [f"run.dir={folder / 'judge'}", f"policy.path={policy}"]).config
+    settings = load_recipe(recipe, [f"run.dir={folder / 'judge'}", f"policy.path={policy}"]).config
     renderer = load_renderer(settings)
-    found = helpsteer.prompts(helpsteer.load(settings.data).train, renderer, 100)
+    found = dataset.prompts(dataset.load(settings.data).train, renderer, 100)
     asked = PromptStream(found.tokens, 32, 0, renderer.stop_ids).batch(1)
     with Run(settings, renderer.text) as run, cast(settings, run) as roles:
-        rollouts = roles.policy.generate(asked, Sampling(num_samples=4, max_tokens=1)).result()
+        rollouts = roles.policy.generate(asked, SamplingConfig(num_samples=4, max_tokens=1)).result()
     token = renderer.tokenizer.convert_tokens_to_ids(LIKED)
     return float((rollouts.sequences.responses.ids_N == token).double().mean())
 
@@ -241,17 +241,17 @@ def test_sft_learns_the_answers(tmp_path, toy_data, tiny_policy):
     """Twenty demonstrations are learned by heart, so the model says the preferred answer word for word."""
     text = COMMON.format(algorithm="sft", run=tmp_path / "run", steps=120, data=toy_data, policy=tiny_policy, lr="1e-2")
     (tmp_path / "recipe.yaml").write_text(text + "batch_size: 20\n")
-    settings = config.load(tmp_path / "recipe.yaml", ["data.max_rows=20"]).config
+    settings = load_recipe(tmp_path / "recipe.yaml", ["data.max_rows=20"]).config
     renderer = load_renderer(settings)
-    source = helpsteer.load(settings.data)
-    material, counts = sft.prepare(settings, source, renderer)
+    source = dataset.load(settings.data)
+    material, counts = sft.load_data(settings, source, renderer)
     assert counts["kept"] == counts["rows"] - counts["ties"]
     run = Run(settings, renderer.text)
     with run, cast(settings, run) as roles:
         sft.train(settings, material, roles, run)
-        found = helpsteer.prompts([row for row in source.train if row.preference], renderer, 100)
+        found = dataset.prompts([row for row in source.train if row.preference], renderer, 100)
         stream = PromptStream(found.tokens, len(found.tokens), 0, renderer.stop_ids)
-        rollouts = roles.policy.generate(stream.batch(1), Sampling(temperature=0.0, max_tokens=16)).result()
+        rollouts = roles.policy.generate(stream.batch(1), SamplingConfig(temperature=0.0, max_tokens=16)).result()
     rows = [row for row in source.train if row.preference]
     said = [renderer.text(ids) for ids in rollouts.sequences.responses.lists()]
     order = stream.order.indices(1).tolist()

@@ -25,9 +25,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import roles
-from align.algorithms import _on_policy, _policy_loss, _rewards, ppo
-from align.sections import PolicyLoss, Reward, Sampling
+from align.algorithms import _policy_loss, _rewards, _rollout, ppo
+from align.config import PolicyLossConfig, RewardConfig, SamplingConfig
+from align.roles import CompletedFuture, Loss, Metrics
 from align.types import Batch
 
 NAN = math.nan
@@ -39,7 +39,7 @@ RETURN = [[0.625, 2.5, 0], [-2, 0, 0], [0.5, 1, 3]]
 
 def config(**values: Any) -> ppo.Config:
     given = {"kl_coef": 0.5, "kl_estimator": "k1", "gamma": 0.5, "gae_lambda": 0.5, "whiten": False}
-    return ppo.Config(**{"reward": Reward(path="r"), **given, "sampling": Sampling(max_tokens=3), **values})
+    return ppo.Config(**{"reward": RewardConfig(path="r"), **given, "sampling": SamplingConfig(max_tokens=3), **values})
 
 
 def padded(rows: list[list[float]], padding: float = 0.0) -> Tensor:
@@ -48,7 +48,7 @@ def padded(rows: list[list[float]], padding: float = 0.0) -> Tensor:
 
 
 def learn(config: ppo.Config, seen: Any, value_BT: Tensor) -> tuple[Batch, Batch, dict[str, float]]:
-    return ppo.learn_from(config, seen, _rewards.judge(config, seen, {}), value_BT)
+    return ppo.make_batches(config, seen, _rewards.shape_rewards(config, seen, {}), value_BT)
 
 
 # Advantages and returns
@@ -68,7 +68,7 @@ def test_advantages_and_returns_by_hand(seen, padding: float):
 
 def test_a_response_that_is_left_out(seen):
     # Its end is unknown, so it has no reward, and neither moments nor means see it.
-    settings = config(unfinished="exclude", whiten=True)
+    settings = config(truncated="mask", whiten=True)
     batch, values, found = learn(settings, seen(X, SCORE, FINISHED), padded(VALUE))
     assert values.columns["learnable_B"].tolist() == [True, True, False]
     # A = -9/24, 12/24, -60/24: mean -19/24, deviations 10/24, 31/24, -41/24, variance 2742 / 3 / 24^2
@@ -107,7 +107,7 @@ def test_kl_in_the_loss_leaves_the_score_alone_on_the_last_token(seen):
 
 
 def test_a_failed_score_takes_the_other_samples_of_its_prompt_along(seen):
-    settings = config(sampling=Sampling(num_samples=2, max_tokens=3), whiten=True)
+    settings = config(sampling=SamplingConfig(num_samples=2, max_tokens=3), whiten=True)
     x, value = [[1], [2, 0], [1, -1], [2]], padded([[3.0], [4.0, 5.0], [1.0, 2.0], [0.5]])
     batch, values, found = learn(settings, seen(x, [NAN, 7.0, 2.0, -1.0], K=2), value)
     alone, alone_values, _ = learn(settings, seen(x[2:], [2.0, -1.0], K=2), value[2:])
@@ -126,12 +126,12 @@ def by_loop(settings: ppo.Config, seen: Any, value: list[list[float]]) -> tuple[
     usable, advantages, returns = [], [], []
     for i, T in enumerate(lengths):
         group = score[i // K * K : i // K * K + K]
-        usable.append(all(map(math.isfinite, group)) and (finished[i] or settings.unfinished != "exclude"))
+        usable.append(all(map(math.isfinite, group)) and (finished[i] or settings.truncated != "mask"))
         r = []
         for t in range(T):
             x = float(rollouts.logprob_BT[i, t] - seen.reference_BT[i, t])
             r.append(-settings.kl_coef * {"k1": x, "abs": abs(x), "k3": math.exp(-x) - 1 + x}[settings.kl_estimator])
-        penalty = settings.unfinished_penalty if settings.unfinished == "penalise" and not finished[i] else 0.0
+        penalty = settings.truncation_penalty if settings.truncated == "penalize" and not finished[i] else 0.0
         r[-1] += score[i] - penalty
         V = [*value[i], 0.0]
         delta = [r[t] + settings.gamma * V[t + 1] - V[t] for t in range(T)]
@@ -147,8 +147,8 @@ def by_loop(settings: ppo.Config, seen: Any, value: list[list[float]]) -> tuple[
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize(("unfinished", "estimator"), [("keep", "k1"), ("exclude", "abs"), ("penalise", "k3")])
-def test_against_the_papers_in_a_loop(seen, unfinished, estimator, whiten: bool):
+@pytest.mark.parametrize(("truncated", "estimator"), [("keep", "k1"), ("mask", "abs"), ("penalize", "k3")])
+def test_against_the_papers_in_a_loop(seen, truncated, estimator, whiten: bool):
     chance = random.Random(f"{unfinished} {whiten}")
     lengths = [chance.randrange(1, 8) for _ in range(12)]
     row = lambda n: [chance.gauss(0, 1) for _ in range(n)]  # noqa: E731
@@ -156,12 +156,12 @@ def test_against_the_papers_in_a_loop(seen, unfinished, estimator, whiten: bool)
     score = [NAN if i == 7 else chance.gauss(0, 2) for i in range(12)]
     shown = seen(x, score, [chance.random() < 0.6 for _ in lengths], K=3, padding=NAN)
     settings = config(
-        unfinished=unfinished,
+        truncated=truncated,
         kl_estimator=estimator,
         whiten=whiten,
         gamma=0.9,
         gae_lambda=0.8,
-        sampling=Sampling(num_samples=3, max_tokens=8),
+        sampling=SamplingConfig(num_samples=3, max_tokens=8),
     )
     batch, values, _ = learn(settings, shown, padded(value, NAN))
     learn_BT = shown.rollouts.mask_BT & batch.columns["learnable_B"][:, None]
@@ -208,15 +208,18 @@ def test_value_loss_of_nothing():
 # The policy's loss
 
 
-def policy_loss(settings: ppo.Config, batch: Batch, kl_coef: float, logprob: Tensor, entropy: Tensor) -> roles.Loss:
+def policy_loss(settings: ppo.Config, batch: Batch, kl_coef: float, logprob: Tensor, entropy: Tensor) -> Loss:
     outputs = {"logprob_BT": logprob, "entropy_BT": entropy, "mask_BT": batch.sequences.mask_BT}
-    return _policy_loss.of(settings, kl_coef)(**outputs, **batch.columns)
+    return _policy_loss.policy_loss(settings, kl_coef)(**outputs, **batch.columns)
 
 
 @pytest.mark.parametrize("padding", [0.0, NAN])
 def test_the_policy_loss_with_entropy_and_kl_by_hand(seen, padding: float):
     settings = config(
-        unfinished="exclude", kl_placement="loss", kl_estimator="k2", loss=PolicyLoss(kind="clipped", entropy_coef=0.1)
+        truncated="mask",
+        kl_placement="loss",
+        kl_estimator="k2",
+        loss=PolicyLossConfig(kind="clipped", entropy_coef=0.1),
     )
     shown = seen(X, SCORE, FINISHED, padding=padding)
     batch, _, _ = learn(settings, shown, padded(VALUE, padding))
@@ -247,7 +250,7 @@ def test_the_policy_loss_with_entropy_and_kl_by_hand(seen, padding: float):
 
 def test_a_step_along_the_entropy_bonus_flattens_the_distribution(seen):
     logits = torch.tensor([2.0, 0.0, -1.0], requires_grad=True)
-    settings = config(loss=PolicyLoss(kind="clipped", entropy_coef=0.5))
+    settings = config(loss=PolicyLossConfig(kind="clipped", entropy_coef=0.5))
     batch, _, _ = learn(settings, seen([[0]], [0.0]), torch.zeros(1, 1))  # an advantage of 0: only the bonus acts
     p = logits.softmax(-1)
     entropy = -(p * p.log()).sum()
@@ -281,11 +284,11 @@ class Learner:
     def __init__(self, name: str, asked: list[tuple[str, list[int]]], kl: Callable[[int], float] | None = None):
         self.name, self.asked, self.kl, self.count = name, asked, kl, 0
 
-    def update(self, batch: Batch, loss: Any) -> roles.Ready[roles.Metrics]:
+    def update(self, batch: Batch, loss: Any) -> CompletedFuture[Metrics]:
         self.asked.append((self.name, batch.columns["number_B"].tolist()))
         self.count += 1
         moved = {} if self.kl is None else {"policy_kl": self.kl(self.count)}
-        return roles.Ready({"loss": float(self.count), "trained_tokens": 10.0, "skipped_steps": 0.0, **moved})
+        return CompletedFuture({"loss": float(self.count), "trained_tokens": 10.0, "skipped_steps": 0.0, **moved})
 
 
 def lessons(seen: Any, kl: Callable[[int], float]) -> tuple[list[tuple[str, list[int]]], dict[str, Any]]:
@@ -299,7 +302,7 @@ def lessons(seen: Any, kl: Callable[[int], float]) -> tuple[list[tuple[str, list
 def test_epochs_and_minibatches_of_whole_groups(seen):
     settings = config(epochs=2, minibatches=2, prompts_per_step=5)
     asked, both = lessons(seen, lambda count: 0.0)
-    metrics = _on_policy.learn(settings, 3, 2, both)
+    metrics = _rollout.run_updates(settings, 3, 2, both)
     parts = [rows for name, rows in asked if name == "policy"]
     assert [name for name, _ in asked] == ["critic", "policy"] * 4
     assert parts == [rows for name, rows in asked if name == "critic"]  # both see the same part at the same time
@@ -315,7 +318,7 @@ def test_epochs_and_minibatches_of_whole_groups(seen):
 def test_a_policy_that_moved_too_far_rests_while_the_critic_goes_on(seen):
     settings = config(epochs=3, minibatches=2, prompts_per_step=5)
     asked, both = lessons(seen, lambda count: 0.01 * count)
-    metrics = _on_policy.learn(settings, 1, 2, both, target_kl=0.025)
+    metrics = _rollout.run_updates(settings, 1, 2, both, target_kl=0.025)
     assert [name for name, _ in asked] == ["critic", "policy"] * 3 + ["critic"] * 3  # the third told 0.03
     assert (metrics["updates"], metrics["critic/updates"]) == (3, 6)
     assert metrics["policy_kl"] == pytest.approx(0.02)
@@ -323,7 +326,7 @@ def test_a_policy_that_moved_too_far_rests_while_the_critic_goes_on(seen):
 
 def test_one_pass_in_one_batch_keeps_the_order(seen):
     asked, both = lessons(seen, lambda count: 0.0)
-    _on_policy.learn(config(minibatches=1, prompts_per_step=5), 1, 2, both)
+    _rollout.run_updates(config(minibatches=1, prompts_per_step=5), 1, 2, both)
     assert asked == [("critic", list(range(10))), ("policy", list(range(10)))]
 
 
@@ -333,30 +336,30 @@ def test_one_pass_in_one_batch_keeps_the_order(seen):
 class Critic(Learner):
     """A critic whose values are `VALUE`; after the update each is one higher."""
 
-    def values(self, sequences: Any) -> roles.Ready[Tensor]:
-        return roles.Ready(padded(VALUE))
+    def values(self, sequences: Any) -> CompletedFuture[Tensor]:
+        return CompletedFuture(padded(VALUE))
 
-    def update(self, batch: Batch, loss: Any) -> roles.Ready[roles.Metrics]:
+    def update(self, batch: Batch, loss: Any) -> CompletedFuture[Metrics]:
         result = loss(value_BT=padded(VALUE) + 1, mask_BT=batch.sequences.mask_BT, **batch.columns)
         self.asked.append(("critic", [result.sum.item()]))
-        return roles.Ready({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0})
+        return CompletedFuture({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0})
 
 
 class Policy(Learner):
     """A policy that records its updates."""
 
-    def update(self, batch: Batch, loss: Any) -> roles.Ready[roles.Metrics]:
+    def update(self, batch: Batch, loss: Any) -> CompletedFuture[Metrics]:
         self.asked.append(("policy", []))
-        return roles.Ready({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0, "policy_kl": 0.0})
+        return CompletedFuture({"loss": 0.0, "trained_tokens": 10.0, "skipped_steps": 0.0, "policy_kl": 0.0})
 
-    def export(self, folder: Any) -> roles.Ready[None]:
-        return roles.Ready(None)
+    def export(self, folder: Any) -> CompletedFuture[None]:
+        return CompletedFuture(None)
 
 
 def trained(settings: ppo.Config, seen: Any, first_step: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Updates of three steps of a round that begins with ``first_step``, in order."""
     shown, updates = seen(X, SCORE, FINISHED), []
-    monkeypatch.setattr(_on_policy, "look", lambda cast, rollouts: shown)
+    monkeypatch.setattr(_rollout, "look", lambda cast, rollouts: shown)
     cast: Any = SimpleNamespace(policy=Policy("policy", updates), critic=Critic("critic", updates))
     steps = [(step, shown.rollouts) for step in range(first_step, first_step + 3)]
     run: Any = SimpleNamespace(first_step=first_step, state={}, final="", log=lambda *_: updates.append("step"))

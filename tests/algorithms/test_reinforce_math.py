@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from align import roles
 from align.algorithms import _policy_loss, _rewards, reinforce
-from align.algorithms._on_policy import Seen
-from align.sections import PolicyLoss, Reward, Sampling, Shaping
+from align.algorithms._rollout import ScoredRollouts
+from align.config import PolicyLossConfig, RewardConfig, RewardShapingConfig, SamplingConfig
+from align.roles import CompletedFuture
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 
 NAN = math.nan
@@ -32,15 +32,17 @@ GROUP = [[-1, -0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]  # of prompt 1: 1 - 0 -
 
 
 def config(K: int = 2, **values: Any) -> reinforce.Config:
-    given = {"kl_coef": 0.5, "whiten": False, "sampling": Sampling(num_samples=K, max_tokens=4)}
-    return reinforce.Config(**{"reward": Reward(path="r"), **given, **values})
+    given = {"kl_coef": 0.5, "whiten": False, "sampling": SamplingConfig(num_samples=K, max_tokens=4)}
+    return reinforce.Config(**{"reward": RewardConfig(path="r"), **given, **values})
 
 
-def learn(config: reinforce.Config, seen: Seen, greedy: torch.Tensor | None = None) -> tuple[Batch, dict[str, float]]:
-    return reinforce.learn_from(config, seen, _rewards.judge(config, seen, {}), greedy)
+def learn(
+    config: reinforce.Config, seen: ScoredRollouts, greedy: torch.Tensor | None = None
+) -> tuple[Batch, dict[str, float]]:
+    return reinforce.make_batch(config, seen, _rewards.shape_rewards(config, seen, {}), greedy)
 
 
-def returns(config: reinforce.Config, seen: Seen, greedy: torch.Tensor | None = None) -> list[list[float]]:
+def returns(config: reinforce.Config, seen: ScoredRollouts, greedy: torch.Tensor | None = None) -> list[list[float]]:
     return learn(config, seen, greedy)[0].columns["advantage_BT"].tolist()
 
 
@@ -73,9 +75,9 @@ def test_the_mean_of_the_group_by_hand(seen):
 
 def test_without_a_sibling_there_is_no_group_baseline(seen):
     finished = [True, False, True, True]
-    batch, _ = learn(config(baseline="group", unfinished="exclude"), seen(X, SCORE, finished, K=2))
+    batch, _ = learn(config(baseline="group", truncated="mask"), seen(X, SCORE, finished, K=2))
     assert batch.columns["learnable_B"].tolist() == [False, False, True, True]
-    alone, _ = learn(config(baseline="none", unfinished="exclude"), seen(X, SCORE, finished, K=2))
+    alone, _ = learn(config(baseline="none", truncated="mask"), seen(X, SCORE, finished, K=2))
     assert alone.columns["learnable_B"].tolist() == finished
 
 
@@ -94,7 +96,7 @@ def test_a_greedy_response_without_a_score_takes_its_prompt_out(seen):
     logprob = torch.full((4, 3), -1.0, requires_grad=True)
     outputs = {"mask_BT": batch.sequences.mask_BT, "entropy_BT": torch.zeros(4, 3)}
     plain, _ = learn(config(baseline="greedy"), seen(X, SCORE, K=2), torch.tensor([NAN, NAN, -2.0, -2.0]))
-    loss = _policy_loss.of(settings, 0.0)(logprob_BT=logprob, **outputs, **plain.columns)
+    loss = _policy_loss.policy_loss(settings, 0.0)(logprob_BT=logprob, **outputs, **plain.columns)
     loss.sum.backward()
     assert (loss.sum.item(), loss.count.item()) == (-8, 4)
     assert logprob.grad is not None
@@ -118,7 +120,7 @@ def test_whitening_by_hand(seen, baseline, plain: list[list[float]]):
 
 
 def test_whitening_does_not_see_what_is_left_out(seen):
-    settings = config(whiten=True, unfinished="exclude")
+    settings = config(whiten=True, truncated="mask")
     batch, _ = learn(settings, seen(X, [2.0, 4.0, 99.0, -1.0], [True, True, False, True], K=2))
     every = [2.0, 2.5, 3.0, 0.0]
     mean, std = statistics.fmean(every), statistics.pstdev(every)
@@ -166,29 +168,29 @@ class Sampler:
     """Answers prompt n of a step with n + 1 tokens, unfinished where n is 2, and notes how it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, Sampling]] = []
+        self.asked: list[tuple[int, SamplingConfig]] = []
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> roles.Ready[Rollouts]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> CompletedFuture[Rollouts]:
         self.asked.append((prompts.step, sampling))
         rows = Packed.from_lists([[7] * (n + 1) for n in prompts.index_P.tolist()])
         logprob_BT = torch.zeros(rows.mask().shape)
         sequences = Sequences(prompts.tokens, rows, torch.arange(len(prompts)))
-        return roles.Ready(Rollouts(sequences, logprob_BT, logprob_BT, prompts.index_P != 2, 1.0, prompts.step))
+        return CompletedFuture(Rollouts(sequences, logprob_BT, logprob_BT, prompts.index_P != 2, 1.0, prompts.step))
 
 
 class Cast:
     def __init__(self, scores: list[float]):
         self.policy, self.reward, self.scores = Sampler(), self, scores
 
-    def score(self, sequences: Sequences) -> roles.Ready[torch.Tensor]:
-        return roles.Ready(torch.tensor(self.scores))
+    def score(self, sequences: Sequences) -> CompletedFuture[torch.Tensor]:
+        return CompletedFuture(torch.tensor(self.scores))
 
 
 PROMPTS = Prompts(Packed.from_lists([[1], [2], [3]]), torch.arange(3), (0,), 6)
 
 
 def test_the_greedy_response_is_one_for_all_samples_of_its_prompt():
-    settings = config(baseline="greedy", sampling=Sampling(num_samples=2, max_tokens=4, top_p=0.9))
+    settings = config(baseline="greedy", sampling=SamplingConfig(num_samples=2, max_tokens=4, top_p=0.9))
     cast: Any = Cast([1.0, -2.0, 5.0])
     assert reinforce.greedy_rewards(settings, PROMPTS, cast, {}).tolist() == [1, 1, -2, -2, 5, 5]
     ((step, sampling),) = cast.policy.asked
@@ -199,9 +201,9 @@ def test_the_greedy_score_is_shaped_like_those_of_the_samples(seen):
     # (score - 1) / 2 * 4 within 6, less overlong over the last 2 of 4 tokens, less 3 where no end came.
     settings = config(
         baseline="greedy",
-        shaping=Shaping(mean=1.0, std=2.0, scale=4.0, clip=6.0, overlong_buffer=2),
-        unfinished="penalise",
-        unfinished_penalty=3.0,
+        shaping=RewardShapingConfig(mean=1.0, std=2.0, scale=4.0, clip=6.0, overlong_buffer=2),
+        truncated="penalize",
+        truncation_penalty=3.0,
     )
     greedy = reinforce.greedy_rewards(settings, PROMPTS, Cast([2.0, -7.0, 3.0]), {})  # type: ignore[arg-type]
     # 2; -16 limited to -6; 4 - 1/2 for the third of 3 tokens - 3
@@ -214,8 +216,8 @@ def test_the_greedy_score_is_shaped_like_those_of_the_samples(seen):
 
 
 def test_the_greedy_score_takes_the_moments_of_the_samples_and_adds_nothing_to_them(seen):
-    settings, state = config(baseline="greedy", shaping=Shaping(running=True)), {}
-    _rewards.judge(settings, seen([[0], [0]], [1.0, 5.0], K=2), state)  # mean 3, std 2
+    settings, state = config(baseline="greedy", shaping=RewardShapingConfig(running=True)), {}
+    _rewards.shape_rewards(settings, seen([[0], [0]], [1.0, 5.0], K=2), state)  # mean 3, std 2
     before = dict(state)
     greedy = reinforce.greedy_rewards(settings, PROMPTS, Cast([3.0, 5.0, 9.0]), state)  # type: ignore[arg-type]
     assert greedy.tolist() == [0, 0, 1, 1, 3, 3]
@@ -224,10 +226,12 @@ def test_the_greedy_score_takes_the_moments_of_the_samples_and_adds_nothing_to_t
 
 def test_remax_as_its_paper_has_it(seen):
     # -(r - r_greedy) times the log-probability of a whole response, mean over responses.
-    settings = config(baseline="greedy", kl_coef=0.0, loss=PolicyLoss(kind="reinforce", aggregation="sequence_mean"))
+    settings = config(
+        baseline="greedy", kl_coef=0.0, loss=PolicyLossConfig(kind="reinforce", aggregation="sequence_mean")
+    )
     shown = seen(X, SCORE, K=2)
     batch, _ = learn(settings, shown, torch.tensor([1.0, 1.0, -2.0, -2.0]))
-    loss = _policy_loss.of(settings, 0.0)(
+    loss = _policy_loss.policy_loss(settings, 0.0)(
         logprob_BT=shown.rollouts.logprob_BT,
         mask_BT=shown.rollouts.mask_BT,
         entropy_BT=torch.zeros(4, 3),

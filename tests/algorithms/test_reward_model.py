@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align import config
 from align.algorithms import _reward_pairs, _reward_ratings, reward_model
-from align.data import helpsteer
+from align.config.load import build_config
+from align.data import dataset
 from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES
 from align.data.chat import Message, Renderer, load_tokenizer
 from align.data.toy import WORDS
@@ -29,7 +29,7 @@ from align.models.exported_files import Exported
 from align.prepare import load_renderer
 from align.rewards import card
 from align.rewards.card import Moments
-from align.roles import Ready
+from align.roles import CompletedFuture
 from align.run import Run
 from align.types import NOT_RATED, Packed, Pairs, Ratings, Sequences
 
@@ -37,7 +37,7 @@ LEAST = ["run.dir=x", "run.steps=1", "data.path=d", "reward.path=r", "reward.opt
 
 
 def settings(*overrides: str) -> reward_model.Config:
-    return config.build(reward_model.Config, None, ["algorithm=reward_model", *LEAST, *overrides]).config
+    return build_config(reward_model.Config, None, ["algorithm=reward_model", *LEAST, *overrides]).config
 
 
 # Recipes
@@ -82,8 +82,8 @@ class Knows:
     def __init__(self, value: Tensor):
         self.value = value
 
-    def score(self, sequences: Sequences) -> Ready[Tensor]:
-        return Ready(self.value)
+    def score(self, sequences: Sequences) -> CompletedFuture[Tensor]:
+        return CompletedFuture(self.value)
 
     attributes = score
 
@@ -104,7 +104,7 @@ def test_held_out_pairs_by_hand():
     pairs = Pairs(sequences([0, 0, 1, 1]), torch.tensor([1.0, 3.0]))
     loss = partial(_reward_pairs.loss, kind="scaled", center_coef=0.5)
     score_B = torch.tensor([1.0, 1.0, 0.0, -2.0])
-    found, scores = _reward_pairs.Task(pairs, pairs, loss).measure(Knows(score_B))
+    found, scores = _reward_pairs.PairTask(pairs, pairs, loss).measure(Knows(score_B))
     two, softplus = torch.tensor(2.0), torch.nn.functional.softplus(torch.tensor(-2.0))
     wanted = (two.log() + 3 * softplus) / 2 + 0.5 * (4 + 4) / 2
     assert found["loss"] == pytest.approx(wanted.item())
@@ -116,14 +116,14 @@ def test_held_out_ratings_by_hand():
     label_BA = torch.tensor([[4.0, 1.0], [2.0, NOT_RATED], [1.0, 3.0], [1.0, 0.0]])
     attribute_BA = torch.tensor([[3.0, 1.0], [3.0, 9.0], [1.0, 3.0], [1.0, 2.0]])
     held_out = Ratings(sequences([0, 0, 1, 1]), label_BA)
-    task = _reward_ratings.Task(held_out, held_out, ("helpfulness", "verbosity"), {"helpfulness": 1.0})
+    task = _reward_ratings.RatingTask(held_out, held_out, ("helpfulness", "verbosity"), {"helpfulness": 1.0})
     found, scores = task.measure(Knows(attribute_BA))
     assert found["loss"] == pytest.approx((1 + 1 + 0 + 0 + 0 + 0 + 4) / 7)
     assert found["helpfulness/mse"] == 0.5
     assert found["verbosity/mse"] == pytest.approx(4 / 3)
     assert found["accuracy"] == 0.0  # prompt 0: a tie of scores; prompt 1: equally helpful
     assert scores.tolist() == [3.0, 3.0, 1.0, 1.0]
-    less = _reward_ratings.Task(held_out, held_out, task.names, {"helpfulness": 1.0, "verbosity": -0.5})
+    less = _reward_ratings.RatingTask(held_out, held_out, task.names, {"helpfulness": 1.0, "verbosity": -0.5})
     found, scores = less.measure(Knows(attribute_BA))
     assert scores.tolist() == [2.5, -1.5, -0.5, 0.0]
     assert found["accuracy"] == 1.0  # prompt 1 alone: 1 - 0 over 1 - 1.5, predicted 0 over -0.5
@@ -172,7 +172,7 @@ def trained(
     more = ["run.tensorboard=false", "run.seed=3", "reward.dtype=float32", "batch_size=32", "validate_every=0"]
     loaded = settings("reward.optimizer.lr=3e-3", "checkpoint.every=0", *more, *given, *overrides)
     renderer = load_renderer(loaded)
-    material, _ = reward_model.prepare(loaded, helpsteer.load(loaded.data, loaded.reads()), renderer)
+    material, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)
     run = Run(loaded, renderer.text)
     exported = {"reward": Exported(loaded.algorithm, exported_files.try_out(loaded.reward, renderer))}
     with run, cast(loaded, run, exported=exported) as found:

@@ -11,34 +11,35 @@ from typing import Any
 import pytest
 
 from align.algorithms import _rewards, grpo, rloo
-from align.sections import PolicyGradient, Reward, Sampling, Shaping
+from align.config import PolicyGradientConfig, RewardConfig, RewardShapingConfig, SamplingConfig
 
 NAN, INF = math.nan, math.inf
 
 
-def config(K: int = 2, **values: Any) -> PolicyGradient:
-    return PolicyGradient(
-        reward=Reward(path="r"), **{"sampling": Sampling(num_samples=K, max_tokens=8), "unfinished": "keep", **values}
+def config(K: int = 2, **values: Any) -> PolicyGradientConfig:
+    return PolicyGradientConfig(
+        reward=RewardConfig(path="r"),
+        **{"sampling": SamplingConfig(num_samples=K, max_tokens=8), "truncated": "keep", **values},
     )
 
 
 # Order
 
-SHAPING = Shaping(mean=-3.0, std=4.0, scale=3.0, clip=8.0, overlong_buffer=4, overlong_penalty=2.0)
+SHAPING = RewardShapingConfig(mean=-3.0, std=4.0, scale=3.0, clip=8.0, overlong_buffer=4, overlong_penalty=2.0)
 STEPS = {
-    "normalise": lambda r: (r + 3) / 4,
+    "normalize": lambda r: (r + 3) / 4,
     "scale": lambda r: r * 3,
     "clip": lambda r: max(-8.0, min(r, 8.0)),
     "overlong": lambda r: r - 1.5,  # 7 tokens of 8 with a buffer of 4: 3/4 of the penalty of 2
-    "unfinished": lambda r: r - 1,
+    "truncated": lambda r: r - 1,
 }
 
 
 def test_the_order_of_shaping_by_hand(seen):
-    settings = config(1, shaping=SHAPING, unfinished="penalise", unfinished_penalty=1.0)
+    settings = config(1, shaping=SHAPING, truncated="penalize", truncation_penalty=1.0)
     shown = seen([[0] * 7], [9.0], [False])
     # (9 + 3) / 4 = 3, times 3 = 9, within 8, less 1.5 = 6.5, less 1 = 5.5
-    assert _rewards.judge(settings, shown, {}).reward_B.tolist() == [5.5]
+    assert _rewards.shape_rewards(settings, shown, {}).reward_B.tolist() == [5.5]
 
 
 def test_any_two_steps_exchanged_give_another_number():
@@ -50,24 +51,24 @@ def test_any_two_steps_exchanged_give_another_number():
             reward = STEPS[name](reward)
         results[order] = reward
     same = [order[:3] for order, reward in results.items() if math.isclose(reward, 5.5)]
-    assert same == [("normalise", "scale", "clip")] * 2
+    assert same == [("normalize", "scale", "clip")] * 2
 
 
 @pytest.mark.parametrize(
     ("length", "finished", "treatment", "reward"),
     [
-        (7, True, "penalise", 6.5),  # no penalty for an end
-        (4, False, "penalise", 7.0),  # no overlong penalty before the buffer
+        (7, True, "penalize", 6.5),  # no penalty for an end
+        (4, False, "penalize", 7.0),  # no overlong penalty before the buffer
         (8, True, "keep", 6.0),  # all of it at the limit
         (7, False, "keep", 6.5),
-        (7, False, "exclude", 0.0),  # takes part in nothing
+        (7, False, "mask", 0.0),  # takes part in nothing
     ],
 )
 def test_each_step_acts_where_it_should(seen, length: int, finished: bool, treatment, reward: float):
-    settings = config(1, shaping=SHAPING, unfinished=treatment, unfinished_penalty=1.0)
-    judged = _rewards.judge(settings, seen([[0] * length], [9.0], [finished]), {})
+    settings = config(1, shaping=SHAPING, truncated=treatment, truncation_penalty=1.0)
+    judged = _rewards.shape_rewards(settings, seen([[0] * length], [9.0], [finished]), {})
     assert judged.reward_B.tolist() == [reward]
-    assert judged.usable_B.tolist() == [finished or treatment != "exclude"]
+    assert judged.usable_B.tolist() == [finished or treatment != "mask"]
 
 
 def test_kl_comes_after_all_of_them(seen):
@@ -76,21 +77,29 @@ def test_kl_comes_after_all_of_them(seen):
         "shaping": replace(SHAPING, overlong_buffer=0),
         "kl_coef": 0.5,
         "kl_estimator": "k1",
-        "unfinished": "keep",
+        "truncated": "keep",
     }
     settings = rloo.Config(
-        reward=Reward(path="r"), sampling=Sampling(num_samples=2, max_tokens=8), kl_reduction="sum", **values
+        reward=RewardConfig(path="r"),
+        sampling=SamplingConfig(num_samples=2, max_tokens=8),
+        kl_reduction="sum",
+        **values,
     )
     shown = seen([[2, 2], [0]], [9.0, 9.0], K=2)
-    judged = _rewards.judge(settings, shown, {})
+    judged = _rewards.shape_rewards(settings, shown, {})
     assert judged.reward_B.tolist() == [8, 8]
-    batch, _ = rloo.learn_from(settings, shown, judged)
+    batch, _ = rloo.make_batch(settings, shown, judged)
     assert batch.columns["advantage_BT"].tolist() == [[-2, -2], [2, 0]]  # 6 against 8
 
 
 def test_a_clip_is_of_the_size_of_the_scaled_score(seen):
-    settings = config(shaping=Shaping(scale=2.0, clip=3.0))
-    assert _rewards.judge(settings, seen([[0]] * 4, [-5.0, 1.0, 1.5, 9.0], K=2), {}).reward_B.tolist() == [-3, 2, 3, 3]
+    settings = config(shaping=RewardShapingConfig(scale=2.0, clip=3.0))
+    assert _rewards.shape_rewards(settings, seen([[0]] * 4, [-5.0, 1.0, 1.5, 9.0], K=2), {}).reward_B.tolist() == [
+        -3,
+        2,
+        3,
+        3,
+    ]
 
 
 # Running moments
@@ -98,19 +107,19 @@ def test_a_clip_is_of_the_size_of_the_scaled_score(seen):
 
 def test_running_moments_by_hand_over_two_steps(seen):
     # 1 and 3: mean 2, squares 2, std 1. With 5 and 7 as well: mean 4, squares 20 of 4 numbers, std sqrt 5.
-    settings, state = config(shaping=Shaping(running=True)), {}
-    first = _rewards.judge(settings, seen([[0], [0]], [1.0, 3.0], K=2), state)
+    settings, state = config(shaping=RewardShapingConfig(running=True)), {}
+    first = _rewards.shape_rewards(settings, seen([[0], [0]], [1.0, 3.0], K=2), state)
     assert first.reward_B.tolist() == [-1, 1]
     assert {name: state[f"reward/{name}"] for name in ("count", "mean", "m2")} == {"count": 2, "mean": 2, "m2": 2}
     state = json.loads(json.dumps(state))  # by way of a checkpoint
-    second = _rewards.judge(settings, seen([[0], [0]], [5.0, 7.0], K=2), state)
+    second = _rewards.shape_rewards(settings, seen([[0], [0]], [5.0, 7.0], K=2), state)
     assert second.reward_B.tolist() == pytest.approx([1 / math.sqrt(5), 3 / math.sqrt(5)])
     assert {name: state[f"reward/{name}"] for name in ("count", "mean", "m2")} == {"count": 4, "mean": 4, "m2": 20}
 
 
 def test_running_moments_do_not_see_failed_scores(seen):
-    settings, state = config(shaping=Shaping(running=True)), {}
-    judged = _rewards.judge(settings, seen([[0]] * 6, [1.0, NAN, -INF, INF, 3.0, 3.0], K=2), state)
+    settings, state = config(shaping=RewardShapingConfig(running=True)), {}
+    judged = _rewards.shape_rewards(settings, seen([[0]] * 6, [1.0, NAN, -INF, INF, 3.0, 3.0], K=2), state)
     # 1, 3, 3: the 1 counts, though its sibling took it out of the step.
     mean, std = 7 / 3, math.sqrt(8 / 9)
     assert state["reward/count"] == 3
@@ -119,7 +128,7 @@ def test_running_moments_do_not_see_failed_scores(seen):
 
 def test_without_running_nothing_is_remembered(seen):
     state: dict[str, float] = {}
-    _rewards.judge(config(), seen([[0], [0]], [1.0, 3.0], K=2), state)
+    _rewards.shape_rewards(config(), seen([[0], [0]], [1.0, 3.0], K=2), state)
     assert not any(name.startswith("reward/") for name in state)
 
 
@@ -129,8 +138,8 @@ def test_without_running_nothing_is_remembered(seen):
 @pytest.mark.parametrize("failed", [NAN, INF, -INF])
 def test_a_failed_score_drops_its_whole_group_and_is_counted(seen, failed: float):
     x = [[0]] * 6
-    settings = config(3, shaping=Shaping(clip=100.0))  # under which an infinite score would become 100
-    judged = _rewards.judge(settings, seen(x, [1.0, failed, 5.0, 2.0, 3.0, 7.0], K=3), {})
+    settings = config(3, shaping=RewardShapingConfig(clip=100.0))  # under which an infinite score would become 100
+    judged = _rewards.shape_rewards(settings, seen(x, [1.0, failed, 5.0, 2.0, 3.0, 7.0], K=3), {})
     assert judged.usable_B.tolist() == [False] * 3 + [True] * 3
     assert judged.reward_B.tolist() == [0, 0, 0, 2, 3, 7]
     assert judged.statistics["failed_scores"] == 1
@@ -142,11 +151,11 @@ def test_a_failed_score_drops_its_whole_group_and_is_counted(seen, failed: float
 
 @pytest.mark.parametrize("algorithm", [rloo, grpo])
 def test_a_failed_score_reaches_no_advantage(seen, algorithm: Any):
-    settings = algorithm.Config(reward=Reward(path="r"), sampling=Sampling(num_samples=3, max_tokens=8))
+    settings = algorithm.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=3, max_tokens=8))
     x, rest = [[0.5], [0.25, -1], [0]], [2.0, 3.0, 7.0]
     with_failed, without = seen(x * 2, [1.0, NAN, 5.0, *rest], K=3), seen(x, rest, K=3)
-    batch, statistics = algorithm.learn_from(settings, with_failed, _rewards.judge(settings, with_failed, {}))
-    alone, _ = algorithm.learn_from(settings, without, _rewards.judge(settings, without, {}))
+    batch, statistics = algorithm.learn_from(settings, with_failed, _rewards.shape_rewards(settings, with_failed, {}))
+    alone, _ = algorithm.learn_from(settings, without, _rewards.shape_rewards(settings, without, {}))
     assert batch.columns["advantage_BT"][:3].eq(0).all()
     assert batch.columns["advantage_BT"][3:].equal(alone.columns["advantage_BT"])
     assert batch.columns["learnable_B"].tolist() == [False] * 3 + [True] * 3
@@ -154,7 +163,9 @@ def test_a_failed_score_reaches_no_advantage(seen, algorithm: Any):
 
 
 def test_no_score_at_all(seen):
-    judged = _rewards.judge(config(shaping=Shaping(running=True)), seen([[0], [0]], [NAN, NAN], K=2), {})
+    judged = _rewards.shape_rewards(
+        config(shaping=RewardShapingConfig(running=True)), seen([[0], [0]], [NAN, NAN], K=2), {}
+    )
     assert judged.reward_B.tolist() == [0, 0]
     assert not judged.usable_B.any()
     assert (judged.statistics["failed_scores"], judged.statistics["shaped_reward"]) == (2, 0)
@@ -163,16 +174,16 @@ def test_no_score_at_all(seen):
 def test_a_second_opinion_is_reported_and_not_learned_from(seen):
     # Of the pairs (1, 3) and (4, 2) the second judge orders one the other way round.
     shown = seen([[0]] * 4, [1.0, 3.0, 4.0, 2.0], K=2, second=[0.0, 8.0, 1.0, 3.0])
-    judged = _rewards.judge(config(), shown, {})
+    judged = _rewards.shape_rewards(config(), shown, {})
     assert judged.reward_B.tolist() == [1, 3, 4, 2]
     assert (judged.statistics["second_score"], judged.statistics["disagreement"]) == (3, 0.5)
-    assert "second_score" not in _rewards.judge(config(), seen([[0]] * 2, [1.0, 3.0], K=2), {}).statistics
+    assert "second_score" not in _rewards.shape_rewards(config(), seen([[0]] * 2, [1.0, 3.0], K=2), {}).statistics
 
 
 def test_gains_are_told_against_the_first_batch(seen):
     state: dict[str, float] = {}
-    first = _rewards.judge(config(), seen([[0], [0, 0, 0]], [1.0, 3.0], K=2), state).statistics
-    second = _rewards.judge(config(), seen([[4] * 4, [1] * 4], [5.0, 6.0], K=2), state).statistics
+    first = _rewards.shape_rewards(config(), seen([[0], [0, 0, 0]], [1.0, 3.0], K=2), state).statistics
+    second = _rewards.shape_rewards(config(), seen([[4] * 4, [1] * 4], [5.0, 6.0], K=2), state).statistics
     assert (first["length_ratio"], first["gain_per_root_kl"]) == (1, 0)
     assert second["length_ratio"] == 2  # 4 tokens after 2
     assert second["gain_per_root_kl"] == pytest.approx((5.5 - 2) / math.sqrt(10))  # KL (16 + 4) / 2
@@ -193,7 +204,7 @@ def test_the_controller_by_hand_over_three_steps_and_a_nan(seen):
         ([[INF], [1]], 0.097344, 0.097344),
         ([[4], [4]], 0.097344, 0.097344),  # on target
     ):
-        judged = _rewards.judge(settings, seen(x, [0.0, 0.0]), state)
+        judged = _rewards.shape_rewards(settings, seen(x, [0.0, 0.0]), state)
         assert judged.kl_in_reward == judged.statistics["kl_coef"] == pytest.approx(used, rel=1e-9)
         assert state["kl_coef"] == pytest.approx(following, rel=1e-9)
 
@@ -201,13 +212,13 @@ def test_the_controller_by_hand_over_three_steps_and_a_nan(seen):
 def test_without_a_target_the_coefficient_stays(seen):
     state: dict[str, float] = {}
     for _ in range(2):
-        assert _rewards.judge(config(kl_coef=0.3), seen([[8], [8]], [0.0, 1.0], K=2), state).kl_in_reward == 0.3
+        assert _rewards.shape_rewards(config(kl_coef=0.3), seen([[8], [8]], [0.0, 1.0], K=2), state).kl_in_reward == 0.3
 
 
 @pytest.mark.parametrize(("placement", "places"), [("reward", (0.25, 0.0)), ("loss", (0.0, 0.25))])
 def test_kl_is_in_one_place(seen, placement, places: tuple[float, float]):
     settings = config(kl_coef=0.25, kl_placement=placement, kl_estimator="k2")
-    judged = _rewards.judge(settings, seen([[2, -4], [1]], [1.0, 3.0], K=2), {})
+    judged = _rewards.shape_rewards(settings, seen([[2, -4], [1]], [1.0, 3.0], K=2), {})
     assert (judged.kl_in_reward, judged.kl_in_loss) == places
     assert judged.reward_B.tolist() == [1, 3]  # the algorithm takes KL off itself
     assert judged.kl_BT[0].tolist() == [2, 8]  # x^2 / 2
@@ -220,8 +231,8 @@ def test_the_coefficient_of_the_loss_is_the_steered_one(seen):
         1, kl_coef=0.1, kl_target=4.0, kl_horizon=10, prompts_per_step=2, kl_placement="loss", kl_estimator="k3"
     )
     state: dict[str, float] = {}
-    assert _rewards.judge(settings, seen([[8], [8]], [0.0, 0.0]), state).kl_in_loss == 0.1
-    assert _rewards.judge(settings, seen([[8], [8]], [0.0, 0.0]), state).kl_in_loss == pytest.approx(0.104)
+    assert _rewards.shape_rewards(settings, seen([[8], [8]], [0.0, 0.0]), state).kl_in_loss == 0.1
+    assert _rewards.shape_rewards(settings, seen([[8], [8]], [0.0, 0.0]), state).kl_in_loss == pytest.approx(0.104)
 
 
 def test_the_mismatch_of_a_rollout_by_older_weights_by_hand(seen):
@@ -229,7 +240,7 @@ def test_the_mismatch_of_a_rollout_by_older_weights_by_hand(seen):
     logprob = [[-1.0, -1.0], [-2.0]]
     old = [[-1 - math.log(2), -1.0], [-2 - math.log(2)]]
     shown = seen([[0, 0], [0]], [1.0, 2.0], K=2, logprob=logprob, old=old, padding=NAN)
-    judged = _rewards.judge(config(kl_estimator="k1"), shown, {})
+    judged = _rewards.shape_rewards(config(kl_estimator="k1"), shown, {})
     assert judged.statistics["mismatch_kl"] == pytest.approx(2 / 3 * (math.log(2) - 0.5), rel=1e-6)
     # KL to the reference is that of the policy that sampled, which here is the reference itself.
     assert judged.kl_BT[shown.rollouts.mask_BT].tolist() == [0, 0, 0]

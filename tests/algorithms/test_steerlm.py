@@ -14,21 +14,31 @@ import pytest
 import torch
 from rich.console import Console
 
-from align import config, launch
-from align.algorithms import _steer, steerlm, steerlm2
-from align.data import helpsteer, messages, steering
+from align import launch
+from align.algorithms import _steerlm, steerlm, steerlm2
+from align.cluster import standalone
+from align.config import (
+    ClusterConfig,
+    DataConfig,
+    EvaluationConfig,
+    PreviousPolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from align.config.load import load_recipe
+from align.data import dataset, openai
+from align.data import steerlm as steering
 from align.data.attributes import HELPSTEER_ATTRIBUTES
 from align.data.chat import Dialogue, Message, Renderer, load_tokenizer
 from align.data.rows import Rating
 from align.engines.deepspeed import Engine
 from align.errors import ConfigError
 from align.ops import steerlm as ops
-from align.rewards import reading
-from align.roles import Ready
+from align.rewards import checkpoint_format
+from align.roles import CompletedFuture
 from align.run import Clock
-from align.sections import Cluster, Data, Evaluation, Previous, Reward, Sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
-from align.workers import judges, local, policy, reward
+from align.workers import local, policy, reward
 from align.workers.base import Ranks, Spec
 
 NAMES = ("helpfulness", "verbosity")
@@ -51,7 +61,7 @@ class Written:
 def recipe(tmp_path: Path, algorithm: str, data: Path, model: Path, attributes: Path | None, *more: str) -> Any:
     (tmp_path / "r.yaml").write_text(f"algorithm: {algorithm}\n")
     judge = [] if attributes is None else [f"reward.path={attributes}", "reward.weights={helpfulness: 1}"]
-    return config.load(
+    return load_recipe(
         tmp_path / "r.yaml",
         [
             *(f"run.dir={tmp_path}/run", "run.steps=2", f"data.path={data}", f"policy.path={model}", *judge),
@@ -66,20 +76,20 @@ class Counted:
     def __init__(self, missing: str = ""):
         self.missing, self.calls = missing, list[int]()
 
-    def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Ready[torch.Tensor]:
+    def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> CompletedFuture[torch.Tensor]:
         self.calls.append(len(dialogues))
         words = [len(one.response.split()) if one.response != self.missing else float("nan") for one in dialogues]
         columns = {"helpfulness": torch.tensor(words), "verbosity": torch.tensor(words) / 2}
-        return Ready(torch.stack([columns[name].float() for name in names], 1))
+        return CompletedFuture(torch.stack([columns[name].float() for name in names], 1))
 
 
 def test_rows_are_labelled_in_parts_in_their_order(monkeypatch: pytest.MonkeyPatch):
     """Words 1, 3, 5 and 2 give helpfulness 1, 3, 4 and 2, verbosity 0.5, 1.5, 2.5, 1: halves to the even number."""
-    monkeypatch.setattr(_steer, "PART", 2)
+    monkeypatch.setattr(_steerlm, "PART", 2)
     rows = [Rating((Message("user", "x"),), text, {}, "", "") for text in ("a", "a b c", "a b c d e", "a b", "drop")]
     run, judge = Written(), Counted(missing="drop")
     form = steering.Form(("verbosity", "helpfulness"), (2, 4), "user", "", "")
-    found = _steer.rated(rows, judge, form, run)  # type: ignore[arg-type]
+    found = _steerlm.label_ratings(rows, judge, form, run)  # type: ignore[arg-type]
     assert [row.response for row in found] == ["a", "a b c", "a b c d e", "a b"]
     assert [dict(row.ratings) for row in found] == [
         {"verbosity": 0, "helpfulness": 1},
@@ -89,16 +99,16 @@ def test_rows_are_labelled_in_parts_in_their_order(monkeypatch: pytest.MonkeyPat
     ]
     assert judge.calls == [2, 2, 1]
     lines = run.files["labelled-round-1.jsonl"].splitlines()
-    assert [row for line in lines for row in messages.parse_rating(line.encode())] == found
+    assert [row for line in lines for row in openai.parse_rating(line.encode())] == found
     assert run.lines == ["labelled-round-1.jsonl: 4 responses, 1 without a rating left out"]
 
 
 def test_the_role_gives_attributes_by_name(tmp_path: Path, tiny_attributes: Path):
     """The head's order is verbosity, helpfulness, coherence."""
-    section = Reward(path=str(tiny_attributes), dtype="float32", weights={"helpfulness": 1.0})
+    section = RewardConfig(path=str(tiny_attributes), dtype="float32", weights={"helpfulness": 1.0})
     context = (Message("user", "sort the words : pig ant"),)
     dialogues = [Dialogue(context, text) for text in ("ant pig", "pig", "ant pig okay")]
-    with judges.judge(section, "local", (0,), Cluster(), tmp_path, print) as role:
+    with standalone.judge(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
         both = role.rate(dialogues, NAMES).result()
         other = role.rate(dialogues[1:], ("coherence", "verbosity", "helpfulness")).result()
         score = role.score_dialogues(dialogues).result()
@@ -113,9 +123,11 @@ class Split(Ranks):
     def __init__(self, world_size: int):
         self.world_size = world_size
 
-    def call(self, phase: str, method: Any, arguments: Any, gather: Any) -> Ready[Any]:
+    def call(self, phase: str, method: Any, arguments: Any, gather: Any) -> CompletedFuture[Any]:
         assert method is reward.RewardWorker.rate
-        return Ready(gather([torch.tensor([[len(d.response), 0.0] for d in one]).view(-1, 2) for one, _ in arguments]))
+        return CompletedFuture(
+            gather([torch.tensor([[len(d.response), 0.0] for d in one]).view(-1, 2) for one, _ in arguments])
+        )
 
     def start(self, method: Any, arguments: Any) -> list[Any]:
         raise NotImplementedError
@@ -124,7 +136,7 @@ class Split(Ranks):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_ratings_of_several_ranks_come_in_order(world_size: int):
     said = [Dialogue((Message("user", str(i // 2)),), "x" * i) for i in range(7)]
-    found = reward.Reward(Split(world_size), Reward(path="p")).rate(said, NAMES).result()
+    found = reward.Reward(Split(world_size), RewardConfig(path="p")).rate(said, NAMES).result()
     assert found[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -137,9 +149,9 @@ def test_an_attribute_that_the_head_lacks_is_refused_before_anything_starts(
 
 
 def test_a_judge_with_one_score_cannot_label(tiny_reward: Path):
-    for section in (Reward(kind="function", function="m:f"), Reward(path=str(tiny_reward))):
+    for section in (RewardConfig(kind="function", function="m:f"), RewardConfig(path=str(tiny_reward))):
         with pytest.raises(ConfigError, match="does not rate helpfulness, verbosity, but has one score"):
-            reading.require_attributes(section, NAMES)
+            checkpoint_format.require_attributes(section, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +183,7 @@ def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family
     )
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
     material, renderer = prepared.material, prepared.renderer
-    source = helpsteer.load(Data(path=str(family_data), format="helpsteer2"), "ratings")
+    source = dataset.load(DataConfig(path=str(family_data), format="helpsteer2"), "ratings")
     known = {(row.context, row.response): {name: row.ratings[name] for name in NAMES} for row in source.train}
     assert len(material.rows) == prepared.counts["kept"] > 200
     assert all(dict(row.ratings) == known[row.context, row.response] for row in material.rows)
@@ -190,11 +202,11 @@ def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_
     ranks = local.bring_up(policy.PolicyWorker, Spec("policy", 0, 1, section, 0, 2, 60.0), Clock())
     role = policy.Policy(ranks, section)
     found = {
-        number: steerlm.bootstrapped(prepared.config, prepared.material, role, Written(number))  # type: ignore[arg-type]
+        number: steerlm.bootstrap(prepared.config, prepared.material, role, Written(number))  # type: ignore[arg-type]
         for number in (2, 3)
     }
     run = Written(2)
-    again = steerlm.bootstrapped(prepared.config, prepared.material, role, run)  # type: ignore[arg-type]
+    again = steerlm.bootstrap(prepared.config, prepared.material, role, run)  # type: ignore[arg-type]
     assert run.lines[0] == "round 2, bootstrap prompts: 20 asked, 0 repeated, 0 too_long, 20 kept"
     assert run.lines[1].startswith("round 2, their answers: 40 answers, ")
     assert run.lines[1].endswith(f", {len(again)} kept")
@@ -228,7 +240,7 @@ def test_two_rounds_of_steerlm_and_two_of_its_successor(tmp_path, family_data, t
     after.mkdir()
     more = *small, *held_out, f"base.path={tiny_family}", "base.dtype=float32", "prompts_per_step=3"
     model = folder / "final"
-    sampling = "sampling.num_samples=3", "sampling.max_tokens=20", "unfinished=keep", "lag=1"
+    sampling = "sampling.num_samples=3", "sampling.max_tokens=20", "truncated=keep", "max_off_policy_steps=1"
     launch.train(recipe(after, "steerlm2", family_data, model, tiny_attributes, *more, *sampling), Console(quiet=True))
     metrics = [json.loads(line) for line in (after / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
@@ -242,9 +254,9 @@ def test_two_rounds_of_steerlm_and_two_of_its_successor(tmp_path, family_data, t
 class Fixed:
     """A base model that gives every token of a response the same log-probability, and keeps what it was asked."""
 
-    def logprobs(self, sequences: Sequences, temperature: float) -> Ready[torch.Tensor]:
+    def logprobs(self, sequences: Sequences, temperature: float) -> CompletedFuture[torch.Tensor]:
         self.asked = sequences
-        return Ready(torch.where(sequences.mask_BT, -2.0, 0.0))
+        return CompletedFuture(torch.where(sequences.mask_BT, -2.0, 0.0))
 
 
 def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny_attributes):
@@ -252,10 +264,10 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     more = "base.path=b", "labels=data", "data.format=helpsteer2", "sampling.num_samples=2", "prompts_per_step=2"
     settings = recipe(tmp_path, "steerlm2", family_data, tiny_family, tiny_attributes, *more).config
     renderer = Renderer(load_tokenizer(tiny_family))
-    source = helpsteer.load(settings.data, "ratings")
-    material, _ = steerlm2.prepare(settings, source, renderer)
+    source = dataset.load(settings.data, "ratings")
+    material, _ = steerlm2.load_data(settings, source, renderer)
     run = Written()
-    groups = _steer.groups(settings, "data", material, None, run)  # type: ignore[arg-type]
+    groups = _steerlm.group_labels(settings, "data", material, None, run)  # type: ignore[arg-type]
     assert run.lines[0].endswith(f", 0 too_long, {len(groups.asked.contexts)} kept")
     prompts = groups.prompts.batch(1)
     rows = groups.prompts.order.indices(1).tolist()
@@ -267,7 +279,7 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     previous_BT = torch.where(sequences.mask_BT, -0.5, 0.0)
     rollouts = Rollouts(sequences, previous_BT * 7, previous_BT, torch.tensor([True, True, False, True]), 0.7, 1)
     cast: Any = SimpleNamespace(reward=Counted(), base=Fixed())
-    batch, fit_B, statistics = steerlm2.weigh(settings, groups, cast, rollouts)
+    batch, fit_B, statistics = steerlm2.weigh_samples(settings, groups, cast, rollouts)
     for i in range(4):
         rated = torch.tensor([[i + 1.0, (i + 1) / 2]])
         fit = ops.attribute_logprob(rated, groups.asked.label_PA[rows[i // 2]][None])
@@ -284,13 +296,15 @@ def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypat
     """The same tokens as on whole weights, which are never gathered."""
     said = []
     prompts = Prompts(Packed.from_lists([[5, 6], [7]]), torch.arange(2), (2,), 1)
-    for keys in ({}, {"zero_stage": 3}, {"zero_stage": 3, "gather_for_rollouts": False}):
-        section = Previous(path=str(tiny_family), revision=None, init={}, dtype="float32", trust_remote_code=False)
+    for keys in ({}, {"zero_stage": 3}, {"zero_stage": 3, "gather_weights_for_generation": False}):
+        section = PreviousPolicyConfig(
+            path=str(tiny_family), revision=None, init={}, dtype="float32", trust_remote_code=False
+        )
         spec = Spec("previous", 0, 1, replace(section, **keys), 0, 2, 60.0)
         role = policy.Previous(local.bring_up(policy.PreviousWorker, spec, Clock()), section)
-        if "gather_for_rollouts" in keys:
+        if "gather_weights_for_generation" in keys:
             monkeypatch.setattr(Engine, "full", None)
-        said.append(role.generate(prompts, Sampling(num_samples=2, max_tokens=4)).result())
+        said.append(role.generate(prompts, SamplingConfig(num_samples=2, max_tokens=4)).result())
     assert [one.sequences.responses.lists() for one in said[1:]] == [said[0].sequences.responses.lists()] * 2
 
 
@@ -328,4 +342,4 @@ def test_a_later_round_moves_the_previous_policy_and_not_the_base(tmp_path, fami
     settings = recipe(tmp_path, "steerlm2", family_data, tiny_family, tiny_attributes, "base.path=b").config
     later = settings.in_round("runs/x/final")
     assert (later.policy.path, later.previous.path, later.base.path) == ("runs/x/final", "runs/x/final", "b")
-    assert Evaluation() == settings.evaluation
+    assert EvaluationConfig() == settings.evaluation

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align import checkpoint, faults
-from align.sections import Checkpoint
+from align import checkpoint
+from align.config import CheckpointConfig
+from align.utils import fault_injection
 
 SHARDS = (
     "policy/rank-00000.safetensors",
@@ -72,7 +73,7 @@ def make_store(folder: Path, **settings) -> checkpoint.Snapshots:
     """A store whose reports are kept in ``notes``."""
     passed = {name: settings.pop(name) for name in ("epoch", "fence") if name in settings}
     notes: list[str] = []
-    store = checkpoint.Snapshots(folder, Checkpoint(**settings), report=notes.append, **passed)
+    store = checkpoint.Snapshots(folder, CheckpointConfig(**settings), report=notes.append, **passed)
     store.notes = notes  # type: ignore[attr-defined]
     return store
 
@@ -92,7 +93,7 @@ def small() -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def _disarmed():
     yield
-    faults.arm(None)
+    fault_injection.arm(None)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from align import faults
+from align.utils import fault_injection
 
 pytestmark = pytest.mark.usefixtures("without_fsync")
 STEPS = (10, 20, 30)
@@ -72,7 +72,7 @@ def kill_at_each(arm: Callable[[int], None], small, tmp_path, keep_latest: int) 
 @pytest.mark.parametrize("keep_latest", [1, 2])
 def test_there_are_points_enough(tmp_path, small, monkeypatch, keep_latest):
     met: list[str] = []
-    monkeypatch.setattr(faults, "strike", lambda role, rank, point, step: met.append(point))
+    monkeypatch.setattr(fault_injection, "strike", lambda role, rank, point, step: met.append(point))
     save_all(small, tmp_path / "checkpoints", keep_latest)
     # for each step 8 files; 4 folders, rename, parent, pointer, its rename; two for the one deletion
     steps = keep_latest + 1
@@ -85,7 +85,7 @@ def test_there_are_points_enough(tmp_path, small, monkeypatch, keep_latest):
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_before_each_point(tmp_path, small, point, keep_latest):
     def arm(at: int) -> None:
-        faults.arm(f"role=driver,phase={point},at={at},kind=sigkill")
+        fault_injection.arm(f"role=driver,phase={point},at={at},kind=sigkill")
 
     newest = list(kill_at_each(arm, small, tmp_path, keep_latest))
     steps = STEPS[: keep_latest + 1]

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 import torch
 
-from align import checkpoint, faults
-from align.checkpoint import snapshots
+from align import checkpoint
+from align.checkpoint import store as snapshots
 from align.errors import SaveError
+from align.utils import fault_injection
 
 PAGE = 4096
 KINDS = {
@@ -214,15 +215,15 @@ def prepared(tmp_path, small, at: int):
 
 
 @pytest.mark.usefixtures("without_fsync")
-@pytest.mark.parametrize("kind", faults.REFUSALS)
+@pytest.mark.parametrize("kind", fault_injection.REFUSALS)
 @pytest.mark.parametrize("point", ["snapshot", "shard", "manifest", "publish", "retain"])
 def test_every_point_refused(tmp_path, small, point, kind):
     found = []
     for at in range(1, 100):
         store = prepared(tmp_path, small, at)
-        faults.arm(f"role=driver,phase={point},step=20,at={at},kind={kind}")
-        found.append(attempt(store, small, faults.REFUSALS[kind]))
-        faults.arm(None)
+        fault_injection.arm(f"role=driver,phase={point},step=20,at={at},kind={kind}")
+        found.append(attempt(store, small, fault_injection.REFUSALS[kind]))
+        fault_injection.arm(None)
         if found[-1] == (0, 0):
             break
         check_mended(store, small)

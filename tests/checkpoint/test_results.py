@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from align import disk
 from align.checkpoint import RESULT_MANIFEST, UnsoundError, new_result, require_sound
 from align.errors import ConfigError, ModelError, SaveError
+from align.utils import disk
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.txt": b"a\nb\n"}
 

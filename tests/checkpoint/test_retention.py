@@ -5,8 +5,8 @@ import math
 import pytest
 
 from align.checkpoint import retention
+from align.config import CheckpointConfig
 from align.errors import SaveError
-from align.sections import Checkpoint
 
 RISING = {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0, 50: 5.0}
 HILL = {10: 1.0, 20: 5.0, 30: 4.0, 40: 2.0, 50: 3.0}
@@ -40,7 +40,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kept(name):
     settings, values, pinned, wanted, keep_latest = CASES[name]
-    section = Checkpoint(keep_latest=keep_latest, best_by="score", **settings)
+    section = CheckpointConfig(keep_latest=keep_latest, best_by="score", **settings)
     metrics = {step: {} if value is None else {"score": value} for step, value in values.items()}
     assert retention.kept(metrics, pinned, section) == wanted
 

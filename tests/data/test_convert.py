@@ -11,11 +11,11 @@ import layouts
 import pytest
 
 from align.cli import _parser, main
-from align.data import convert, helpsteer
+from align.config import DataConfig
+from align.data import convert, dataset
 from align.data.chat import Message
 from align.data.rows import Preference, Rating
 from align.errors import DataError
-from align.sections import Data
 
 
 def rated(prompt: str, response: str, **ratings: float) -> Rating:
@@ -52,9 +52,9 @@ class TestPairs:
         marks = [(a, b) for a in range(5) for b in range(5)]
         rows = [layouts.rated(f"{pair}", f"{i}", mark) for pair in marks for i, mark in enumerate(pair)]
         layouts.write(tmp_path, "helpsteer2", rows, [layouts.rated("v"), layouts.rated("v", "x")])
-        data = Data(path=str(tmp_path), format="helpsteer2")
-        found, counts = convert.pairs(helpsteer.load(data, "ratings").train)
-        assert found == [row for row in helpsteer.load(data).train if row.preference]
+        data = DataConfig(path=str(tmp_path), format="helpsteer2")
+        found, counts = convert.pairs(dataset.load(data, "ratings").train)
+        assert found == [row for row in dataset.load(data).train if row.preference]
         assert (counts["ties"], counts["kept"]) == (5, 20)
 
 
@@ -69,7 +69,7 @@ def contents(folder: Path) -> list[str]:
 
 
 def load(folder: Path, form: Any, reads: Any) -> Any:
-    return helpsteer.load(Data(path=str(folder), format=form), reads)
+    return dataset.load(DataConfig(path=str(folder), format=form), reads)
 
 
 class TestFolders:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from align.data import editing, helpsteer, toy_family
+from align.config import DataConfig, EditingConfig
+from align.data import dataset, editing, toy_family
 from align.data.chat import Message, Renderer
 from align.data.rows import Edit, Feedback
 from align.errors import DataError
-from align.sections import Data, Editing
 
 ASKED = (Message("user", "repeat the words : cat pig"),)
-WORDS = Editing(question="feedback", instruction="edit\n{feedback}")
+WORDS = EditingConfig(question="feedback", instruction="edit\n{feedback}")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def renderer() -> Renderer:
     return Renderer(toy_family.tokenizer())
 
 
-def config(section: Editing = WORDS, **limits: int) -> Any:
-    return SimpleNamespace(data=Data(path="d", **limits), editing=section)
+def config(section: EditingConfig = WORDS, **limits: int) -> Any:
+    return SimpleNamespace(data=DataConfig(path="d", **limits), editing=section)
 
 
 def edit(feedback: tuple[str, ...], summary: str, original: str = "cat", edited: str = "cat pig") -> Edit:
@@ -41,17 +41,17 @@ def test_prompts_end_with_what_is_asked(renderer: Renderer):
     )
     messages = editing.feedback_prompt(ASKED, "cat", WORDS)
     assert messages[1:] == (Message("assistant", "cat"), Message("user", "feedback"))
-    assert editing.feedback_prompt(ASKED, "cat", Editing())[-1].content.startswith(
+    assert editing.feedback_prompt(ASKED, "cat", EditingConfig())[-1].content.startswith(
         "Evaluate the response to the previous"
     )
-    assert "\n1. a{feedback}\n" in editing.edit_prompt(ASKED, "cat", ["a{feedback}"], Editing())[-1].content
+    assert "\n1. a{feedback}\n" in editing.edit_prompt(ASKED, "cat", ["a{feedback}"], EditingConfig())[-1].content
 
 
 def test_what_asks_for_no_change_is_left_out():
     told = ["Good.", "The response is Perfectly Helpful. x", " ", "Bad.", "Good. ", "The response is not perfect."]
     assert editing.asking(told, WORDS) == [0, 3, 5]
     assert editing.effective(told, WORDS) == ["Good.", "Bad.", "The response is not perfect."]
-    assert editing.asking(told, Editing(perfect="")) == [0, 1, 3, 5]
+    assert editing.asking(told, EditingConfig(perfect="")) == [0, 1, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_edits_become_demonstrations_of_all_orders(renderer: Renderer):
         **{"rows": 2, "perfect": 1, "not_followed": 2, "no_feedback": 1},
         **{"empty": 0, "too_long": 0, "kept": 2},
     }
-    _, counts = editing.edit_demonstrations(rows, renderer, config(Editing(used_by="none", max_permutations=4)))
+    _, counts = editing.edit_demonstrations(rows, renderer, config(EditingConfig(used_by="none", max_permutations=4)))
     assert (counts["not_followed"], counts["kept"]) == (0, 4 + 1)
     with pytest.raises(DataError, match="no demonstrations are left of the data: rows 1, perfect 1"):
         editing.edit_demonstrations([edit(told[2:3], "x")], renderer, config())
@@ -131,7 +131,7 @@ def test_a_copy_differs_in_white_space_alone():
 
 
 def test_the_family_data_loads_and_keeps_all_that_was_followed(tmp_path: Path, renderer: Renderer):
-    source = helpsteer.load(Data(path=str(toy_family.write(tmp_path, 40, 5, seed=0))), "edits")
+    source = dataset.load(DataConfig(path=str(toy_family.write(tmp_path, 40, 5, seed=0))), "edits")
     _, counts = editing.edit_demonstrations(source.train, renderer, config())
     # Summaries of the bundled task repeat every remark that was followed.
     assert counts["rows"] == len(source.train) and counts["not_followed"] == counts["no_feedback"] == 0

@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 import pytest
 
-from align import config, sections
-from align.data import helpsteer, toy
+from align.config import DataConfig, RecipeConfig
+from align.config.load import build_config
+from align.data import dataset, toy
 from align.data.chat import Message, Renderer
-from align.data.helpsteer import Preference, SplitCounts
+from align.data.dataset import Preference, SplitCounts
 from align.errors import DataError
-from align.sections import Data
 
 DIALOGUE = "a\n<extra_id_1>Assistant\nb\n\nb\n<extra_id_1>User\nc"
 TURNS = (Message("user", "a"), Message("assistant", "b\n\nb"), Message("user", "c"))
@@ -72,12 +72,12 @@ def write_compared(folder: Path, rows: list[Any], suffix: str = "jsonl.gz") -> P
     return folder
 
 
-def load(folder: Path, **options: Any) -> helpsteer.PreferenceData:
-    return helpsteer.load(Data(path=str(folder), format="helpsteer2", **options))
+def load(folder: Path, **options: Any) -> dataset.PreferenceData:
+    return dataset.load(DataConfig(path=str(folder), format="helpsteer2", **options))
 
 
-def load_compared(folder: Path, **options: Any) -> helpsteer.PreferenceData:
-    return helpsteer.load(Data(path=str(folder), format="helpsteer2_preference", **options))
+def load_compared(folder: Path, **options: Any) -> dataset.PreferenceData:
+    return dataset.load(DataConfig(path=str(folder), format="helpsteer2_preference", **options))
 
 
 def prompts(rows: list[Preference]) -> list[str]:
@@ -137,8 +137,8 @@ class TestRated:
 
     def test_rows_are_read_as_they_are_needed(self, tmp_path: Path):
         folder = write(tmp_path, [*pair("a"), b"rubbish"])
-        sources, parse = helpsteer.FORMATS["helpsteer2"]["preferences"]
-        [(where, item)] = islice(sources(Data(path=str(folder), format="helpsteer2"))["train"], 1)
+        sources, parse = dataset.FORMATS["helpsteer2"]["preferences"]
+        [(where, item)] = islice(sources(DataConfig(path=str(folder), format="helpsteer2"))["train"], 1)
         assert where == f"{folder}/train.jsonl.gz:1"
         assert parse(item)[0].context == (Message("user", "a"),)
 
@@ -319,7 +319,7 @@ class TestSources:
             return load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
         monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        read = helpsteer.load(Data(path="nvidia/HelpSteer2", revision="v1", format="helpsteer2"))
+        read = dataset.load(DataConfig(path="nvidia/HelpSteer2", revision="v1", format="helpsteer2"))
         assert asked == [("nvidia/HelpSteer2", "v1")]
         assert (read.counts["train"].kept, read.counts["train"].duplicates) == (2, 1)
         assert read.fingerprint == load(tmp_path).fingerprint
@@ -336,7 +336,7 @@ class TestSources:
             return load_dataset(str(tmp_path), data_dir=data_dir, cache_dir=str(tmp_path / "cache"))
 
         monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        read = helpsteer.load(Data(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
+        read = dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
         assert asked == [("nvidia/HelpSteer2", "preference", None)]
         assert read.counts["train"] == SplitCounts(3, {}, 0, 0, 0, kept=2, spread=1)
         assert read.fingerprint == load_compared(tmp_path).fingerprint
@@ -345,30 +345,30 @@ class TestSources:
         tables = {"train": pair("a"), "validation": [*pair("b"), rated("c")]}
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: tables)
         with pytest.raises(DataError, match="^nvidia/HelpSteer2/validation:3: row is the last one"):
-            helpsteer.load(Data(path="nvidia/HelpSteer2", format="helpsteer2"))
+            dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2"))
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": [compared(), compared("c", "val", 9)]})
         with pytest.raises(DataError, match="^nvidia/HelpSteer2/preference/preference:2: preference_strength is outs"):
-            helpsteer.load(Data(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
+            dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
 
 
 class TestOptions:
     @pytest.mark.parametrize("form", ["helpsteer2", "helpsteer2_preference"])
     def test_there_is_no_domain_to_choose(self, form: Any):
         with pytest.raises(ValueError, match=f"domains needs format helpsteer3, .*: rows of {form} have no domain"):
-            Data(path="x", format=form, domains=["code"])
+            DataConfig(path="x", format=form, domains=["code"])
 
     def test_half_a_pair_is_refused(self):
         with pytest.raises(ValueError, match="max_rows is even with format helpsteer2, .*: 3"):
-            Data(path="x", format="helpsteer2", max_rows=3)
+            DataConfig(path="x", format="helpsteer2", max_rows=3)
 
     def test_negative_spread(self):
         with pytest.raises(ValueError, match="max_spread must not be negative: -1"):
-            Data(path="x", max_spread=-1)
+            DataConfig(path="x", max_spread=-1)
 
     def test_a_recipe_may_give_them(self, tmp_path: Path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("data: {path: x, format: helpsteer2_preference, max_spread: null}\n")
-        found = config.build(sections.Recipe, recipe, ["algorithm=sft", "run.dir=x", "run.steps=1"]).config.data
+        found = build_config(RecipeConfig, recipe, ["algorithm=sft", "run.dir=x", "run.steps=1"]).config.data
         assert (found.format, found.max_spread) == ("helpsteer2_preference", None)
 
 
@@ -376,7 +376,7 @@ class TestTokens:
     def test_pairs_of_rated_rows(self, tmp_path: Path, renderer: Renderer):
         dialogue = "cat\n<extra_id_1>Assistant\ndog\n<extra_id_1>User\nsun"
         source = load(write(tmp_path, [*pair("cat", 1, 4), *pair("hen", 2, 2), *pair(dialogue, 2, 1)]))
-        found, counts = helpsteer.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
+        found, counts = dataset.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
         assert counts == {"rows": 3, "ties": 1, "too_long": 0, "identical": 0, "kept": 2}
         texts = [renderer.text(ids) for ids in found.sequences.responses.lists()]
         assert texts == ["cat pig", "cat dog", "cat dog", "cat pig"]
@@ -388,7 +388,7 @@ class TestTokens:
     def test_pairs_of_compared_rows(self, tmp_path: Path, renderer: Renderer):
         rows = [compared("cat", strength=2), compared("hen", strength=0), compared("sun", strength=-3), HELD_OUT]
         source = load_compared(write_compared(tmp_path, rows))
-        found, counts = helpsteer.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
+        found, counts = dataset.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
         assert (counts["ties"], counts["kept"]) == (1, 2)
         assert [renderer.text(ids) for ids in found.sequences.responses.lists()] == [
             *("cat pig", "cat dog"),

@@ -9,19 +9,19 @@ import datasets
 import layouts
 import pytest
 
-from align.data import helpsteer
+from align.config import DataConfig
+from align.config.base import DataFormat
+from align.data import dataset
 from align.data.chat import Message
-from align.data.helpsteer import SplitCounts
+from align.data.dataset import SplitCounts
 from align.data.rows import Comparison, Edit, Feedback, Preference, Principle
 from align.errors import ConfigError, DataError
-from align.sections import Data
-from align.sections.runs import DataFormat
 
 CAT = (Message("user", "cat"),)
 
 
 def load(folder: Path, reads: Any, **options: Any) -> Any:
-    return helpsteer.load(Data(path=str(folder), **options), reads)
+    return dataset.load(DataConfig(path=str(folder), **options), reads)
 
 
 def test_feedback_is_of_one_response(tmp_path: Path):
@@ -207,7 +207,7 @@ def test_fingerprints_are_pinned(tmp_path: Path):
 
 
 def test_every_format_of_a_recipe_can_be_read():
-    assert {"auto", *helpsteer.FORMATS} == set(get_args(DataFormat))
+    assert {"auto", *dataset.FORMATS} == set(get_args(DataFormat))
 
 
 def test_a_format_that_does_not_hold_what_is_asked_for(tmp_path: Path):

@@ -12,11 +12,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from align.data import helpsteer, toy
+from align.config import DataConfig
+from align.data import dataset, toy
 from align.data.chat import Renderer
 from align.data.lint import Report, lint, sign_test
 from align.errors import DataError
-from align.sections import Data
 
 HELD_OUT = layouts.preference("held out", 0, **{"domain": "stem", "language": "english"})
 
@@ -25,7 +25,7 @@ def run(
     folder: Path, train: list[Any], validation: list[Any] | None = None, renderer: Any = None, **options: Any
 ) -> Report:
     layouts.write(folder, "helpsteer3", train, [HELD_OUT] if validation is None else validation)
-    return lint(Data(path=str(folder), **options), "preferences", renderer)
+    return lint(DataConfig(path=str(folder), **options), "preferences", renderer)
 
 
 def found(report: Report) -> dict[str, int]:
@@ -107,11 +107,11 @@ class TestRows:
     def test_what_a_format_drops(self, tmp_path: Path):
         rows = [layouts.rated("a", "x", 1), layouts.rated("a", "y", 2), layouts.rated("b")]
         layouts.write(tmp_path, "helpsteer", rows, [layouts.rated("v", "x", 1), layouts.rated("v", "y", 2)])
-        report = lint(Data(path=str(tmp_path), format="helpsteer"), "preferences")
+        report = lint(DataConfig(path=str(tmp_path), format="helpsteer"), "preferences")
         assert (found(report), report.rows) == ({"single": 1}, {"train": 2, "validation": 1})
         far = layouts.disagreement("a", helpfulness=[0, 3])
         layouts.put(tmp_path / "disagreements/disagreements.jsonl", [far, layouts.disagreement("held out 4")])
-        data = Data(path=str(tmp_path), format="helpsteer2_disagreements")
+        data = DataConfig(path=str(tmp_path), format="helpsteer2_disagreements")
         assert found(lint(data, "ratings"))["spread"] == 1
         assert "spread" not in found(lint(replace(data, max_spread=3), "ratings"))
 
@@ -162,14 +162,14 @@ class TestBiases:
 
     def test_no_position_where_the_format_has_none(self, tmp_path: Path):
         layouts.write(tmp_path, "openai", [layouts.chosen(str(n)) for n in range(20)], [layouts.chosen("v")])
-        report = lint(Data(path=str(tmp_path), format="openai"), "preferences")
+        report = lint(DataConfig(path=str(tmp_path), format="openai"), "preferences")
         assert "position" not in [finding.name for finding in report.findings]
 
 
 class TestRatings:
     def run(self, folder: Path, rows: list[Any]) -> Report:
         layouts.write(folder, "openai", rows, [layouts.messages("v")])
-        return lint(Data(path=str(folder), format="openai"), "ratings")
+        return lint(DataConfig(path=str(folder), format="openai"), "ratings")
 
     def test_attributes(self, tmp_path: Path):
         rows = [layouts.messages(str(n), "x" * (n + 1), helpfulness=n, own=2) for n in range(4)]
@@ -230,8 +230,8 @@ class TestTokens:
     def test_agrees_with_what_training_drops(self, tmp_path: Path):
         renderer = Renderer(tokenizer())
         report = self.run(tmp_path, renderer)
-        rows = helpsteer.load(Data(path=str(tmp_path))).train
-        _, counts = helpsteer.pairs(rows, renderer, 6, 3)
+        rows = dataset.load(DataConfig(path=str(tmp_path))).train
+        _, counts = dataset.pairs(rows, renderer, 6, 3)
         # A pair that is too long is not compared there.
         assert counts == {"rows": 6, "ties": 0, "too_long": 4, "identical": 1, "kept": 1}
         assert found(report)["long_prompt"] + found(report)["long_response"] == counts["too_long"]
@@ -287,4 +287,4 @@ def test_a_damaged_file_is_no_finding(tmp_path: Path):
     layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [HELD_OUT])
     (tmp_path / "preference" / "train.jsonl.gz").write_bytes(b"plain")
     with pytest.raises(DataError, match="the file is damaged"):
-        lint(Data(path=str(tmp_path)), "preferences")
+        lint(DataConfig(path=str(tmp_path)), "preferences")

@@ -9,10 +9,10 @@ from typing import Any
 import layouts
 import pytest
 
-from align.data import helpsteer, nemo
+from align.config import DataConfig
+from align.data import dataset, nemo
 from align.data.chat import Message
 from align.data.rows import BadRow, Preference, Rating
-from align.sections import Data
 
 CAT = (Message("user", "cat"),)
 LABELS = {"helpfulness": 3.0, "verbosity": 1.0}
@@ -20,7 +20,7 @@ LABELS = {"helpfulness": 3.0, "verbosity": 1.0}
 
 def load(folder: Path, reads: Any, train: list[Any], validation: list[Any]) -> Any:
     layouts.write(folder, "nemo", train, validation)
-    return helpsteer.load(Data(path=str(folder), format="nemo"), reads)
+    return dataset.load(DataConfig(path=str(folder), format="nemo"), reads)
 
 
 def nine(**labels: float) -> list[float]:

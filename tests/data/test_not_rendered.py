@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from align.data import conversations, editing, helpsteer, judging, steered, toy_family
+from align.config import DataConfig, EditingConfig, SteeringConfig, VerdictConfig
+from align.data import conversations, dataset, editing, genrm, steerlm_dataset, toy_family
 from align.data.chat import Message, Renderer
 from align.data.rows import Comparison, Context, Edit, Feedback, Preference, Rating
-from align.data.steering import Form
-from align.data.tokenise import demonstrations, pairs, prompts, ratings
+from align.data.steerlm import Form
+from align.data.tokenize import demonstrations, pairs, prompts, ratings
 from align.errors import DataError
-from align.sections import Data, Editing, Steering, Verdict
 from align.types import Packed
 
 GOOD: Context = (Message("user", "sort the words : pig ant"),)
 BAD: Context = (Message("system", "okay"), *GOOD)
-FORM = Form.of(Steering(attributes=["helpfulness"]))
-CONFIG: Any = SimpleNamespace(data=Data(path="x"), editing=Editing(used_by="none"), verdict=Verdict())
+FORM = Form.of(SteeringConfig(attributes=["helpfulness"]))
+CONFIG: Any = SimpleNamespace(data=DataConfig(path="x"), editing=EditingConfig(used_by="none"), verdict=VerdictConfig())
 
 PREFERENCE = Preference(GOOD, "ant pig", "pig ant", -2, "", "", where="train.jsonl:1")
 RATING = Rating(GOOD, "ant pig", {"helpfulness": 3.0}, "", "", where="train.jsonl:1")
@@ -35,11 +35,11 @@ MADE: dict[str, tuple[Any, Callable[[list[Any], Renderer], dict[str, int]]]] = {
     "pairs": (PREFERENCE, lambda rows, it: pairs(rows, it, 99, 99)[1]),
     "demonstrations": (PREFERENCE, lambda rows, it: demonstrations(rows, it, "all", 99, 99)[1]),
     "ratings": (RATING, lambda rows, it: ratings(rows, it, ["helpfulness"], 99, 99)[1]),
-    "responses to be labelled": (RATING, lambda rows, it: steered.answers(rows, it, 99, 99)[1]),
-    "steered demonstrations": (RATING, lambda rows, it: steered.demonstrations(rows, it, FORM, 99, 99)[1]),
+    "responses to be labelled": (RATING, lambda rows, it: steerlm_dataset.answers(rows, it, 99, 99)[1]),
+    "steered demonstrations": (RATING, lambda rows, it: steerlm_dataset.demonstrations(rows, it, FORM, 99, 99)[1]),
     "steered prompts": (
         RATING,
-        lambda rows, it: dict(steered.asked([(r.where, r.context, (3,)) for r in rows], it, FORM, 99).counts),
+        lambda rows, it: dict(steerlm_dataset.asked([(r.where, r.context, (3,)) for r in rows], it, FORM, 99).counts),
     ),
     "feedback": (FEEDBACK, lambda rows, it: editing.feedback_demonstrations(rows, it, CONFIG)[1]),
     "edits": (EDIT, lambda rows, it: editing.edit_demonstrations(rows, it, CONFIG)[1]),
@@ -74,8 +74,8 @@ def test_prompts_of_a_judge(tmp_path: Path):
     refusal = "{% if 'zebra' in messages[0].content %}{{ messages[7].content.x }}{% endif %}"
     file.write_text(refusal + str(tokenizer.chat_template))
     for make in (
-        lambda it: judging.prompts(rows, it, Verdict(), 9999).counts,
-        lambda it: judging.demonstrations(rows, it, CONFIG)[1],
+        lambda it: genrm.prompts(rows, it, VerdictConfig(), 9999).counts,
+        lambda it: genrm.demonstrations(rows, it, CONFIG)[1],
     ):
         with pytest.raises(DataError) as caught:
             make(Renderer(tokenizer, str(file)))
@@ -104,11 +104,11 @@ def test_judges_that_read_text_know_the_other_prompts(tmp_path: Path):
 def test_rows_that_the_template_of_a_reward_model_refuses(tmp_path: Path):
     """It would meet them in the middle of the run."""
     rows = [replace(PREFERENCE, context=BAD, where="train.jsonl:6"), PREFERENCE]
-    corpus = helpsteer.Corpus(rows, rows[1:], {}, "")
+    corpus = dataset.Corpus(rows, rows[1:], {}, "")
     lenient, strict = Renderer(toy_family.tokenizer()), renderer(tmp_path, "stop")
-    assert helpsteer.readable(corpus, [], Data(path="x")) == (corpus, {})
-    assert helpsteer.readable(corpus, [lenient], Data(path="x")) == (corpus, {})
+    assert dataset.readable(corpus, [], DataConfig(path="x")) == (corpus, {})
+    assert dataset.readable(corpus, [lenient], DataConfig(path="x")) == (corpus, {})
     with pytest.raises(DataError, match=r"train\.jsonl:6: .* cannot render the row"):
-        helpsteer.readable(corpus, [lenient, strict], Data(path="x"))
-    found, counts = helpsteer.readable(corpus, [lenient, strict], Data(path="x", bad_rows="skip"))
+        dataset.readable(corpus, [lenient, strict], DataConfig(path="x"))
+    found, counts = dataset.readable(corpus, [lenient, strict], DataConfig(path="x", bad_rows="skip"))
     assert (found.train, found.validation, counts) == ([PREFERENCE], [PREFERENCE], {"not_rendered": 1})

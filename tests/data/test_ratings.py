@@ -11,20 +11,21 @@ import pytest
 import torch
 from layouts import rated
 
-from align import config, launch
+from align import launch
 from align.algorithms import reward_model
-from align.data import helpsteer, helpsteer2, toy
+from align.config import DataConfig
+from align.config.load import load_recipe
+from align.data import dataset, helpsteer2, toy
 from align.data.chat import Message, Renderer
-from align.data.helpsteer import Rating, SplitCounts
+from align.data.dataset import Rating, SplitCounts
 from align.errors import DataError
-from align.sections import Data
 from align.types import NOT_RATED
 
 ALL = {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0, "verbosity": 1.0}
 
 
 def load(folder: Path, reads: Any = "ratings", form: Any = "helpsteer2", **options: Any) -> Any:
-    return helpsteer.load(Data(path=str(folder), format=form, **options), reads)
+    return dataset.load(DataConfig(path=str(folder), format=form, **options), reads)
 
 
 def helpsteer1(folder: Path, train: list[Any], **options: Any) -> Any:
@@ -174,7 +175,7 @@ class TestTokens:
 
     def test_labels_and_shared_prompts(self):
         renderer = Renderer(toy.tokenizer())
-        found, counts = helpsteer.ratings(self.rows(), renderer, ["verbosity", "helpfulness"], 5, 3)
+        found, counts = dataset.ratings(self.rows(), renderer, ["verbosity", "helpfulness"], 5, 3)
         assert counts == {"rows": 7, "unrated": 2, "too_long": 2, "kept": 3}
         torch.testing.assert_close(found.label_BA, torch.tensor([[1.5, 3.0], [0.0, NOT_RATED], [NOT_RATED, 2.0]]))
         assert [renderer.text(ids) for ids in found.sequences.responses.lists()] == ["cat dog", "", "owl"]
@@ -183,7 +184,7 @@ class TestTokens:
 
     def test_it_is_what_the_renderer_gives_row_by_row(self):
         renderer, rows = Renderer(toy.tokenizer()), self.rows()
-        found, _ = helpsteer.ratings(rows, renderer, ["helpfulness"], 99, 99)
+        found, _ = dataset.ratings(rows, renderer, ["helpfulness"], 99, 99)
         slow = [
             (renderer.prompt_ids(r.context), renderer.response_ids(r.context, r.response))
             for r in rows
@@ -194,7 +195,7 @@ class TestTokens:
 
     def test_nothing_left(self):
         with pytest.raises(DataError, match="no rated responses are left of the data: rows 7, unrated 7, too_long 0"):
-            helpsteer.ratings(self.rows(), Renderer(toy.tokenizer()), ["toxicity"], 9, 9)
+            dataset.ratings(self.rows(), Renderer(toy.tokenizer()), ["toxicity"], 9, 9)
 
 
 RECIPE = """
@@ -219,11 +220,11 @@ def test_a_run_says_what_became_of_its_ratings(tmp_path: Path):
     toy.tokenizer().save_pretrained(tmp_path / "tokenizer")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(run=tmp_path / "run", data=tmp_path, tokenizer=tmp_path / "tokenizer"))
-    prepared = launch.prepare(config.load(recipe, ["batch_size=1"]))
+    prepared = launch.prepare(load_recipe(recipe, ["batch_size=1"]))
     assert isinstance(prepared.config, reward_model.Config)
     source = prepared.description["source"]
     assert (source["train"]["read"], source["train"]["spread"], source["train"]["kept"]) == (2, 1, 1)
     assert source["validation"]["bad"] == {"row is not JSON": 1}
     assert prepared.description["prepared"]["kept"] == 1
     data = prepared.config.data
-    assert prepared.description["fingerprint"] == helpsteer.load(data, "ratings").fingerprint
+    assert prepared.description["fingerprint"] == dataset.load(data, "ratings").fingerprint

@@ -8,10 +8,10 @@ from typing import get_args, get_type_hints
 import pytest
 
 from align.algorithms import sft
-from align.data import helpsteer, tokenise, toy_family
+from align.config import DataConfig, PolicyConfig
+from align.data import dataset, tokenize, toy_family
 from align.data.chat import Renderer, load_tokenizer
 from align.data.tasks import DEMONSTRATIONS
-from align.sections import Data, Policy
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def test_every_task_of_a_recipe_is_there():
 
 @pytest.mark.parametrize("name", DEMONSTRATIONS)
 def test_a_task_makes_demonstrations_of_what_it_reads(name: str, folder: Path):
-    config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), demonstrates=name)
-    source = helpsteer.load(config.data, config.reads())
-    found, counts = sft.prepare(config, source, Renderer(load_tokenizer(folder / "tokenizer")))
+    config = sft.Config(policy=PolicyConfig(path="p"), data=DataConfig(path=str(folder)), demonstrates=name)
+    source = dataset.load(config.data, config.reads())
+    found, counts = sft.load_data(config, source, Renderer(load_tokenizer(folder / "tokenizer")))
     assert len(found.demonstrations) == counts["kept"] > 0
     assert bool(found.files) == (name == "verdicts")
 
@@ -35,10 +35,10 @@ def test_a_task_makes_demonstrations_of_what_it_reads(name: str, folder: Path):
 @pytest.mark.parametrize("responses", ["preferred", "all"])
 def test_answers_are_as_before(responses: str, folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
-    config = sft.Config(policy=Policy(path="p"), data=Data(path=str(folder)), responses=responses)
-    source = helpsteer.load(config.data, config.reads())
-    material, counts = sft.prepare(config, source, renderer)
+    config = sft.Config(policy=PolicyConfig(path="p"), data=DataConfig(path=str(folder)), responses=responses)
+    source = dataset.load(config.data, config.reads())
+    material, counts = sft.load_data(config, source, renderer)
     found = material.demonstrations
-    wanted, others = tokenise.demonstrations(source.train, renderer, responses, 2048, 2048)
+    wanted, others = tokenize.demonstrations(source.train, renderer, responses, 2048, 2048)
     assert (found.prompts.lists(), found.responses.lists()) == (wanted.prompts.lists(), wanted.responses.lists())
     assert counts == others

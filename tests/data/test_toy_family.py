@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from align.data import helpsteer, helpsteer3, toy, toy_family, verdicts
+from align.config import DataConfig
+from align.data import dataset, genrm_prompts, helpsteer3, toy, toy_family
 from align.data.chat import Message, Renderer, load_tokenizer
-from align.data.verdicts import Scores
-from align.sections import Data
+from align.data.genrm_prompts import Scores
 
 CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
 
@@ -121,11 +121,11 @@ def test_principles_are_judged_by_their_rule(folder: Path):
 
 @pytest.mark.parametrize("reads", ["preferences", "comparisons", "feedback", "edits", "principles"])
 def test_every_config_can_be_read(folder: Path, reads: Any):
-    assert len(helpsteer.load(Data(path=str(folder)), reads).train) >= 200 - (reads == "principles")
+    assert len(dataset.load(DataConfig(path=str(folder)), reads).train) >= 200 - (reads == "principles")
 
 
 def test_comparisons_are_labelled_by_the_score(folder: Path):
-    for row in helpsteer.load(Data(path=str(folder)), "comparisons").train:
+    for row in dataset.load(DataConfig(path=str(folder)), "comparisons").train:
         text = row.context[-1].content
         assert row.helpfulness == (1 + toy.score(text, row.response1), 1 + toy.score(text, row.response2))
 
@@ -144,8 +144,8 @@ def test_written_bytes_depend_on_the_seed_alone(tmp_path: Path):
 def test_the_tokenizer_writes_every_text_back(folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
     texts = [
-        verdicts.write(Scores(4, 2, 2), "helpsteer3", ("Response 1 is right.", "Response 2 is not.")),
-        verdicts.write(Scores(4, 2, 2), "json"),
+        genrm_prompts.write(Scores(4, 2, 2), "helpsteer3", ("Response 1 is right.", "Response 2 is not.")),
+        genrm_prompts.write(Scores(4, 2, 2), "json"),
         "<think>\nWord 1 should be cat.\n</think>\nYes",
         "<extra_id_2>helpfulness:4,verbosity:1\n",
         *toy_family.PRINCIPLES,
@@ -161,7 +161,7 @@ def test_the_tokenizer_writes_every_text_back(folder: Path):
 
 def test_the_template_knows_the_roles_of_a_judge():
     renderer = Renderer(toy_family.tokenizer())
-    asked = verdicts.ask((Message("user", "cat"),), ("dog", "pig"), "helpsteer3", True, "no word too much")
+    asked = genrm_prompts.ask((Message("user", "cat"),), ("dog", "pig"), "helpsteer3", True, "no word too much")
     written = renderer.tokenizer.decode(renderer.prompt_ids(asked))
     assert written == "<s><user>cat<principle>no word too much<response_1>dog<response_2>pig<assistant>"
     assert renderer.stop_ids == (2,)

@@ -22,12 +22,20 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.algorithms import _direct_loss, _policy_loss, _reward_pairs, _reward_ratings, ppo, sft, steerlm2
+from align.algorithms import (
+    _policy_loss,
+    _preference_loss,
+    _reward_pairs,
+    _reward_ratings,
+    ppo,
+    sft,
+    steerlm2,
+)
+from align.config import OptimizerConfig, PolicyConfig, PolicyLossConfig, PreferenceLossConfig
 from align.engines import distributed
 from align.engines.deepspeed import Engine
 from align.models.heads import Head, LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues
 from align.roles import Loss
-from align.sections import DirectLoss, Optimizer, Policy, PolicyLoss
 from align.types import NOT_RATED, Batch, Sequences
 
 sys.path.append(str(Path(__file__).parent))  # pytest imports test files by their path and leaves sys.path alone
@@ -89,7 +97,7 @@ def outputs_by_hand(kind: str, model: Any, rows: Sequences, temperature: float) 
 
 
 def objective(value: Loss) -> Tensor:
-    """What one optimizer step minimises when the whole batch is one micro-batch."""
+    """What one optimizer step minimizes when the whole batch is one micro-batch."""
     return torch.stack([total / count for total, count in value.terms]).sum()
 
 
@@ -235,7 +243,7 @@ def filled(columns: dict[str, Tensor], rows: Sequences, value: float, more: int 
 
 
 def _policy_cases() -> Iterator[tuple[str, Case]]:
-    every = get_args(get_type_hints(PolicyLoss)["aggregation"])
+    every = get_args(get_type_hints(PolicyLossConfig)["aggregation"])
     kinds: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
         ("reinforce", "reinforce", {}, every),
         ("clipped", "clipped", {}, every),
@@ -248,7 +256,7 @@ def _policy_cases() -> Iterator[tuple[str, Case]]:
         by_response = kind.startswith("sequence")
         batches = rollouts(MANY, by_response), rollouts(FEW, by_response)
         for aggregation in aggregations:
-            how = PolicyLoss(kind=kind, aggregation=aggregation, importance_cap=1.3, **changes)  # type: ignore[arg-type]
+            how = PolicyLossConfig(kind=kind, aggregation=aggregation, importance_cap=1.3, **changes)  # type: ignore[arg-type]
             estimator = next(estimators)
             alone = [{"entropy": 0.1}, {"kl": 0.3}] if aggregation in ("token_mean", "sequence_mean") else []
             for extras in ({}, {"entropy": 0.1, "kl": 0.3}, *alone):
@@ -266,14 +274,14 @@ def _policy_cases() -> Iterator[tuple[str, Case]]:
 def _direct_cases() -> Iterator[tuple[str, Case]]:
     special: dict[str, dict[str, Any]] = {"cdpo": {"smoothing": 0.1}, "robust": {"smoothing": 0.1}}
     hows = [
-        DirectLoss(kind=kind, beta=0.3, **special.get(kind, {}))
-        for kind in get_args(get_type_hints(DirectLoss)["kind"])
+        PreferenceLossConfig(kind=kind, beta=0.3, **special.get(kind, {}))
+        for kind in get_args(get_type_hints(PreferenceLossConfig)["kind"])
     ]
-    hows += [DirectLoss(kind="ipo", average=False)]
+    hows += [PreferenceLossConfig(kind="ipo", average=False)]
     hows += [replace(how, sft_coef=0.2) for how in hows if how.kind in ("dpo", "rpo_bwd_kl", "simpo")]
     for how in hows:
         name = "-".join(["direct", how.kind, *([] if how.average else ["sums"]), *(["sft"] if how.sft_coef else [])])
-        yield name, Case("policy", partial(_direct_loss.loss, how=how), paired(PAIRED), paired(ONE_PAIR))
+        yield name, Case("policy", partial(_preference_loss.loss, how=how), paired(PAIRED), paired(ONE_PAIR))
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
@@ -323,12 +331,12 @@ class Setting(NamedTuple):
 @functools.cache
 def engine(kind: str, stage: int, attention: str, tokens: int) -> Observed:
     """The engine of a setting, made once: no step changes it."""
-    section = Policy(
+    section = PolicyConfig(
         path="unused",
         dtype="float32",
         zero_stage=stage,  # type: ignore[arg-type]
-        micro_batch_tokens=tokens,
-        optimizer=Optimizer(lr=0.0, max_grad_norm=0.0),
+        max_tokens_per_micro_batch=tokens,
+        optimizer=OptimizerConfig(lr=0.0, max_grad_norm=0.0),
     )
     return Observed(KINDS[kind].head(model_of(kind, attention)), section, torch.device("cpu"), total_steps=1)
 

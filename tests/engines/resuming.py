@@ -26,15 +26,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align import faults
-from align.engines import distributed, state
+from align.config import LoraConfig, PolicyConfig
+from align.engines import distributed, optimizer_state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
 from align.models import load
 from align.models.heads import LastTokenScore, TokenLogprobs, TokenValues
 from align.roles import Loss
-from align.sections import Lora, Policy
 from align.types import Batch
+from align.utils import fault_injection
 from align.workers.base import Spec, TrainedWorker
 
 sys.path.append(str(Path(__file__).parent))  # pytest imports test files by their path and leaves sys.path alone
@@ -122,12 +122,12 @@ def trainee(case: Case) -> Trainee:
     kind = KINDS[case.kind]
     model = shared.llama("packed", getattr(torch, case.dtype), kind.auto, **kind.model)
     if kind.lora:
-        load.add_lora(model, Lora(rank=3, dropout=0.3), task="CAUSAL_LM")
-    section = Policy(
+        load.add_lora(model, LoraConfig(rank=3, dropout=0.3), task="CAUSAL_LM")
+    section = PolicyConfig(
         path="unused",
         dtype=case.dtype,  # type: ignore[arg-type]
         zero_stage=case.stage,
-        micro_batch_tokens=30,
+        max_tokens_per_micro_batch=30,
         offload_optimizer=kind.offload,
         optimizer=shared.optimizer(0.3),
     )
@@ -179,7 +179,7 @@ def resumed(case: Case, folder: Path) -> dict[str, list[str]]:
     seed_everything(5 + dist.get_rank())
     straight = trainee(case)
     straight.learn(first)
-    middle, noise = image(straight), state.random_state()
+    middle, noise = image(straight), optimizer_state.random_state()
     numbers = straight.learn(second)
     end = image(straight)
 
@@ -203,7 +203,9 @@ def resumed(case: Case, folder: Path) -> dict[str, list[str]]:
     seed_everything(99)
     for what, worker in (("fresh", trainee(case)), ("stepped", saving)):
         worker.restore(folder)
-        found[f"{what}, restored"] = differences(image(worker), middle) + differences(state.random_state(), noise)
+        found[f"{what}, restored"] = differences(image(worker), middle) + differences(
+            optimizer_state.random_state(), noise
+        )
         again = worker.learn(second)
         found[f"{what}, end"] = differences(image(worker), end) + ([] if again == numbers else ["metrics"])
     return found
@@ -289,7 +291,7 @@ def assembled(folder: Path) -> dict[str, Tensor]:
 SPOILT = [Case("policy", *held) for held in HELD]
 SPOILT += [Case("offload", 1, "float32"), Case("offload", 2, "bfloat16"), Case("offload", 3, "bfloat16")]
 WAYS = [*(f"{number}_{what}" for number in ("nan", "inf") for what in ("loss", "gradient")), "steep"]
-"""Faults of `align.faults`, and a loss of its own."""
+"""Faults of `align.utils.fault_injection`, and a loss of its own."""
 
 
 def steep(logprob_BT: Tensor, mask_BT: Tensor, **_: Tensor) -> Loss:
@@ -302,9 +304,9 @@ def spoil(worker: Trainee, way: str, batch: Batch) -> dict[str, float]:
     """A step that is spoilt on the last rank by a fault, or by its loss on all."""
     if way == "steep":
         return worker.update(shared.share(batch), steep).value
-    faults.arm(None)
+    fault_injection.arm(None)
     if dist.get_rank() == dist.get_world_size() - 1:
-        faults.commit(way)
+        fault_injection.raise_fault(way)
     return worker.learn(batch)
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from align.config import OptimizerConfig, PolicyConfig, ReferenceConfig
 from align.engines import distributed
 from align.models import load
 from align.models.heads import LastTokenScore, TokenLogprobs
 from align.roles import Loss
-from align.sections import Optimizer, Policy, Reference
 from align.types import Batch, Sequences
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -208,7 +208,7 @@ def test_a_rate_too_small_for_bfloat16_still_adds_up():
     # Steps of 1e-4 of a weight are lost in bfloat16, which has 8 bits; only the float32 copy remembers them.
     model = shared.llama("packed", torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    section = Policy(path="unused", zero_stage=1, optimizer=Optimizer(lr=2e-4, max_grad_norm=0.0))
+    section = PolicyConfig(path="unused", zero_stage=1, optimizer=OptimizerConfig(lr=2e-4, max_grad_norm=0.0))
     engine = shared.engine_of(model, section)
     batch = shared.token_batch(0, *shared.SHAPES)
     for _ in range(20):
@@ -235,8 +235,8 @@ def test_the_first_step_has_the_size_of_the_scheduled_rate(stage):
     # AdamW's first step is lr * g / (|g| + eps): where |g| is far above eps, every weight moves by exactly lr.
     model = shared.llama("packed")
     before = model.lm_head.weight.detach().clone()
-    rates = Optimizer(lr=1e-2, eps=1e-12, max_grad_norm=0.0, warmup_steps=8)
-    engine = shared.engine_of(model, Policy(path="unused", dtype="float32", zero_stage=stage, optimizer=rates))
+    rates = OptimizerConfig(lr=1e-2, eps=1e-12, max_grad_norm=0.0, warmup_steps=8)
+    engine = shared.engine_of(model, PolicyConfig(path="unused", dtype="float32", zero_stage=stage, optimizer=rates))
     metrics = engine.update(shared.token_batch(0, *shared.SHAPES), shared.weighted, temperature=1.0)
     moved = (shared.weights(model, engine)["lm_head.weight"] - before).abs()
     assert metrics["lr"] == pytest.approx(1e-2 / 8)
@@ -249,8 +249,10 @@ def test_dropout_acts_in_update_only():
     batch = shared.token_batch(0, *shared.SHAPES)
     infer, losses = {}, {}
     for dropout in (0.0, 0.5):
-        rates = Optimizer(lr=0.0)
-        section = Policy(path="unused", init=init, dtype="float32", zero_stage=0, dropout=dropout, optimizer=rates)
+        rates = OptimizerConfig(lr=0.0)
+        section = PolicyConfig(
+            path="unused", init=init, dtype="float32", zero_stage=0, dropout=dropout, optimizer=rates
+        )
         engine = shared.engine_of(load.causal_lm(section, 50, seed=3), section)
         first = engine.infer(batch.sequences, temperature=1.0)["logprob_BT"]
         losses[dropout] = engine.update(batch, shared.weighted, temperature=1.0)["loss"]
@@ -267,7 +269,9 @@ def test_inference_does_not_depend_on_micro_batches(attention):
     with torch.no_grad():
         logprob_BT, entropy_BT = shared.by_hand_logprobs(shared.llama("eager"), rows, 0.7)
     for tokens in (1, 12, 30, 10**6):
-        engine = shared.engine_of(model, Reference(path="unused", dtype="float32", micro_batch_tokens=tokens))
+        engine = shared.engine_of(
+            model, ReferenceConfig(path="unused", dtype="float32", max_tokens_per_micro_batch=tokens)
+        )
         outputs = engine.infer(rows, temperature=0.7)
         torch.testing.assert_close(outputs["logprob_BT"], logprob_BT, rtol=0, atol=1e-5)
         torch.testing.assert_close(outputs["entropy_BT"], entropy_BT, rtol=0, atol=1e-5)
@@ -275,10 +279,10 @@ def test_inference_does_not_depend_on_micro_batches(attention):
 
 def test_inference_without_sequences():
     none = shared.sequences(*shared.SHAPES).select(torch.empty(0, dtype=torch.int64))
-    reference = shared.engine_of(shared.llama("packed"), Reference(path="unused", dtype="float32"))
+    reference = shared.engine_of(shared.llama("packed"), ReferenceConfig(path="unused", dtype="float32"))
     assert reference.infer(none, temperature=1.0)["logprob_BT"].shape == (0, 0)
     scorer = shared.llama("packed", auto=AutoModelForSequenceClassification, num_labels=1)
-    reward = shared.engine_of(scorer, Reference(path="unused", dtype="float32"), LastTokenScore)
+    reward = shared.engine_of(scorer, ReferenceConfig(path="unused", dtype="float32"), LastTokenScore)
     assert reward.infer(none)["score_B"].shape == (0,)
 
 
@@ -290,7 +294,7 @@ def test_pairs_are_never_parted():
         return shared.preferred(strength_B=strength_B, **tensors)
 
     batch: Batch = shared.TASKS["pairs"].batches[0]
-    engine = shared.engine_of(shared.llama("packed"), shared.section(0, micro_batch_tokens=1))
+    engine = shared.engine_of(shared.llama("packed"), shared.section(0, max_tokens_per_micro_batch=1))
     engine.update(batch, watch, temperature=1.0)
     assert seen == [2] * 8  # four pairs, each counted once and computed once
 

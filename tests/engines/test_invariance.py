@@ -22,10 +22,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms import _on_policy
+from align.algorithms import _rollout
 from align.data import collate
 from align.engines import distributed
-from align.roles import Loss, Ready
+from align.roles import CompletedFuture, Loss
 
 sys.path.append(str(Path(__file__).parent))
 suite: Any = importlib.import_module("invariance")
@@ -171,9 +171,9 @@ def test_more_minibatches_than_groups(name: str, group: int):
     # Best-of-n and online DPO leave out prompts, so there may be fewer groups than the recipe has minibatches.
     case, setting = suite.CASES[name], suite.Setting(2, "packed", 12, False)
     batch = case.few.select(torch.arange(group))
-    learner = SimpleNamespace(update=lambda part, loss: Ready(suite.by_engine(case, setting, part).metrics))
+    learner = SimpleNamespace(update=lambda part, loss: CompletedFuture(suite.by_engine(case, setting, part).metrics))
     config: Any = SimpleNamespace(minibatches=3, epochs=2, run=SimpleNamespace(seed=0))
-    metrics = _on_policy.learn(config, 1, group, {"": (learner, batch, case.loss)})
+    metrics = _rollout.run_updates(config, 1, group, {"": (learner, batch, case.loss)})
     assert (metrics["updates"], metrics["skipped_steps"]) == (6.0, 4.0)
     assert metrics["loss"] == pytest.approx(suite.by_engine(case, setting, batch).metrics["loss"])
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms import _direct_loss
+from align.algorithms import _preference_loss
+from align.config import PreferenceLossConfig
 from align.engines import distributed
 from align.errors import DivergedError
 from align.roles import Loss
-from align.sections import DirectLoss
 from align.types import Batch
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -106,7 +106,7 @@ TASKS: dict[str, tuple[tuple[Batch, ...], Any]] = {
     "empty": (TOKENS, with_an_empty_term),
     "first empty": (TOKENS, first_term_empty),
     "some without": (TOKENS, some_without),
-    "dpo with sft": (PAIRS, partial(_direct_loss.loss, how=DirectLoss(beta=0.05, sft_coef=0.7))),
+    "dpo with sft": (PAIRS, partial(_preference_loss.loss, how=PreferenceLossConfig(beta=0.05, sft_coef=0.7))),
 }
 RUNS = [
     *[("three", 0, tokens) for tokens in (1, 12, 30, 10**6)],

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from align.config import OptimizerConfig
 from align.engines.schedule import learning_rate
-from align.sections import Optimizer
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,13 @@ from align.sections import Optimizer
     ],
 )
 def test_by_hand(schedule, rates: dict[int, float]):
-    section = Optimizer(lr=0.8, schedule=schedule, warmup_steps=4, min_lr_ratio=0.25)
+    section = OptimizerConfig(lr=0.8, schedule=schedule, warmup_steps=4, min_lr_ratio=0.25)
     assert {step: learning_rate(section, step, 12) for step in rates} == pytest.approx(rates, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_without_a_floor_the_last_step_has_rate_zero_and_rates_only_fall(schedule):
-    section = Optimizer(lr=0.5, schedule=schedule)
+    section = OptimizerConfig(lr=0.5, schedule=schedule)
     rates = [learning_rate(section, step, 10) for step in range(1, 11)]
     assert rates[-1] == pytest.approx(0, abs=1e-15)
     assert all(a > b for a, b in itertools.pairwise(rates))
@@ -40,6 +40,6 @@ def test_without_a_floor_the_last_step_has_rate_zero_and_rates_only_fall(schedul
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_run_that_is_all_warm_up(schedule):
-    section = Optimizer(lr=1.0, schedule=schedule, warmup_steps=4)
+    section = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=4)
     assert [learning_rate(section, step, 4) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     assert learning_rate(section, 2, 3) == 0.5  # shorter than its warm-up

@@ -2,16 +2,16 @@
 
 import torch
 
+from align.config import OptimizerConfig, PolicyConfig, SamplingConfig
 from align.engines import deepspeed, distributed
-from align.engines.generation import generate
+from align.engines.decoder import generate
 from align.models import heads, load
-from align.sections import Optimizer, Policy, Sampling
 from align.types import Packed, Prompts
 
 
 def test_decay_and_gathering_see_whole_weights(tiny_policy, monkeypatch):
-    section = Policy(
-        path=str(tiny_policy), dtype="float32", zero_stage=3, optimizer=Optimizer(lr=1e-3, weight_decay=0.1)
+    section = PolicyConfig(
+        path=str(tiny_policy), dtype="float32", zero_stage=3, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
     )
     monkeypatch.setitem(vars(deepspeed), "_configuration", _without_persistence(deepspeed._configuration))
     device = distributed.initialize_alone()
@@ -26,7 +26,7 @@ def test_decay_and_gathering_see_whole_weights(tiny_policy, monkeypatch):
     assert decayed == {0.1: matrices, 0.0: 2 * 2 + 1}
     prompts = Prompts(Packed.from_lists([[1, 2, 3], [4, 5]]), torch.arange(2), (2,), 1)
     with engine.full(model.parameters()):
-        generate(model, prompts, Sampling(max_tokens=4), 0, 8)
+        generate(model, prompts, SamplingConfig(max_tokens=4), 0, 8)
         assert all(parameter.ds_status.name == "AVAILABLE" for parameter in model.parameters())
     assert not any(parameter.ds_status.name == "AVAILABLE" for parameter in model.parameters())
 

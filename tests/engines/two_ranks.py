@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from align.config import OptimizerConfig, PolicyConfig, ReferenceConfig, SamplingConfig
 from align.data import collate
 from align.engines import distributed
+from align.engines.decoder import generate
 from align.engines.deepspeed import Engine
-from align.engines.generation import generate
 from align.models import export
 from align.models.heads import LastTokenScore, TokenLogprobs
 from align.roles import Loss
-from align.sections import Optimizer, Policy, Reference, Sampling
 from align.types import Batch, Packed, Prompts, Sequences
 
 TEMPERATURE = 0.7
@@ -101,9 +101,9 @@ def nothing(logprob_BT: Tensor, mask_BT: Tensor, **_: Tensor) -> Loss:
     return Loss(torch.where(mask_BT, logprob_BT, 0.0).sum(), torch.zeros(()), {})
 
 
-def optimizer(max_grad_norm: float) -> Optimizer:
+def optimizer(max_grad_norm: float) -> OptimizerConfig:
     # A large eps: the update feels the size of the gradient, and rounding of gradients near 0 is not blown up to lr.
-    return Optimizer(
+    return OptimizerConfig(
         lr=2e-2,
         betas=(0.9, 0.95),
         eps=1e-3,
@@ -196,18 +196,20 @@ def by_hand_logprobs(model: Any, rows: Sequences, temperature: float) -> tuple[T
     return logprob_BT, entropy_BT
 
 
-def section(stage: int, micro_batch_tokens: int = 30, max_grad_norm: float = 0.0, dtype: Any = "float32") -> Policy:
+def section(
+    stage: int, max_tokens_per_micro_batch: int = 30, max_grad_norm: float = 0.0, dtype: Any = "float32"
+) -> PolicyConfig:
     """The policy section of these tests."""
-    return Policy(
+    return PolicyConfig(
         path="unused",
         dtype=dtype,
         zero_stage=stage,
-        micro_batch_tokens=micro_batch_tokens,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         optimizer=optimizer(max_grad_norm),
     )
 
 
-def engine_of(model: Any, section: Policy | Reference, head: Any = TokenLogprobs) -> Engine:
+def engine_of(model: Any, section: PolicyConfig | ReferenceConfig, head: Any = TokenLogprobs) -> Engine:
     """An engine on the group's device."""
     return Engine(head(model), section, torch.device("cpu"), TOTAL_STEPS)
 
@@ -229,11 +231,11 @@ def shuffled(batch: Batch, seed: int) -> Batch:
 
 
 def by_engine(
-    task: Task, stage: int, attention: str, micro_batch_tokens: int, shuffle: bool = False
+    task: Task, stage: int, attention: str, max_tokens_per_micro_batch: int, shuffle: bool = False
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Weights and metrics after the steps of a task."""
     model = llama(attention, tied=task.tied)
-    engine = engine_of(model, section(stage, micro_batch_tokens, task.max_grad_norm))
+    engine = engine_of(model, section(stage, max_tokens_per_micro_batch, task.max_grad_norm))
     metrics = []
     for step, batch in enumerate(task.batches):
         ordered = shuffled(batch, step) if shuffle else batch
@@ -295,9 +297,9 @@ def refused_and_skipped(stage: int) -> dict[str, Any]:
 
 def frozen(stage: int) -> list[Tensor]:
     """Log-probabilities and scores of frozen models, the second time with work for rank 0 only."""
-    reference = engine_of(llama("packed"), Reference(path="unused", dtype="float32", zero_stage=stage))
+    reference = engine_of(llama("packed"), ReferenceConfig(path="unused", dtype="float32", zero_stage=stage))
     scorer = llama("packed", auto=AutoModelForSequenceClassification, num_labels=1)
-    reward = engine_of(scorer, Reference(path="unused", dtype="float32", zero_stage=stage), LastTokenScore)
+    reward = engine_of(scorer, ReferenceConfig(path="unused", dtype="float32", zero_stage=stage), LastTokenScore)
     rows = sequences(*SHAPES)
     one = sequences([6], [[3, 5, 1]])
     answers = []
@@ -309,7 +311,7 @@ def frozen(stage: int) -> list[Tensor]:
 
 
 PROMPTS = Prompts(Packed.from_lists([[3, 4, 5], [6], [7, 8, 9, 10, 11]]), torch.arange(3), (2,), step=4)
-SAMPLING = Sampling(num_samples=3, max_tokens=12)
+SAMPLING = SamplingConfig(num_samples=3, max_tokens=12)
 
 
 def sampled_from_shards() -> list[list[int]]:

@@ -15,7 +15,7 @@ data: {{path: {data}}}
 executor: local
 prompts_per_step: 2
 sampling: {{num_samples: 2, max_tokens: 4}}
-unfinished: keep
+truncated: keep
 policy: {{path: {policy}, dtype: float32, zero_stage: 0, optimizer: {{lr: 1e-3}}}}
 reference: {{dtype: float32}}
 reward: {{path: {reward}, dtype: float32}}

@@ -24,7 +24,7 @@ data: {{path: {data}}}
 executor: local
 prompts_per_step: 2
 sampling: {{num_samples: 2, max_tokens: 6}}
-unfinished: keep
+truncated: keep
 policy: {{path: {policy}, dtype: float32, zero_stage: 0, optimizer: {{lr: 1e-3}}}}
 reference: {{dtype: float32}}
 reward: {{path: {reward}, dtype: float32}}
@@ -200,9 +200,9 @@ def a_tokenizer_that_cannot_be_saved(command: Command) -> list[str]:
     return [f"{command.policy}: its config or tokenizer cannot be exported: OSError: saved by nobody"]
 
 
-def a_quantised_checkpoint(command: Command) -> list[str]:
+def a_quantized_checkpoint(command: Command) -> list[str]:
     change(command.policy / "config.json", quantization_config={"quant_method": "fp8"})
-    return [str(command.policy), "the checkpoint is quantised, and dtype=float32 asks for its plain weights"]
+    return [str(command.policy), "the checkpoint is quantized, and dtype=float32 asks for its plain weights"]
 
 
 def an_architecture_of_its_own_code(command: Command) -> list[str]:
@@ -248,7 +248,7 @@ MISFITS = [
     an_index_that_is_no_index,
     half_a_weight_file,
     whole_numbers_in_place_of_weights,
-    a_quantised_checkpoint,
+    a_quantized_checkpoint,
     a_tokenizer_that_cannot_be_saved,
     an_architecture_of_its_own_code,
     a_tokenizer_of_its_own_code,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from align import config, launch
+from align import launch
 from align.cli import main
+from align.config.load import load_recipe
 from align.data import toy
 from align.errors import AlignError
 
@@ -259,7 +260,7 @@ def test_a_prompt_longer_than_the_window_is_dropped_and_counted(command: Command
     assert not (command.folder / "other").exists()
 
 
-@pytest.mark.slow  # 7 s: the row is tokenised before its length is known
+@pytest.mark.slow  # 7 s: the row is tokenized before its length is known
 def test_a_sound_row_of_10_MB_is_dropped_for_its_length(command: Command):
     status, said = command(encoded(row("a", response2="cat " * 2_500_000), row("b")))
     assert status == REACHED, said
@@ -302,7 +303,7 @@ def test_epochs_in_place_of_steps(command: Command):
     assert "2.5 epochs on" in command.capsys.readouterr().out
     assert main(["train", str(file)]) == REACHED
     assert "2.5 epochs: run.steps 5 x batch_size 1 / 2 rows" in command.capsys.readouterr().out
-    assert config.load(command.folder / "other" / "config.yaml").config.run.steps == 5
+    assert load_recipe(command.folder / "other" / "config.yaml").config.run.steps == 5
     assert main(["train", str(file)]) == REACHED  # the same run
     assert main(["train", str(file), "run.epochs=3"]) == REACHED  # no step was taken yet
     assert "3 epochs: run.steps 6 x batch_size 1 / 2 rows" in command.capsys.readouterr().out

@@ -16,7 +16,7 @@ from secret_names import SECRET_NAMES
 
 from align import prepare
 from align.cli import main
-from align.redact import RedactedStream, redact, secrets
+from align.utils.redact import RedactedStream, redact, secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,7 +188,7 @@ def test_twelve_secrets_of_the_environment_are_found_nowhere(recipe: Path, execu
             time.sleep(1.0)
     said = err.read_text()
     assert (run.returncode != 0) == fails, said
-    if fails:  # workers on Ray get two of them, for the hub and for endpoints (`align.workers.process.INHERITED`)
+    if fails:  # workers on Ray get two of them, for the hub and for endpoints (`align.cluster.process.INHERITED`)
         assert "cannot log in with " in said, said
         assert {name for name in CANARIES if f"<{name}>" in said} == (
             {"HF_TOKEN", "OPENAI_API_KEY"} if executor == "ray" else {*CANARIES}
@@ -235,9 +235,9 @@ def test_the_reading_of_sources_finds_each_way_to_take_the_environment(source: s
 SOURCES = [*sorted((ROOT / "align").rglob("*.py")), *sorted((ROOT / "launchers").rglob("*.py"))]
 
 MEANT = {
-    "align/redact.py": "looks for secrets in it",
+    "align/utils/redact.py": "looks for secrets in it",
     "align/run/stopping.py": "scontrol on this machine, which would inherit it, gets another time zone",
-    "align/workers/session.py": "chooses the variables that Ray's processes get, and puts the rest back",
+    "align/cluster/session.py": "chooses the variables that Ray's processes get, and puts the rest back",
     "launchers/local.py": "the run on this machine, which would inherit it, gets one variable more",
     "launchers/options.py": "looks for folders of caches, to mount them into a container",
     "launchers/ray.py": "the run on this machine, which would inherit it, gets the cluster's token",

@@ -17,7 +17,7 @@ from secret_names import SECRET_NAMES
 from align import launch
 from align.cli import main
 from align.errors import ConfigError
-from align.private import require_private
+from align.utils.security import require_private
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from align.config import EndpointConfig, SamplingConfig
 from align.data.chat import Message
 from align.errors import ConfigError, WorkerError
 from align.generators.base import Request
 from align.generators.endpoint import EndpointGenerator
-from align.sections import Endpoint, Sampling
 
-SAMPLING = Sampling(max_tokens=64, temperature=0.6, top_p=0.95)
+SAMPLING = SamplingConfig(max_tokens=64, temperature=0.6, top_p=0.95)
 KEY = "sk-0123456789abcdef"
 
 
@@ -72,7 +72,7 @@ def server(
 @contextmanager
 def client(url: str, **fields: Any) -> Iterator[EndpointGenerator]:
     quick = {"backoff_s": 0.001, "max_backoff_s": 0.01, "timeout_s": 5.0, "retries": 3}
-    found = EndpointGenerator(Endpoint(url=url, model="judge", **(quick | fields)), seed=1)
+    found = EndpointGenerator(EndpointConfig(url=url, model="judge", **(quick | fields)), seed=1)
     try:
         yield found
     finally:
@@ -106,7 +106,7 @@ def test_fields_of_a_request():
         with client(url, extra={"max_tokens": None, "max_completion_tokens": 9}, seeded=False) as found:
             found.complete(requests(1), SAMPLING, margins=True)
         with client(url) as found:
-            found.complete(requests(1), Sampling(max_tokens=5, top_k=40, min_p=0.1))
+            found.complete(requests(1), SamplingConfig(max_tokens=5, top_k=40, min_p=0.1))
     assert bodies[0] == {
         "model": "judge",
         "messages": [{"role": "user", "content": "question 0"}],
@@ -235,6 +235,6 @@ def test_the_key_is_in_no_message_where_a_text_is_cut(status: int, monkeypatch: 
 def test_the_key_must_be_there_and_an_opening_cannot_be_sent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="MY_KEY is not set"):
-        EndpointGenerator(Endpoint(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY"), 0)
+        EndpointGenerator(EndpointConfig(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY"), 0)
     with client("http://127.0.0.1:1/v1") as found, pytest.raises(ConfigError, match="begins with 'well'"):
         found.complete([requests(1)[0]._replace(opening="well")], SAMPLING)

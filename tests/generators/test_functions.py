@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from align import plugins
+from align.config import SamplingConfig
 from align.data.chat import Message
 from align.errors import ConfigError, DataError
 from align.generators.base import Completion, Request
 from align.generators.functions import FunctionGenerator
-from align.sections import Sampling
+from align.utils import plugins
 
 REQUEST = Request((Message("system", "be brief"), Message("user", "two words")), sample=3, opening="well")
 
@@ -25,9 +25,9 @@ def generator(folder: Path, source: str) -> FunctionGenerator:
 
 def test_it_is_given_messages_sample_and_opening(tmp_path: Path):
     two = generator(tmp_path, "def answer(messages, sample): return f\"{messages[-1]['content']} {sample}\"")
-    assert two.complete([REQUEST], Sampling()) == [Completion("two words 3", True, 4, 3)]
+    assert two.complete([REQUEST], SamplingConfig()) == [Completion("two words 3", True, 4, 3)]
     three = generator(tmp_path, "def answer(messages, sample, opening): return opening")
-    assert three.complete([REQUEST, REQUEST], Sampling(), margins=True)[1] == Completion("well", True, 4, 1)
+    assert three.complete([REQUEST, REQUEST], SamplingConfig(), margins=True)[1] == Completion("well", True, 4, 1)
     assert three.metrics() == {"requests": 2.0} and three.metrics() == {"requests": 0.0}
 
 
@@ -64,7 +64,7 @@ def test_files_of_one_name_are_modules_of_their_own_that_know_their_types(tmp_pa
     for name in "ab":
         (tmp_path / name).mkdir()
     first, second = (generator(tmp_path / name, DATACLASS.format(text=name)) for name in "ab")
-    assert [one.complete([REQUEST], Sampling())[0].text for one in (first, second)] == ["a", "b"]
+    assert [one.complete([REQUEST], SamplingConfig())[0].text for one in (first, second)] == ["a", "b"]
     assert len(set(sys.modules) - before) == 2
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         generator(tmp_path, "1 / 0")
@@ -73,7 +73,7 @@ def test_files_of_one_name_are_modules_of_their_own_that_know_their_types(tmp_pa
 
 def test_a_function_without_a_file_cannot_be_known_again():
     with pytest.raises(ConfigError, match="time has no file to be known by"):
-        plugins.fingerprint("time:sleep")
+        plugins.function_fingerprint("time:sleep")
 
 
 @pytest.mark.parametrize(
@@ -81,4 +81,4 @@ def test_a_function_without_a_file_cannot_be_known_again():
 )
 def test_what_goes_wrong_names_the_function(tmp_path: Path, body: str, message: str):
     with pytest.raises(DataError, match=message):
-        generator(tmp_path, f"def answer(messages, sample): {body}").complete([REQUEST], Sampling())
+        generator(tmp_path, f"def answer(messages, sample): {body}").complete([REQUEST], SamplingConfig())

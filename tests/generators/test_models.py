@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from align.config import GeneratorConfig, SamplingConfig
 from align.data.chat import Message
-from align.engines import generation
+from align.engines import decoder
 from align.errors import DataError
 from align.generators.base import Request
 from align.generators.models import ModelGenerator
-from align.sections import Generator, Sampling
 from align.types import Rollouts
 
 CPU = torch.device("cpu")
-SAMPLING = Sampling(max_tokens=12, temperature=1.0)
+SAMPLING = SamplingConfig(max_tokens=12, temperature=1.0)
 REQUESTS = [
     Request((Message("user", "reverse the words : cat dog sun"),)),
     Request((Message("user", "say the last word : moon egg"),), sample=0),
@@ -32,19 +32,19 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def section(tiny_family: Path) -> Generator:
-    return Generator(path=str(tiny_family), dtype="float32")
+def section(tiny_family: Path) -> GeneratorConfig:
+    return GeneratorConfig(path=str(tiny_family), dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def generator(section: Generator) -> ModelGenerator:
+def generator(section: GeneratorConfig) -> ModelGenerator:
     return ModelGenerator(section, CPU, seed=3)
 
 
-def test_an_answer_depends_on_its_request_alone(generator: ModelGenerator, section: Generator):
+def test_an_answer_depends_on_its_request_alone(generator: ModelGenerator, section: GeneratorConfig):
     together = generator.complete(REQUESTS, SAMPLING)
     alone = [generator.complete([one], SAMPLING)[0] for one in REQUESTS]
-    crowded = ModelGenerator(replace(section, generation_slots=2), CPU, seed=3).complete(REQUESTS[::-1], SAMPLING)
+    crowded = ModelGenerator(replace(section, max_num_seqs=2), CPU, seed=3).complete(REQUESTS[::-1], SAMPLING)
     assert together == alone == crowded[::-1]
     assert together[1].text != together[2].text, "sample 1 is another answer than sample 0"
     other = ModelGenerator(section, CPU, seed=4).complete(REQUESTS, SAMPLING)
@@ -69,13 +69,13 @@ def test_tokens_are_counted(generator: ModelGenerator):
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Rollouts]:
     """All rollouts that are made."""
     made: list[Rollouts] = []
-    generate = generation.generate
+    generate = decoder.generate
 
     def spy(*arguments: Any) -> Rollouts:
         made.append(generate(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(generation, "generate", spy)
+    monkeypatch.setattr(decoder, "generate", spy)
     return made
 
 
@@ -91,7 +91,7 @@ def test_the_opening_is_given_and_not_repeated(generator: ModelGenerator, sample
     assert sampled[0].sequences.responses.lists()[0][0] == first
 
 
-def test_margins_are_those_of_a_plain_forward_pass(section: Generator, sampled: list[Rollouts]):
+def test_margins_are_those_of_a_plain_forward_pass(section: GeneratorConfig, sampled: list[Rollouts]):
     """A random model says Yes or No now and then."""
     generator = ModelGenerator(section, CPU, seed=0)
     requests = [Request((Message("user", "hello"),), sample=number) for number in range(60)]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from align.config import RunConfig
 from align.errors import ConfigError
-from align.sections import Run
 from launchers import common, local, ray
 
 RECIPE = """\
@@ -89,7 +89,7 @@ def test_a_second_start_goes_on_from_the_newest_snapshot_of_the_run(
 ):
     if has_snapshot:
         (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
-    assert common.resume_again(Run(dir=str(tmp_path), steps=1, resume=resume)) == again
+    assert common.resume_again(RunConfig(dir=str(tmp_path), steps=1, resume=resume)) == again
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

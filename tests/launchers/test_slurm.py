@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from align import cli, config
+from align import cli
+from align.config import RewardServiceConfig
+from align.config.load import build_config, load_recipe
 from align.errors import AlignError, ConfigError, LockError, PlacementError
-from align.sections import RewardService
 from launchers import slurm
 
 RECIPE = """\
@@ -138,7 +139,7 @@ def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, c
     function = ["reward.kind=function", 'reward.path=""', "reward.function=scores.py:length", "dir=serving"]
     assert submit(service, "--service=reward", *function, nodes=1, gpus=3) == 0
     launch = tmp_path / "serving" / "launch"
-    loaded = config.build(RewardService, launch / "config.yaml").config
+    loaded = build_config(RewardServiceConfig, launch / "config.yaml").config
     assert loaded.reward.function == f"{tmp_path}/scores.py:length" and loaded.replicas.max == 3
     assert (launch / "runs").read_text() == f"{tmp_path}/serving\n"
     assert len(calls_of(sbatch)) == 1
@@ -168,7 +169,7 @@ def test_a_service_that_cannot_be_is_refused(service: Path, sbatch: Path, argume
 def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbatch: Path, tmp_path: Path, capsys):
     assert submit(recipe, "run.steps=7") == 0
     launch = tmp_path / "run" / "launch"
-    assert config.load(launch / "config.yaml").config.run.steps == 7
+    assert load_recipe(launch / "config.yaml").config.run.steps == 7
     assert (launch / "runs").read_text() == f"{tmp_path / 'run'}\n"
     assert (launch / "code" / "align" / "cli.py").read_bytes() == Path(cli.__file__).read_bytes()
     assert (launch / "code" / "slurm" / "common.sh").exists()
@@ -258,7 +259,7 @@ def test_hostile_names_and_values_stay_text(tmp_path: Path, sbatch: Path, monkey
     assert next(line for line in directives(script) if "job-name" in line) == (
         "--job-name=a_b___touch_owned____touch_owned___touch_owned__j"
     )
-    assert config.load(launch / "config.yaml").config.checkpoint.best_by == best_by
+    assert load_recipe(launch / "config.yaml").config.checkpoint.best_by == best_by
     assert not list(tmp_path.rglob("owned"))
 
 
@@ -272,7 +273,7 @@ def test_relative_paths_become_full_and_hub_names_stay(tmp_path: Path, sbatch: P
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run="here/run", folder="models"))
     assert submit(Path("recipe.yaml"), "reward.path=nvidia/some-model", "run.resume=old/step-000003") == 0
-    written = config.load(tmp_path / "here/run/launch/config.yaml").config
+    written = load_recipe(tmp_path / "here/run/launch/config.yaml").config
     assert written.run.dir == str(tmp_path / "here/run")
     assert written.policy.path == written.data.path == written.reference.path == str(tmp_path / "models")
     assert written.reward.path == "nvidia/some-model"
@@ -298,7 +299,7 @@ def test_an_array_has_a_run_folder_for_each_value(recipe: Path, sbatch: Path, tm
     assert {"--array=0-1", "--job-name=run"} <= set(directives((launch / "job.sbatch").read_text()))
     runs = (launch / "runs").read_text().split()
     assert runs == [f"{tmp_path}/run-0-1e-6", f"{tmp_path}/run-1-2e-6"]
-    loaded = [config.load(Path(run) / "launch" / "config.yaml").config for run in runs]
+    loaded = [load_recipe(Path(run) / "launch" / "config.yaml").config for run in runs]
     assert [one.run.dir for one in loaded] == runs
     assert [one.policy.optimizer.lr for one in loaded] == [1e-6, 2e-6]
 
@@ -315,7 +316,7 @@ def test_a_run_whose_job_is_still_queued_is_not_submitted_again(recipe: Path, sb
     (launch / "ended").write_text("0\n")
     assert submit(recipe, "run.steps=9") == 0
     assert not (launch / "ended").exists()
-    assert config.load(launch / "config.yaml").config.run.steps == 9
+    assert load_recipe(launch / "config.yaml").config.run.steps == 9
 
 
 def test_a_task_of_an_array_that_is_still_queued_counts(recipe: Path, sbatch: Path, tmp_path: Path):

@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from align.cli import _parser, _run
+from align.config import RewardConfig
 from align.data import collate, toy
 from align.errors import ModelError
 from align.models import convert, heads, load
 from align.rewards import card
 from align.rewards.card import Card
-from align.sections import Reward
 from align.types import Packed, Sequences
 
 SIZES: dict[str, Any] = {
@@ -50,7 +50,7 @@ def saved(folder: Path, config: Any = None, tokenizer: Any = None) -> Path:
     return folder
 
 
-def by_reader(section: Reward, head: Any) -> torch.Tensor:
+def by_reader(section: RewardConfig, head: Any) -> torch.Tensor:
     prompts = Packed.from_lists([row[: len(row) // 2] for row in ROWS])
     responses = Packed.from_lists([row[len(row) // 2 :] for row in ROWS])
     sequences = Sequences(prompts, responses, torch.arange(len(ROWS)))
@@ -69,9 +69,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_reader_and_converted_folder_give_the_same_rewards(folders):
     source, out = folders
-    section = Reward(path=str(source), kind="lm_head_row0", dtype="float32")
+    section = RewardConfig(path=str(source), kind="lm_head_row0", dtype="float32")
     theirs = by_reader(section, heads.RowZeroLogit(load.causal_lm(section, 80, 0)))
-    converted = Reward(path=str(out), dtype="float32")
+    converted = RewardConfig(path=str(out), dtype="float32")
     assert len(load.labels(converted)) == 1
     ours = by_reader(converted, heads.LastTokenScore(load.scorer(converted, 80, 0, head="trained")))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -91,7 +91,7 @@ def test_padding_and_batch_size_change_no_score_in_transformers(folders, side, b
     alone = torch.cat([scores(model, [row], side, pad) for row in ROWS])
     cut = [ROWS[i : i + batch] for i in range(0, len(ROWS), batch)]
     torch.testing.assert_close(torch.cat([scores(model, rows, side, pad) for rows in cut]), alone, rtol=0, atol=1e-6)
-    section = Reward(path=str(folders[1]), dtype="float32")
+    section = RewardConfig(path=str(folders[1]), dtype="float32")
     ours = by_reader(section, heads.LastTokenScore(load.scorer(section, 80, 0, head="trained")))
     torch.testing.assert_close(alone, ours, rtol=0, atol=1e-6)
 
@@ -115,7 +115,7 @@ def test_only_row_zero_and_the_body_are_written(folders):
     names = set(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"])
     assert set(index["weight_map"]) == names - {"lm_head.weight"} | {"score.weight"}
     assert index["metadata"]["total_size"] == sum(
-        p.numel() * 4 for p in load.scorer(Reward(path=str(out)), 80, 0, head="trained").parameters()
+        p.numel() * 4 for p in load.scorer(RewardConfig(path=str(out)), 80, 0, head="trained").parameters()
     )
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
@@ -127,8 +127,8 @@ def test_only_row_zero_and_the_body_are_written(folders):
 def test_another_family_becomes_its_own_classifier(tmp_path):
     source = saved(tmp_path / "source", Qwen2Config(**SIZES, tie_word_embeddings=False))
     assert convert.row_zero(source, tmp_path / "out", {}) == "Qwen2ForSequenceClassification"
-    section = Reward(path=str(tmp_path / "out"), dtype="float32")
-    row = load.row_zero(Reward(path=str(source)))
+    section = RewardConfig(path=str(tmp_path / "out"), dtype="float32")
+    row = load.row_zero(RewardConfig(path=str(source)))
     assert torch.equal(load.scorer(section, 80, 0, head="trained").get_parameter("score.weight")[0], row)
 
 

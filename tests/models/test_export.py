@@ -26,11 +26,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from align.config import LoraConfig, ModelConfig
 from align.data import collate, toy
 from align.errors import ModelError
 from align.models import export, heads, load, verify_export
 from align.models.heads import LastTokenAttributes, LastTokenScore, TokenLogprobs, TokenValues, is_packed
-from align.sections import Lora, Model
 from align.types import Packed, Sequences
 
 SIZES: dict[str, Any] = {
@@ -142,13 +142,13 @@ def test_a_scorer_comes_back(dtype, tokenizer, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
-    section = Model(path=str(folder), dtype="float32")
+    section = ModelConfig(path=str(folder), dtype="float32")
     assert len(load.labels(section)) == 1
     assert torch.equal(load.scorer(section, 80, 0, head="trained").score.weight, model.score.weight.float())
 
 
 def adapted(model: Any, task: str, seed: int = 3) -> Any:
-    load.add_lora(model, Lora(rank=4, alpha=12.0), task=task)
+    load.add_lora(model, LoraConfig(rank=4, alpha=12.0), task=task)
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

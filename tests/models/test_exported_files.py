@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from align.config import GeneratorConfig, PolicyConfig, SamplingConfig, TrainedRewardConfig
 from align.data import chat, collate
 from align.data.chat import Message, Renderer
 from align.errors import ModelError
@@ -27,7 +28,6 @@ from align.generators.base import Request
 from align.generators.models import ModelGenerator
 from align.models import exported_files, heads, load, readme
 from align.models.exported_files import Chat
-from align.sections import Generator, Policy, Sampling, TrainedReward
 from align.types import Packed, Sequences
 
 CHATML = (
@@ -187,7 +187,7 @@ def test_plain_transformers_scores_as_align_does(family, keys, spare, labels, tm
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-def greedy_policy(folder: Path, base: dict[str, Any]) -> tuple[Policy, Any]:
+def greedy_policy(folder: Path, base: dict[str, Any]) -> tuple[PolicyConfig, Any]:
     """A model that answers ``hello`` with three tokens and ``<|im_end|>``; its checkpoint names ``</s>`` alone."""
     tok = tokenizer(pad="</s>")
     torch.manual_seed(1)
@@ -202,7 +202,7 @@ def greedy_policy(folder: Path, base: dict[str, Any]) -> tuple[Policy, Any]:
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(base))
-    return Policy(path=str(folder), dtype="float32"), int(place) + 1
+    return PolicyConfig(path=str(folder), dtype="float32"), int(place) + 1
 
 
 def test_plain_transformers_stops_where_align_does(tmp_path, monkeypatch):
@@ -220,9 +220,9 @@ def test_plain_transformers_stops_where_align_does(tmp_path, monkeypatch):
         assert stored.pop("transformers_version")
         assert stored == {"eos_token_id": [256, 258], "max_new_tokens": 30}
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [256, 258]
-        section = Policy(path=str(folder), dtype="float32")
-    generator = ModelGenerator(Generator(path=section.path, dtype="float32"), torch.device("cpu"), 0)
-    sampling = Sampling(num_samples=1, max_tokens=30, temperature=0.0)
+        section = PolicyConfig(path=str(folder), dtype="float32")
+    generator = ModelGenerator(GeneratorConfig(path=section.path, dtype="float32"), torch.device("cpu"), 0)
+    sampling = SamplingConfig(num_samples=1, max_tokens=30, temperature=0.0)
     (answer,) = generator.complete([Request((Message("user", "hello"),), 0)], sampling)
     names = snippet(tmp_path / "second", [Message("user", "hello")], monkeypatch)
     theirs = names["ids"][0, names["inputs"].input_ids.shape[1] :]
@@ -250,7 +250,7 @@ def test_stop_ids_beyond_the_vocabulary_go_and_other_fields_stay():
 
 
 def test_random_weights_stop_by_their_tokenizer_alone():
-    section = Policy(init={"model_type": "llama", **SIZES}, path="x")
+    section = PolicyConfig(init={"model_type": "llama", **SIZES}, path="x")
     assert load.without_weights(section, 300).config.eos_token_id is None  # 2 is the family's, another token here
 
 
@@ -291,7 +291,7 @@ class OwnLM(LlamaForCausalLM):
 SAVES = 'file = os.path.join(folder, "words.own"); open(file, "w").write("x"); return (file,)'
 
 
-def own_code(folder: Path, save: str = SAVES) -> Policy:
+def own_code(folder: Path, save: str = SAVES) -> PolicyConfig:
     """A checkpoint whose tokenizer, config and model are Python files of its own."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, **SIZES), dtype=torch.float32)
@@ -307,7 +307,7 @@ def own_code(folder: Path, save: str = SAVES) -> Policy:
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}
     marks = {"eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATES["no end"]}
     (folder / "tokenizer_config.json").write_text(json.dumps({**own, **marks}))
-    return Policy(path=str(folder), dtype="float32", trust_remote_code=True)
+    return PolicyConfig(path=str(folder), dtype="float32", trust_remote_code=True)
 
 
 def test_code_of_tokenizer_config_and_model_travels(tmp_path):
@@ -339,7 +339,7 @@ def test_what_cannot_be_exported_is_refused_without_a_step(damage, message, tmp_
     renderer = Renderer(tokenizer("no end"))
     damage(tmp_path / "base")
     with pytest.raises((ModelError, chat.DataError), match=message) as caught:
-        exported_files.try_out(Policy(path=str(tmp_path / "base"), trust_remote_code=True), renderer)
+        exported_files.try_out(PolicyConfig(path=str(tmp_path / "base"), trust_remote_code=True), renderer)
     assert caught.value.exit_status == 78 and caught.value.remedy
 
 
@@ -365,7 +365,7 @@ def test_code_that_was_not_used_is_not_named(tmp_path):
 
 def test_a_reward_model_is_tried_out_with_its_head(tmp_path):
     section, _ = greedy_policy(tmp_path / "base", {"eos_token_id": 256})
-    attributes = TrainedReward(path=section.path, attributes=["helpfulness", "verbosity"])
+    attributes = TrainedRewardConfig(path=section.path, attributes=["helpfulness", "verbosity"])
     settings = exported_files.try_out(attributes, Renderer(chat.load_tokenizer(section.path)))
     assert (settings.end_id, settings.end, settings.loader) == (258, "cut", "AutoTokenizer")
     assert load.without_weights(attributes, 259).get_parameter("score.weight").shape == (2, 32)

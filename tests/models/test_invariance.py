@@ -13,13 +13,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from align.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+    TrainedRewardConfig,
+)
 from align.data import collate
-from align.engines.generation import generate
+from align.engines.decoder import generate
 from align.errors import ModelError
 from align.models import load
 from align.models.heads import LastTokenScore, LogitDifference, RowZeroLogit, TokenLogprobs, TokenValues
 from align.models.invariance import constant_length, set_dropout
-from align.sections import Model, Optimizer, Policy, Reward, Sampling, TrainedReward
 from align.types import Packed, Prompts, Sequences
 
 SIZES: dict[str, Any] = {
@@ -164,7 +171,7 @@ class Alone:
         return self.known[tuple(ids)]
 
 
-def loaded(make: Any, section: Model, **arguments: Any) -> Any:
+def loaded(make: Any, section: ModelConfig, **arguments: Any) -> Any:
     """The model of a section, with biases and norms that are not 0 and 1."""
     model = make(section, VOCABULARY, 0, **arguments).eval()
     torch.manual_seed(1)
@@ -175,10 +182,10 @@ def loaded(make: Any, section: Model, **arguments: Any) -> Any:
     return model
 
 
-def section(name: str, kind: Any = Policy, **changes: Any) -> Any:
+def section(name: str, kind: Any = PolicyConfig, **changes: Any) -> Any:
     model_type, fields = CASES[name]
     init = {"model_type": model_type, **SIZES, **fields}
-    trained = {"optimizer": Optimizer(lr=1.0)} if kind is not Reward else {}
+    trained = {"optimizer": OptimizerConfig(lr=1.0)} if kind is not RewardConfig else {}
     return kind(path="", init=init, dtype="float32", **trained, **changes)
 
 
@@ -232,7 +239,7 @@ def test_numbers_of_a_language_model_are_those_of_each_sequence_alone(name):
 def test_sampled_tokens_are_those_of_each_prompt_alone(name):
     policy = section(name)
     model = loaded(load.causal_lm, policy)
-    sampling = Sampling(num_samples=2, max_tokens=6)
+    sampling = SamplingConfig(num_samples=2, max_tokens=6)
     ids = [row(SHORTEST, 0), row(MIDDLE, 5)] + ([row(LONG, 1)] if constant_length(model.config) is None else [])
     answer = lambda rows, index: generate(model, Prompts(Packed.from_lists(rows), index, (59,), 1), sampling, 3, 8)  # noqa: E731
     together = answer(ids, torch.arange(len(ids)))
@@ -249,7 +256,7 @@ SCORED = [name for name in CASES if CASES[name][0] not in ("cohere", "granite", 
 @pytest.mark.parametrize("name", SCORED)
 @torch.no_grad()
 def test_scores_and_values_are_those_of_each_sequence_alone(name):
-    reward = section(name, TrainedReward)
+    reward = section(name, TrainedRewardConfig)
     load.check(reward, VOCABULARY)
     model = loaded(load.scorer, reward, head="auto")
     score, value = LastTokenScore(model), TokenValues(model)
@@ -281,7 +288,7 @@ def test_lengths_that_cannot_be_sampled_are_refused(name, length):
     ask = lambda tokens: generate(  # noqa: E731
         model,
         Prompts(Packed.from_lists([row(MIDDLE, 0)]), torch.tensor([0]), (59,), 1),
-        Sampling(max_tokens=tokens),
+        SamplingConfig(max_tokens=tokens),
         3,
         8,
     )
@@ -300,8 +307,8 @@ def test_lengths_that_cannot_be_sampled_are_refused(name, length):
 
 @pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
 def test_a_state_that_reads_padding_is_not_sampled(kind):
-    policy = Policy(
-        path="", init={"model_type": kind, "num_hidden_layers": 3}, dtype="float32", optimizer=Optimizer(lr=1.0)
+    policy = PolicyConfig(
+        path="", init={"model_type": kind, "num_hidden_layers": 3}, dtype="float32", optimizer=OptimizerConfig(lr=1.0)
     )
     with pytest.raises(ModelError, match=f"policy.path: {kind}: {kind} cannot sample for a batch of prompts"):
         load.check(policy, VOCABULARY, "policy", sampled=1)
@@ -310,14 +317,17 @@ def test_a_state_that_reads_padding_is_not_sampled(kind):
 def test_an_encoder_is_no_language_model():
     sizes = {name: value for name, value in SIZES.items() if not name.endswith("_id")}
     init = {"model_type": "bert", "pad_token_id": 0, **sizes}
-    policy = Policy(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0))
+    policy = PolicyConfig(path="", init=init, dtype="float32", optimizer=OptimizerConfig(lr=1.0))
     with pytest.raises(ModelError, match="BertLMHeadModel attends to later tokens"):
         load.check(policy, VOCABULARY)
     load.check(
-        Policy(path="", init=init | {"is_decoder": True}, dtype="float32", optimizer=Optimizer(lr=1.0)), VOCABULARY
+        PolicyConfig(path="", init=init | {"is_decoder": True}, dtype="float32", optimizer=OptimizerConfig(lr=1.0)),
+        VOCABULARY,
     )
     with pytest.raises(ModelError, match="BertForSequenceClassification has no `score` head"):
-        load.check(TrainedReward(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0)), VOCABULARY)
+        load.check(
+            TrainedRewardConfig(path="", init=init, dtype="float32", optimizer=OptimizerConfig(lr=1.0)), VOCABULARY
+        )
 
 
 def test_dropout_is_set_wherever_a_config_has_it():

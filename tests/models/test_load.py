@@ -18,10 +18,17 @@ from transformers import (
     Qwen2Config,
 )
 
+from align.config import (
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    TrainedRewardConfig,
+)
 from align.errors import ModelError
 from align.models import heads, load
 from align.models.heads import is_packed
-from align.sections import Lora, Model, Optimizer, Policy, Reward, TrainedReward
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -51,8 +58,8 @@ def reward_folder(tmp_path_factory) -> str:
     return saved(tmp_path_factory.mktemp("reward"), config, AutoModelForSequenceClassification)
 
 
-def model(path: str, **fields: Any) -> Model:
-    return Model(path=path, **{"dtype": "float32", **fields})
+def model(path: str, **fields: Any) -> ModelConfig:
+    return ModelConfig(path=path, **{"dtype": "float32", **fields})
 
 
 def test_a_folder_gives_its_weights_in_the_dtype_asked_for(causal_folder):
@@ -90,18 +97,18 @@ def test_init_of_an_unknown_architecture():
 
 
 def test_a_frozen_scorer_gives_its_weights(reward_folder):
-    ours = load.scorer(Reward(path=reward_folder, dtype="float32"), 50, 0, head="trained").state_dict()
+    ours = load.scorer(RewardConfig(path=reward_folder, dtype="float32"), 50, 0, head="trained").state_dict()
     theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_causal_lm_is_no_frozen_scorer(causal_folder):
     with pytest.raises(ModelError, match=r"no trained reward head, the checkpoint lacks score\.weight"):
-        load.scorer(Reward(path=causal_folder, dtype="float32"), 50, 0, head="trained")
+        load.scorer(RewardConfig(path=causal_folder, dtype="float32"), 50, 0, head="trained")
 
 
 def test_a_new_head_is_drawn_from_the_seed_on_the_weights_of_the_folder(causal_folder):
-    section = TrainedReward(path=causal_folder, dtype="float32")
+    section = TrainedRewardConfig(path=causal_folder, dtype="float32")
     first, again, other = (load.scorer(section, 50, seed, head="auto").state_dict() for seed in (1, 1, 2))
     body = AutoModelForCausalLM.from_pretrained(causal_folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(first[name], body[name]) for name in body if name != "lm_head.weight")
@@ -111,7 +118,7 @@ def test_a_new_head_is_drawn_from_the_seed_on_the_weights_of_the_folder(causal_f
 
 
 def test_a_trained_head_is_kept_when_training_goes_on(reward_folder):
-    ours = load.scorer(TrainedReward(path=reward_folder, dtype="float32"), 50, 9, head="auto").state_dict()
+    ours = load.scorer(TrainedRewardConfig(path=reward_folder, dtype="float32"), 50, 9, head="auto").state_dict()
     theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).state_dict()
     assert torch.equal(ours["score.weight"], theirs["score.weight"])
 
@@ -120,17 +127,17 @@ def test_a_trained_head_is_kept_when_training_goes_on(reward_folder):
 def test_a_scorer_of_several_labels_is_refused(tmp_path, labels):
     path = saved(tmp_path, LlamaConfig(**SIZES, num_labels=labels), AutoModelForSequenceClassification)
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):
-        load.scorer(Reward(path=path), 50, 0, head="trained")
+        load.scorer(RewardConfig(path=path), 50, 0, head="trained")
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):  # nor half of it drawn anew
-        load.scorer(TrainedReward(path=path), 50, 0, head="auto")
+        load.scorer(TrainedRewardConfig(path=path), 50, 0, head="auto")
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 3 weights given"):
-        load.scorer(TrainedReward(path=path), 50, 0, head="auto", combine=[1.0, 0.0, 0.0])
+        load.scorer(TrainedRewardConfig(path=path), 50, 0, head="auto", combine=[1.0, 0.0, 0.0])
 
 
 def test_a_scorer_is_no_causal_lm(reward_folder, tmp_path):
     tied = LlamaConfig(**SIZES, num_labels=1, tie_word_embeddings=True)  # all weights of a language model are there
     for folder in (reward_folder, saved(tmp_path, tied, AutoModelForSequenceClassification)):
-        for refuse in (load.causal_lm, lambda one, *_: load.check(Policy(path=one.path, dtype="float32"), 50)):
+        for refuse in (load.causal_lm, lambda one, *_: load.check(PolicyConfig(path=one.path, dtype="float32"), 50)):
             with pytest.raises(ModelError, match="not a causal language model, but LlamaForSequenceClassification"):
                 refuse(model(folder), 50, 0)
 
@@ -145,15 +152,15 @@ def test_a_missing_body_weight_is_refused_even_with_a_new_head(causal_folder, tm
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
         load.causal_lm(model(str(tmp_path)), 50, 0)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
-        load.scorer(TrainedReward(path=str(tmp_path)), 50, 0, head="auto")
+        load.scorer(TrainedRewardConfig(path=str(tmp_path)), 50, 0, head="auto")
 
 
 def test_a_missing_folder(tmp_path):
     path = str(tmp_path / "gone")
     for call in (
         lambda: load.causal_lm(model(path), 50, 0),
-        lambda: load.scorer(Reward(path=path), 50, 0, head="trained"),
-        lambda: load.labels(Reward(path=path)),
+        lambda: load.scorer(RewardConfig(path=path), 50, 0, head="trained"),
+        lambda: load.labels(RewardConfig(path=path)),
     ):
         with pytest.raises(ModelError, match=r"no model folder: .*gone/config\.json does not exist"):
             call()
@@ -174,8 +181,8 @@ def test_rows_beyond_the_tokenizer_are_not_predicted(causal_folder):
 
 
 def test_labels_are_those_of_a_classifier(causal_folder, reward_folder):
-    assert load.labels(Reward(path=reward_folder)) == ("LABEL_0",)
-    assert load.labels(Reward(path=causal_folder)) == ()
+    assert load.labels(RewardConfig(path=reward_folder)) == ("LABEL_0",)
+    assert load.labels(RewardConfig(path=causal_folder)) == ()
 
 
 def test_attention_follows_the_architecture(causal_folder, tmp_path):
@@ -196,11 +203,11 @@ def test_attention_follows_the_architecture(causal_folder, tmp_path):
 SOFT_CAPS = {"model_type": "gemma2", **SIZES, "head_dim": 8}
 
 
-@pytest.mark.parametrize("kind", [Policy, TrainedReward])
+@pytest.mark.parametrize("kind", [PolicyConfig, TrainedRewardConfig])
 def test_an_architecture_without_sdpa_is_eager_by_itself(kind):
-    take = lambda **fields: kind(path="", init=SOFT_CAPS, dtype="float32", optimizer=Optimizer(lr=1.0), **fields)  # noqa: E731
+    take = lambda **fields: kind(path="", init=SOFT_CAPS, dtype="float32", optimizer=OptimizerConfig(lr=1.0), **fields)  # noqa: E731
     load.check(take(), 50)
-    make = load.causal_lm if kind is Policy else lambda *rest: load.scorer(*rest, head="new")
+    make = load.causal_lm if kind is PolicyConfig else lambda *rest: load.scorer(*rest, head="new")
     assert make(take(), 50, 0).config._attn_implementation == "eager"
     load.check(take(attention="eager"), 50)
     with pytest.raises(ModelError, match=r"reward.path: .*=sdpa: Gemma2\w+ does not support .*\n.*attention=auto"):
@@ -208,7 +215,7 @@ def test_an_architecture_without_sdpa_is_eager_by_itself(kind):
 
 
 def test_flash_attention_that_cannot_be_is_refused(causal_folder, monkeypatch):
-    flash = lambda **fields: Policy(path=causal_folder, attention="flash_attention_2", **fields)  # noqa: E731
+    flash = lambda **fields: PolicyConfig(path=causal_folder, attention="flash_attention_2", **fields)  # noqa: E731
     with pytest.raises(ModelError, match=r"computes in bfloat16, dtype is float32\n.*set dtype=bfloat16"):
         load.check(flash(dtype="float32"), 50)
     monkeypatch.setattr("align.models.attention.find_spec", lambda name: None)
@@ -220,13 +227,13 @@ def test_flash_attention_that_cannot_be_is_refused(causal_folder, monkeypatch):
     load.check(flash(dtype="bfloat16"), 50)
     caps = {"model_type": "bloom", "hidden_size": 32, "n_head": 2, "n_layer": 1, "vocab_size": 50}
     with pytest.raises(ModelError, match="BloomForCausalLM does not support attention=flash_attention_2"):
-        load.check(Policy(path="", init=caps, dtype="bfloat16", attention="flash_attention_2"), 50)
+        load.check(PolicyConfig(path="", init=caps, dtype="bfloat16", attention="flash_attention_2"), 50)
 
 
 def test_an_architecture_without_a_classifier_is_no_reward_model():
     init = {"model_type": "cohere", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ModelError, match="cannot build .*CohereConfig.* for this kind of AutoModel"):
-        load.check(TrainedReward(path="", init=init, dtype="float32", optimizer=Optimizer(lr=1.0)), 50)
+        load.check(TrainedRewardConfig(path="", init=init, dtype="float32", optimizer=OptimizerConfig(lr=1.0)), 50)
 
 
 def test_pickled_weights_are_refused(causal_folder, tmp_path):
@@ -256,7 +263,7 @@ def test_dropout_is_what_the_recipe_says_not_what_the_checkpoint_says(tmp_path):
     path = saved(tmp_path / "llama", config)
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["attention_dropout"] == 0.3
     assert load.causal_lm(model(path), 50, 0).config.attention_dropout == 0.0
-    trained = Policy(path=path, dropout=0.2)
+    trained = PolicyConfig(path=path, dropout=0.2)
     assert load.causal_lm(trained, 50, 0).model.layers[0].self_attn.attention_dropout == 0.2
     gpt2 = saved(tmp_path / "gpt2", GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))  # 0.1 by default
     quiet = load.causal_lm(model(gpt2), 50, 0)
@@ -264,43 +271,43 @@ def test_dropout_is_what_the_recipe_says_not_what_the_checkpoint_says(tmp_path):
     assert rates
     assert set(rates) == {0.0}
     mpt = {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1}
-    load.check(Policy(path="", init=mpt, dtype="float32"), 50)
+    load.check(PolicyConfig(path="", init=mpt, dtype="float32"), 50)
     with pytest.raises(ModelError, match=r"attn_pdrop of MptAttentionConfig cannot be 0\.2"):
-        load.check(Policy(path="", init=mpt, dtype="float32", dropout=0.2), 50)
+        load.check(PolicyConfig(path="", init=mpt, dtype="float32", dropout=0.2), 50)
 
 
 def test_an_architecture_without_gradient_checkpointing_is_refused():
     init = {"model_type": "jetmoe", "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2}
-    load.check(Policy(path="", init=init, dtype="float32"), 50)
+    load.check(PolicyConfig(path="", init=init, dtype="float32"), 50)
     with pytest.raises(ModelError, match="JetMoeForCausalLM does not support gradient_checkpointing"):
-        load.check(Policy(path="", init=init, dtype="float32", gradient_checkpointing=True), 50)
+        load.check(PolicyConfig(path="", init=init, dtype="float32", gradient_checkpointing=True), 50)
 
 
-def test_masks_that_an_architecture_does_not_read_are_no_quantised_weights(tmp_path):
+def test_masks_that_an_architecture_does_not_read_are_no_quantized_weights(tmp_path):
     path = saved(tmp_path, GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
     file = tmp_path / "model.safetensors"
     stored = load_file(file)
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
     save_file(stored | mask, file, metadata={"format": "pt"})
-    load.check(Policy(path=path, dtype="float32"), 50)
-    load.causal_lm(Policy(path=path, dtype="float32"), 50, 0)
-    quantised = {name: value.to(torch.int8) for name, value in stored.items() if name.endswith("c_attn.weight")}
-    save_file(stored | quantised, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="holds I8 numbers, a quantised weight without its scale"):
-        load.check(Policy(path=path, dtype="float32"), 50)
+    load.check(PolicyConfig(path=path, dtype="float32"), 50)
+    load.causal_lm(PolicyConfig(path=path, dtype="float32"), 50, 0)
+    quantized = {name: value.to(torch.int8) for name, value in stored.items() if name.endswith("c_attn.weight")}
+    save_file(stored | quantized, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="holds I8 numbers, a quantized weight without its scale"):
+        load.check(PolicyConfig(path=path, dtype="float32"), 50)
 
 
 def test_lora_trains_adapters_and_a_new_head_only(causal_folder):
-    policy = load.add_lora(load.causal_lm(model(causal_folder), 50, 0), Lora(rank=3), task="CAUSAL_LM")
+    policy = load.add_lora(load.causal_lm(model(causal_folder), 50, 0), LoraConfig(rank=3), task="CAUSAL_LM")
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
-    section = TrainedReward(path=causal_folder, dtype="float32")
-    scorer = load.add_lora(load.scorer(section, 50, 0, head="auto"), Lora(rank=3), task="SEQ_CLS")
+    section = TrainedRewardConfig(path=causal_folder, dtype="float32")
+    scorer = load.add_lora(load.scorer(section, 50, 0, head="auto"), LoraConfig(rank=3), task="SEQ_CLS")
     heads = {name for name, p in scorer.named_parameters() if p.requires_grad and ".lora_" not in name}
     assert heads == {"score.weight"}
     some = load.add_lora(
-        load.causal_lm(model(causal_folder), 50, 0), Lora(rank=3, targets=["q_proj"]), task="CAUSAL_LM"
+        load.causal_lm(model(causal_folder), 50, 0), LoraConfig(rank=3, targets=["q_proj"]), task="CAUSAL_LM"
     )
     assert sum(p.requires_grad for p in some.parameters()) == 4
 
@@ -321,7 +328,7 @@ def head_of(model: Any) -> torch.Tensor:
 
 
 def test_several_outputs_come_back_or_are_combined_into_one(three):
-    section = TrainedReward(path=three, dtype="float32")
+    section = TrainedRewardConfig(path=three, dtype="float32")
     assert load.labels(section) == ("helpfulness", "coherence", "verbosity")
     whole = load.scorer(section, 50, 0, head="trained", num_labels=3)
     stored = AutoModelForSequenceClassification.from_pretrained(three, dtype=torch.float32)
@@ -337,7 +344,7 @@ def test_several_outputs_come_back_or_are_combined_into_one(three):
 
 
 def test_a_new_head_is_drawn_whatever_the_checkpoint_brings(three, reward_folder):
-    section = TrainedReward(path=three, dtype="float32")
+    section = TrainedRewardConfig(path=three, dtype="float32")
     first, again, other = (load.scorer(section, 50, seed, head="new", num_labels=2) for seed in (1, 1, 2))
     assert head_of(first).shape == (2, 32)
     assert torch.equal(head_of(first), head_of(again))
@@ -345,13 +352,13 @@ def test_a_new_head_is_drawn_whatever_the_checkpoint_brings(three, reward_folder
     assert 0.01 < head_of(first).std() < 0.03  # initializer_range is 0.02
     stored = AutoModelForSequenceClassification.from_pretrained(three, dtype=torch.float32)
     assert torch.equal(first.get_parameter("model.norm.weight"), stored.model.norm.weight)
-    alone = TrainedReward(path=reward_folder, dtype="float32")
+    alone = TrainedRewardConfig(path=reward_folder, dtype="float32")
     brought, drawn = (load.scorer(alone, 50, 1, head=head) for head in ("auto", "new"))  # type: ignore[arg-type]
     assert not torch.equal(head_of(brought), head_of(drawn))
 
 
 def test_a_head_with_a_bias_is_not_taken_apart(three, monkeypatch):
-    section, build = TrainedReward(path=three, dtype="float32"), load._build
+    section, build = TrainedRewardConfig(path=three, dtype="float32"), load._build
 
     def biased(*arguments: Any) -> Any:
         model, missing = build(*arguments)
@@ -374,7 +381,7 @@ def test_a_head_with_a_bias_is_not_taken_apart(three, monkeypatch):
     ],
 )
 def test_where_training_starts(three, fields, wanted):
-    assert load.start_of(TrainedReward(path=three, **fields)) == wanted
+    assert load.start_of(TrainedRewardConfig(path=three, **fields)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -390,12 +397,12 @@ def test_where_training_starts(three, fields, wanted):
 )
 def test_where_training_cannot_start(three, fields, message):
     with pytest.raises(ModelError, match=message):
-        load.check(TrainedReward(path=three, **fields), 50)
+        load.check(TrainedRewardConfig(path=three, **fields), 50)
 
 
 def test_heads_that_a_checkpoint_does_not_name(causal_folder, reward_folder):
-    assert load.start_of(TrainedReward(path=causal_folder, attributes=["a", "b"])) == (2, None)
-    assert load.start_of(TrainedReward(path=reward_folder, attributes=["a"])) == (1, None)  # LABEL_0 is any name
-    assert load.start_of(TrainedReward(path="nowhere", init=INIT, head="trained")) == (1, None)
+    assert load.start_of(TrainedRewardConfig(path=causal_folder, attributes=["a", "b"])) == (2, None)
+    assert load.start_of(TrainedRewardConfig(path=reward_folder, attributes=["a"])) == (1, None)  # LABEL_0 is any name
+    assert load.start_of(TrainedRewardConfig(path="nowhere", init=INIT, head="trained")) == (1, None)
     with pytest.raises(ModelError, match=r"reward\.head is trained, and the checkpoint is no sequence classifier"):
-        load.check(TrainedReward(path=causal_folder, head="trained"), 50)
+        load.check(TrainedRewardConfig(path=causal_folder, head="trained"), 50)

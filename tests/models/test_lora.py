@@ -21,9 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from align.config import CriticConfig, LoraConfig, OptimizerConfig, PolicyConfig, TrainedRewardConfig
 from align.errors import ModelError
 from align.models import load
-from align.sections import Critic, Lora, Optimizer, Policy, TrainedReward
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -76,7 +76,7 @@ def empty(name: str, auto: Any = AutoModelForCausalLM) -> Any:
 )
 def test_a_target_that_cannot_be_trained_is_refused(name, targets, message, remedy):
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
-        load.add_lora(empty(name), Lora(rank=2, targets=targets), task="CAUSAL_LM", key="policy.lora.targets")
+        load.add_lora(empty(name), LoraConfig(rank=2, targets=targets), task="CAUSAL_LM", key="policy.lora.targets")
     assert caught.value.where == "policy.lora.targets"
     assert caught.value.remedy is not None
     assert remedy in caught.value.remedy
@@ -90,15 +90,15 @@ def test_modules_that_share_a_weight_otherwise_are_refused():
         with pytest.raises(
             ModelError, match=r"layers\.0\.self_attn\.q_proj\.weight and model\.layers\.1\.self_attn\.q"
         ):
-            load.add_lora(copy.deepcopy(model), Lora(rank=2, targets=targets), task="CAUSAL_LM")
-    load.add_lora(model, Lora(rank=2, targets=["k_proj"]), task="CAUSAL_LM")
+            load.add_lora(copy.deepcopy(model), LoraConfig(rank=2, targets=targets), task="CAUSAL_LM")
+    load.add_lora(model, LoraConfig(rank=2, targets=["k_proj"]), task="CAUSAL_LM")
 
 
 def test_a_module_under_two_names_is_refused():
     model = empty("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp  # peft would put adapters under one of the names
     with pytest.raises(ModelError, match=r"up_proj: model\.layers\.0\.mlp\.up_proj\.weight and model\.layers\.1\.mlp"):
-        load.add_lora(model, Lora(rank=2, targets=["up_proj"]), task="CAUSAL_LM")
+        load.add_lora(model, LoraConfig(rank=2, targets=["up_proj"]), task="CAUSAL_LM")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_module_under_two_names_is_refused():
     ],
 )
 def test_targets_that_fit_get_adapters(name, targets, modules):
-    model = load.add_lora(empty(name), Lora(rank=2, targets=targets), task="CAUSAL_LM")
+    model = load.add_lora(empty(name), LoraConfig(rank=2, targets=targets), task="CAUSAL_LM")
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 2 * modules
 
 
@@ -126,17 +126,19 @@ def test_a_score_head_is_no_target():
     model = empty("tied", AutoModelForSequenceClassification)
     assert isinstance(model.score, nn.Linear)
     with pytest.raises(ModelError, match="score is trained whole, without adapters"):
-        load.add_lora(model, Lora(rank=2, targets=["q_proj", "score"]), task="SEQ_CLS")
+        load.add_lora(model, LoraConfig(rank=2, targets=["q_proj", "score"]), task="SEQ_CLS")
 
 
 def test_every_trained_role_is_checked_on_a_model_without_weights(tmp_path):
     CONFIGS["tied"].save_pretrained(tmp_path)  # no weights are there
-    common: dict[str, Any] = {"path": str(tmp_path), "dtype": "float32", "optimizer": Optimizer(lr=1.0)}
-    for role in (Policy, Critic, TrainedReward):
+    common: dict[str, Any] = {"path": str(tmp_path), "dtype": "float32", "optimizer": OptimizerConfig(lr=1.0)}
+    for role in (PolicyConfig, CriticConfig, TrainedRewardConfig):
         with pytest.raises(ModelError, match="q_prj matches no module of Llama"):
-            load.check_lora(role(**common, lora=Lora(rank=2, targets=["q_prj"])), 50, "role.lora.targets")
-        load.check_lora(role(**common, lora=Lora(rank=2)), 50, "role.lora.targets")
-    tied = Lora(rank=2, targets=["embed_tokens"])
+            load.check_lora(role(**common, lora=LoraConfig(rank=2, targets=["q_prj"])), 50, "role.lora.targets")
+        load.check_lora(role(**common, lora=LoraConfig(rank=2)), 50, "role.lora.targets")
+    tied = LoraConfig(rank=2, targets=["embed_tokens"])
     with pytest.raises(ModelError, match="are one weight"):
-        load.check_lora(Policy(**common, lora=tied), 50, "policy.lora.targets")
-    load.check_lora(Critic(**common, lora=tied), 50, "critic.lora.targets")  # it has no output layer to be tied to
+        load.check_lora(PolicyConfig(**common, lora=tied), 50, "policy.lora.targets")
+    load.check_lora(
+        CriticConfig(**common, lora=tied), 50, "critic.lora.targets"
+    )  # it has no output layer to be tied to

@@ -9,10 +9,18 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from align.config import (
+    CriticConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PriorPolicyConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
 from align.data.prompts import PromptStream
 from align.errors import DataError
 from align.models.positions import Longest, check, longest, positions, require
-from align.sections import Base, Critic, Model, Optimizer, Policy, Reference, Reward
 from align.types import Packed, Prompts, Sequences
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e4}
@@ -97,20 +105,20 @@ INIT = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
 @pytest.mark.parametrize(
     ("section", "judged", "need"),
     [
-        (Policy, True, 27),  # answers held-out prompts
-        (Critic, True, 22),
-        (Reference, False, 22),
-        (Base, True, 12),  # reads prompts without attributes
-        (Base, False, 22),
-        (Reward, False, 27),
-        (Reward, True, 17),  # not what the policy reads
+        (PolicyConfig, True, 27),  # answers held-out prompts
+        (CriticConfig, True, 22),
+        (ReferenceConfig, False, 22),
+        (PriorPolicyConfig, True, 12),  # reads prompts without attributes
+        (PriorPolicyConfig, False, 22),
+        (RewardConfig, False, 27),
+        (RewardConfig, True, 17),  # not what the policy reads
     ],
 )
-def test_each_role_needs_positions_for_what_it_reads(section: type[Model], judged: bool, need: int):
+def test_each_role_needs_positions_for_what_it_reads(section: type[ModelConfig], judged: bool, need: int):
     parts: dict[str, Longest] = {}
     for part, one in longest(material(judged), 10):
         parts[part] = max(one, parts.get(part, one))
-    trained = {"optimizer": Optimizer(lr=1.0)} if issubclass(section, (Policy, Critic)) else {}
+    trained = {"optimizer": OptimizerConfig(lr=1.0)} if issubclass(section, (PolicyConfig, CriticConfig)) else {}
     of = lambda number: section(path="x", init=INIT | {"n_positions": number}, **trained)  # noqa: E731
     check(of(need), "role", parts)
     with pytest.raises(DataError, match=rf"^role\.path: x: .* {need}.* the model has {need - 1} positions"):
@@ -120,7 +128,7 @@ def test_each_role_needs_positions_for_what_it_reads(section: type[Model], judge
 def test_a_reward_model_that_gives_targets_reads_the_data():
     sequences = Sequences(packed(30), packed(9), torch.tensor([0]))
     parts = dict(longest(sequences, 4))
-    section = Reward(path="x", init=INIT | {"n_positions": 38})
+    section = RewardConfig(path="x", init=INIT | {"n_positions": 38})
     check(section, "reward", parts)
     with pytest.raises(DataError, match="the longest prompt of the data with its response has 39 tokens"):
         check(section, "reward", parts, scores_data=True)

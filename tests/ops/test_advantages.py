@@ -85,7 +85,7 @@ def test_a_constant_added_to_a_group_changes_nothing_and_advantages_sum_to_zero(
     assert advantage.abs().sum() > 1
 
 
-GROUPS = {"standardised": advantages.group_standardised, "centred": advantages.group_centred}
+GROUPS = {"standardized": advantages.group_standardized, "centred": advantages.group_centred}
 
 
 def test_groups_by_hand():
@@ -94,7 +94,7 @@ def test_groups_by_hand():
     assert advantages.group_centred(reward, usable)[0].tolist() == [[-3, -1, 4]]
     deviation = math.sqrt(13) + 1e-6
     expected = [-3 / deviation, -1 / deviation, 4 / deviation]
-    assert advantages.group_standardised(reward, usable)[0][0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert advantages.group_standardized(reward, usable)[0][0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -122,7 +122,7 @@ def test_groups_against_a_loop(K: int):
             for k in range(K):
                 can = usable[p][k] and len(kept) > 1
                 expected = rewards[p][k] - statistics.fmean(kept) if can else 0.0
-                if can and name == "standardised":
+                if can and name == "standardized":
                     expected /= statistics.stdev(kept) + 1e-6
                 assert advantage[p, k].item() == pytest.approx(expected, abs=1e-12)
                 assert learnable[p, k].item() is can
@@ -147,14 +147,14 @@ def test_centred_is_leave_one_out_made_smaller():
     )
 
 
-def test_standardised_does_not_change_with_scale_nor_with_the_order_of_samples():
+def test_standardized_does_not_change_with_scale_nor_with_the_order_of_samples():
     torch.manual_seed(2)
     reward, usable = torch.randn(5, 6, dtype=torch.float64), torch.rand(5, 6) < 0.8
-    advantage, _ = advantages.group_standardised(reward, usable)
-    moved, _ = advantages.group_standardised(reward * 100 - 7, usable)
+    advantage, _ = advantages.group_standardized(reward, usable)
+    moved, _ = advantages.group_standardized(reward * 100 - 7, usable)
     torch.testing.assert_close(moved, advantage, atol=1e-5, rtol=0)
     order = torch.tensor([5, 2, 0, 4, 3, 1])
-    shuffled, _ = advantages.group_standardised(reward[:, order], usable[:, order])
+    shuffled, _ = advantages.group_standardized(reward[:, order], usable[:, order])
     torch.testing.assert_close(shuffled, advantage[:, order], atol=1e-12, rtol=0)
 
 

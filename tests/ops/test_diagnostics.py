@@ -290,7 +290,7 @@ def test_policy_statistics_by_hand():
             "distinct_1": 3 / 7,
             "distinct_2": 1 / 2,
             "repeated_3": 0.0,
-            "unfinished": 1 / 4,
+            "truncated": 1 / 4,
             "response_tokens": 7 / 4,
         },
         abs=1e-12,

@@ -1,4 +1,4 @@
-"""What becomes of scores: unfinished responses, the KL penalty, length and running normalisation."""
+"""What becomes of scores: unfinished responses, the KL penalty, length and running normalization."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SCORE, FINISHED = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([True, False, Tru
 @pytest.mark.parametrize(
     ("treatment", "reward", "usable"),
     [
-        ("exclude", [1.0, -2.0, 0.5], [True, False, True]),
+        ("mask", [1.0, -2.0, 0.5], [True, False, True]),
         ("keep", [1.0, -2.0, 0.5], [True, True, True]),
-        ("penalise", [1.0, -3.5, 0.5], [True, True, True]),  # -2 - 1.5
+        ("penalize", [1.0, -3.5, 0.5], [True, True, True]),  # -2 - 1.5
     ],
 )
-def test_unfinished(treatment: rewards.Unfinished, reward: list[float], usable: list[bool]):
-    got_reward, got_usable = rewards.treat_unfinished(SCORE, FINISHED, treatment, penalty=1.5)
+def test_unfinished(treatment: rewards.Truncated, reward: list[float], usable: list[bool]):
+    got_reward, got_usable = rewards.treat_truncated(SCORE, FINISHED, treatment, penalty=1.5)
     assert got_reward.tolist() == reward
     assert got_usable.tolist() == usable
     assert SCORE.tolist() == [1.0, -2.0, 0.5]
@@ -125,9 +125,9 @@ def test_moments_pass_through_a_checkpoint():
     [
         ("mean", 9.0, [2.0, 1.0]),
         ("minimum", 9.0, [1.0, -2.0]),
-        ("penalised", 0.0, [2.0, 1.0]),
-        ("penalised", 1.0, [2.0 - (2 / 3) ** 0.5, 1.0 - 6**0.5]),
-        ("penalised", 0.5, [2.0 - 0.5 * (2 / 3) ** 0.5, 1.0 - 0.5 * 6**0.5]),
+        ("penalized", 0.0, [2.0, 1.0]),
+        ("penalized", 1.0, [2.0 - (2 / 3) ** 0.5, 1.0 - 6**0.5]),
+        ("penalized", 0.5, [2.0 - 0.5 * (2 / 3) ** 0.5, 1.0 - 0.5 * 6**0.5]),
     ],
 )
 def test_scores_of_three_models_by_hand(how, penalty, wanted):
@@ -138,7 +138,7 @@ def test_scores_of_three_models_by_hand(how, penalty, wanted):
     assert torch.equal(rewards.combined(score_MB[[2, 0, 1]], how, penalty), found)
 
 
-@pytest.mark.parametrize("how", ["mean", "minimum", "penalised"])
+@pytest.mark.parametrize("how", ["mean", "minimum", "penalized"])
 def test_a_response_without_one_score_has_none(how):
     score_MB = torch.tensor([[1.0, math.nan], [2.0, -5.0]])
     found = rewards.combined(score_MB, how, 1.0)

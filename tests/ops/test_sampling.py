@@ -18,7 +18,7 @@ INF = math.inf
 
 
 def mix(z: int) -> int:
-    """The finaliser of SplitMix64 as published, on a word in [0, 2^64)."""
+    """The finalizer of SplitMix64 as published, on a word in [0, 2^64)."""
     z = (z ^ (z >> 30)) * MIX_1 % WORD
     z = (z ^ (z >> 27)) * MIX_2 % WORD
     return z ^ (z >> 31)
@@ -53,7 +53,7 @@ def uniform(seed: int, step: int, triples: list[tuple[int, int, int]]) -> list[f
     return sampling.uniform(seed, step, prompt, sample, token).tolist()
 
 
-def test_the_finaliser_is_splitmix64():
+def test_the_finalizer_is_splitmix64():
     # First output of SplitMix64 with seed 0 (state 0 + golden gamma), as published with the reference code.
     assert mix(GOLDEN) == 0xE220A8397B1DCDAF
     assert unmix(mix(123456789)) == 123456789

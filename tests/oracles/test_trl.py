@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.data import collate, toy
 from align.data.chat import Message, Renderer
 from align.models.heads import LastTokenScore, TokenLogprobs
-from align.ops import advantages, direct, kl, losses, policy_losses, rewards
+from align.ops import advantages, kl, losses, policy_losses, preference_losses, rewards
 from align.ops.logprobs import masked_mean, masked_sum
 from align.types import Packed, Sequences
 
@@ -112,20 +112,20 @@ def assert_same(loss: Tensor, model: Any, answer: Any) -> None:
         )
 
 
-# Direct preference optimisation
+# Direct preference optimization
 
 BETA, SMOOTHING = 0.4, 0.2
 LABEL = torch.full((len(PAIRS),), math.log((1 - SMOOTHING) / SMOOTHING))
 """A gold difference whose sigmoid is 1 - SMOOTHING."""
 
 DPO = {
-    "sigmoid": lambda d, mean_d: direct.dpo(d, BETA),
-    "hinge": lambda d, mean_d: direct.hinge(d, BETA),
-    "ipo": lambda d, mean_d: direct.ipo(mean_d, BETA),
-    "robust": lambda d, mean_d: direct.robust(d, BETA, SMOOTHING),
-    "sigmoid_norm": lambda d, mean_d: direct.dpo(mean_d, BETA),
+    "sigmoid": lambda d, mean_d: preference_losses.dpo(d, BETA),
+    "hinge": lambda d, mean_d: preference_losses.hinge(d, BETA),
+    "ipo": lambda d, mean_d: preference_losses.ipo(mean_d, BETA),
+    "robust": lambda d, mean_d: preference_losses.robust(d, BETA, SMOOTHING),
+    "sigmoid_norm": lambda d, mean_d: preference_losses.dpo(mean_d, BETA),
     # KL of the policy's preference to a label of probability 1 - SMOOTHING (EXO, arXiv 2402.00856, equation 16)
-    "exo_pair": lambda d, mean_d: direct.rpo_fwd_kl(d, LABEL, BETA, 1.0),
+    "exo_pair": lambda d, mean_d: preference_losses.rpo_fwd_kl(d, LABEL, BETA, 1.0),
 }
 """Ours for a ``loss_type`` of TRL, from differences of sums and of token means."""
 
@@ -136,7 +136,9 @@ def differences(model: Any, reference: Any, sequences: Sequences) -> tuple[Tenso
     with torch.no_grad():
         ratio_BT = logprobs(reference, sequences)
     ratio_BT = logprob_BT - ratio_BT
-    sum_P, mean_P = (direct.pair_difference(reduce(ratio_BT, mask_BT)) for reduce in (masked_sum, masked_mean))
+    sum_P, mean_P = (
+        preference_losses.pair_difference(reduce(ratio_BT, mask_BT)) for reduce in (masked_sum, masked_mean)
+    )
     return logprob_BT, sum_P, mean_P
 
 
@@ -163,7 +165,7 @@ def test_dpo_with_a_likelihood_term():
     )
     logprob_BT, d, _ = differences(ours, frozen, sequences)
     total, count = losses.cross_entropy(logprob_BT[0::2], sequences.mask_BT[0::2])  # over all preferred tokens
-    assert_same(direct.dpo(d, BETA).mean() + 0.3 * total / count, ours, answer)
+    assert_same(preference_losses.dpo(d, BETA).mean() + 0.3 * total / count, ours, answer)
 
 
 @pytest.mark.parametrize("pair", range(len(PAIRS)))
@@ -174,9 +176,9 @@ def test_conservative_dpo_and_backward_rpo_of_one_pair(pair: int):
     ours, frozen, sequences = twin(model, "packed"), twin(reference, "packed"), as_pairs([PAIRS[pair]])
     smooth = {"loss_type": ["aot_unpaired"], "beta": BETA, "label_smoothing": SMOOTHING}
     answer = oracle.dpo(model, reference, TOKENIZER, [PAIRS[pair]], **smooth)
-    assert_same(direct.cdpo(differences(ours, frozen, sequences)[1], BETA, SMOOTHING).mean(), ours, answer)
+    assert_same(preference_losses.cdpo(differences(ours, frozen, sequences)[1], BETA, SMOOTHING).mean(), ours, answer)
     entropy = -SMOOTHING * math.log(SMOOTHING) - (1 - SMOOTHING) * math.log(1 - SMOOTHING)
-    backward = direct.rpo_bwd_kl(differences(ours, frozen, sequences)[1], LABEL[:1], BETA, 1.0)
+    backward = preference_losses.rpo_bwd_kl(differences(ours, frozen, sequences)[1], LABEL[:1], BETA, 1.0)
     assert_same(backward.mean() + entropy, ours, answer)
 
 
@@ -186,8 +188,8 @@ def test_simpo(attention: str):
     ours, sequences = twin(model, attention), as_pairs(PAIRS)
     answer = oracle.cpo(model, TOKENIZER, PAIRS, loss_type="simpo", beta=2.0, simpo_gamma=0.7)
     assert answer.ids == conversations(sequences)
-    mean_d = direct.pair_difference(masked_mean(logprobs(ours, sequences), sequences.mask_BT))
-    assert_same(direct.simpo(mean_d, 2.0, 0.7).mean(), ours, answer)
+    mean_d = preference_losses.pair_difference(masked_mean(logprobs(ours, sequences), sequences.mask_BT))
+    assert_same(preference_losses.simpo(mean_d, 2.0, 0.7).mean(), ours, answer)
 
 
 # Reward models
@@ -203,7 +205,7 @@ def test_reward_model(with_margin: bool, attention: str):
     assert answer.ids == conversations(sequences)
     head = LastTokenScore(ours)
     score_B = head(collate.packed(sequences) if head.packed else collate.padded(sequences))["score_B"]
-    d, strength_P = direct.pair_difference(score_B), torch.tensor([pair.margin for pair in PAIRS])
+    d, strength_P = preference_losses.pair_difference(score_B), torch.tensor([pair.margin for pair in PAIRS])
     loss_P = losses.margin_bradley_terry(d, strength_P) if with_margin else losses.bradley_terry(d)
     assert_same(loss_P.mean(), ours, answer)
 
@@ -343,7 +345,7 @@ def test_group_advantages(scaled: bool, folder: Path):
     score_PK = torch.tensor([math.nan if score is None else score for score in scores]).view(-1, K)
     usable_PK = ~score_PK.isnan()
     if scaled:
-        ours_PK, _ = advantages.group_standardised(score_PK, usable_PK)
+        ours_PK, _ = advantages.group_standardized(score_PK, usable_PK)
         std_P = torch.tensor([row[ok].std() for row, ok in zip(score_PK, usable_PK, strict=True)])
         ours_PK = ours_PK * ((std_P + 1e-6) / (std_P + 1e-4))[:, None]  # TRL adds 1e-4 where we add 1e-6
     else:

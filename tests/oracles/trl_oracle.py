@@ -1,6 +1,6 @@
 """What TRL 1.16 computes on given rows: the one place where the tests of this folder call TRL.
 
-Every number comes out of a real trainer: its constructor, its tokenisation and collator or its generation, its scoring,
+Every number comes out of a real trainer: its constructor, its tokenization and collator or its generation, its scoring,
 its ``compute_loss``. Nothing of TRL is replaced or copied. A trainer changes the model it is given (it replaces
 ``forward`` and sets the padding id), so the other side of a comparison needs a copy made before.
 """

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from align import config, prechecks
+from align import prechecks
+from align.config import ClusterConfig
+from align.config.load import load_recipe
 from align.errors import AlignError, ConfigError, PlacementError
 from align.prechecks import folders, functions, placement, sources
-from align.sections import Cluster
 
 RECIPE = """\
 algorithm: rloo
@@ -46,13 +47,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusal(root: Path, *overrides: str) -> str:
     with pytest.raises(AlignError) as caught:
-        prechecks.check(config.load(root / "recipe.yaml", overrides))
+        prechecks.check(load_recipe(root / "recipe.yaml", overrides))
     assert caught.value.exit_status == 78
     return str(caught.value)
 
 
 def test_a_recipe_whose_sources_are_there_passes(root: Path):
-    prechecks.check(config.load(root / "recipe.yaml", ["reward.path=org/whole", "policy.path=~/"]))
+    prechecks.check(load_recipe(root / "recipe.yaml", ["reward.path=org/whole", "policy.path=~/"]))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_what_may_be_a_hub_id(root: Path, text: str):
         ("data.chat_template=none.jinja", "data.chat_template=none.jinja: there is no such"),
         ("reward.chat_template=none.jinja", "reward.chat_template=none.jinja: there is no such"),
         ("run.resume=run/checkpoints/step-000001", "run.resume=run/checkpoints/step-000001: there is no such"),
-        ("second_reward.path=./none", "second_reward.path=./none: there is no such"),
+        ("eval_reward.path=./none", "eval_reward.path=./none: there is no such"),
         ("run.dir=recipe.yaml/run", "cannot be made: "),
         ("run.dir=data", "what lies there is no run"),
         ("placement={policy: 3-1}", "placement.policy: cannot read '3-1' as slots"),
@@ -132,7 +133,7 @@ FUNCTION = ["reward.kind=function", 'reward.path=""']
         ("scroes.py:length", "did you mean scores.py:length?"),
         ("no_such_module:f", "there is no module no_such_module"),
         ("align.no_such:f", "there is no module align.no_such"),
-        ("align.plugins:laod", "align.plugins has no function laod"),
+        ("align.utils.plugins:laod", "align.utils.plugins has no function laod"),
         ("broken.py:f", "broken.py cannot be read: SyntaxError"),
     ],
 )
@@ -165,13 +166,13 @@ def test_a_folder_that_this_user_may_not_write_to(root: Path, monkeypatch: pytes
 def test_slots_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(placement, "machine_gpus", lambda: 0)
-    placement.require_machine(4, Cluster())
-    placement.require_machine(5, Cluster(address="host:1"))
+    placement.require_machine(4, ClusterConfig())
+    placement.require_machine(5, ClusterConfig(address="host:1"))
     with pytest.raises(PlacementError, match=r"5 slots, this machine offers 4 \(2 cores with 2 slots each\)"):
-        placement.require_machine(5, Cluster())
+        placement.require_machine(5, ClusterConfig())
     monkeypatch.setattr(placement, "machine_gpus", lambda: 3)
     with pytest.raises(PlacementError, match=r"4 slots, this machine offers 3 \(3 GPUs\)"):
-        placement.require_machine(4, Cluster())
+        placement.require_machine(4, ClusterConfig())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from align.report import evaluation, svg
-from align.report.svg import Row
+from align.report import evaluation, plots
+from align.report.plots import Row
 
 
 def number(value: float, count: int | None = None) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_what_was_not_measured_has_no_picture():
 
 
 def test_marks_of_intervals_lie_where_the_numbers_say():
-    (figure,) = figures(svg.intervals([Row("a", 0.0, 0.0, 0.5, 9), Row("b", 1.0, None, None, 2)], "x"))
+    (figure,) = figures(plots.intervals([Row("a", 0.0, 0.0, 0.5, 9), Row("b", 1.0, None, None, 2)], "x"))
     left, right = (float(one["cx"]) for one in marks(figure))
     grid = sorted({float(one.get("x1", "")) for one in figure.iter("line") if one.get("class") in ("grid", "half")})
     assert (left, right) == (grid[0], grid[-1])
@@ -74,14 +74,14 @@ def test_marks_of_intervals_lie_where_the_numbers_say():
 
 def test_a_long_name_is_cut_and_said_in_full():
     name = "x" * 60
-    (figure,) = figures(svg.intervals([Row(name, 0.5, None, None, 1)], "x"))
+    (figure,) = figures(plots.intervals([Row(name, 0.5, None, None, 1)], "x"))
     shown = [one.text for one in figure.iter("text") if one.get("class") == "name"]
     assert shown[0] == "x" * 33 + "…" and figure.findtext(".//title") == f"{name}: 50.0"
 
 
 def test_a_calibrated_judge_lies_on_the_diagonal():
     bins = [{"count": 5, "confidence": c, "accuracy": c} for c in (0.5, 0.75, 1.0)]
-    (figure,) = figures(svg.reliability(bins, "x"))
+    (figure,) = figures(plots.reliability(bins, "x"))
     (diagonal,) = [one for one in figure.iter("line") if one.get("class") == "half"]
     first, middle, last = [(float(one["cx"]), float(one["cy"])) for one in marks(figure)]
     assert first == (float(diagonal.get("x1", "")), float(diagonal.get("y1", "")))
@@ -90,7 +90,7 @@ def test_a_calibrated_judge_lies_on_the_diagonal():
 
 
 def test_bars_are_as_tall_as_their_counts_and_change_colour_at_zero():
-    (figure,) = figures(svg.histogram([-2.0, -1.0, 0.0, 1.0], [0, 2, 4], "x"))
+    (figure,) = figures(plots.histogram([-2.0, -1.0, 0.0, 1.0], [0, 2, 4], "x"))
     bars = marks(figure, "rect")
     assert [one["class"] for one in bars] == ["wrong", "wrong", "bar"]
     heights = [float(one["height"]) for one in bars]

@@ -11,7 +11,7 @@ POLICY = "policy: {{path: {policy}, dtype: float32, zero_stage: 2, lora: {lora},
 SAMPLED = """
 reward: {{path: {reward}, dtype: float32}}
 prompts_per_step: 7
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 2, max_tokens: 8}}
 minibatches: 2
 epochs: 2

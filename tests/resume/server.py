@@ -14,7 +14,7 @@ import traceback
 
 from align import cli
 
-for name in ("align.launch", "align.evaluation.compare"):
+for name in ("align.launch", "align.eval.compare"):
     importlib.import_module(name)
 gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
 

@@ -30,7 +30,7 @@ data: {{path: {data}, format: helpsteer3, max_rows: 8}}
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 2e-2}}}}
 reward: {{path: {reward}, dtype: float32}}
 prompts_per_step: 1
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 2, max_tokens: 2}}
 evaluation: {{every: 2, prompts: 1, keep_best: true}}
 """

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from align.cli import main
+from align.config import VerdictConfig
 from align.data import toy
-from align.rewards import card, judge_card
+from align.rewards import card, genrm_card
 from align.rewards.card import Card, Moments
-from align.sections import Verdict
 
 RECIPE = """
 algorithm: {algorithm}
@@ -67,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     save("dated", AutoModelForSequenceClassification, dated, num_labels=1)
     save("deaf", AutoModelForCausalLM, deaf)
     save("learned", AutoModelForCausalLM, bytes_only)
-    for name, text in judge_card.files(Verdict(form="json"), None).items():
+    for name, text in genrm_card.files(VerdictConfig(form="json"), None).items():
         (root / "learned" / name).write_text(text)
     (root / "judge.py").write_text("def f(prompts, completions, answer): return [0.0] * len(prompts)\n")
     return {path.stem: path for path in root.iterdir()}
@@ -97,14 +97,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["has the outputs helpfulness, correctness", "leave reward.attributes out"],
     ),
     "moments of another score": (
-        "reward.path={measured} reward.normalise=true reward.weights.verbosity=1",
+        "reward.path={measured} reward.normalize=true reward.weights.verbosity=1",
         ["of a score by these weights", "holds those by {'helpfulness': 1.0}", "leave reward.weights out"],
     ),
     "a name twice": ("reward.path={nameless} reward.attributes=[a,a,b] reward.weights.a=1", ["names a twice"]),
     "weights of one score": ("reward.path={one} reward.weights.a=1", ["is read as sequence_classification", "leave"]),
     "moments that nobody took": (
-        "reward.path={one} reward.normalise=true",
-        ["normalise needs mean and standard deviation", "algorithm: reward_model", "shaping.mean"],
+        "reward.path={one} reward.normalize=true",
+        ["normalize needs mean and standard deviation", "algorithm: reward_model", "shaping.mean"],
     ),
     "Yes is no token": (
         "reward.path={causal} reward.kind=yes_no reward.principle=x",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from align import plugins
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, DataError
 from align.rewards import functions
 from align.rewards.functions import FunctionJudge
+from align.utils import plugins
 
 DIALOGUES = [
     Dialogue((Message("system", "be kind"), Message("user", "hello")), "hi"),
@@ -117,7 +117,7 @@ def test_where_a_function_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     package.write_text("def f(prompts): return [1.5] * len(prompts)")
     monkeypatch.syspath_prepend(tmp_path)
     assert FunctionJudge("judges_of_a_test:f").score(DIALOGUES).tolist() == [1.5, 1.5]
-    assert plugins.fingerprint("judges_of_a_test:f") == hashlib.sha256(package.read_bytes()).hexdigest()
+    assert plugins.function_fingerprint("judges_of_a_test:f") == hashlib.sha256(package.read_bytes()).hexdigest()
     for name in (f"{tmp_path}/none.py:f", "no_such_module:f"):
         with pytest.raises(ConfigError, match="installed on every node"):
             functions.load(name)

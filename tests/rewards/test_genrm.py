@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from align.cli import main
+from align.config import GenerativeConfig, GeneratorConfig, RewardConfig, SamplingConfig, VerdictConfig
 from align.data import toy_family
 from align.data.chat import Dialogue, Message
-from align.data.verdicts import FALLBACK, Scores
+from align.data.genrm_prompts import FALLBACK, Scores
 from align.errors import ConfigError, DataError, ModelError
 from align.generators.base import Completion, Request
-from align.rewards import genrm, groups, judge_card, principles, reading
+from align.rewards import checkpoint_format, genrm, genrm_card, genrm_groups, principles
 from align.rewards.genrm import GenerativeJudge
-from align.sections import Generative, Generator, Reward, Sampling, Verdict
 
 FILE = Path(__file__).with_name("judges.py")
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ GROUP = [Dialogue(A, text) for text in ("a", "a b c", "a b", "a b c d")]
 
 
 def judge(function: str, **keys: Any) -> GenerativeJudge:
-    section = Generative(judge=Generator(kind="function", function=f"{FILE}:{function}"), custom_roles=True)
+    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:{function}"), custom_roles=True)
     return GenerativeJudge(replace(section, **keys), CPU)
 
 
@@ -38,7 +38,7 @@ def asked(one: GenerativeJudge) -> list[list[Request]]:
     calls: list[list[Request]] = []
     complete = one.generator.complete
 
-    def recorded(requests: Sequence[Request], sampling: Sampling, margins: bool = False) -> list[Completion]:
+    def recorded(requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False) -> list[Completion]:
         calls.append(list(requests))
         return complete(requests, sampling, margins)
 
@@ -97,7 +97,7 @@ def test_votes_have_numbers_and_their_mean_counts():
     calls = asked(one)
     one.score(GROUP[:2])
     assert [request.sample for request in calls[0]] == [0, 1, 2]
-    section = Generative(judge=Generator(kind="function", function="m:f"), votes=2, both_orders=False)
+    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function="m:f"), votes=2, both_orders=False)
     said = iter(["4, 2", "5, 2"])
     ranked = iter("16")
     one.section = section
@@ -121,7 +121,7 @@ def test_equal_scores_are_equal_however_they_come_about():
     back = [Scores(2, 2, 5), Scores(3, 2, 5), Scores(2, 4, 5)]
     found = genrm._merged([there, back], 2).scores
     assert found == Scores(17 / 6, 17 / 6, 2)
-    assert groups.from_verdicts(2, [(0, 1)], [found], tie_break=True) == [17 / 6 + 1.5, 17 / 6 - 1.5]
+    assert genrm_groups.from_verdicts(2, [(0, 1)], [found], tie_break=True) == [17 / 6 + 1.5, 17 / 6 - 1.5]
 
 
 def test_what_cannot_be_read_is_asked_again_under_a_new_number():
@@ -204,17 +204,19 @@ def test_the_verdict_on_a_principle(text: str, margin: float | None, expected: f
 
 
 def test_what_a_judge_needs_is_looked_at_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    section = Generative(judge=Generator(kind="function", function=f"{FILE}:length"))
+    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:length"))
     assert genrm.check(section) == ""
     with pytest.raises(ConfigError, match="has no function nothing"):
-        genrm.check(replace(section, judge=Generator(kind="function", function=f"{FILE}:nothing")))
+        genrm.check(replace(section, judge=GeneratorConfig(kind="function", function=f"{FILE}:nothing")))
     endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "ALIGN_TEST_KEY"}
-    remote = Generator(kind="endpoint", endpoint=replace(Generator().endpoint, **endpoint))
+    remote = GeneratorConfig(kind="endpoint", endpoint=replace(GeneratorConfig().endpoint, **endpoint))
     monkeypatch.delenv("ALIGN_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="ALIGN_TEST_KEY is not set"):
         genrm.check(replace(section, judge=remote))
-    function = reading.fingerprint(Reward(kind="generative", generative=section), 0)
-    assert function != reading.fingerprint(Reward(kind="generative", generative=replace(section, judge=remote)), 0)
+    function = checkpoint_format.fingerprint(RewardConfig(kind="generative", generative=section), 0)
+    assert function != checkpoint_format.fingerprint(
+        RewardConfig(kind="generative", generative=replace(section, judge=remote)), 0
+    )
 
 
 def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_policy: Path):
@@ -222,8 +224,8 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
     tokenizer = toy_family.tokenizer()
     init = json.loads((tiny_policy / "config.json").read_text())
     tokenizer.save_pretrained(tmp_path)
-    knows = Generator(path=str(tmp_path), init={"model_type": init["model_type"]})
-    section = Generative(judge=knows, custom_roles=True, principle="be right")
+    knows = GeneratorConfig(path=str(tmp_path), init={"model_type": init["model_type"]})
+    section = GenerativeConfig(judge=knows, custom_roles=True, principle="be right")
     assert len(genrm.check(section)) == 64
     file = tmp_path / "plain.jinja"
     for hidden in ("response_1", "response_2", "principle"):
@@ -248,7 +250,7 @@ reward:
   kind: generative
   generative: {{{{judge: {{{{kind: function, function: {FILE}:words}}}}, custom_roles: true, retries: 1}}}}
 prompts_per_step: 8
-unfinished: keep
+truncated: keep
 kl_coef: 0.0
 sampling: {{{{num_samples: 4, max_tokens: 6}}}}
 """
@@ -269,18 +271,18 @@ def test_rloo_learns_what_a_judge_prefers(tmp_path: Path, toy_data: Path, tiny_p
 
 def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     toy_family.tokenizer().save_pretrained(tmp_path)
-    for name, text in judge_card.files(Verdict(form="json", custom_roles=True), None).items():
+    for name, text in genrm_card.files(VerdictConfig(form="json", custom_roles=True), None).items():
         (tmp_path / name).write_text(text)
-    learned = Generator(path=str(tmp_path), init={"model_type": "llama"})
-    assert genrm.check(Generative(judge=learned, form="json", custom_roles=True))
+    learned = GeneratorConfig(path=str(tmp_path), init={"model_type": "llama"})
+    assert genrm.check(GenerativeConfig(judge=learned, form="json", custom_roles=True))
     for keys, remedy in (
         ({"form": "json"}, "custom_roles=true"),
         ({"custom_roles": True}, "form=json"),
         ({"form": "principle", "principle": "x"}, "form=json reward.generative.custom_roles=true"),
     ):
         with pytest.raises(ConfigError, match="this judge learned") as caught:
-            genrm.check(Generative(judge=learned, **keys))
+            genrm.check(GenerativeConfig(judge=learned, **keys))
         assert caught.value.remedy == f"ask as it learned: reward.generative.{remedy}"
-    (tmp_path / judge_card.NAME).write_text("{")
+    (tmp_path / genrm_card.NAME).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
-        genrm.check(Generative(judge=learned, form="json", custom_roles=True))
+        genrm.check(GenerativeConfig(judge=learned, form="json", custom_roles=True))

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from align.config import HttpConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, WorkerError
-from align.generators import transport
-from align.rewards import api, http
+from align.generators import http as transport
+from align.rewards import http, http_protocol
 from align.rewards.http import HttpJudge
-from align.sections import Http
 
 QUICK = {"backoff_s": 0.001, "max_backoff_s": 0.01, "timeout_s": 5.0}
 NAN = math.nan
@@ -36,7 +36,7 @@ def dialogue(number: int, text: str = "") -> Dialogue:
 
 def true_scores(body: bytes) -> list[float]:
     """The score of each conversation of a request: the number in its question."""
-    asked = api.read_request(body, 1000)
+    asked = http_protocol.read_request(body, 1000)
     return [float(one.context[-1].content.removesuffix("?")) for one in asked.dialogues]
 
 
@@ -63,7 +63,7 @@ class Service:
         try:
             time.sleep(self.delay)
             if not self.fault(number, handler):
-                reply(handler, 200, api.answer("m", true_scores(body), None))
+                reply(handler, 200, http_protocol.answer("m", true_scores(body), None))
         finally:
             with self._lock:
                 self.at_once -= 1
@@ -114,7 +114,7 @@ def running(service: Service, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def judging(url: str, failed: Any = "fail", **settings: Any) -> Iterator[HttpJudge]:
-    judge = HttpJudge(Http(url=url, **{**QUICK, **settings}), failed)
+    judge = HttpJudge(HttpConfig(url=url, **{**QUICK, **settings}), failed)
     try:
         yield judge
     finally:
@@ -143,7 +143,7 @@ def test_scores_come_in_order_and_each_conversation_is_sent_whole():
 
 
 def test_latencies_are_summed_up_by_nearest_rank():
-    judge = HttpJudge(Http(url="http://127.0.0.1:1"))
+    judge = HttpJudge(HttpConfig(url="http://127.0.0.1:1"))
     judge._counts.seconds += [float(n) for n in range(100, 0, -1)]
     found = judge.metrics()
     assert [found[f"latency_{name}"] for name in ("mean", "p50", "p95")] == [50.5, 50.0, 95.0]
@@ -251,7 +251,7 @@ def test_a_service_that_fails_often_loses_nothing_and_is_counted_exactly():
     ],
 )
 def test_the_pause_is_random_and_at_least_what_the_service_asks_for(header: str | None, lowest: float, highest: float):
-    judge = HttpJudge(Http(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
+    judge = HttpJudge(HttpConfig(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
     pauses = [judge._transport.pause(2, transport.retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
     assert all(lowest <= pause <= highest for pause in pauses)
     if lowest < highest:
@@ -376,7 +376,7 @@ def test_conversations_that_differ_anywhere_differ_in_the_cache():
         Dialogue((Message("user", "\ud800"),), "b"),
         Dialogue((Message("user", "\\ud800"),), "b"),
     ]
-    assert len({api.canonical(one) for one in different}) == len(different)
+    assert len({http_protocol.canonical(one) for one in different}) == len(different)
 
 
 def test_no_more_requests_are_under_way_than_allowed():
@@ -422,7 +422,7 @@ def test_the_token_is_sent_and_a_missing_one_is_named(monkeypatch: pytest.Monkey
     for value, message in (("two words", "holds signs"), ("", "is not set")):
         monkeypatch.setenv("REWARD_TOKEN", value)
         with pytest.raises(ConfigError, match=f"REWARD_TOKEN {message}") as failed:
-            HttpJudge(Http(url=url, token_env="REWARD_TOKEN"))
+            HttpJudge(HttpConfig(url=url, token_env="REWARD_TOKEN"))
         assert "words" not in str(failed.value)
 
 
@@ -482,4 +482,4 @@ def test_connections_are_used_again_while_they_are_fresh(monkeypatch: pytest.Mon
 )
 def test_an_address_that_is_none_is_refused_with_the_recipe(url: str):
     with pytest.raises(ValueError, match=r"url must be http://HOST"):
-        Http(url=url)
+        HttpConfig(url=url)

@@ -29,7 +29,7 @@ reference: {{dtype: float32}}
 reward: {reward}
 prompts_per_step: 4
 minibatches: 1
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 2, max_tokens: 8}}
 evaluation: {{every: 3, prompts: 5}}
 """

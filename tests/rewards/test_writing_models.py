@@ -10,21 +10,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.cli import main
+from align.config import GenerativeConfig, GeneratorConfig
+from align.config.genrm import JudgeSamplingConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message, Renderer
 from align.rewards import principles
 from align.rewards.genrm import GenerativeJudge
-from align.sections import Generative, Generator
-from align.sections.judging import JudgeSampling
 
 PRINCIPLE = "the words are sorted"
 
 
 def test_the_score_by_a_principle_is_a_difference_of_log_probabilities(tiny_yes_no: Path):
     """Against a forward pass of transformers in float32. An answer of two tokens is Yes or No and the end."""
-    judge = Generator(path=str(tiny_yes_no), dtype="float32")
-    sampling = JudgeSampling(max_tokens=2, temperature=0.6)
-    section = Generative(judge=judge, form="principle", principle=PRINCIPLE, sampling=sampling, retries=3)
+    judge = GeneratorConfig(path=str(tiny_yes_no), dtype="float32")
+    sampling = JudgeSamplingConfig(max_tokens=2, temperature=0.6)
+    section = GenerativeConfig(judge=judge, form="principle", principle=PRINCIPLE, sampling=sampling, retries=3)
     words = toy.WORDS[:12]
     dialogues = [
         Dialogue((Message("user", f"sort the words : {one} {other}"),), f"{other} {one}")
@@ -65,7 +65,7 @@ reward:
     sampling: {{max_tokens: 4}}
 prompts_per_step: 4
 minibatches: 1
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 3, max_tokens: 8}}
 evaluation: {{every: 2, prompts: 4}}
 """

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from align import config, sections
 from align.algorithms import ppo
+from align.config import SamplerConfig
+from align.config.load import describe_schema, load_recipe
 from align.errors import ConfigError
 from align.run.identity import Identity
 
@@ -14,7 +15,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "ppo.yaml"
 
 
 def identity(*overrides: str, rows: str = "r", policy: str = "p") -> Identity:
-    return Identity.of(config.load(RECIPE, overrides).config, {"rows": rows}, {"policy": policy})
+    return Identity.of(load_recipe(RECIPE, overrides).config, {"rows": rows}, {"policy": policy})
 
 
 BEGUN = dataclasses.asdict(identity())
@@ -27,8 +28,8 @@ BEGUN = dataclasses.asdict(identity())
         "run.tensorboard=false", "run.logged_samples=1", "run.bundle_steps=[1]", "run.non_finite=skip",
         "run.max_non_finite=9", "run.allow_change=[x]", "checkpoint.every=1", "checkpoint.keep_best=3",
         "cluster.call_timeout_s=5", "executor=local", "placement.policy=0", "policy.zero_stage=3",
-        "policy.micro_batch_tokens=64", "critic.gradient_checkpointing=true", "policy.generation_slots=2",
-        "policy.path=elsewhere", "data.path=elsewhere", "reward.path=elsewhere", "reference.micro_batch_tokens=8",
+        "policy.max_tokens_per_micro_batch=64", "critic.gradient_checkpointing=true", "policy.max_num_seqs=2",
+        "policy.path=elsewhere", "data.path=elsewhere", "reward.path=elsewhere", "reference.max_tokens_per_micro_batch=8",
         "cluster.phase_timeout_s={generate: 1}", "reward.zero_stage=3",
     ],
 )  # fmt: skip
@@ -49,7 +50,7 @@ def test_what_may_change(change: str):
         ("evaluation.every=1", "evaluation.every"),
         ("gae_lambda=0.5", "gae_lambda"),
         ("data.max_prompt_tokens=7", "data.max_prompt_tokens"),
-        ("lag=1", "lag"),
+        ("max_off_policy_steps=1", "max_off_policy_steps"),
     ],
 )
 def test_what_may_not(change: str, key: str):
@@ -83,15 +84,15 @@ def test_a_key_that_is_new_or_gone_is_a_difference():
 
 def test_every_key_of_a_role_that_is_harmless_is_a_key_of_some_role():
     """A pattern that fits no key would be a promise about nothing."""
-    keys = config.describe(ppo.Config).keys() | {f"policy.{key}" for key in config.describe(sections.Sampler)}
+    keys = describe_schema(ppo.Config).keys() | {f"policy.{key}" for key in describe_schema(SamplerConfig)}
     kept = identity().recipe
-    for name in ("zero_stage", "micro_batch_tokens", "offload_optimizer", "offload_parameters", "generation_slots"):
+    for name in ("zero_stage", "max_tokens_per_micro_batch", "offload_optimizer", "offload_parameters", "max_num_seqs"):
         assert f"policy.{name}" in keys
         assert f"policy.{name}" not in kept
 
 
 def test_another_algorithm_and_many_differences_are_told_in_a_few_lines():
-    other = config.load(RECIPE.with_name("dpo.yaml"), []).config
+    other = load_recipe(RECIPE.with_name("dpo.yaml"), []).config
     with pytest.raises(ConfigError) as caught:
         Identity.of(other, {"rows": "r"}, {"policy": "p"}).require(BEGUN, [], "runs/x/checkpoints/step-000004")
     assert str(caught.value) == (
@@ -99,7 +100,14 @@ def test_another_algorithm_and_many_differences_are_told_in_a_few_lines():
         "  remedy: choose another run.dir"
     )
     changes = [f"{key}=0.123" for key in ("kl_coef", "gamma", "gae_lambda", "sampling.top_p", "policy.optimizer.lr")]
-    changes += ["run.seed=9", "run.steps=9", "lag=1", "epochs=9", "critic.optimizer.lr=9", "sampling.max_tokens=9"]
+    changes += [
+        "run.seed=9",
+        "run.steps=9",
+        "max_off_policy_steps=1",
+        "epochs=9",
+        "critic.optimizer.lr=9",
+        "sampling.max_tokens=9",
+    ]
     with pytest.raises(ConfigError) as caught:
         identity(*changes).require(BEGUN, [], "x")
     lines = str(caught.value).splitlines()

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from align import sections
+from align.config import OnPolicyConfig, RewardConfig, RunConfig, SamplingConfig
 from align.data.prompts import PromptStream
-from align.roles import Ready
+from align.roles import CompletedFuture
 from align.run import Run
-from align.sections import Sampling
 from align.types import Packed, Prompts
 
 
 def started(folder: Path, steps: int = 3, rounds: int = 1, progress: str = "none") -> Run:
-    section = sections.Run(dir=str(folder), steps=steps, tensorboard=False, progress=progress)  # type: ignore[arg-type]
-    reward = sections.Reward(path="r")
-    return Run(sections.OnPolicy(algorithm="rloo", run=section, reward=reward, rounds=rounds), str)
+    section = RunConfig(dir=str(folder), steps=steps, tensorboard=False, progress=progress)  # type: ignore[arg-type]
+    reward = RewardConfig(path="r")
+    return Run(OnPolicyConfig(algorithm="rloo", run=section, reward=reward, rounds=rounds), str)
 
 
 # Rollouts
@@ -32,9 +31,9 @@ class Actor:
         self.events: list[str] = []
         self.version = 0
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Ready[tuple[int, int]]:
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> CompletedFuture[tuple[int, int]]:
         self.events.append(f"generate {prompts.step}")
-        return Ready((prompts.step, self.version))
+        return CompletedFuture((prompts.step, self.version))
 
     def update(self) -> None:
         self.version += 1
@@ -44,10 +43,10 @@ class Actor:
 PROMPTS = PromptStream(Packed.from_lists([[1], [2], [3]]), batch_size=2, seed=0, stop_ids=(6,))
 
 
-def learn(run: Run, actor: Actor, lag: int) -> list[tuple[int, int, int]]:
+def learn(run: Run, actor: Actor, max_off_policy_steps: int) -> list[tuple[int, int, int]]:
     """Each step, the version that sampled its rollout, and the one that learns from it."""
     seen = []
-    for step, (sampled_for, version) in run.rollouts(PROMPTS, actor, Sampling(), lag):  # type: ignore[arg-type,misc]
+    for step, (sampled_for, version) in run.rollouts(PROMPTS, actor, SamplingConfig(), max_off_policy_steps):  # type: ignore[arg-type,misc]
         assert sampled_for == step
         seen.append((step, version, actor.version))
         actor.update()
@@ -84,13 +83,13 @@ def test_with_a_lag_of_three(tmp_path: Path):
     assert actor.events[-4:] == ["update 3", "update 4", "update 5", "update 6"]  # nothing is sampled for later steps
 
 
-@pytest.mark.parametrize("lag", [0, 1, 3, 99])
-def test_every_step_is_sampled_once_and_no_rollout_is_older_than_the_lag(tmp_path: Path, lag: int):
+@pytest.mark.parametrize("max_off_policy_steps", [0, 1, 3, 99])
+def test_every_step_is_sampled_once_and_no_rollout_is_older_than_the_lag(tmp_path: Path, max_off_policy_steps: int):
     actor = Actor()
     with started(tmp_path, steps=5) as run:
-        seen = learn(run, actor, lag)
+        seen = learn(run, actor, max_off_policy_steps)
     assert [event for event in actor.events if event.startswith("generate")] == [f"generate {n}" for n in range(1, 6)]
-    assert [now - version for _, version, now in seen] == [min(step - 1, lag) for step in range(1, 6)]
+    assert [now - version for _, version, now in seen] == [min(step - 1, max_off_policy_steps) for step in range(1, 6)]
 
 
 # Rounds
@@ -146,13 +145,13 @@ class Writer:
         self.fails_at = fails_at
         self.beside: list[list[str]] = []
 
-    def export(self, folder: Path, extra: object) -> Ready[None]:
+    def export(self, folder: Path, extra: object) -> CompletedFuture[None]:
         self.beside.append(sorted(path.name for path in folder.parent.iterdir()))
         if len(self.beside) == self.fails_at:
             raise OSError("disk full")
         folder.mkdir()
         (folder / "model.safetensors").write_text("weights")
-        return Ready(None)
+        return CompletedFuture(None)
 
 
 def test_a_better_policy_replaces_the_one_before_when_no_snapshot_speaks_of_it(tmp_path: Path):

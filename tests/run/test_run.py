@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from align import sections
+from align.config import RecipeConfig, RunConfig
 from align.errors import ConfigError
 from align.run import Clock, Run, display
 from align.run import environment as surroundings
@@ -33,9 +33,9 @@ def decode(ids: list[int]) -> str:
     return " ".join(WORDS[i] for i in ids)
 
 
-def recipe(folder: Path, **section: object) -> sections.Recipe:
+def recipe(folder: Path, **section: object) -> RecipeConfig:
     values = {"dir": str(folder), "steps": 3, "tensorboard": False, "progress": "none", **section}
-    return sections.Recipe(algorithm="rloo", run=sections.Run(**values))
+    return RecipeConfig(algorithm="rloo", run=RunConfig(**values))
 
 
 def rollouts() -> Rollouts:

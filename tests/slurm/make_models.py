@@ -27,7 +27,7 @@ data: {{path: {folder}/data}}
 prompts_per_step: 4
 kl_reduction: sum
 kl_coef: 0.05
-unfinished: keep
+truncated: keep
 sampling: {{num_samples: 2, max_tokens: 8}}
 policy: {{path: {folder}/policy, dtype: float32, zero_stage: 2, optimizer: {{lr: 1e-3}}}}
 reference: {{dtype: float32}}

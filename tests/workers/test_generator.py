@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.cluster import standalone
+from align.config import ClusterConfig, GeneratorConfig, RewardConfig, SamplingConfig
 from align.data.chat import Message
 from align.generators.base import Completion, Request
-from align.roles import Ready
-from align.sections import Cluster, Generator, Reward, Sampling
-from align.workers import judges
+from align.roles import CompletedFuture
 from align.workers.base import Ranks
 from align.workers.generator import Completed
 from align.workers.generator import Generator as Role
 
-SAMPLING = Sampling(max_tokens=4)
+SAMPLING = SamplingConfig(max_tokens=4)
 
 
 def requests(count: int) -> list[Request]:
@@ -33,7 +33,7 @@ class Echo(Ranks):
         method: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[Any]], Any],
-    ) -> Ready[Any]:
+    ) -> CompletedFuture[Any]:
         self.sizes = [len(asked) for asked, _, _ in arguments]
         parts = [
             Completed(
@@ -42,7 +42,7 @@ class Echo(Ranks):
             )
             for rank, (asked, _, _) in enumerate(arguments)
         ]
-        return Ready(gather(parts))
+        return CompletedFuture(gather(parts))
 
     def start(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         raise NotImplementedError
@@ -50,7 +50,7 @@ class Echo(Ranks):
 
 def test_answers_come_back_in_order_from_all_ranks():
     ranks = Echo()
-    role = Role(ranks, Generator(path="p"))
+    role = Role(ranks, GeneratorConfig(path="p"))
     for count in (7, 2, 0):
         found = role.complete(requests(count), SAMPLING).result()
         assert [one.text for one in found] == [str(number) for number in range(count)]
@@ -66,10 +66,10 @@ def test_a_company_of_several_roles_in_this_process(tmp_path: Path):
         "def score(prompts, completions):\n    return [float(len(one[0]['content'])) for one in completions]\n"
     )
     sections = {
-        "draft": Generator(kind="function", function=f"{file}:answer"),
-        "select": Reward(kind="function", function=f"{file}:score"),
+        "draft": GeneratorConfig(kind="function", function=f"{file}:answer"),
+        "select": RewardConfig(kind="function", function=f"{file}:score"),
     }
-    with judges.company(sections, "local", {}, Cluster(), tmp_path, print, seed=1) as found:
+    with standalone.company(sections, "local", {}, ClusterConfig(), tmp_path, print, seed=1) as found:
         drafts = found["draft"].complete(requests(3), SAMPLING)
         assert drafts.done()
         assert [one.text for one in drafts.result()] == ["0 0", "1 1", "2 2"]

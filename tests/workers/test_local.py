@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from align import faults
+from align.config import LoraConfig, ModelConfig, OptimizerConfig, PolicyConfig, SamplerConfig
 from align.errors import ModelError, WorkerError
 from align.run import Clock
-from align.sections import Lora, Model, Optimizer, Policy, Sampler
+from align.utils import fault_injection
 from align.workers import local
 from align.workers.base import Spec, Worker, answered
 from align.workers.critic import CriticWorker
@@ -36,12 +36,12 @@ class Echo(Worker):
 @pytest.fixture(autouse=True)
 def _no_fault() -> Iterator[None]:
     yield
-    faults.arm(None)
+    fault_injection.arm(None)
 
 
 @pytest.fixture
 def ranks() -> local.LocalRanks:
-    return local.bring_up(Echo, Spec("reward", 0, 1, Model(path="-"), 0, 1, 1.0), Clock(step=3))
+    return local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock(step=3))
 
 
 def score(ranks: local.LocalRanks, number: torch.Tensor) -> torch.Tensor:
@@ -50,21 +50,21 @@ def score(ranks: local.LocalRanks, number: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("phase", ["start", "load"])
 def test_a_fault_strikes_as_the_role_comes_up(phase: str):
-    faults.arm(f"role=reward,phase={phase},step=0,kind=error")
+    fault_injection.arm(f"role=reward,phase={phase},step=0,kind=error")
     with pytest.raises(RuntimeError, match="on purpose"):
-        local.bring_up(Echo, Spec("reward", 0, 1, Model(path="-"), 0, 1, 1.0), Clock())
+        local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock())
 
 
 def test_the_start_is_announced_with_its_bytes(tmp_path: Path):
     for number, size in enumerate((1_000_000, 500_000)):
         (tmp_path / f"model-{number}.safetensors").write_bytes(b"0" * size)
     lines: list[str] = []
-    local.bring_up(Echo, Spec("reward", 0, 1, Model(path=str(tmp_path)), 0, 1, 1.0), Clock(), lines.append)
+    local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path=str(tmp_path)), 0, 1, 1.0), Clock(), lines.append)
     assert lines == [f"reward: loading {tmp_path} (2 MB) in this process", "reward: ready in 0.0 s"]
 
 
 def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):
-    faults.arm("role=reward,phase=score,step=4,kind=error")
+    fault_injection.arm("role=reward,phase=score,step=4,kind=error")
     assert score(ranks, torch.ones(1)) == 1
     ranks.clock.step = 4
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -73,7 +73,7 @@ def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):
 
 
 def test_the_first_number_of_an_answer_is_spoilt_once_and_its_source_is_not(ranks: local.LocalRanks):
-    faults.arm("role=reward,phase=score,kind=nan_answer")
+    fault_injection.arm("role=reward,phase=score,kind=nan_answer")
     whole = torch.ones(2, 2).T
     spoilt = score(ranks, whole)
     assert spoilt.isnan().tolist() == [[True, False], [False, False]]
@@ -85,7 +85,7 @@ def test_memory_that_ran_out_is_named_with_its_remedy(ranks: local.LocalRanks):
     with pytest.raises(WorkerError) as caught:
         score(ranks, torch.tensor([torch.nan]))
     assert "reward ran out of memory in score, step 3: OutOfMemoryError: CUDA" in str(caught.value)
-    assert "lower reward.micro_batch_tokens" in str(caught.value)
+    assert "lower reward.max_tokens_per_micro_batch" in str(caught.value)
 
 
 @pytest.mark.parametrize("worker", [PolicyWorker, SamplerWorker, CriticWorker, TrainedRewardWorker])
@@ -101,13 +101,13 @@ def test_frozen_workers_are_without_state(worker: type[Worker]):
 def test_a_renewed_sampler_computes_what_the_policy_does(tiny_policy):
     """A sampler that gets the policy's weights without some of the adapters stops the run."""
     section: dict[str, Any] = {"path": str(tiny_policy), "dtype": "float32", "init": {}, "trust_remote_code": False}
-    trained = Policy(**section, zero_stage=0, lora=Lora(rank=4), optimizer=Optimizer(lr=1.0))
+    trained = PolicyConfig(**section, zero_stage=0, lora=LoraConfig(rank=4), optimizer=OptimizerConfig(lr=1.0))
     policy = local.bring_up(PolicyWorker, Spec("policy", 0, 1, trained, 0, 1, 1.0), Clock()).worker
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
-    sampler = local.bring_up(SamplerWorker, Spec("sampler", 0, 1, Sampler(**section), 0, 1, 1.0), Clock()).worker
+    sampler = local.bring_up(SamplerWorker, Spec("sampler", 0, 1, SamplerConfig(**section), 0, 1, 1.0), Clock()).worker
     sent = policy.weights()
     sampler.receive(sent)
     stale = replace(sent.value, tensors=dict(sent.value.tensors))

@@ -12,15 +12,25 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from align.cluster import standalone
+from align.config import (
+    ClusterConfig,
+    CriticConfig,
+    EndpointConfig,
+    GenerativeConfig,
+    GeneratorConfig,
+    HttpConfig,
+    OptimizerConfig,
+    RewardConfig,
+)
 from align.data import chat, collate, toy
 from align.data.chat import Dialogue, Message
 from align.data.conversations import Conversations
 from align.errors import DivergedError
-from align.roles import Counting, Ready
+from align.roles import CompletedFuture, MeteredRole
 from align.run import Clock
-from align.sections import Cluster, Critic, Endpoint, Generative, Generator, Http, Optimizer, Reward
 from align.types import Packed, Sequences
-from align.workers import judges, local
+from align.workers import local
 from align.workers.base import Ranks, Spec
 from align.workers.critic import CriticWorker
 from align.workers.reward import Reward as Role
@@ -34,10 +44,12 @@ class Pretended(Ranks):
         self.world_size, self.metrics = world_size, metrics or [{}] * world_size
         self.arguments: list[tuple[Any, ...]] = []
 
-    def call(self, phase: str, method: Any, arguments: Any, gather: Callable[[list[Any]], Any]) -> Ready[Any]:
+    def call(self, phase: str, method: Any, arguments: Any, gather: Callable[[list[Any]], Any]) -> CompletedFuture[Any]:
         self.arguments = list(arguments)
         scores = [torch.tensor([float(len(one.response.split())) for one in own[0]]) for own in arguments]
-        return Ready(gather([Scored(score, metrics) for score, metrics in zip(scores, self.metrics, strict=True)]))
+        return CompletedFuture(
+            gather([Scored(score, metrics) for score, metrics in zip(scores, self.metrics, strict=True)])
+        )
 
     def start(self, method: Any, arguments: Any) -> list[Any]:
         raise NotImplementedError
@@ -54,7 +66,7 @@ SAID = [
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_text_is_split_by_context_and_put_together_in_order(world_size: int):
     ranks = Pretended(world_size)
-    scores = Role(ranks, Reward(path="p")).score_dialogues(SAID).result()
+    scores = Role(ranks, RewardConfig(path="p")).score_dialogues(SAID).result()
     assert scores.tolist() == [1, 2, 3, 0, 4, 5]
     shares = [[one.context for one in own[0]] for own in ranks.arguments]
     assert sum(map(len, shares)) == len(SAID)
@@ -69,7 +81,7 @@ def test_a_prompt_that_comes_twice_in_a_row_is_two_groups_where_numbers_say_so(w
     """Each is whole on one rank, and the ranks are told where one ends."""
     said, groups = [Dialogue(A, f"word {i}") for i in range(6)], [7, 7, 8, 8, 8, 9]
     ranks = Pretended(world_size)
-    Role(ranks, Reward(path="p")).score_dialogues(said, groups).result()
+    Role(ranks, RewardConfig(path="p")).score_dialogues(said, groups).result()
     runs = [[(key, len(list(run))) for key, run in groupby(own[2])] for own in ranks.arguments]
     assert sorted(run for own in runs for run in own) == [(7, 2), (8, 3), (9, 1)]
     for dialogues, _, own in ranks.arguments:
@@ -77,9 +89,9 @@ def test_a_prompt_that_comes_twice_in_a_row_is_two_groups_where_numbers_say_so(w
 
 
 def test_what_is_counted_elsewhere_has_names_that_say_so():
-    remote = Generator(kind="endpoint", endpoint=Endpoint("http://x/v1", "m"))
-    for judge, prefix in ((remote, "service/"), (Generator(kind="function", function="m:f"), "")):
-        section = Reward(kind="generative", generative=Generative(judge=judge))
+    remote = GeneratorConfig(kind="endpoint", endpoint=EndpointConfig("http://x/v1", "m"))
+    for judge, prefix in ((remote, "service/"), (GeneratorConfig(kind="function", function="m:f"), "")):
+        section = RewardConfig(kind="generative", generative=GenerativeConfig(judge=judge))
         role = Role(Pretended(1, [{"verdicts": 6.0, "order_consistency": 0.5}]), section)
         role.score_dialogues(SAID).result()
         assert role.drain() == {f"{prefix}verdicts": 6.0, f"{prefix}order_consistency": 0.5}
@@ -95,7 +107,7 @@ def test_ids_of_the_responses_go_along_with_their_text():
         Packed.from_lists([ids for (ids,) in responses]),
         torch.tensor([0, 1]),
     )
-    role = Role(ranks := Pretended(2), Reward(kind="function", function="m:f"))
+    role = Role(ranks := Pretended(2), RewardConfig(kind="function", function="m:f"))
     role.read_text(Conversations(contexts, renderer))
     assert role.score(sequences).result().tolist() == [1, 2]
     sent = [pair for dialogues, ids, _ in ranks.arguments for pair in zip(dialogues, ids, strict=True)]
@@ -108,8 +120,8 @@ def test_ids_of_the_responses_go_along_with_their_text():
 def test_counts_add_up_and_means_are_over_responses():
     """Two ranks with 2 and 4 responses: (2 * 0.3 + 4 * 0.6) / 6 = 0.5; a second call of the same step counts on."""
     metrics = [{"requests": 3.0, "disagreement": 0.3}, {"requests": 4.0, "disagreement": 0.6}]
-    role = Role(Pretended(2, metrics), Reward(path="p"))
-    assert isinstance(role, Counting)
+    role = Role(Pretended(2, metrics), RewardConfig(path="p"))
+    assert isinstance(role, MeteredRole)
     role.score_dialogues(SAID).result()
     first, second = [len(own[0]) for own in role.ranks.arguments]  # type: ignore[attr-defined]
     mean = (0.3 * first + 0.6 * second) / 6
@@ -121,7 +133,7 @@ def test_counts_add_up_and_means_are_over_responses():
 
 
 def test_counts_of_a_service_have_names_of_their_own():
-    role = Role(Pretended(1, [{"requests": 3.0}]), Reward(kind="http", http=Http("http://127.0.0.1:1")))
+    role = Role(Pretended(1, [{"requests": 3.0}]), RewardConfig(kind="http", http=HttpConfig("http://127.0.0.1:1")))
     role.score_dialogues(SAID).result()
     assert role.drain() == {"service/requests": 3.0}
 
@@ -129,10 +141,12 @@ def test_counts_of_a_service_have_names_of_their_own():
 @pytest.mark.parametrize("failed", ["fail", "drop"])
 def test_no_score_stops_or_stays(failed: Any):
     class Fails(Pretended):
-        def call(self, phase: str, method: Any, arguments: Any, gather: Callable[[list[Any]], Any]) -> Ready[Any]:
-            return Ready(gather([Scored(torch.tensor([1.0, math.nan]), {})]))
+        def call(
+            self, phase: str, method: Any, arguments: Any, gather: Callable[[list[Any]], Any]
+        ) -> CompletedFuture[Any]:
+            return CompletedFuture(gather([Scored(torch.tensor([1.0, math.nan]), {})]))
 
-    role = Role(Fails(1), Reward(path="p", failed=failed))
+    role = Role(Fails(1), RewardConfig(path="p", failed=failed))
     if failed == "drop":
         assert role.score_dialogues(SAID[:2]).result()[1].isnan()
         return
@@ -148,19 +162,19 @@ def test_the_longest_goes_first_to_the_rank_with_the_least():
 
 
 def test_a_judge_by_itself(tmp_path: Path, tiny_reward: Path):
-    section = Reward(path=str(tiny_reward), dtype="float32")
+    section = RewardConfig(path=str(tiny_reward), dtype="float32")
     dialogues = [Dialogue((Message("user", "say the last word : cat dog"),), word) for word in ("dog", "cat", "okay")]
-    with judges.judge(section, "local", (0,), Cluster(), tmp_path, print) as role:
+    with standalone.judge(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
         together = role.score_dialogues(dialogues).result()
         alone = [float(role.score_dialogues([one]).result()) for one in dialogues]
     assert together.tolist() == pytest.approx(alone, abs=1e-6)
     assert len(set(alone)) == 3
 
 
-@pytest.mark.full  # `tests/evaluation/test_reward.py` has a judge on two processes too
+@pytest.mark.full  # `tests/eval/test_reward.py` has a judge on two processes too
 @pytest.mark.slow
 def test_a_judge_by_itself_on_two_processes(tmp_path: Path, tiny_reward: Path):
-    section = Reward(path=str(tiny_reward), dtype="float32")
+    section = RewardConfig(path=str(tiny_reward), dtype="float32")
     dialogues = [
         Dialogue((Message("user", f"say the last word : {word} dog"),), answer)
         for word in ("cat", "hen", "owl")
@@ -168,7 +182,7 @@ def test_a_judge_by_itself_on_two_processes(tmp_path: Path, tiny_reward: Path):
     ]
     scores = []
     for executor in ("local", "ray"):
-        with judges.judge(section, executor, (0, 1), Cluster(), tmp_path, print) as role:
+        with standalone.judge(section, executor, (0, 1), ClusterConfig(), tmp_path, print) as role:
             scores.append(role.score_dialogues(dialogues).result())
     assert torch.allclose(*scores, atol=1e-6)
     assert {log.name for log in tmp_path.glob("*.log")} == {"reward-0.log", "reward-1.log"}
@@ -188,7 +202,7 @@ def test_a_critic_starts_from_the_weighted_sum_of_attributes(tmp_path: Path, tin
         "attributes": ["a", "b", "c"],
         "weights": {"a": 1.0, "c": -2.0},
     }
-    section = Critic(**fields, zero_stage=0, optimizer=Optimizer(lr=1e-3))
+    section = CriticConfig(**fields, zero_stage=0, optimizer=OptimizerConfig(lr=1e-3))
     ranks = local.bring_up(CriticWorker, Spec("critic", 0, 1, section, 0, 1, 60.0), Clock())
     assert isinstance(ranks.worker, CriticWorker)
     row = ranks.worker.model.score.weight  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""Ray: processes, placement, failures. The only package that names Ray."""

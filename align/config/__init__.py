@@ -1,0 +1,105 @@
+"""Sections of a recipe that algorithms share. Importing this package loads no torch.
+
+Every field is followed by a docstring with its unit and the origin of its default. ``MISSING`` marks
+what a recipe must give. Role sections (`Model` and what extends it) are also the cast list: the launcher
+starts one role for each field of a recipe whose type is a role section, but for those the recipe calls absent.
+"""
+
+from align.config.base import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    DataFormat,
+    RecipeConfig,
+    RowKind,
+    RunConfig,
+    SourceConfig,
+)
+from align.config.editing import EditingConfig
+from align.config.eval import BenchmarkDataConfig, RewardEvaluationConfig
+from align.config.eval_policy import PolicyEvaluationConfig, QuestionDataConfig
+from align.config.generators import EndpointConfig, GeneratorConfig
+from align.config.genrm import GenerativeConfig, JudgeSamplingConfig
+from align.config.losses import PolicyLossConfig, PreferenceLossConfig
+from align.config.models import (
+    DType,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    ReferenceConfig,
+    ReferenceFromPolicyConfig,
+    SamplerConfig,
+    TrainedModelConfig,
+)
+from align.config.rewards import (
+    CriticConfig,
+    CriticFromRewardConfig,
+    EnsembleConfig,
+    EvalRewardConfig,
+    HttpConfig,
+    OptionalRewardConfig,
+    RewardConfig,
+    RewardKind,
+    TrainedRewardConfig,
+)
+from align.config.rl import EvaluationConfig, OnPolicyConfig, PolicyGradientConfig, RewardShapingConfig
+from align.config.sampling import SamplingConfig
+from align.config.scale import ScaleConfig, ScalePromptsConfig, SweepConfig
+from align.config.serve import ReplicasConfig, RewardServiceConfig
+from align.config.steerlm import PreviousPolicyConfig, PriorPolicyConfig, SteeringConfig
+from align.config.verdicts import VerdictConfig
+
+__all__ = [
+    "BenchmarkDataConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CriticConfig",
+    "CriticFromRewardConfig",
+    "DType",
+    "DataConfig",
+    "DataFormat",
+    "EditingConfig",
+    "EndpointConfig",
+    "EnsembleConfig",
+    "EvalRewardConfig",
+    "EvaluationConfig",
+    "GenerativeConfig",
+    "GeneratorConfig",
+    "HttpConfig",
+    "JudgeSamplingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OnPolicyConfig",
+    "OptimizerConfig",
+    "OptionalRewardConfig",
+    "PolicyConfig",
+    "PolicyEvaluationConfig",
+    "PolicyGradientConfig",
+    "PolicyLossConfig",
+    "PreferenceLossConfig",
+    "PreviousPolicyConfig",
+    "PriorPolicyConfig",
+    "QuestionDataConfig",
+    "RecipeConfig",
+    "ReferenceConfig",
+    "ReferenceFromPolicyConfig",
+    "ReplicasConfig",
+    "RewardConfig",
+    "RewardEvaluationConfig",
+    "RewardKind",
+    "RewardServiceConfig",
+    "RewardShapingConfig",
+    "RowKind",
+    "RunConfig",
+    "SamplerConfig",
+    "SamplingConfig",
+    "ScaleConfig",
+    "ScalePromptsConfig",
+    "SourceConfig",
+    "SteeringConfig",
+    "SweepConfig",
+    "TrainedModelConfig",
+    "TrainedRewardConfig",
+    "VerdictConfig",
+]

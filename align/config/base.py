@@ -1,0 +1,304 @@
+"""Sections about a run: data, sampling, cluster, folder; and what every recipe has."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Literal
+
+from omegaconf import MISSING
+
+from align.config.models import ModelConfig, SamplerConfig
+from align.config.rewards import OptionalRewardConfig
+
+DataFormat = Literal[
+    "auto",
+    "helpsteer3",
+    "helpsteer",
+    "helpsteer2",
+    "helpsteer2_preference",
+    "helpsteer2_disagreements",
+    "helpsteer3_edit_quality",
+    "openai",
+    "nemo",
+    "trl",
+]
+
+RowKind = Literal[
+    "preferences", "prompts", "demonstrations", "comparisons", "ratings", "feedback", "edits", "principles"
+]
+"""What rows are read as; `align.data.rows` has a class for each."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several data sources; its keys are as those of ``data``."""
+
+    path: str = ""
+    """File, folder or hub id."""
+    format: DataFormat = "auto"
+    """What the rows look like."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns."""
+    weight: float = 1.0
+    """Part of the rows of its training split that are learned from, above 0 and at most 1: of n rows the nearest whole
+    number to ``weight`` times n, at least 1, chosen by the hash of their prompts. No row is repeated."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"path of a source is empty: {self.path!r}")
+        if not 0 < self.weight <= 1:
+            raise ValueError(
+                f"weight must be above 0 and at most 1: {self.weight}. To give a source more, lower the others"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from: files of one's own, or data of the HelpSteer family."""
+
+    path: str = MISSING
+    """A file (JSON lines, Parquet, CSV), a folder of such files, a folder that ``datasets`` wrote with
+    ``save_to_disk``, or a hub id (``nvidia/HelpSteer3``)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """In place of ``path``: several sources by a name of their own, ``{ours: {path: FILE, weight: 0.5}}``."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns that have another name than the format gives them: ``{prompt: question, chosen: answer_a}``."""
+    validation: float = 0.05
+    """Part of the prompts that are held out where the source has no validation split: those with the lowest hash, so
+    that a row's split depends on its prompt alone."""
+    system_prompt: str = ""
+    """System turn of conversations that have none; empty adds none."""
+    format: DataFormat = "auto"
+    """``auto`` finds it by the names of files and columns. ``trl``: what TRL's trainers take. ``helpsteer3``:
+    HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``. ``helpsteer2``:
+    ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession become a pair by
+    their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``. The others are in
+    docs/data.md."""
+    max_spread: int | None = 2
+    """Drop rows whose annotators lie further apart than this; None keeps all. Strengths with format
+    ``helpsteer2_preference``, helpfulness with ``helpsteer2_disagreements``; others do not say. 2:
+    HelpSteer2-Preference (arXiv 2410.01257)."""
+    streaming: bool = False
+    """Read a hub id row by row while it is downloaded, and keep no copy. A folder is always read line by line."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    max_rows: int | None = None
+    """Read only the first rows of each split; None reads all."""
+    domains: list[str] = field(default_factory=list)
+    """Keep these values of ``domain`` (general, stem, code, multilingual); empty keeps all."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are dropped and counted, never cut."""
+    max_response_tokens: int = 2048
+    """Longer responses (pairs, demonstrations) are dropped and counted, never cut."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that breaks the schema, or that the chat template refuses, stops the run with file, line and field, or is
+    skipped and counted."""
+    repeat_within_batch: bool = False
+    """Allow a batch of more rows than the data has, which then holds rows several times. Otherwise it is refused."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own."""
+    date: str | None = None
+    """Text passed to the template as ``date_string``. A template that writes today's date is refused without it."""
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.sources) and self.path != MISSING:
+            raise ValueError(f"give either path or sources: {self.path!r}, {sorted(self.sources)}")
+        if self.sources and (self.columns or self.revision or self.format != "auto"):
+            raise ValueError("with sources, each of them has its own format, revision and columns")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be at least 0 and below 1: {self.validation}")
+        if self.domains and self.format not in ("auto", "trl", "helpsteer3", "helpsteer3_edit_quality", "openai"):
+            others = "helpsteer3, helpsteer3_edit_quality, openai or trl"
+            raise ValueError(f"domains needs format {others}: rows of {self.format} have no domain")
+        if self.format == "helpsteer2" and self.max_rows is not None and self.max_rows % 2:
+            raise ValueError(f"max_rows is even with format helpsteer2, where two rows make a pair: {self.max_rows}")
+        if self.max_spread is not None and self.max_spread < 0:
+            raise ValueError(f"max_spread must not be negative: {self.max_spread}")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where Ray runs. Not read by ``executor: local``."""
+
+    address: str | None = None
+    """``host:port`` of a running Ray cluster; None starts one on 127.0.0.1 for this run and stops it at the end."""
+    slots_per_core: int = 2
+    """Worker processes that one CPU core offers on a cluster without GPUs that this run starts. Threads are shared out,
+    so more slots than cores cost memory rather than speed while only some roles are busy."""
+    start_timeout_s: float = 180.0
+    """Seconds for slots to be granted and for each role to come up."""
+    call_timeout_s: float = 3600.0
+    """Seconds that one call to a role may take before the run stops, dumps the stacks of all workers and names the
+    slowest."""
+    phase_timeout_s: dict[str, float] = field(default_factory=dict)
+    """The same for single phases, by the name they have under ``seconds/`` in ``metrics.jsonl``: ``{generate: 600}``.
+    Phases that are not named have ``call_timeout_s``."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Snapshots, from which a run goes on after it was stopped or killed."""
+
+    every: int = 20
+    """Steps between two snapshots. One is always written when the run is asked to stop and at the end of a round; 0
+    writes only those."""
+    keep_latest: int = 2
+    """The last snapshots that are kept, at least 1. Older ones are deleted when the new one is complete."""
+    keep_best: int = 0
+    """Keep as many more: those whose step did best by ``best_by``."""
+    best_by: str = "heldout/greedy/reward"
+    """Metric that ``keep_best`` goes by; steps without it are no candidates."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which values of ``best_by`` are better."""
+    keep_every: int = 0
+    """Keep for ever the snapshots of steps that this number divides; 0 keeps none so."""
+    overlap: bool = True
+    """Copy the state in memory, and write and publish the snapshot while the next step runs. Needs host memory for the
+    copy: 12 bytes for each weight that learns, over all ranks."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.keep_best, self.keep_every) < 0:
+            numbers = f"{self.every}, {self.keep_best}, {self.keep_every}"
+            raise ValueError(f"every, keep_best and keep_every must not be negative: {numbers}")
+        if self.keep_latest < 1:
+            raise ValueError(f"keep_latest must be at least 1: {self.keep_latest}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run folder, what is written there, and when the run ends or goes on."""
+
+    dir: str = MISSING
+    """Folder of this run."""
+    resume: str = "auto"
+    """``auto`` goes on from the newest sound snapshot of ``dir``, or starts where there is no run yet. ``never`` wants
+    ``dir`` new or empty. A path is a snapshot to go on from: the newest one of ``dir``, or, with a new ``dir``, one of
+    another run."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys of the recipe, sections included, that may differ from those of the snapshot beside the harmless ones; the
+    run is then no longer what one run would have given. ``data`` and ``model`` allow others of these."""
+    max_time: str | None = None
+    """Save and stop with status 75 in time for this, as ``3h50m``, ``45m`` or ``90s``, counted from the start of the
+    Slurm job where there is one, else of the process. Allows for the slowest step and save so far."""
+    max_restarts: int = 2
+    """How often a run that lost workers brings up all roles again by itself and goes on from its last snapshot. Frozen
+    roles, which have no state, are first brought up again alone, as often."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or a gradient that is not finite, before any weight changes: ``stop`` ends the run with a
+    bundle for ``align replay``, ``skip`` leaves the optimizer step out and counts it."""
+    max_non_finite: int = 5
+    """With ``skip``: optimizer steps left out in a row that end the run all the same."""
+    bundle_steps: list[int] = field(default_factory=list)
+    """Steps of which a bundle for ``align replay`` is written though nothing went wrong."""
+    steps: int = MISSING
+    """Steps of the algorithm's loop: optimizer steps, or rollout batches where responses are sampled (``epochs`` times
+    ``minibatches`` optimizer steps each)."""
+    epochs: float = 0.0
+    """In place of ``steps``: passes over the data, which may be a fraction. ``steps`` is then ``epochs`` times the rows
+    of the training split, divided by those of a step and rounded up; in each round the same."""
+    seed: int = 0
+    """Seed of data order, weight initialization and sampling."""
+    logged_samples: int = 4
+    """Responses written to ``samples.jsonl`` each step."""
+    tensorboard: bool = True
+    """Write event files to ``tensorboard/``."""
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere. ``none``
+    shows neither steps nor what is being loaded; errors are printed all the same."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, int) and (self.epochs < 0 or (self.steps > 0) == (self.epochs > 0)):
+            raise ValueError(f"give either steps or epochs, a positive number: {self.steps}, {self.epochs}")
+        if self.max_time is not None and not re.fullmatch(r"(?=.)(\d+h)?(\d+m)?(\d+s)?", self.max_time):
+            raise ValueError(f"max_time is written as 3h50m, 45m or 90s: {self.max_time!r}")
+        if self.max_restarts < 0 or self.max_non_finite < 1:
+            raise ValueError(
+                f"max_restarts must not be negative and max_non_finite must be positive: {self.max_restarts}, "
+                f"{self.max_non_finite}"
+            )
+
+    @property
+    def max_seconds(self) -> float | None:
+        """``max_time`` in seconds."""
+        if self.max_time is None:
+            return None
+        units = {"h": 3600, "m": 60, "s": 1}
+        return float(sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", self.max_time)))
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What every recipe has; the ``Config`` of an algorithm extends it."""
+
+    algorithm: str = MISSING
+    """Module of ``align.algorithms``."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run folder."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Snapshots to go on from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data source."""
+    executor: Literal["ray", "local"] = "ray"
+    """``ray``: each role in worker processes of its own. ``local``: every role in this process, for debugging."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Slots of each role, as ``0``, ``0-3`` or ``0,2``. A slot is a GPU, or a worker process on a CPU cluster. Roles
+    that share a slot share its device."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where Ray runs."""
+
+    def absent(self) -> set[str]:
+        """Names of role sections that this recipe does without; no worker is started for them."""
+        found = {name: section for name, section in vars(self).items() if isinstance(section, ModelConfig)}
+        unnamed = {name for name, one in found.items() if isinstance(one, OptionalRewardConfig) and not one.present}
+        return unnamed | {
+            name for name, one in found.items() if isinstance(one, SamplerConfig) and name not in self.placement
+        }
+
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
+        return 1
+
+    def reads(self) -> RowKind:
+        """What ``data`` is read as."""
+        return "preferences"
+
+    def rows_per_step(self) -> tuple[str, int]:
+        """How many rows of the data a step draws, at most, behind the key that says so."""
+        return "batch_size", vars(self)["batch_size"]
+
+    def num_rows(self, counts: Mapping[str, int]) -> int:
+        """Rows that batches are drawn from, by the ``counts`` of the algorithm's ``prepare``."""
+        return counts["kept"]
+
+    def with_steps(self, num_rows: int) -> RecipeConfig:
+        """The recipe with ``run.steps`` in place of ``run.epochs``, for ``num_rows`` rows of data."""
+        if not self.run.epochs:
+            return self
+        steps = math.ceil(Fraction(str(self.run.epochs)) * num_rows / self.rows_per_step()[1])
+        return replace(self, run=replace(self.run, steps=steps, epochs=0.0))
+
+    def rated(self) -> Mapping[str, Sequence[str]]:
+        """Attributes that frozen reward models are asked for one by one, by role."""
+        return {}
+
+    def evaluations(self) -> Mapping[str, str]:
+        """Benchmarks that the trained model is judged on after training, each with the folder of its data."""
+        return {}
+
+    def num_rounds(self) -> int:
+        """How often the roles are brought up, each time for ``run.steps``."""
+        return 1
+
+    def in_round(self, start: str) -> RecipeConfig:
+        """The recipe of a later round, whose policy starts from the folder ``start``."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What a reader of the configuration should know beside its values."""
+        return []

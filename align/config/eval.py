@@ -1,0 +1,96 @@
+"""Sections of ``align eval reward``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from align.config.base import ClusterConfig, DataFormat
+from align.config.rewards import RewardConfig
+
+BenchmarkName = Literal["rm-bench", "judgebench", "rewardbench", "rewardbench2", "heldout"]
+
+
+@dataclass(frozen=True)
+class BenchmarkDataConfig:
+    """Where the items of a benchmark come from."""
+
+    path: str = ""
+    """Folder or file with the benchmark's rows, or a hub id. Empty takes the benchmark's own hub id; ``heldout`` has
+    none."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    split: str = ""
+    """Split of a hub id; of a folder, the files with this in their name, or all where none has it. Empty takes what
+    the benchmark's authors report: ``train`` of RM-Bench, ``gpt`` of JudgeBench, ``filtered`` of RewardBench, ``test``
+    of RewardBench 2. With ``heldout``: ``validation``, the default, or ``train``."""
+    format: DataFormat = "auto"
+    """With ``heldout``, as ``data.format`` of a recipe."""
+    domains: list[str] = field(default_factory=list)
+    """With ``heldout``, as ``data.domains`` of a recipe."""
+    max_spread: int | None = 2
+    """With ``heldout``, as ``data.max_spread`` of a recipe."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that breaks the schema stops the evaluation with its place, or is left out and counted."""
+    max_items: int | None = None
+    """Judge the first items only, for a trial: the numbers are then not the benchmark's. None judges all."""
+
+    def __post_init__(self) -> None:
+        if self.max_items is not None and self.max_items < 1:
+            raise ValueError(f"max_items must be positive: {self.max_items}")
+
+
+@dataclass(frozen=True)
+class RewardEvaluationConfig:
+    """A reward model on a benchmark."""
+
+    benchmark: BenchmarkName = MISSING
+    """``rm-bench`` (Liu et al. 2024, arXiv 2410.16184), ``judgebench`` (Tan et al. 2024, arXiv 2410.12784),
+    ``rewardbench`` (Lambert et al. 2024, arXiv 2403.13787), ``rewardbench2`` (Malik et al. 2025, arXiv 2506.01937), or
+    ``heldout``: pairs of the HelpSteer family."""
+    data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
+    """The items."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The judge. Not read with ``scores``."""
+    scores: str = ""
+    """File with scores that were given before, which are judged instead of a model's."""
+    out: str = ""
+    """Folder of what is written, from which an evaluation that was cut short goes on. Empty: nothing with ``scores``,
+    else a folder of ``runs/evaluation`` that is named by benchmark and model."""
+    compare: str = ""
+    """An ``items.jsonl`` of another model on the same items, or its folder: differences are reported with intervals."""
+    prior_sets: bool = False
+    """``rewardbench``: count the prior test sets in the overall score with weight 0.5, as its leaderboard once did.
+    NVIDIA leaves them out."""
+    resamples: int = 1000
+    """Bootstrap resamples of prompts; 0 gives no intervals."""
+    confidence: float = 0.95
+    """Part of the resamples within an interval."""
+    seed: int = 0
+    """Seed of the resamples."""
+    executor: Literal["ray", "local"] = "local"
+    """``ray``: the model in worker processes of its own, which share the items. ``local``: in this process."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Slots of the role ``reward``, as in a recipe."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where Ray runs."""
+
+    def __post_init__(self) -> None:
+        if not self.scores and not self.reward.present:
+            raise ValueError(
+                f"benchmark {self.benchmark} needs reward.path or scores: {self.reward.path!r}, {self.scores!r}"
+            )
+        if self.scores and self.reward.present:
+            raise ValueError(f"give one of reward.path and scores: {self.reward.path!r}, {self.scores!r}")
+        if self.benchmark == "heldout" and not self.data.path and not self.scores:
+            raise ValueError(f"benchmark heldout has no hub id and needs data.path: {self.data.path!r}")
+        if self.benchmark == "heldout" and self.data.split not in ("", "train", "validation"):
+            raise ValueError(f"data.split is validation or train with heldout: {self.data.split!r}")
+        if self.prior_sets and self.benchmark != "rewardbench":
+            raise ValueError(f"prior_sets belongs to benchmark rewardbench, not {self.benchmark}")
+        if self.resamples < 0 or not 0 < self.confidence < 1:
+            raise ValueError(
+                f"resamples must not be negative, confidence lies in (0, 1): {self.resamples}, {self.confidence}"
+            )

@@ -1,0 +1,135 @@
+"""Sections of ``align eval policy``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from omegaconf import MISSING
+
+from align.config.base import ClusterConfig
+from align.config.generators import GeneratorConfig
+from align.config.sampling import SamplingConfig
+
+PolicyBenchmarkName = Literal["arena-hard", "mt-bench", "wildbench", "prompts"]
+_Greedy = partial(SamplingConfig, temperature=0.0, max_tokens=4096)
+
+
+@dataclass(frozen=True)
+class QuestionDataConfig:
+    """Where the questions of a benchmark come from."""
+
+    path: str = ""
+    """File or folder with the questions, or a hub id. Of a folder its ``question.jsonl`` is read, or all tables that it
+    holds where there is none. Empty takes the benchmark's hub id: ``lmarena-ai/arena-hard-auto-v0.1``,
+    ``HuggingFaceH4/mt_bench_prompts``, ``allenai/WildBench`` (its config ``v2``); ``prompts`` has none."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    references: str = ""
+    """``mt-bench``: file with reference answers as FastChat has them, ``reference_answer/gpt-4.jsonl``. Empty takes
+    that file of the folder, or what the questions hold themselves."""
+    categories: list[str] = field(default_factory=list)
+    """Ask only questions of these categories; empty asks all."""
+    max_items: int | None = None
+    """Ask the first questions only, for a trial: the numbers are then not the benchmark's. None asks all."""
+
+    def __post_init__(self) -> None:
+        if self.max_items is not None and self.max_items < 1:
+            raise ValueError(f"max_items must be positive, or null for all questions: {self.max_items}")
+
+
+@dataclass(frozen=True)
+class PolicyEvaluationConfig:
+    """Answers to the questions of a benchmark, judged by a language model."""
+
+    benchmark: PolicyBenchmarkName = MISSING
+    """``arena-hard`` (Li et al. 2024, arXiv 2406.11939): pairs with a baseline. ``mt-bench`` (Zheng et al. 2023, arXiv
+    2306.05685): two turns, marks of 1 to 10. ``wildbench`` (Lin et al. 2024, arXiv 2406.04770): marks by a checklist.
+    ``prompts``: your own, in pairs where there is a baseline, else with marks."""
+    data: QuestionDataConfig = field(default_factory=QuestionDataConfig)
+    """The questions."""
+    policy: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """What answers. Not read with ``answers``."""
+    answers: str = ""
+    """File with answers that were given before, which are judged instead: ``answers.jsonl`` of another evaluation, or
+    a file in the layout of Arena-Hard, FastChat or WildBench."""
+    sampling: SamplingConfig = field(default_factory=_Greedy)
+    """How the policy, and a baseline that is asked, draw their answers. Greedy up to 4,096 tokens, as in Arena-Hard."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """Temperature by category, in place of ``sampling.temperature``."""
+    baseline: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """What the policy is compared with (``arena-hard``, ``prompts``)."""
+    baseline_answers: dict[str, str] = field(default_factory=dict)
+    """Files with the answers of the baseline, as ``answers``, by category; ``default`` is for all categories that are
+    not named."""
+    judge: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """What judges."""
+    judge_form: Literal["benchmark", "helpsteer3", "json"] = "benchmark"
+    """``benchmark``: asked in words for the verdicts of the benchmark. ``helpsteer3``, ``json``: a generative reward
+    model with this form of verdict, as ``reward.generative.form`` of a recipe."""
+    judge_custom_roles: bool = False
+    """With ``helpsteer3`` and ``json``, as ``reward.generative.custom_roles`` of a recipe."""
+    judge_prompt: str = ""
+    """YAML file with other words for the judge than align's (``judge_form`` ``benchmark``): by kind of question
+    ``user``, and ``system`` where there is one. Kinds and placeholders: docs/evaluation_policy.md."""
+    judge_sampling: SamplingConfig = field(default_factory=_Greedy)
+    """How the judge draws its verdicts. Greedy up to 4,096 tokens, as in Arena-Hard."""
+    attempts: int = 3
+    """How often the judge is asked at most until a verdict can be read. A game without one has no part in any number,
+    and is counted. 3 is our choice; NeMo-Gym's ``genrm_compare`` asks again three times."""
+    retry_temperature: float = 0.6
+    """Temperature of the further tries where that of ``judge_sampling`` is lower: a greedy judge would repeat itself.
+    NeMo-Gym's for generative reward models."""
+    out: str = ""
+    """Folder of what is written, from which an evaluation that was cut short goes on. Empty: a folder of
+    ``runs/evaluation`` that is named by benchmark and recipe."""
+    resamples: int = 100
+    """Bootstrap resamples of questions, Arena-Hard's number; 0 gives no intervals."""
+    confidence: float = 0.9
+    """Part of the resamples within an interval: from 5 to 95 %, as in Arena-Hard."""
+    seed: int = 0
+    """Seed of the resamples, and of what policy, baseline and judge draw."""
+    executor: Literal["ray", "local"] = "local"
+    """``ray``: ``policy``, ``judge`` and ``baseline`` in worker processes of their own. ``local``: in this process."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Slots of the roles, as in a recipe."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where Ray runs."""
+
+    def __post_init__(self) -> None:
+        if self.policy.present == bool(self.answers):
+            raise ValueError(
+                f"give one of policy (policy.path, policy.kind) and answers: {self.policy.path!r}, {self.answers!r}"
+            )
+        if not self.judge.present:
+            raise ValueError(
+                f"benchmark {self.benchmark} needs judge.path or judge.kind: {self.judge.path!r}, {self.judge.kind}"
+            )
+        if self.baseline.present and self.baseline_answers:
+            raise ValueError(f"give one of baseline (baseline.path {self.baseline.path!r}) and baseline_answers")
+        if self.benchmark == "arena-hard" and not self.pairwise:
+            raise ValueError(f"benchmark arena-hard needs baseline_answers or baseline.path: {self.baseline.path!r}")
+        if self.benchmark in ("mt-bench", "wildbench") and self.pairwise:
+            given = f"{self.baseline.path!r}, {self.baseline_answers}"
+            raise ValueError(f"benchmark {self.benchmark} has no baseline.path, no baseline_answers: {given}")
+        if self.benchmark == "prompts" and not self.data.path:
+            raise ValueError(f"benchmark prompts has no hub id and needs data.path: {self.data.path!r}")
+        if self.benchmark != "mt-bench" and self.data.references:
+            raise ValueError(f"data.references belongs to benchmark mt-bench, not {self.benchmark}")
+        if self.judge_form != "benchmark" and self.judge_prompt:
+            raise ValueError(f"judge_prompt needs judge_form benchmark, not {self.judge_form}: {self.judge_prompt!r}")
+        if self.attempts < 1 or min([self.retry_temperature, *self.temperatures.values()]) < 0:
+            raise ValueError(
+                f"attempts must be positive, retry_temperature and temperatures not negative: {self.attempts}, "
+                f"{self.retry_temperature}, {self.temperatures}"
+            )
+        if self.resamples < 0 or not 0 < self.confidence < 1:
+            raise ValueError(
+                f"resamples must not be less than 0 and confidence lies in (0, 1): {self.resamples}, {self.confidence}"
+            )
+
+    @property
+    def pairwise(self) -> bool:
+        """Answers are compared with those of a baseline."""
+        return self.baseline.present or bool(self.baseline_answers)

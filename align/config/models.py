@@ -1,0 +1,198 @@
+"""Sections that become roles: where weights come from, how they are held and trained. Judges are in `rewards`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from align.config import precision
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). ``rank: 0`` trains all weights."""
+
+    rank: int = 0
+    """Rank of each update; 0 turns adapters off."""
+    alpha: float = 16.0
+    """Scale of the update is alpha / rank (peft's convention)."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input. 0, so that sampling and training see one function."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Module names that get adapters, in full or their last parts, or ``all-linear`` (peft's word for every linear
+    layer but the head). Each must match a module, and none may share its weight with another (docs/lora.md)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative: {self.rank}")
+        if not self.rank and self.targets != ["all-linear"]:
+            raise ValueError(
+                f"targets are given, and rank is 0, which trains all weights without adapters: {self.targets}"
+            )
+        if not self.targets:
+            raise ValueError("targets is empty: name modules, or all-linear")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) and its learning-rate schedule."""
+
+    lr: float = MISSING
+    """Peak learning rate. It has no default, because no value fits two models."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of first and second moment; NeMo-Aligner's HelpSteer recipes."""
+    eps: float = 1e-8
+    """Added to the root of the second moment; AdamW's default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; vectors (norms, biases) are never decayed."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down; 0 turns it off. NeMo-Aligner: 1.0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up. HelpSteer2 uses a constant rate."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    min_lr_ratio: float = 0.0
+    """Rate at the last step as a fraction of ``lr`` (linear and cosine)."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lr, str) and self.lr < 0:  # a string is the mark of a value that is still missing
+            raise ValueError(f"lr must not be negative: {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas lie in [0, 1): {list(self.betas)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where a role's weights come from and how they are held."""
+
+    path: str = MISSING
+    """Folder in Hugging Face layout, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None takes the hub's default branch."""
+    init: dict[str, Any] = field(default_factory=dict)
+    """Architecture for random weights (fields of the transformers config, with ``model_type``). When it is
+    given, ``path`` supplies the tokenizer only and ``vocab_size`` follows from it."""
+    dtype: DType = "auto"
+    """Number format of the weights held for computing. ``auto`` is bfloat16 where the driver's machine has GPUs or a
+    CPU with bfloat16 units, else float32; a run keeps the format that it began with."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """``packed`` runs without padding; ``auto`` takes it where the architecture allows, else ``sdpa``, or ``eager``
+    where transformers has no sdpa for it (soft caps, sinks)."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage. A role that is not trained shards its weights over its ranks at 3 and replicates them
+    below."""
+    offload_parameters: bool = False
+    """Keep the parameter shards in host memory (ZeRO 3)."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens of one forward pass on one rank, prompts counted once. Changes memory and speed, never the result but by
+    rounding: gradients of micro-batches are summed in ``dtype``."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto" and self.path not in ("", MISSING):  # once, in the driver, so that all ranks agree
+            object.__setattr__(self, "dtype", precision.automatic().dtype)
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is 0, 1, 2 or 3: {self.zero_stage}")
+        if self.max_tokens_per_micro_batch < 1:
+            raise ValueError(f"max_tokens_per_micro_batch must be positive: {self.max_tokens_per_micro_batch}")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3, which shards them")
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") or Path(self.path).expanduser().is_dir()
+        if self.trust_remote_code is True and not pinned:  # a string is a reference that is not followed yet
+            raise ValueError(
+                f"trust_remote_code runs code of others: path {self.path} is no folder here, so revision must be the "
+                f"40-digit commit that you have read, not {self.revision}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainedModelConfig(ModelConfig):
+    """What every trained role has beside its weights."""
+
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 also gradients, 3 also weights. 0 only with float32, since
+    bfloat16 weights need the float32 copy that stages 1 to 3 keep."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory (ZeRO 1 to 3)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and schedule."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters; off by default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    dropout: float = 0.0
+    """Probability set on every dropout field of the model's config. 0, the usual choice in alignment."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError("training bfloat16 weights needs zero_stage 1, 2 or 3, which keep a float32 copy")
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+
+
+@dataclass(frozen=True)
+class PolicyConfig(TrainedModelConfig):
+    """The actor: a causal language model that samples responses and is trained."""
+
+    max_num_seqs: int = 64
+    """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+    gather_weights_for_generation: bool = True
+    """At ZeRO 3, hold the whole weights on every rank for the time of a rollout. False fetches them layer by layer for
+    every token: slow, but the only way for a model that does not fit on one GPU (Llama-shaped families)."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig(ModelConfig):
+    """Processes that sample for the policy on slots of their own, from a copy of its weights that is renewed before
+    each rollout. There when ``placement`` names slots for it; it needs whole weights on each slot."""
+
+    path: str = "${policy.path}"
+    """Follows the policy, as do the next four. What is loaded gives way to the weights that are sent."""
+    revision: str | None = "${policy.revision}"
+    """Follows the policy."""
+    init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - a reference to another key
+    """Follows the policy."""
+    dtype: DType = "${policy.dtype}"  # type: ignore[assignment]
+    """Follows the policy."""
+    trust_remote_code: bool = "${policy.trust_remote_code}"  # type: ignore[assignment]
+    """Follows the policy."""
+    max_num_seqs: int = 64
+    """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_stage != 0:
+            raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
+        if self.max_tokens_per_micro_batch != ModelConfig.max_tokens_per_micro_batch:
+            raise ValueError(
+                f"max_tokens_per_micro_batch means nothing to a sampler, set max_num_seqs: {self.max_tokens_per_micro_batch}"
+            )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(ModelConfig):
+    """The frozen policy to which the KL divergence is measured."""
+
+
+@dataclass(frozen=True)
+class ReferenceFromPolicyConfig(ReferenceConfig):
+    """The reference that a recipe gets when it says nothing: what its ``policy`` starts from."""
+
+    path: str = "${policy.path}"
+    """Follows the policy."""
+    revision: str | None = "${policy.revision}"
+    """Follows the policy."""
+    init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - random weights of one seed are the same
+    """Follows the policy."""
+    dtype: DType = "${policy.dtype}"  # type: ignore[assignment] - a reference to another key, which OmegaConf follows
+    """Follows the policy."""
+    trust_remote_code: bool = "${policy.trust_remote_code}"  # type: ignore[assignment]
+    """Follows the policy."""

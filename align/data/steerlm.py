@@ -1,0 +1,131 @@
+"""How attributes are told to a policy (SteerLM: Dong et al. 2023, arXiv 2310.05344). Loads no torch.
+
+The text is NeMo-Aligner's, ``name:value,name:value`` between a prefix and a suffix. A model that learned to read it
+says so in ``align_steering.json`` beside its weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.config.steerlm import LABEL_MAX, SteeringConfig
+from align.data.attributes import resolve
+from align.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from align.data.chat import Message
+
+NAME = "align_steering.json"
+VERSION = 1
+
+USUAL = {"complexity": 2, "verbosity": 2, "toxicity": 0, "humor": 0, "creativity": 0}
+"""What is asked for where nothing is said, 4 of all others: complexity and verbosity as in HelpSteer2 (arXiv
+2406.08673), the others as in NeMo-Aligner's guide to SteerLM."""
+
+_KEYS = {"names": "steering.attributes"} | {name: f"steering.{name}" for name in ("place", "prefix", "suffix")}
+"""What a policy must be told as it learned, and the keys of a recipe that say so."""
+
+Turns = tuple["Message", ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which attributes are told, and how."""
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    """What is asked for where nobody says otherwise, in the order of ``names``."""
+    place: str
+    """As ``steering.place``."""
+    prefix: str
+    suffix: str
+    date: str | None = None
+    """What the chat template gets as ``date_string``."""
+
+    @classmethod
+    def of(cls, section: SteeringConfig, date: str | None = None) -> Form:
+        """As a recipe says. Raises `ConfigError` for a value of an attribute that is not told."""
+        names = resolve(section.attributes)
+        usual = tuple(USUAL.get(name, LABEL_MAX) for name in names)
+        return cls(names, usual, section.place, section.prefix, section.suffix, date).asking(section.values)
+
+    def asking(self, given: Mapping[str, int]) -> Form:
+        """The same form that asks for the values ``given``, of others for what it did. Raises `ConfigError`."""
+        for name, value in given.items():
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, n=1)
+                hint = "".join(f"did you mean `{one}`? " for one in near)
+                raise ConfigError(
+                    f"{name}={value}: the policy is told no attribute of this name",
+                    remedy=f"{hint}attributes: {', '.join(self.names)}",
+                )
+            if not 0 <= value <= LABEL_MAX:
+                raise ConfigError(
+                    f"{name}={value} is outside 0 to {LABEL_MAX}", remedy="give a whole number from 0 to 4"
+                )
+        asked = zip(self.names, self.values, strict=True)
+        return replace(self, values=tuple(given.get(name, value) for name, value in asked))
+
+    def text(self, values: Sequence[int]) -> str:
+        """The attributes as they are told, prefix and suffix included."""
+        told = ",".join(f"{name}:{value}" for name, value in zip(self.names, values, strict=True))
+        return f"{self.prefix}{told}{self.suffix}"
+
+    def steered(self, context: Turns, values: Sequence[int] | None = None) -> tuple[Turns, str]:
+        """A conversation that asks for ``values``, or for those of the form, and the first words of its answer."""
+        told = self.text(self.values if values is None else values)
+        if self.place == "assistant":
+            return context, told
+        if self.place == "user":
+            *before, last = context
+            return (*before, last._replace(content=last.content + told)), ""
+        first = context[0]
+        if first.role != "system":
+            return (first._replace(role="system", content=told), *context), ""
+        return (first._replace(content=first.content + told), *context[1:]), ""
+
+    def files(self) -> dict[str, str]:
+        """Text by name of what a model's folder gets: the card."""
+        card = json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        return {NAME: card}
+
+
+def read(file: Path) -> Form:
+    """The form that a model's card tells. Raises `ModelError` for one that cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = found.pop("version")
+        if version != VERSION:
+            raise ModelError(f"version {version} of this file is not known", where=str(file), remedy="update align")
+        names, values = tuple(found.pop("names")), tuple(found.pop("values"))
+        if len(names) != len(values) or not all(type(value) is int for value in values):
+            raise ModelError(f"{len(names)} attributes have the values {list(values)}", where=str(file))
+        return Form(names, values, **found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "export the model again"
+        raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error
+
+
+def require_same(form: Form, folder: str) -> None:
+    """Raise `ConfigError` where a policy would be told attributes otherwise than its folder says that it learned, and
+    `ModelError` for a card that cannot be read. Nothing is known of a model without a card."""
+    file = Path(folder).expanduser() / NAME
+    if not file.is_file():
+        return
+    learned = read(file)
+    differing = [name for name in _KEYS if getattr(form, name) != getattr(learned, name)]
+    said, wanted = (
+        " ".join(f"{_KEYS[name]}={json.dumps(getattr(one, name), ensure_ascii=False)}" for name in differing)
+        for one in (learned, form)
+    )
+    if differing:
+        raise ConfigError(
+            f"this policy learned with {said} and would be told with {wanted}",
+            where=folder,
+            remedy=f"tell it as it learned: {said}",
+        )

@@ -1,0 +1,165 @@
+"""Responses with labels, and conversations that ask for them, as token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from align.data import openai
+from align.data.chat import Renderer
+from align.data.rows import Context, Preference, Rating
+from align.data.steerlm import Form
+from align.data.tokenize import require_some
+from align.errors import DataError
+from align.types import Packed, Prompts, Rollouts, Sequences
+
+
+def answers(
+    rows: Iterable[Preference | Rating], renderer: Renderer, max_prompt_tokens: int, max_response_tokens: int
+) -> tuple[list[Rating], dict[str, int]]:
+    """Every response by itself, each of one conversation once; those of pairs, ties among them, have no ratings.
+
+    The counts say how many ``responses`` there are, of which ``empty``, ``repeated`` and ``too_long`` were dropped, and
+    how many were ``kept``. Raises `DataError` when none is left.
+    """
+    counts: dict[str, int] = {"responses": 0, "empty": 0, "repeated": 0, "too_long": 0, "kept": 0}
+    found: dict[tuple[Context, str], Rating | None] = {}
+    for row in rows:
+        pair = isinstance(row, Preference)
+        for text in (row.response1, row.response2) if pair else (row.response,):
+            counts["responses"] += 1
+            if not text.strip() or (row.context, text) in found:
+                counts["repeated" if text.strip() else "empty"] += 1
+                continue
+            with renderer.row(row.where, counts):
+                prompt, (ids,) = renderer.dialogue_ids(row.context, [text])
+                fits = len(prompt) <= max_prompt_tokens and len(ids) <= max_response_tokens
+                counts["kept" if fits else "too_long"] += 1
+                one = Rating(row.context, text, {}, row.domain, row.language, where=row.where) if pair else row
+                found[row.context, text] = one if fits else None
+    require_some(counts, "responses")
+    return [row for row in found.values() if row is not None], counts
+
+
+def own_ratings(rows: Sequence[Rating], names: Sequence[str]) -> tuple[list[Rating], Tensor]:
+    """The rows that people rated by all of ``names``, and these ratings, (B, A). Raises `DataError` for none."""
+    rated = [row for row in rows if row.ratings.keys() >= set(names)]
+    unrated = {"rows": len(rows), f"not rated by all of {', '.join(names)}": len(rows) - len(rated), "kept": len(rated)}
+    require_some(unrated, "rated responses")
+    return rated, torch.tensor([[row.ratings[name] for name in names] for row in rated])
+
+
+def labelled(rows: Sequence[Rating], label_BA: Tensor, names: Sequence[str]) -> list[Rating]:
+    """The rows with these labels in place of their ratings."""
+    every = [dict(zip(names, map(float, values), strict=True)) for values in label_BA.tolist()]
+    return [replace(row, ratings=ratings) for row, ratings in zip(rows, every, strict=True)]
+
+
+def labels(row: Rating, names: Sequence[str]) -> tuple[int, ...]:
+    """The ratings by ``names``, which are whole numbers."""
+    return tuple(int(row.ratings[name]) for name in names)
+
+
+def sampled(
+    contexts: Sequence[Context], answered: Iterable[tuple[Tensor, Rollouts]], renderer: Renderer
+) -> tuple[list[Rating], dict[str, int]]:
+    """Responses that ended and say something, without ratings. Each item is rollouts, and before them which of
+    ``contexts`` their prompts are, (P,).
+
+    The counts say of the ``answers`` how many were dropped as ``truncated`` or ``empty`` and how many were ``kept``.
+    Raises `DataError` when none is left.
+    """
+    counts: dict[str, int] = dict.fromkeys(("answers", "truncated", "empty", "kept"), 0)
+    found: list[Rating] = []
+    for index_P, rollouts in answered:
+        texts = [renderer.text(ids) for ids in rollouts.sequences.responses.lists()]
+        asked = index_P[rollouts.sequences.prompt_B].tolist()
+        counts["answers"] += len(texts)
+        for i, text, ended in zip(asked, texts, rollouts.finished_B.tolist(), strict=True):
+            became = "truncated" if not ended else "kept" if text.strip() else "empty"
+            counts[became] += 1
+            found += [Rating(contexts[i], text, {}, "", "")] if became == "kept" else []
+    if not found:
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(f"no answer of the policy is left to learn from: {told}", remedy="raise sampling.max_tokens")
+    return found, counts
+
+
+def dumps(rows: Iterable[Rating]) -> str:
+    """The rows as `align.data.openai` reads them: a file of ``data.format: openai``."""
+    every = (one for row in rows for one in openai.rated(row))
+    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every)
+
+
+def parts(prompts: Prompts, size: int) -> Iterator[Prompts]:
+    """At most ``size`` prompts at a time."""
+    return (prompts.select(index) for index in torch.arange(len(prompts)).split(size))
+
+
+def demonstrations(
+    rows: Iterable[Rating], renderer: Renderer, form: Form, max_prompt_tokens: int, max_response_tokens: int
+) -> tuple[Sequences, dict[str, int]]:
+    """Responses to imitate, each after a prompt that asks for its own labels.
+
+    The counts say how many were ``too_long`` and how many ``kept``. Raises `DataError` when none is left.
+    """
+    counts = {"too_long": 0, "kept": 0}
+    prompts, responses = [], []
+    for row in rows:
+        messages, opening = form.steered(row.context, labels(row, form.names))
+        with renderer.row(row.where, counts):
+            prompt, (response,) = renderer.dialogue_ids(messages, [row.response], opening)
+            fits = len(prompt) <= max_prompt_tokens and len(response) <= max_response_tokens
+            counts["kept" if fits else "too_long"] += 1
+            if fits:
+                prompts.append(prompt)
+                responses.append(response)
+    require_some(counts, "labelled responses")
+    return Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), torch.arange(len(prompts))), counts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts that ask for attributes, each row once."""
+
+    steered: Packed
+    """As the policy reads them."""
+    plain: Packed
+    """As everybody else reads them."""
+    contexts: list[Context]
+    label_PA: Tensor
+    """What is asked for, (P, A), in the order of the form's names."""
+    counts: Mapping[str, int]
+    """``asked``, of which ``repeated`` and ``too_long`` were dropped, and ``kept``."""
+
+
+def asked(
+    wanted: Iterable[tuple[str, Context, tuple[int, ...]]], renderer: Renderer, form: Form, max_prompt_tokens: int
+) -> Asked:
+    """Prompts that ask for ``wanted``, each the place of a row, its conversation and the values, in the order of first
+    occurrence. Raises `DataError` when none is left."""
+    counts = {"asked": 0, "repeated": 0, "too_long": 0, "kept": 0}
+    rows: dict[tuple[Context, tuple[int, ...]], tuple[list[int], list[int]] | None] = {}
+    for where, context, values in wanted:
+        counts["asked"] += 1
+        if (context, values) in rows:
+            counts["repeated"] += 1
+            continue
+        with renderer.row(where, counts):
+            steered, plain = renderer.prompt_ids(*form.steered(context, values)), renderer.prompt_ids(context)
+            fits = len(steered) <= max_prompt_tokens
+            counts["kept" if fits else "too_long"] += 1
+            rows[context, values] = (steered, plain) if fits else None
+    require_some(counts, "prompts")
+    kept = {one: ids for one, ids in rows.items() if ids is not None}
+    return Asked(
+        Packed.from_lists([steered for steered, _ in kept.values()]),
+        Packed.from_lists([plain for _, plain in kept.values()]),
+        [context for context, _ in kept],
+        torch.tensor([values for _, values in kept], dtype=torch.int64),
+        counts,
+    )

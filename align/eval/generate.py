@@ -1,0 +1,140 @@
+"""``align generate``: answers of a model on this machine, at chosen values of the attributes that it was told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from align.config import GeneratorConfig, SamplingConfig
+from align.data import rows, steerlm
+from align.data.chat import Message
+from align.data.steerlm import Form
+from align.engines import distributed
+from align.errors import ConfigError, DataError
+from align.generators.base import Generator, Request
+from align.generators.opening import open_generator
+from align.models.weights import stored_file
+from align.prechecks.announce import announced
+from align.utils.disk import write_whole
+
+CALL = 256
+"""Answers that are asked for at a time."""
+
+Asked = tuple[str | list[dict[str, str]], tuple[Message, ...]]
+"""A prompt as it was given, and its conversation."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the answers, or write them to ``--out``, one JSON object a prompt."""
+    try:
+        sampling = SamplingConfig(
+            num_samples=arguments.num_samples,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}", where="command line") from None
+    asked = prompts(arguments.prompt or [], arguments.prompts)
+    section = GeneratorConfig(path=arguments.model, dtype=arguments.dtype)
+    form = form_of(section, parsed(arguments.attributes))
+    if form is not None and form.date is not None:
+        section = GeneratorConfig(path=arguments.model, dtype=arguments.dtype, date=form.date)
+    with announced(lambda line: print(line, file=sys.stderr, flush=True), "generate", section, "in this process"):
+        generator = open_generator(section, distributed.initialize_alone(), arguments.seed)
+    answered = answers(generator, asked, form, sampling)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answered))
+        console.print(f"wrote {arguments.out}: {len(answered)} prompts", highlight=False)
+        return 0
+    for (_, messages), one in zip(asked, answered, strict=True):
+        console.print(f"> {messages[-1].content}", markup=False, highlight=False, soft_wrap=True)
+        for answer in one["answers"]:
+            console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def parsed(text: str | None) -> dict[str, int]:
+    """Values by name of ``name=value,name=value``; none of None. Raises `ConfigError`."""
+    found: dict[str, int] = {}
+    for part in (text or "").split(",") if text is not None else []:
+        name, _, value = map(str.strip, part.partition("="))
+        if not value.isdecimal() or name in found:
+            raise ConfigError(
+                f"--attributes: {part!r} is not one whole number of an attribute",
+                remedy="write --attributes helpfulness=4,verbosity=1, each attribute once",
+            )
+        found[name] = int(value)
+    return found
+
+
+def form_of(section: GeneratorConfig, given: Mapping[str, int]) -> Form | None:
+    """How the model is told attributes, with the values ``given``; None where it is told none. Raises `ConfigError`
+    where it is to be told some that it does not know."""
+    file = stored_file(section, steerlm.NAME)
+    if file is not None:
+        return steerlm.read(Path(file)).asking(given)
+    if given:
+        raise ConfigError(
+            f"{section.path} has no {steerlm.NAME}: it was not trained to be told attributes",
+            remedy="leave --attributes out, or give a model of algorithm: steerlm or steerlm2",
+        )
+    return None
+
+
+def prompts(texts: list[str], file: Path | None) -> list[Asked]:
+    """The prompts of the command line and of a file. Raises `DataError` for a row that is none, and for no prompt."""
+    found: list[Asked] = [(text, (Message("user", text),)) for text in texts]
+    if file is not None:
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=str(file), remedy="give a file") from error
+        found += [_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError("there is no prompt", remedy="give --prompt TEXT, or --prompts FILE with a row for each")
+    return found
+
+
+def _row(line: bytes, where: str) -> Asked:
+    """``prompt``, ``messages`` or ``context`` of a row: text, or a list of {role, content} that ends with the user."""
+    try:
+        row = rows.decoded(line)
+        fields = [name for name in ("prompt", "messages", "context") if name in row]
+        if len(fields) != 1:
+            raise rows.BadRow("row", "has not one of prompt, messages and context", sorted(row))
+        turns = rows.turns(fields[0], row[fields[0]])
+        return row[fields[0]], rows.conversation(fields[0], turns)
+    except rows.BadRow as error:
+        remedy = 'write {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}'
+        raise DataError(f"{error}", where=where, remedy=remedy) from None
+
+
+def answers(
+    generator: Generator, asked: list[Asked], form: Form | None, sampling: SamplingConfig
+) -> list[dict[str, Any]]:
+    """For each prompt what was asked for, the answers, and which of them ended by themselves."""
+    requests = []
+    for _, messages in asked:
+        told, opening = (messages, "") if form is None else form.steered(messages)
+        requests += [Request(told, sample, opening) for sample in range(sampling.num_samples)]
+    parts = [requests[i : i + CALL] for i in range(0, len(requests), CALL)]
+    done = [one for part in parts for one in generator.complete(part, sampling)]
+    attributes = {} if form is None else {"attributes": dict(zip(form.names, form.values, strict=True))}
+    K = sampling.num_samples
+    return [
+        {
+            "prompt": given,
+            **attributes,
+            "answers": [one.text for one in done[i * K : (i + 1) * K]],
+            "finished": [one.finished for one in done[i * K : (i + 1) * K]],
+        }
+        for i, (given, _) in enumerate(asked)
+    ]

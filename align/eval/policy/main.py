@@ -1,0 +1,287 @@
+"""``align eval policy``: answers of a policy to the questions of a benchmark, judged by a language model.
+
+Written to the folder: ``answers.jsonl`` and ``verdicts.jsonl`` (and ``baseline.jsonl`` where a baseline is asked),
+which grow and from which another call goes on; ``items.jsonl``, every question with answers and verdicts;
+``policy.json``, all numbers with intervals; ``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from align.cluster import standalone
+from align.config import GenerativeConfig, GeneratorConfig, PolicyEvaluationConfig
+from align.data.genrm import require_roles
+from align.errors import DataError
+from align.eval import store
+from align.eval.arguments import FALLBACK, SPEAKERS
+from align.eval.policy import judge as judging
+from align.eval.policy import metrics, prompts, questions
+from align.eval.policy.judge import Bench, Game, Ruling
+from align.eval.policy.metrics import Chance, Group
+from align.eval.policy.questions import Answer, Question, Questions
+from align.eval.store import Rows
+from align.generators import opening
+from align.prechecks import placement
+from align.prechecks.roles import located
+from align.report import policy as report
+from align.rewards import genrm_card
+from align.utils import disk
+
+VERSION = 1
+DEFAULT_OUT = "runs/evaluation"
+ANSWERS, BASELINE, VERDICTS = "answers.jsonl", "baseline.jsonl", "verdicts.jsonl"
+JUDGE_KEYS = {"form": "judge_form", "custom_roles": "judge_custom_roles", "judge.date": "judge.date"}
+"""What a judge's card tells, and the keys that ask for it here."""
+SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "temperatures", "seed", "benchmark")
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align eval policy``."""
+    section: PolicyEvaluationConfig = arguments.loaded.config
+    evaluate(section, questions.load(section.benchmark, section.data), console)
+    return 0
+
+
+def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console) -> dict[str, Any]:
+    """Ask for what is missing, measure, write and print. Returns what ``policy.json`` holds."""
+    if section.benchmark == "mt-bench" and section.judge_form == "benchmark":
+        questions.require_references(found.items)
+    words = prompts.own_words(Path(section.judge_prompt).expanduser()) if section.judge_prompt else {}
+    placement.resolve(section.placement, SPEAKERS.values())
+    manifest = _manifest(section, found)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = Path(section.out or f"{DEFAULT_OUT}/{section.benchmark}-{digest[:8]}").expanduser()
+    names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline.present else []))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(store.locked(folder / name)) for name in names}
+        store.agree([folder / name for name in (ANSWERS, BASELINE, VERDICTS)], manifest, "answers and verdicts")
+        stores = {name: Rows(file, folder / name) for name, file in files.items()}
+        bench, rulings = _asked(section, found, words, stores, console)
+    results = measure(section, found, bench, rulings)
+    disk.write_whole(folder / store.ITEMS, "".join(_lines(found, bench, rulings)))
+    disk.write_whole(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    disk.write_whole(folder / "report.html", report.page(results))
+    report.terminal(results, console)
+    console.print(f"written: {folder}/policy.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def _manifest(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Any]:
+    """Whatever answers and verdicts depend on, by key, so that a change is refused by its name. Raises `AlignError` for
+    a speaker that cannot be opened, before anything is written."""
+    known: dict[str, Any] = {"version": VERSION, "questions": found.fingerprint}
+    for name, one in _speakers(section).items():
+        known |= opening.depends_on(name, one, section.seed)
+    if section.judge_form != "benchmark":
+        _check_judge(section)
+    known |= {name: getattr(section, name) for name in SHAPES}
+    for name in ("sampling", "judge_sampling"):
+        known |= {f"{name}.{field}": value for field, value in asdict(getattr(section, name)).items()}
+    files = {"answers": section.answers, "judge_prompt": section.judge_prompt}
+    files |= {f"baseline_answers.{category}": file for category, file in section.baseline_answers.items()}
+    known |= {name: _file_digest(name, file) for name, file in files.items() if file}
+    return known
+
+
+def _speakers(section: PolicyEvaluationConfig) -> dict[str, GeneratorConfig]:
+    found = {"policy": section.policy, "baseline": section.baseline, "judge": section.judge}
+    return {name: one for name, one in found.items() if one.present}
+
+
+def _check_judge(section: PolicyEvaluationConfig) -> None:
+    """As `align.rewards.genrm.check`, with the keys of this command."""
+    assert section.judge_form != "benchmark"
+    judge = replace(section.judge, zero_stage=0, offload_parameters=False)
+    asked = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
+    genrm_card.require_same(asked, JUDGE_KEYS)
+    renderer = opening.check(section.judge, "judge")
+    if renderer is not None:
+        require_roles(renderer, asked, ("judge_custom_roles", "judge.chat_template"))
+
+
+def _file_digest(name: str, file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=f"{name}={file}", remedy="check the path") from None
+
+
+def _asked(
+    section: PolicyEvaluationConfig,
+    found: Questions,
+    words: Mapping[prompts.Kind, prompts.Words],
+    stores: Mapping[str, Rows],
+    console: Console,
+) -> tuple[Bench, dict[tuple[str, int, bool], Ruling]]:
+    """All answers and rulings, of which those that are missing are asked for; only roles that have work are started."""
+    files = {"policy": ANSWERS, "baseline": BASELINE}
+    answering = {name: stores[files[name]] for name in _speakers(section) if name in files}
+    answering = {name: rows for name, rows in answering.items() if len(rows.rows) < len(found.items)}
+    given = {"answers": _stored_answers(section, found), "baseline": _stored_baseline(section, found)}
+
+    def bench() -> Bench:
+        asked = {name: judging.answers_in(rows) for name, rows in stores.items() if name != VERDICTS}
+        baseline = given["baseline"] or asked.get(BASELINE, {})
+        return Bench(section, given["answers"] or asked[ANSWERS], baseline, words)
+
+    rulings = stores[VERDICTS]
+    if rulings.rows and answering:
+        name, rows = next(iter(answering.items()))
+        gone = len(found.items) - len(rows.rows)
+        problem = f"{gone} of {len(found.items)} answers of the {name} are gone, the verdicts on them are not"
+        remedy = f"delete {VERDICTS} too, or give another folder (--out)"
+        raise DataError(problem, where=str(rows.path), remedy=remedy)
+    games = bench().games(found.items)
+    needed = [*answering, *(["judge"] if len(rulings.rows) < len(games) else [])]
+    if needed:
+        with _company(section, needed, stores[ANSWERS].path.parent / "logs", console) as (roles, ranks):
+            for name, rows in answering.items():
+                title, sizes = f"{section.benchmark}, answers of the {name}", (len(rows.rows), len(found.items))
+                with store.progress(console, title, *sizes) as advance:
+                    judging.answer(found.items, roles[name], section, rows, advance, ranks[name])
+            with store.progress(console, f"{section.benchmark}, verdicts", len(rulings.rows), len(games)) as advance:
+                judging.judge(games, roles["judge"], bench(), rulings, advance, ranks["judge"])
+    return bench(), judging.rulings_in(rulings)
+
+
+def _stored_answers(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Answer]:
+    if not section.answers:
+        return {}
+    return questions.matched(found.items, questions.stored(Path(section.answers).expanduser()), section.answers)
+
+
+def _stored_baseline(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Answer]:
+    by_file: dict[str, list[Question]] = {}
+    for one in found.items if section.baseline_answers else ():
+        file = section.baseline_answers.get(one.category) or section.baseline_answers.get(FALLBACK)
+        if file is None:
+            known = ", ".join(section.baseline_answers)
+            problem = f"no answers for category {one.category!r}, only for {known}"
+            remedy = f"name a file for it, or baseline_answers.{FALLBACK}"
+            raise DataError(problem, where="baseline_answers", remedy=remedy)
+        by_file.setdefault(file, []).append(one)
+    answers: dict[str, Answer] = {}
+    for file, items in by_file.items():
+        answers |= questions.matched(items, questions.stored(Path(file).expanduser()), file)
+    return answers
+
+
+@contextmanager
+def _company(
+    section: PolicyEvaluationConfig, needed: Sequence[str], logs: Path, console: Console
+) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """The roles that have work, and how many ranks each has."""
+    slots = placement.resolve(section.placement, SPEAKERS.values())
+    ranks = {name: len(slots[name]) if section.executor == "ray" else 1 for name in needed}
+    sections = {name: located(_speakers(section)[name]) for name in needed}
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False)
+
+    known = (sections, section.executor, slots, section.cluster, logs, tell)
+    with standalone.company(*known, seed=section.seed) as roles:
+        yield roles, ranks
+
+
+def measure(
+    section: PolicyEvaluationConfig, found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]
+) -> dict[str, Any]:
+    """All numbers of a benchmark whose games are judged."""
+    by_question: dict[str, list[Any]] = {}
+    for game in bench.games(found.items):
+        by_question.setdefault(game.question.id, []).append(rulings[game.key].verdict)
+    items = [one for one in found.items if None not in by_question[one.id]]
+    if not items:
+        example = next(iter(rulings.values())).text[:200]
+        problem = f"of none of {len(found.items)} questions all verdicts can be read; one is {example!r}"
+        remedy = "take another judge, judge_form or judge_prompt, or more judge_sampling.max_tokens, and another --out"
+        raise DataError(problem, where=section.judge.path or section.judge.function, remedy=remedy)
+    groups = _numbers(section, items, [by_question[one.id] for one in items], bench)
+    kept = [rulings[game.key] for game in bench.games(found.items)]
+    return {
+        "version": VERSION,
+        "benchmark": section.benchmark,
+        "policy": section.answers or _named(section.policy),
+        "judge": _named(section.judge),
+        "baseline": ", ".join(section.baseline_answers.values()) or _named(section.baseline),
+        "source": found.source,
+        "fingerprint": found.fingerprint,
+        "sizes": {"questions": len(found.items), "judged": len(items), "games": len(kept)},
+        "notes": [*found.notes, *_notes(section, found, items)],
+        "bootstrap": {name: getattr(section, name) for name in ("resamples", "confidence", "seed")},
+        "groups": [asdict(one) for one in groups],
+        "judging": {
+            "unreadable": sum(one.verdict is None for one in kept),
+            "asked again": sum(one.attempts > 1 for one in kept),
+            "verdicts": dict(sorted(Counter(str(one.verdict) for one in kept if one.verdict is not None).items())),
+            **(metrics.agreement([tuple(by_question[one.id]) for one in items]) if section.pairwise else {}),
+        },
+        "lengths": {
+            "policy": _lengths(bench.answers, found.items),
+            **({"baseline": _lengths(bench.baseline, found.items)} if section.pairwise else {}),
+        },
+    }
+
+
+def _numbers(section: PolicyEvaluationConfig, items: list[Question], given: list[Any], bench: Bench) -> list[Group]:
+    chance = Chance(section.resamples, section.confidence, section.seed)
+    if section.pairwise:
+        texts = tuple([answers[one.id].shown[0] for one in items] for answers in (bench.answers, bench.baseline))
+        return metrics.pairs(items, given, (texts[0], texts[1]), chance)
+    return (metrics.wildbench if section.benchmark == "wildbench" else metrics.marks)(items, given, chance)
+
+
+def _named(one: GeneratorConfig) -> str:
+    return {"endpoint": f"{one.endpoint.model} at {one.endpoint.url}", "function": one.function}.get(one.kind, one.path)
+
+
+def _notes(section: PolicyEvaluationConfig, found: Questions, items: Sequence[Question]) -> list[str]:
+    left = len(found.items) - len(items)
+    notes = [f"{left} questions left out: a verdict on them cannot be read"] * bool(left)
+    if section.judge_form != "benchmark":
+        notes.append(f"judged in the form {section.judge_form}: not comparable with published numbers")
+    elif not section.judge_prompt:
+        notes.append("the judge was asked in align's words, not in the benchmark's: see docs/evaluation_policy.md")
+    return notes
+
+
+def _lengths(answers: Mapping[str, Answer], items: Sequence[Question]) -> dict[str, float | int | None]:
+    """Mean characters (without reasoning) and tokens of an answer, and how many were cut off."""
+    said = [answers[one.id] for one in items]
+    tokens = [count for one in said for count in one.tokens]
+    return {
+        "characters": fmean(len(text) for one in said for text in one.shown),
+        "tokens": fmean(tokens) if any(tokens) else None,
+        "empty": sum(not text.strip() for one in said for text in one.shown),
+        "cut off": sum(not finished for one in said for finished in one.finished),
+    }
+
+
+def _lines(found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]) -> Iterator[str]:
+    """Every question with its answers and verdicts, a line each."""
+    for one in found.items:
+        row: dict[str, Any] = {
+            "id": one.id,
+            "category": one.category,
+            "turns": [one.context[-1].content, *one.follow_ups],
+        }
+        row["answers"] = bench.answers[one.id].texts
+        row |= {"baseline": bench.baseline[one.id].texts} if bench.section.pairwise else {}
+        row["verdicts"] = [_told(game, rulings[game.key]) for game in bench.games([one])]
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _told(game: Game, ruling: Ruling) -> dict[str, Any]:
+    return {"turn": game.turn, "swapped": game.swapped, **asdict(ruling)}

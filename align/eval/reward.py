@@ -1,0 +1,220 @@
+"""``align eval reward``: a reward model, or scores that were given before, on a benchmark.
+
+Written to the folder: ``items.jsonl``, every item with its scores; ``scores.json``, all numbers with intervals;
+``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from rich.console import Console
+
+from align.cluster import standalone
+from align.config import BenchmarkDataConfig, RecipeConfig, RewardConfig, RewardEvaluationConfig
+from align.config.eval import BenchmarkName
+from align.data import chat
+from align.data.chat import Dialogue
+from align.errors import ConfigError
+from align.eval import benchmarks, metrics, stored_scores
+from align.eval import store as scoring
+from align.eval.items import Benchmark
+from align.eval.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
+from align.eval.stored_scores import Scored
+from align.models.load import check as check_model
+from align.prechecks import placement
+from align.prechecks.roles import located
+from align.report import evaluation as report
+from align.rewards import checkpoint_format, genrm, texts
+from align.utils import disk
+
+VERSION = 1
+DEFAULT_OUT = "runs/evaluation"
+SETTINGS = ("dtype", "principle", "question", "function")
+"""Fields of ``reward`` that change a score, beside those that say how a checkpoint is read."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align eval reward``."""
+    section: RewardEvaluationConfig = arguments.loaded.config
+    evaluate(section, _read(section), console)
+    return 0
+
+
+def _read(section: RewardEvaluationConfig) -> Benchmark | None:
+    """The items; None where the file of scores has to describe them."""
+    if section.scores and not section.data.path:
+        return None
+    return benchmarks.load(section.benchmark, section.data)
+
+
+def evaluate(section: RewardEvaluationConfig, benchmark: Benchmark | None, console: Console) -> dict[str, Any]:
+    """Score what has no score yet, measure, write and print. Returns what ``scores.json`` holds."""
+    if section.scores:
+        file = Path(section.scores).expanduser()
+        scored, judge = stored_scores.read(file, section.benchmark, benchmark), file.name
+        model = hashlib.sha256(file.read_bytes()).hexdigest()
+        folder = Path(section.out).expanduser() if section.out else None
+    else:
+        assert benchmark is not None  # `_read` leaves it out for scores alone
+        judge, model = section.reward.source, identity(section.reward)
+        default = f"{DEFAULT_OUT}/{section.benchmark}-{model[:8]}"
+        folder = Path(section.out or default).expanduser()
+        manifest = _manifest(benchmark, model)
+        with scoring.opened(folder, manifest) as store:
+            if scoring.waiting(benchmark, store):
+                _score(section, benchmark, store, console)
+            scored = Scored(benchmark, stored_scores.in_order(benchmark, store.scores, str(folder)))
+    results = measure(section, scored, judge)
+    report.terminal(results, console)
+    if folder is not None:
+        if section.scores:
+            _keep(folder, scored, _manifest(scored.benchmark, model))
+        disk.write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        disk.write_whole(folder / "report.html", report.page(results))
+        console.print(f"written: {folder}/scores.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "benchmark": benchmark.name,
+        "items": benchmark.fingerprint,
+        "model": model,
+    }
+
+
+def identity(reward: RewardConfig) -> str:
+    """sha256 over what a judge's scores depend on: its weights, how they are read, and how text is rendered. Raises
+    `AlignError` for a judge that cannot be opened, before anything is started."""
+    known: list[Any] = [checkpoint_format.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
+    known += [getattr(reward, name) for name in SETTINGS]
+    if reward.kind == "generative":
+        known += [asdict(reward.generative), genrm.check(reward.generative)]
+    for member, read in (
+        zip(checkpoint_format.members(reward), checkpoint_format.read(reward), strict=True) if reward.is_model else ()
+    ):
+        tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
+        check_model(member, chat.vocab_size(tokenizer), "reward")
+        known += [asdict(read), texts.Text(tokenizer, read, member).renderer.fingerprint]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _score(section: RewardEvaluationConfig, benchmark: Benchmark, store: scoring.Store, console: Console) -> None:
+    slots = placement.resolve(section.placement, ["reward"])["reward"]
+    num_ranks = len(slots) if section.executor == "ray" else 1
+    tell = partial(console.print, highlight=False)
+    logs = store.path.parent / "logs"
+    reward = located(section.reward)
+    assert isinstance(reward, RewardConfig)
+    if not reward.remote:  # a service that is down stops at once; what has no score alone is left for another call
+        reward = replace(reward, failed="drop")
+    with standalone.judge(reward, section.executor, slots, section.cluster, logs, tell) as role:
+
+        def score(dialogues: Sequence[Dialogue], groups: Sequence[int]) -> list[float]:
+            return role.score_dialogues(dialogues, groups).result().tolist()
+
+        scoring.complete(benchmark, store, score, num_ranks * scoring.RESPONSES_AT_ONCE, console)
+
+
+def _keep(folder: Path, scored: Scored, manifest: dict[str, Any]) -> None:
+    with scoring.opened(folder, manifest) as store:
+        named = dict(zip((item.id for item in scored.benchmark.items), scored.scores, strict=True))
+        left = scoring.waiting(scored.benchmark, store)
+        store.add([(item, named[item.id]) for item in left], scored.verdicts)
+
+
+def measure(section: RewardEvaluationConfig, scored: Scored, judge: str) -> dict[str, Any]:
+    """All numbers of a benchmark whose items have scores."""
+    benchmark, items = scored.benchmark, scored.benchmark.items
+    protocol = rewardbench_with_prior_sets if section.prior_sets else PROTOCOLS[section.benchmark]
+    chance = section.resamples, section.confidence, section.seed
+    prompts = [item.prompt for item in items]
+    numbers = metrics.bootstrap(partial(protocol, items, scored.scores), prompts, *chance)
+    found = metrics.pairs(items, scored.scores)
+    by_kind = metrics.accuracies(items, found, *chance) if len(found.item_P) else {}
+    scaled = len(found.item_P) > 0 and not scored.verdicts
+    return {
+        "version": VERSION,
+        "benchmark": benchmark.name,
+        "judge": judge,
+        "source": benchmark.source,
+        "fingerprint": benchmark.fingerprint,
+        "sizes": metrics.sizes(items),
+        "notes": benchmark.notes,
+        "bootstrap": dict(zip(("resamples", "confidence", "seed"), chance, strict=True)),
+        "numbers": _plain(numbers),
+        "slices": {kind: {name: asdict(one) for name, one in named.items()} for kind, named in by_kind.items()},
+        "calibration": metrics.calibration(found) if scaled else None,
+        "margins": metrics.margins(found) if scaled else None,
+        "comparison": _compared(section, scored, protocol, chance) if section.compare else None,
+    }
+
+
+def _plain(numbers: dict[str, tuple[float, float | None, float | None]]) -> dict[str, dict[str, float | None]]:
+    return {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in numbers.items()}
+
+
+def _compared(
+    section: RewardEvaluationConfig, scored: Scored, protocol: Any, chance: tuple[int, float, int]
+) -> dict[str, Any]:
+    """Differences to another model's numbers, both on the same resamples."""
+    items, file = scored.benchmark.items, Path(section.compare).expanduser()
+    other = stored_scores.read(file / scoring.ITEMS if file.is_dir() else file, section.benchmark, scored.benchmark)
+
+    def difference(weight_RI: np.ndarray) -> Numbers:
+        here, there = (protocol(items, scores, weight_RI) for scores in (scored.scores, other.scores))
+        return {name: here[name] - there[name] for name in here}
+
+    numbers = metrics.bootstrap(difference, [item.prompt for item in items], *chance)
+    return {"with": str(file), "numbers": _plain(numbers)}
+
+
+def planned(recipe: RecipeConfig) -> list[Callable[[Console], dict[str, Any]]]:
+    """The evaluations that follow a training run. Their items are read here: what they lack is found before the run
+    starts."""
+    found: list[Callable[[Console], dict[str, Any]]] = []
+    for name, path in recipe.evaluations().items():
+        if name not in get_args(BenchmarkName):
+            remedy = f"known: {', '.join(get_args(BenchmarkName))}"
+            raise ConfigError(f"benchmarks: {name!r} is no benchmark", remedy=remedy)
+        section = _after(recipe, name, path)
+        own = name == "heldout" and not path  # what the recipe itself holds out, by all keys of its data
+        data = replace(recipe.data, max_rows=None)
+        items = benchmarks.held_out(data) if own else benchmarks.load(name, section.data)
+        found.append(partial(evaluate, section, items))
+    return found
+
+
+def _after(recipe: Any, name: Any, path: str) -> RewardEvaluationConfig:
+    run, trained, data = Path(recipe.run.dir), recipe.reward, recipe.data
+    rows = BenchmarkDataConfig(path, bad_rows=data.bad_rows)
+    if name == "heldout":
+        own: dict[str, Any] = {one: getattr(data, one) for one in ("revision", "format", "domains", "max_spread")}
+        rows = replace(rows, path=path or data.path or ", ".join(data.sources), **own)
+    reward = RewardConfig(
+        path=str(run / "final"),
+        dtype=trained.dtype,
+        attention=trained.attention,
+        zero_stage=3 if trained.zero_stage == 3 else 0,
+        max_tokens_per_micro_batch=trained.max_tokens_per_micro_batch,
+    )
+    slots = {"reward": recipe.placement["reward"]} if "reward" in recipe.placement else {}
+    return RewardEvaluationConfig(
+        benchmark=name,
+        data=rows,
+        reward=reward,
+        out=str(run / "evaluation" / name),
+        executor=recipe.executor,
+        placement=slots,
+        cluster=recipe.cluster,
+    )

@@ -1,0 +1,1 @@
+"""`align scale`: quality against compute at inference."""

@@ -1,0 +1,153 @@
+"""``align scale``: drafts, feedback on them, edits by it, and the choice among all (HelpSteer3: Wang et al. 2025, arXiv
+2503.04378).
+
+Written to the folder: ``results.jsonl``, a line for each prompt with all that was said; ``scaling.json``, the numbers;
+``report.html``, the same with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from align.cluster import standalone
+from align.config import (
+    DataConfig,
+    GeneratorConfig,
+    ModelConfig,
+    RewardConfig,
+    ScaleConfig,
+    ScalePromptsConfig,
+)
+from align.data import dataset
+from align.data.rows import BadRow, Context, conversation, decoded, turns
+from align.data.sources import lines
+from align.errors import DataError
+from align.eval import reward
+from align.eval import store as scoring
+from align.generators import opening
+from align.prechecks import placement
+from align.prechecks.roles import located
+from align.scale import pipeline, sweep
+from align.scale import report as report
+from align.utils import disk
+
+VERSION = 1
+RESULTS = "results.jsonl"
+ROLES = ("policy", "feedback", "edit", "select", "judge")
+READ_AS = ("prompt", "messages", "context")
+"""Names under which a row of a file may have its conversation."""
+HARMLESS = {*ROLES, "prompts", "prompts_at_once", "batch_size", "out", "executor", "placement", "cluster"}
+"""Keys that may change while a folder is gone on with; roles and prompts are known by what they are."""
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """``align scale``."""
+    scale(arguments.loaded.config, console)
+    return 0
+
+
+def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
+    """Answer what has no answer yet, measure, write and print. Returns what ``scaling.json`` holds.
+
+    Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
+    """
+    roles = {name: one for name in ROLES if (one := getattr(section, name)).present}
+    slots = placement.resolve(section.placement, roles)
+    prompts = read_prompts(section.prompts)
+    path = Path(section.out).expanduser() / RESULTS
+    manifest = _manifest(section, roles, prompts)
+    with scoring.locked(path) as file:
+        scoring.agree([path], manifest, "results")
+        store = scoring.Rows(file, path)
+        done = {row["id"] for row in store.rows}
+        left = [number for number in range(len(prompts)) if number not in done]
+        if left:
+            tell = partial(console.print, highlight=False)
+            found = {name: located(one) for name, one in roles.items()}
+            logs, seed = path.parent / "logs", section.seed
+            with (
+                standalone.company(found, section.executor, slots, section.cluster, logs, tell, seed=seed) as company,
+                scoring.progress(console, "scale", len(prompts) - len(left), len(prompts)) as advance,
+            ):
+                answer(section, company, {number: prompts[number] for number in left}, store, advance)
+        records = sorted(store.rows, key=lambda row: row["id"])
+    results = sweep.measure(section, records)
+    results = {"version": VERSION, "source": section.prompts.path, **results}
+    report.terminal(results, console)
+    disk.write_whole(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    disk.write_whole(path.parent / "report.html", report.page(results))
+    console.print(f"written: {path.parent}/{RESULTS}, scaling.json, report.html", highlight=False, soft_wrap=True)
+    return results
+
+
+def answer(
+    section: ScaleConfig, company: dict[str, Any], prompts: dict[int, Context], store: scoring.Rows, advance: Any
+) -> None:
+    """Send the prompts through the roles, as many at a time as the recipe allows; each is written when it is done."""
+    desks = pipeline.desks(section, company)
+    waiting = iter(prompts.items())
+
+    def begin(count: int) -> None:
+        for number, context in islice(waiting, count):
+            pipeline.Flow(section, desks, number, context, done).advance()
+
+    def done(record: dict[str, Any]) -> None:
+        store.write([record])
+        advance(1)
+        begin(1)
+
+    begin(section.prompts_at_once)
+    pipeline.work(desks.values())
+
+
+def read_prompts(section: ScalePromptsConfig) -> list[Context]:
+    """The conversations, each once. Raises `DataError` for a source or a row that cannot be used."""
+    path = Path(section.path).expanduser()
+    if path.is_file():
+        found = _rows(path)
+    else:
+        data = DataConfig(path=section.path, format=section.format, revision=section.revision)
+        rows = dataset.validation(data, "prompts")[0] if section.split == "validation" else None
+        found = (row.context for row in (dataset.load(data, "prompts").train if rows is None else rows))
+    contexts = list(islice(dict.fromkeys(found), section.max_prompts))
+    if not contexts:
+        raise DataError("no prompts are there", where=section.path, remedy="give a file with a row for each prompt")
+    return contexts
+
+
+def _rows(path: Path) -> Iterator[Context]:
+    for where, raw in lines(path):
+        try:
+            row = decoded(raw)
+            name = next((name for name in READ_AS if name in row), None)
+            if name is None:
+                raise BadRow("row", f"has none of {', '.join(READ_AS)}", sorted(row))
+            yield conversation(name, turns(name, row[name]))
+        except BadRow as error:
+            remedy = 'write {"prompt": text}, or {"messages": [{"role": ..., "content": ...}, ...]}'
+            raise DataError(str(error), where=where, remedy=remedy) from None
+
+
+def _manifest(section: ScaleConfig, roles: dict[str, ModelConfig], prompts: list[Context]) -> dict[str, Any]:
+    """What results depend on. Raises `AlignError` for a role that cannot be opened."""
+    own = {name: value for name, value in asdict(section).items() if name not in HARMLESS}
+    own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes are parts of what is there
+    read = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    known = {"version": VERSION, **own, "prompts": read}
+    for name, one in roles.items():
+        if isinstance(one, GeneratorConfig):
+            known |= opening.depends_on(name, one, section.seed)
+        elif isinstance(one, RewardConfig):
+            known |= {f"{name}.{field}": getattr(one, field) for field in ("kind", "path", "function")}
+            known[f"{name}, its content"] = reward.identity(one)
+    return known

@@ -1,0 +1,255 @@
+"""What the records of ``align scale`` say: of the whole setting, of smaller ones, and of best-of-n beside them.
+
+A smaller setting is a part of the same samples, and the very part that a run of its own would have drawn: drafts are
+numbered, and which feedback an edit goes by is drawn by a hash of what it is drawn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from align.config import ScaleConfig
+from align.data import toy
+from align.data.chat import Message
+from align.data.editing import asking
+
+Set = tuple[int, ...]
+"""Numbers of the texts that one edit goes by, in the order in which they are shown."""
+Record = Mapping[str, Any]
+AXES = ("drafts", "feedbacks", "edits")
+TOTAL = ("drafts", "draft_select", "feedback", "edits", "select")
+"""Stages of which the whole setting consists."""
+APART = ("judge", "sweep_edits", "best_of", "best_of_select", "best_of_judge")
+"""Stages that only measure."""
+COLUMNS = ("calls", "prompt_tokens", "tokens", "seconds")
+
+
+class Setting(NamedTuple):
+    """How much of a record counts."""
+
+    drafts: int
+    feedbacks: int
+    edits: int
+
+
+class Chosen(NamedTuple):
+    """A response that was chosen, and what choosing it took."""
+
+    text: str
+    edited: bool
+    score: float
+    """By ``select``; nan where it gave none."""
+    judged: float | None
+    """By ``judge``, where there is one."""
+    candidates: int
+    tokens: int
+
+
+def whole(section: ScaleConfig) -> Setting:
+    """The setting of a recipe."""
+    return Setting(section.drafts, section.feedbacks, section.edits)
+
+
+def feedback_sets(
+    section: ScaleConfig, context: Sequence[Message], draft: int, texts: Sequence[str], edits: int
+) -> list[Set]:
+    """The first ``edits`` sets of feedback on a draft, each once; none where no text asks for a change."""
+    useful = asking(texts, section.editing)
+    name = hashlib.sha256(json.dumps([section.seed, [*map(list, context)], draft]).encode())
+
+    def noise(number: int, text: int) -> bytes:
+        own = name.copy()
+        own.update(f" {number} {text}".encode())
+        return own.digest()
+
+    drawn = [tuple(sorted(useful, key=partial(noise, number))[: section.feedbacks_kept]) for number in range(edits)]
+    return list(dict.fromkeys(one for one in drawn if one))
+
+
+def ranked(scores: Sequence[float | None]) -> list[int]:
+    """Numbers from the highest score to the lowest, of equal ones the first first; those without a score last."""
+    known = [-math.inf if score is None else score for score in scores]
+    return sorted(range(len(scores)), key=lambda i: known[i], reverse=True)
+
+
+def _part(section: ScaleConfig, record: Record, setting: Setting) -> tuple[list[int], list[int]]:
+    """Which of the kept drafts a setting has, and which of the edits."""
+    drafts: list[int] = record["kept"][: setting.drafts]
+    context = [Message(**turn) for turn in record["context"]]
+    own: set[tuple[int, Set]] = set()
+    for k in drafts:
+        texts = [one["text"] for one in record["feedback"][str(k)][: setting.feedbacks]]
+        own |= {(k, chosen) for chosen in feedback_sets(section, context, k, texts, setting.edits)}
+    edits = [i for i, one in enumerate(record["edits"]) if (one["draft"], tuple(one["feedback"])) in own]
+    return drafts, edits
+
+
+def tokens(section: ScaleConfig, record: Record, setting: Setting) -> int:
+    """Tokens that a setting generates: all samples that its drafts are chosen from, feedback, and edits."""
+    return _spent(section, record, setting, *_part(section, record, setting))
+
+
+def _spent(section: ScaleConfig, record: Record, setting: Setting, drafts: list[int], edits: list[int]) -> int:
+    sampled = range(section.num_samples) if section.draft_samples is not None else drafts
+    told = [one for k in drafts for one in record["feedback"][str(k)][: setting.feedbacks]] if setting.edits else []
+    said = [record["samples"][k] for k in sampled] + told + [record["edits"][i] for i in edits]
+    return sum(one["tokens"] for one in said)
+
+
+def chosen(section: ScaleConfig, record: Record, setting: Setting) -> Chosen:
+    """The candidate of a setting that ``select`` scores highest; drafts come first where scores are equal. A setting
+    without edits chooses among its drafts."""
+    drafts, edits = _part(section, record, setting)
+    places = [*range(len(drafts)), *(len(record["kept"]) + i for i in edits)]
+    said = [record["samples"][k] for k in record["kept"]] + record["edits"]
+    best = places[ranked([record["scores"]["select"][place] for place in places])[0]]
+    judged = _number(record["scores"]["judge"][best]) if "judge" in record["scores"] else None
+    score, spent = _number(record["scores"]["select"][best]), _spent(section, record, setting, drafts, edits)
+    return Chosen(said[best]["text"], best >= len(record["kept"]), score, judged, len(places), spent)
+
+
+def first(record: Record) -> Chosen:
+    """The first draft. The judge has not seen it where drafts were chosen from more samples."""
+    scores, sample = record["scores"], record["samples"][0]
+    judged = _number(scores["judge"][0]) if "judge" in scores and "draft_select" not in scores else None
+    score = _number(scores.get("draft_select", scores["select"])[0])
+    return Chosen(sample["text"], False, score, judged, 1, sample["tokens"])
+
+
+def best_of(record: Record, budget: int) -> Chosen | None:
+    """The best of the first samples of the policy that have no more tokens than ``budget`` together, at least one;
+    None where best-of-n was not measured."""
+    if "best_of_select" not in record["scores"] or any(uncounted(record).values()):
+        return None
+    count, spent = 1, record["samples"][0]["tokens"]
+    while count < len(record["scores"]["best_of_select"]) and spent + record["samples"][count]["tokens"] <= budget:
+        spent += record["samples"][count]["tokens"]
+        count += 1
+    best = ranked(record["scores"]["best_of_select"][:count])[0]
+    judged = record["scores"].get("best_of_judge")
+    score = _number(record["scores"]["best_of_select"][best])
+    text = record["samples"][best]["text"]
+    return Chosen(text, False, score, None if judged is None else _number(judged[best]), count, spent)
+
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else score
+
+
+def _summary(records: Sequence[Record], found: Sequence[Chosen]) -> dict[str, float]:
+    """Means over prompts; the rule of the bundled task judges where all prompts are of it."""
+    means = {
+        "select": _mean([one.score for one in found]),
+        "edited": _mean([float(one.edited) for one in found]),
+        "candidates": _mean([float(one.candidates) for one in found]),
+        "tokens": _mean([float(one.tokens) for one in found]),
+    }
+    judged = [one.judged for one in found if one.judged is not None]
+    contexts = [[Message(**turn) for turn in record["context"]] for record in records]
+    truth_P = toy.ground_truth(contexts, [one.text for one in found])
+    means |= {"judge": _mean(judged)} if judged else {}
+    return means if truth_P is None else means | {"ground_truth": float(truth_P.double().mean())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def point(section: ScaleConfig, records: Sequence[Record], setting: Setting) -> dict[str, Any]:
+    """A setting and best-of-n of the same number of tokens, prompt by prompt; none where one prompt lacks it."""
+    found = [chosen(section, record, setting) for record in records]
+    other = [best_of(record, one.tokens) for record, one in zip(records, found, strict=True)]
+    beside = [one for one in other if one is not None]
+    best = _summary(records, beside) if len(beside) == len(records) else None
+    return {**setting._asdict(), "feedback_edit": _summary(records, found), "best_of_n": best}
+
+
+def measure(section: ScaleConfig, records: Sequence[Record]) -> dict[str, Any]:
+    """All numbers of a finished command."""
+    full = whole(section)
+    smaller = {axis: getattr(section.sweep, axis) for axis in AXES}
+    sweep = {
+        axis: [point(section, records, full._replace(**{axis: n})) for n in sorted({*numbers, getattr(full, axis)})]
+        for axis, numbers in smaller.items()
+        if numbers
+    }
+    return {
+        "prompts": len(records),
+        "one_draft": _summary(records, [first(record) for record in records]),
+        "drafts_alone": _summary(records, [chosen(section, record, full._replace(edits=0)) for record in records]),
+        "whole": point(section, records, full),
+        "sweep": sweep,
+        "budget": budget(section, records),
+        "truncated": _added([truncated(record) for record in records]),
+        "uncounted": _added([uncounted(record) for record in records]),
+    }
+
+
+def budget(section: ScaleConfig, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Calls, tokens and seconds of each stage over all prompts; ``relative`` is to one draft of each prompt.
+
+    Seconds of a call are shared among its requests. Those of stages that are at work at the same time overlap, so their
+    sum is work, not time on the clock. What only the sweep and best-of-n took stands apart from the total.
+    """
+    stages: dict[str, dict[str, float]] = {}
+    for record in records:
+        for stage, said in _stages(section, record).items():
+            for key in ("prompt_tokens", "tokens"):
+                _add(stages, stage, key, sum(one[key] for one in said))
+        for stage, count in record["calls"].items():
+            _add(stages, stage, "calls", count)
+            _add(stages, stage, "seconds", record["seconds"][stage])
+    stages = {stage: row for stage, row in stages.items() if row.get("calls")}
+    parts = [stages[name] for name in TOTAL if name in stages]
+    total = {key: sum(row.get(key, 0) for row in parts) for key in COLUMNS}
+    drafts = stages["drafts"]
+    one = {key: drafts[key] / drafts["calls"] * len(records) for key in ("tokens", "seconds")}
+    rows = {name: stages[name] for name in TOTAL if name in stages} | {"total": total}
+    rows |= {name: stages[name] for name in APART if name in stages}
+    return [
+        {"stage": name, **{key: row.get(key, 0) for key in COLUMNS}}
+        | {f"relative_{key}": row.get(key, 0) / value if value else None for key, value in one.items()}
+        for name, row in rows.items()
+    ]
+
+
+def _add(stages: dict[str, dict[str, float]], stage: str, key: str, value: float) -> None:
+    row = stages.setdefault(stage, {})
+    row[key] = row.get(key, 0) + value
+
+
+def _stages(section: ScaleConfig, record: Record) -> dict[str, list[Any]]:
+    """What was said, by stage."""
+    main = {*_part(section, record, whole(section))[1]}
+    return {
+        "drafts": record["samples"][: section.num_samples],
+        "best_of": record["samples"][section.num_samples :],
+        "feedback": [one for said in record["feedback"].values() for one in said],
+        "edits": [one for i, one in enumerate(record["edits"]) if i in main],
+        "sweep_edits": [one for i, one in enumerate(record["edits"]) if i not in main],
+    }
+
+
+def truncated(record: Record) -> dict[str, int]:
+    """Answers that were cut off at their limit, by role."""
+    return {name: sum(not one["finished"] for one in said) for name, said in _said(record).items()}
+
+
+def uncounted(record: Record) -> dict[str, int]:
+    """Answers whose tokens nobody counted, by role."""
+    return {name: sum(bool(one["text"]) and not one["tokens"] for one in said) for name, said in _said(record).items()}
+
+
+def _said(record: Record) -> dict[str, list[Any]]:
+    told = [one for said in record["feedback"].values() for one in said]
+    return {"drafts": record["samples"], "feedback": told, "edits": record["edits"]}
+
+
+def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {name: sum(one[name] for one in counts) for name in counts[0]}

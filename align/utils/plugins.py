@@ -1,0 +1,75 @@
+"""Python functions that a recipe names: ``module:function`` or ``path/file.py:function``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function.
+
+    Raises `ConfigError` for a module that cannot be imported, for what is no function that could be called, and for an
+    asynchronous one.
+    """
+    module, (place, _, function) = _module(name), name.rpartition(":")
+    found = getattr(module, function, None)
+    if not callable(found):
+        known = [n for n, one in vars(module).items() if inspect.isfunction(one) and one.__module__ == module.__name__]
+        raise ConfigError(
+            f"function={name}: {place} has no function {function}", remedy=f"it has: {', '.join(known) or 'none'}"
+        )
+    if inspect.iscoroutinefunction(found):
+        raise ConfigError(f"function={name} is asynchronous", remedy="give one that returns its answer itself")
+    return found
+
+
+def function_signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
+    """What a function takes. Raises `ConfigError` for one that does not say, such as ``builtins:max``."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        remedy = "call it in a function of your own file, path/to/file.py:function"
+        raise ConfigError(f"function={name} does not say what it takes", remedy=remedy) from None
+
+
+def _module(name: str) -> Any:
+    place = name.rpartition(":")[0]
+    try:
+        return _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # the module's own code runs
+        remedy = "give a file, path/to/file.py:function, or a module that is installed on every node"
+        raise ConfigError(f"function={name}: {type(error).__name__}: {error}", remedy=remedy) from error
+
+
+def _from_file(file: Path) -> Any:
+    name = f"align_plugin_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def function_fingerprint(name: str) -> str:
+    """sha256 of the file that a function is taken from; modules that it imports do not count. Raises `ConfigError` for
+    a module without a file."""
+    file = getattr(_module(name), "__file__", None)
+    if file is None:
+        remedy = "call it in a function of your own file, path/to/file.py:function"
+        raise ConfigError(f"function={name}: {name.rpartition(':')[0]} has no file to be known by", remedy=remedy)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

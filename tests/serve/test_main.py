@@ -1,0 +1,402 @@
+"""`align serve reward`: what is refused before it starts, and the whole service, in one process and with Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from align import cli
+from align.config import HttpConfig, ReplicasConfig, RewardConfig, RewardServiceConfig
+from align.data.chat import Dialogue, Message
+from align.errors import ConfigError, PlacementError
+from align.rewards.http import HttpJudge
+from align.rewards.http_protocol import Refused
+from align.rewards.scorers import open_judge
+from align.serve.app import Application, Loading
+
+service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
+replicas = pytest.importorskip("align.serve.replicas", reason="needs the extra 'serve'")
+
+TOKEN = "canary-0123456789abcdef"
+DIALOGUES = [Dialogue((Message("user", f"copy {word}"),), word) for word in ("b", "d e", "a b c", "c c c c")]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_reward: Path) -> Path:
+    path = tmp_path / "service.yaml"
+    path.write_text(
+        f"reward: {{path: {tiny_reward}, dtype: float32}}\n"
+        f"dir: {tmp_path / 'run'}\nport: 0\ntoken_env: ALIGN_REWARD_TOKEN\nstart_timeout_s: 120\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["host=0.0.0.0", 'token_env=""'], "host 0.0.0.0 can be reached from elsewhere: it needs token_env=NAME"),
+        (["host='::'", 'token_env=""'], "it needs token_env=NAME"),
+        (["token_env=OTHER_TOKEN"], "the environment variable OTHER_TOKEN is not set"),
+        (["token_env=SHORT_TOKEN"], "holds no token of 16"),
+        (['reward.path=""'], "reward.path is missing"),
+        (["reward.path=nowhere"], "reward.path=nowhere: is no folder here, and the cache of the hub"),
+        (["reward.kind=http", 'reward.path=""', "reward.http.url=http://h"], "is a service already"),
+        (["reward.kind=function", 'reward.path=""', "reward.function=os:nothing"], "has no function nothing"),
+        (["replicas.min=3"], "max at least min: 3, 1"),
+        (["replicas.gpus=2"], "spread a larger model by shards"),
+        (["replicas.shards=2"], "needs executor ray and reward.zero_stage 3"),
+        (["max_queue=1"], "max_queue at least max_conversations"),
+        (["port=65536"], "port lies from 0 to 65535"),
+        (["request_timeout_s=0"], "must be positive"),
+        (["max_batch=3"], "unknown key"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    recipe: Path,
+    overrides: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    monkeypatch.setenv("SHORT_TOKEN", "fifteen-signs-1")
+    assert cli.main(["serve", "reward", str(recipe), *overrides]) == 78
+    said = capsys.readouterr()
+    assert message in said.err
+    assert TOKEN not in said.err + said.out and "fifteen" not in said.err + said.out
+
+
+def test_a_check_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    assert cli.main(["serve", "reward", str(recipe), "host=0.0.0.0", "--check"]) == 0
+    assert "can be served" in capsys.readouterr().out
+    assert not (recipe.parent / "run").exists()
+
+
+def front(port: int = 0) -> Any:
+    section = RewardServiceConfig(reward=RewardConfig(path="m"), port=port)
+    return service.Front(section, Application(Loading(), section, "m"))
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The other service has its port from its first moment, when its own model is not loaded either."""
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    monkeypatch.setattr(service, "_up", lambda *_: pytest.fail("loads the model"))
+    with front() as first:
+        port = int(first.url.rpartition(":")[2])
+        assert cli.main(["serve", "reward", str(recipe), f"port={port}"]) == 78
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}"), front(port):
+            pass
+        first.look()
+    with front(port) as again:
+        assert status_of(again.url) == 503
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError), front(taken.getsockname()[1]):
+        pass
+
+
+def test_of_two_services_that_begin_together_one_gets_the_port():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+
+        class Late(socket.socket):
+            def bind(self, address: Any, /) -> None:
+                super().bind(address)
+                other.listen()
+
+        late = front(other.getsockname()[1])
+        late._socket.close()
+        late._socket = Late()
+        with pytest.raises(ConfigError, match="cannot listen on"), late:
+            pass
+
+
+def status_of(url: str) -> int:
+    """Of the service's health."""
+    try:
+        with urlopen(f"{url}/health", timeout=10) as answer:
+            return answer.status
+    except HTTPError as error:
+        return error.code
+
+
+def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    heard: list[int] = []
+    fronts: list[Any] = []
+
+    class Front(service.Front):
+        def __enter__(self) -> Front:
+            fronts.append(self)
+            return super().__enter__()
+
+    class Scorer:
+        async def replicas(self) -> int:
+            return 1
+
+    @contextmanager
+    def up(_: RewardServiceConfig, stop: Any) -> Iterator[Any]:
+        heard.append(status_of(fronts[0].url))
+
+        def look() -> None:
+            heard.append(status_of(fronts[0].url))
+            stop.asked.set()
+
+        yield Scorer(), look
+
+    monkeypatch.setattr(service, "Front", Front)
+    monkeypatch.setattr(service, "_up", up)
+    monkeypatch.setattr(service, "LOOK_S", 0.001)
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    assert cli.main(["serve", "reward", str(recipe)]) == 0
+    assert heard == [503, 200]
+
+
+def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.MonkeyPatch):
+    """The reward role raises an error of the whole request unless it is told to leave such scores."""
+
+    class Role(replicas.Reward):
+        def _score_text(self, dialogues: Any, *_: Any) -> Future[torch.Tensor]:
+            scored = SimpleNamespace(score_B=torch.tensor([1.0, math.nan]), metrics={})
+            future: Future[torch.Tensor] = Future()
+            future.set_result(self._gathered([scored], [torch.tensor([0, 1])]))  # type: ignore[list-item]
+            return future
+
+    @contextmanager
+    def judge(section: RewardConfig, *_: Any) -> Iterator[Any]:
+        yield Role(SimpleNamespace(world_size=1), section)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(service, "judge", judge)
+    section = RewardServiceConfig(reward=RewardConfig(path="m", zero_stage=3), replicas=ReplicasConfig(shards=2))
+    assert section.reward.failed == "fail"
+    with service._up(section, service.Stop()) as (scorer, _):
+        values = asyncio.run(scorer.score(DIALOGUES[:2])).values
+    assert values[0] == 1.0 and math.isnan(values[1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        replicas.RayServeException("no controller"),
+        replicas.RayError("gone"),
+        KeyError("reward"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_while_ray_serve_cannot_say_there_is_no_replica(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def status() -> Any:
+        if broken:
+            raise error
+        deployment = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 1})
+        return SimpleNamespace(applications={"reward": SimpleNamespace(deployments={"reward": deployment})})
+
+    monkeypatch.setattr(replicas.serve, "status", status)
+    monkeypatch.setattr(replicas, "LOOK_S", 0.0)
+    scorer, broken = replicas.Replicated(None), False
+    assert asyncio.run(scorer.replicas()) == 2
+    last, broken = scorer.last, True
+    assert asyncio.run(scorer.replicas()) == 0 and scorer.last == last
+
+
+def test_faults_of_ray_and_of_ray_serve_are_503():
+    unavailable = replicas.serve.exceptions.DeploymentUnavailableError
+    assert not issubclass(unavailable, replicas.RayError)
+    for error in (unavailable("reward"), replicas.ray.exceptions.RayActorError()):
+
+        async def remote(_: Any, error: Exception = error) -> Any:
+            raise error
+
+        handle = SimpleNamespace(score=SimpleNamespace(remote=remote))
+        with pytest.raises(Refused) as refused:
+            asyncio.run(replicas.Replicated(handle).score(DIALOGUES))  # type: ignore[arg-type]
+        assert (refused.value.status, refused.value.retry_after_s) == (503, replicas.RESTARTING_S)
+        assert type(error).__name__ in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("gpus", "there", "room"),
+    [
+        (0.6, {"GPU": 2.0, "CPU": 8.0}, 2),  # 3 * 0.6 is less than 2, yet no GPU holds two
+        (0.5, {"GPU": 2.0, "CPU": 8.0}, 4),
+        (0.3, {"GPU": 1.0, "CPU": 8.0}, 3),
+        (0.1, {"GPU": 1.0, "CPU": 8.0}, 10),
+        (1.0, {"GPU": 2.0, "CPU": 8.0}, 2),
+        (None, {"GPU": 2.0, "CPU": 8.0}, 2),
+        (0.0, {"GPU": 2.0, "CPU": 8.0}, 8),
+        (None, {"CPU": 4.0}, 4),
+        (0.5, {"CPU": 4.0}, 0),
+    ],
+)
+def test_how_many_replicas_there_is_room_for(
+    gpus: float | None, there: dict[str, float], room: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replicas.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(replicas.serve, "deployment", lambda _, **options: options)
+
+    def options(number: int) -> Any:
+        return replicas._deployment(
+            RewardServiceConfig(
+                reward=RewardConfig(path="m"), replicas=ReplicasConfig(min=number, max=number, gpus=gpus)
+            )
+        )["ray_actor_options"]
+
+    with pytest.raises(PlacementError, match=f"there is room for {room}: "):
+        options(room + 1)
+    if room:
+        asked = options(room)
+        cards = 0 if gpus == 0 or "GPU" not in there else gpus or 1.0
+        assert (asked["num_gpus"], asked["num_cpus"]) == (cards, 0 if cards else 1)
+
+
+def test_names_of_models(tmp_path: Path):
+    def name(**reward: Any) -> str:
+        return service.name_of(service.RewardService(reward=RewardConfig(**reward)))
+
+    (tmp_path / "my-model").mkdir()
+    assert name(path=f"{tmp_path}/my-model/") == "my-model"
+    assert name(path="nvidia/Some-Reward") == "nvidia/Some-Reward"
+    assert name(kind="function", function="scores.py:length") == "length"
+
+
+class Running:
+    """`align serve reward` as a process."""
+
+    def __init__(self, recipe: Path, *overrides: str):
+        self.log = recipe.parent / "log"
+        self.command = [sys.executable, "-m", "align.cli", "serve", "reward", str(recipe), *overrides]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env={**os.environ, "ALIGN_REWARD_TOKEN": TOKEN}
+            )
+        self.wait_until(lambda: "serving " in self.said, 150)
+        self.url = next(line for line in self.said.splitlines() if line.startswith("serving ")).split()[-1]
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, found: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not found():
+            assert self.process.poll() is None, f"it ended: {self.said}"
+            assert time.monotonic() < end, f"not within {seconds} s: {self.said}"
+            time.sleep(0.1)
+
+
+@contextmanager
+def running(recipe: Path, *overrides: str) -> Iterator[Running]:
+    one = Running(recipe, *overrides)
+    try:
+        yield one
+        one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(60) == 0, one.said
+    finally:
+        one.process.kill()
+        one.process.wait()
+
+
+@contextmanager
+def client(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpJudge]:
+    monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
+    judge = HttpJudge(
+        HttpConfig(url=url, token_env="ALIGN_REWARD_TOKEN", cache_size=0, retries=100, backoff_s=0.2, max_backoff_s=1.0)
+    )
+    try:
+        yield judge
+    finally:
+        judge.close()
+
+
+@pytest.mark.slow
+def test_in_one_process_the_scores_are_those_of_the_judge(
+    recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with running(recipe, "executor=local") as one, client(one.url, monkeypatch) as judge:
+        scores = judge.score(DIALOGUES)
+    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    torch.testing.assert_close(scores, own, rtol=0, atol=1e-6)
+    assert len(set(own.tolist())) == len(DIALOGUES)
+    assert one.said.splitlines()[-1] == f"serving {tiny_reward.name} on {one.url}"
+
+
+@pytest.mark.long
+def test_weights_spread_over_two_workers_give_the_same_scores(
+    recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    with (
+        running(recipe, "replicas.shards=2", "reward.zero_stage=3") as one,
+        client(one.url, monkeypatch) as judge,
+    ):
+        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
+        torch.testing.assert_close(judge.score(DIALOGUES[:1]), own[:1], rtol=0, atol=1e-6)  # one worker has none
+
+
+def parents() -> dict[int, int]:
+    """The parent of each process."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    table, found = parents(), [pid]
+    for one in found:
+        found += [child for child, parent in table.items() if parent == one]
+    return found
+
+
+def listens_on(pids: list[int]) -> set[str]:
+    """Addresses, in hexadecimal, on which processes listen for TCP connections."""
+    sockets = {os.readlink(one) for pid in pids for one in Path(f"/proc/{pid}/fd").iterdir() if one.is_symlink()}
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_killed_is_replaced_and_nothing_is_lost(
+    recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With Ray Serve; on the way: only this machine is listened to, and no process but the first holds the token."""
+    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    logs = recipe.parent / "run" / "logs"
+    with running(recipe) as one, client(one.url, monkeypatch) as judge:
+        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
+        processes = family(one.process.pid)
+        assert listens_on(processes) == {"0100007F", "0000000000000000FFFF00000100007F"}
+        for pid in processes:
+            assert TOKEN.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert pid == one.process.pid or TOKEN.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+        (first,) = logs.glob("replica-*.log")
+        os.kill(int(first.stem.removeprefix("replica-")), signal.SIGKILL)
+        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
+        assert len(list(logs.glob("replica-*.log"))) == 2
+        assert judge.metrics()["failures"] == 0
+    assert TOKEN not in one.said + "".join(log.read_text() for log in logs.iterdir())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
