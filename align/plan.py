@@ -18,7 +18,8 @@ def describe(config: RecipeConfig, console: Console) -> None:
     table = Table("role", "slots", "processes", "weights", "source", box=None, header_style="bold")
     for name, section in roles.items():
         sharded = section.zero_stage == 3
-        kind = f"{section.dtype}, {'trained' if isinstance(section, TrainedModelConfig) else 'frozen'}, ZeRO {section.zero_stage}"
+        training = "trained" if isinstance(section, TrainedModelConfig) else "frozen"
+        kind = f"{section.dtype}, {training}, ZeRO {section.zero_stage}"
         judge = section if isinstance(section, RewardConfig) and not section.is_model else None
         table.add_row(
             name,

@@ -154,7 +154,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     source = dataset.load(config.data, config.reads())
     templates = [template for reader in readers.values() for template in reader.templates]
     source, refused = dataset.readable(source, templates, config.data)
-    material, counts = algorithm.prepare(config, source, renderer)
+    material, counts = algorithm.load_data(config, source, renderer)
     require_positions(config, material, readers)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
     num_rows = config.num_rows(counts)

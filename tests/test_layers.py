@@ -10,26 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "align"
 
 ROWS = [
-    {"types", "config", "nodes", "sections", "disk", "errors", "faults"}
-    | {"foreign_keys", "plugins", "private", "redact", "signals"},
+    {"types", "errors", "config", "utils"},
     {"ops", "data", "roles", "prechecks"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
-    {"algorithms", "workers"},
-    {"prepare", "launch", "plan", "evaluation", "report", "cli"},
+    {"algorithms", "workers", "cluster"},
+    {"prepare", "launch", "plan", "eval", "scale", "serve", "report", "cli"},
 ]
 """A unit (a module or package directly below align) may import its own unit and those of rows above it."""
 
 BESIDE = {
-    ("config", "nodes"),
+    ("config", "utils"),
     ("config", "errors"),
-    ("config", "disk"),
-    ("nodes", "errors"),
-    ("nodes", "foreign_keys"),
-    ("faults", "errors"),
-    ("plugins", "errors"),
-    ("private", "errors"),
-    ("disk", "errors"),
-    ("signals", "errors"),
+    ("utils", "errors"),
     ("run", "checkpoint"),
     ("models", "checkpoint"),
     ("engines", "models"),
@@ -40,29 +32,18 @@ BESIDE = {
     ("generators", "engines"),
     ("launch", "prepare"),
     ("cli", "plan"),
-    ("evaluation", "report"),
+    ("eval", "report"),
+    ("scale", "eval"),
+    ("scale", "report"),
+    ("cluster", "workers"),
 }
 """Edges within a row that are meant; docs/architecture.md says why."""
 
-ONLY = {"deepspeed": {"engines"}, "ray": {"workers"}, "peft": {"models"}}
+ONLY = {"deepspeed": {"engines"}, "ray": {"cluster", "serve"}, "peft": {"models"}}
 """Who may name a library."""
 
-TORCH_FREE = {
-    "config",
-    "nodes",
-    "sections",
-    "disk",
-    "errors",
-    "faults",
-    "plugins",
-    "private",
-    "redact",
-    "signals",
-    "roles",
-    "prechecks",
-    "algorithms",
-    "plan",
-    "cli",
+TORCH_FREE = {"config", "config.load", "errors", "utils", "roles", "prechecks", "algorithms", "plan", "cli"} | {
+    f"utils.{path.stem}" for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"
 }
 """Units that load no torch when imported."""
 
@@ -124,7 +105,7 @@ def test_no_import_inside_functions(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_budgets(path: Path):
     text = path.read_text()
-    limit = 150 if unit_of(path) == "algorithms" else 400
+    limit = 165 if unit_of(path) == "algorithms" else 400
     assert text.count("\n") <= limit
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

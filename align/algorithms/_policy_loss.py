@@ -3,7 +3,7 @@
     l_it = w_it * pg_it + kl_coef * kl_it - entropy_coef * H_it
 
 pg is the policy loss that ``loss.kind`` names (`align.ops.policy_losses`), w the truncated importance weight of a token
-that older weights sampled (1 without lag), kl the estimate against the reference where KL belongs into the loss, H the
+that older weights sampled (1 on-policy), kl the estimate against the reference where KL belongs into the loss, H the
 entropy. Tokens are aggregated as ``loss.aggregation`` says, over the whole optimizer step.
 """
 

@@ -4,10 +4,10 @@ HelpSteer2-Preference, arXiv 2410.01257; reward-aware: Nemotron-4 340B, arXiv 24
     d = [log pi(y_c|x) - log pi_ref(y_c|x)] - [log pi(y_r|x) - log pi_ref(y_r|x)]          sums over response tokens
     L = mean over pairs of f(d)  +  sft_coef * mean over preferred tokens of -log pi
 
-with f by ``loss.kind``; the functions are in `align.ops.preference_losses`, the whole loss in `align.algorithms._preference_loss`. The
-strength m of a preference is that of the data, the gold difference d* of ``rpo_*`` the strength or the difference of a
-reward model's scores. Reference log-probabilities come from workers, or are computed once by the policy itself before
-its first step and kept on disk.
+with f by ``loss.kind``; the functions are in `align.ops.preference_losses`, the whole loss in
+`align.algorithms._preference_loss`. The strength m of a preference comes from the data; the gold difference d* of
+``rpo_*`` is the strength or the difference of a reward model's scores. Reference log-probabilities come from workers,
+or the policy computes them once before its first step and caches them on disk.
 
 Left out: pairs with more than two responses, and a reference that moves.
 """

@@ -68,7 +68,8 @@ class Config(PolicyGradientConfig):
             raise ValueError(f"max_attempts must be positive: {self.max_attempts}")
         if self.max_attempts > 1 and self.max_off_policy_steps:
             raise ValueError(
-                f"max_attempts {self.max_attempts} samples within the step, lag {self.max_off_policy_steps} before it"
+                f"max_attempts={self.max_attempts} samples within the step and max_off_policy_steps="
+                f"{self.max_off_policy_steps} before it: set one of them to its default"
             )
 
     def rows_per_step(self) -> tuple[str, int]:

@@ -58,7 +58,8 @@ class Config(OnPolicyConfig):
     """Recipe of SteerLM 2.0."""
 
     previous: PreviousPolicyConfig = field(default_factory=lambda: PreviousPolicyConfig())
-    """The frozen policy Q' that samples; with slots of its own and ``max_off_policy_steps`` while the policy learns, at no loss."""
+    """The frozen policy Q' that samples. With its own slots and ``max_off_policy_steps`` it samples while the policy
+    learns; the result is the same."""
     base: PriorPolicyConfig = field(default_factory=PriorPolicyConfig)
     """The model of P(y|x). HelpSteer2's is the supervised model that its SteerLM model started from."""
     steering: SteeringConfig = field(default_factory=SteeringConfig)

@@ -67,7 +67,7 @@ class Process:
         """Answer at once, unless at work or dead."""
 
     def call(self, method: str, fault: str | None, *arguments: Any) -> Any:
-        """Run a method of the worker; what it prints goes to the log. ``fault`` is a kind of `align.utils.fault_injection`."""
+        """Run a method of the worker; output goes to the log. ``fault``: a kind of `align.utils.fault_injection`."""
         if fault is not None:
             fault_injection.raise_fault(fault)
         return getattr(self._worker, method)(*arguments)

@@ -51,7 +51,7 @@ OTHER |= dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "bat
 """A second meaning of some, for recipes that lack the first."""
 NONE: dict[str, str] = dict.fromkeys(
     ("gradient_accumulation_steps", "micro_train_batch_size"),
-    "leave it out: `max_tokens_per_micro_batch` bounds one forward pass, and the gradients of all of a step are added up",
+    "leave it out: `max_tokens_per_micro_batch` bounds one forward pass; the gradients of a step are accumulated",
 )
 """Why a name has no like here."""
 

@@ -25,8 +25,8 @@ class PolicyLossConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, nats a token."""
     importance_cap: float = 2.0
-    """Bound C on the importance weight min(pi_old / pi_rollout, C) of a token that older weights sampled (``max_off_policy_steps``).
-    Without lag the weight is 1."""
+    """Bound C on the importance weight min(pi_old / pi_rollout, C) of a token that older weights sampled
+    (``max_off_policy_steps``). On-policy, the weight is 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:

@@ -173,7 +173,8 @@ class SamplerConfig(ModelConfig):
             raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
         if self.max_tokens_per_micro_batch != ModelConfig.max_tokens_per_micro_batch:
             raise ValueError(
-                f"max_tokens_per_micro_batch means nothing to a sampler, set max_num_seqs: {self.max_tokens_per_micro_batch}"
+                "max_tokens_per_micro_batch has no effect on a sampler; set max_num_seqs. "
+                f"Got max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}"
             )
 
 

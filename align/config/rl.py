@@ -87,8 +87,8 @@ class OnPolicyConfig(RecipeConfig):
     minibatches: int = 1
     """Optimizer steps of a pass; each sees a part of the prompts."""
     max_off_policy_steps: int = 0
-    """Steps by which rollouts are older than the policy that learns from them: those of step s + lag are sampled while
-    step s trains, where the sampler has slots of its own. 0 is on-policy."""
+    """Steps by which rollouts are older than the policy that learns from them: those of step s + n are
+    sampled while step s trains, where the sampler has slots of its own. 0 is on-policy."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation during training."""
     rounds: int = 1
@@ -100,7 +100,7 @@ class OnPolicyConfig(RecipeConfig):
             raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
         if self.prompts_per_step < 1 or self.max_off_policy_steps < 0 or self.rounds < 1:
             raise ValueError(
-                "prompts_per_step and rounds must be positive, lag not negative: "
+                "prompts_per_step and rounds must be positive, max_off_policy_steps not negative: "
                 f"{self.prompts_per_step}, {self.rounds}, {self.max_off_policy_steps}"
             )
         if self.epochs < 1 or not 1 <= self.minibatches <= self.prompts_per_step:

@@ -60,8 +60,7 @@ class RewardServiceConfig:
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     """Copies of the model."""
     max_batch_size: int = 64
-    """Conversations from which on a batch waits for no more. ``reward.max_tokens_per_micro_batch`` bounds what is computed at a
-    time."""
+    """Conversations that start a batch at once. ``reward.max_tokens_per_micro_batch`` bounds one forward pass."""
     batch_wait_s: float = 0.01
     """Seconds that a batch waits for more requests."""
     max_conversations: int = 256

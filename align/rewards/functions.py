@@ -24,8 +24,8 @@ GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function ``module:function`` or ``path/file.py:function``. Raises `ConfigError`, see `align.utils.plugins.load`,
-    also for one that needs what nothing gives."""
+    """The function ``module:function`` or ``path/file.py:function``. Raises `ConfigError`, as
+    `align.utils.plugins.load_function` does, also for one that needs what nothing gives."""
     found = plugins.load_function(name)
     _check_signature(name, found)
     return found

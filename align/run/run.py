@@ -321,8 +321,9 @@ class Run:
     ) -> Iterator[tuple[int, Rollouts]]:
         """Each step with the rollouts it learns from.
 
-        Those of step s + lag are asked for before step s trains, so they come from the weights after step s - 1 and
-        meet a policy that is ``max_off_policy_steps`` updates further. With ``max_off_policy_steps`` 0 a step asks for its own rollouts and waits.
+        With n = ``max_off_policy_steps``, the rollouts of step s + n are requested before step s trains: they come from
+        the weights after step s - 1, and the policy that learns from them is n steps further. With n = 0 a step
+        requests its own rollouts and waits for them.
         """
         last = self.round * self.section.steps
         for step in self.steps():

@@ -165,7 +165,7 @@ class TrainedWorker(Worker):
 
     @answered
     def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
-        """Write what this rank holds of the state of training below ``folder / role``; see `align.engines.optimizer_state`.
+        """Write this rank's part of the training state below ``folder / role`` (`align.engines.optimizer_state`).
 
         Memory is copied before this returns; with ``overlap`` the copy is written by a thread, and `saved` has the
         records. A save that nobody asked about is waited for, and its outcome dropped. Raises `SaveError`.

@@ -33,7 +33,7 @@ from align.workers.base import (
 )
 
 MOST_LAG = 1000
-"""Rollouts that may be under way at a time, far above any lag."""
+"""Rollouts that may be under way at a time, far above any max_off_policy_steps."""
 
 
 class ReferenceWorker(Worker):

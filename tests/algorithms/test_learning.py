@@ -60,7 +60,7 @@ def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     settings = load_recipe(folder / "recipe.yaml", overrides).config
     algorithm = importlib.import_module(f"align.algorithms.{settings.algorithm}")
     renderer = load_renderer(settings)
-    material, _ = algorithm.prepare(settings, dataset.load(settings.data), renderer)
+    material, _ = algorithm.load_data(settings, dataset.load(settings.data), renderer)
     run = Run(settings, renderer.text)
     with run, cast(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))

@@ -29,8 +29,8 @@ BEGUN = dataclasses.asdict(identity())
         "run.max_non_finite=9", "run.allow_change=[x]", "checkpoint.every=1", "checkpoint.keep_best=3",
         "cluster.call_timeout_s=5", "executor=local", "placement.policy=0", "policy.zero_stage=3",
         "policy.max_tokens_per_micro_batch=64", "critic.gradient_checkpointing=true", "policy.max_num_seqs=2",
-        "policy.path=elsewhere", "data.path=elsewhere", "reward.path=elsewhere", "reference.max_tokens_per_micro_batch=8",
-        "cluster.phase_timeout_s={generate: 1}", "reward.zero_stage=3",
+        "policy.path=elsewhere", "data.path=elsewhere", "reward.path=elsewhere",
+        "reference.max_tokens_per_micro_batch=8", "cluster.phase_timeout_s={generate: 1}", "reward.zero_stage=3",
     ],
 )  # fmt: skip
 def test_what_may_change(change: str):
