@@ -13,7 +13,8 @@ from typing import Any
 
 import align
 from align import prechecks
-from align.config import RewardServiceConfig, load
+from align.config import RewardServiceConfig
+from align.config.load import build_config, flatten_config, load_recipe
 from align.errors import ConfigError
 from align.prechecks.roles import cast_sections, check, located
 
@@ -26,7 +27,7 @@ ALWAYS_PATHS = ("run.dir", "dir", "data.chat_template", "reference_cache")
 class Checked:
     """A recipe that can be run or a service that can be started, its paths in full."""
 
-    load: Any
+    config: Any
     """A `Recipe` or a `RewardService`."""
     slots: dict[str, tuple[int, ...]]
     """Slots of each role; those of all replicas of a service."""
@@ -45,7 +46,7 @@ def validate(recipe: Path, overrides: Sequence[str], suffix: str = "", *, paths:
 
     Paths of what exists here are written in full, because the run begins in the folder of its code.
     """
-    loaded = load.load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     found: Any = loaded.config
     slots = check(found)
     found = replace(found, run=replace(found.run, dir=f"{found.run.dir}{suffix}"))
@@ -58,7 +59,7 @@ def validate(recipe: Path, overrides: Sequence[str], suffix: str = "", *, paths:
 def validate_service(recipe: Path, overrides: Sequence[str], *, paths: bool = True) -> Checked:
     """Load what `align serve reward` reads, and check its folder and, with ``paths``, what it reads. Raises
     `ConfigError`."""
-    loaded = load.build_config(RewardServiceConfig, recipe, overrides)
+    loaded = build_config(RewardServiceConfig, recipe, overrides)
     prechecks.check(loaded, here=False, paths=paths)
     found: RewardServiceConfig = loaded.config
     found = _in_full(replace(found, reward=located(found.reward)))
@@ -77,7 +78,7 @@ def _writable(folder: str, key: str) -> Path:
 
 def _in_full(found: Any) -> Any:
     """The configuration with the paths of what exists here written in full: a job begins in the folder of its code."""
-    for key, value in load.flatten_config(found).items():
+    for key, value in flatten_config(found).items():
         if isinstance(value, str) and _is_path(key, value):
             found = _changed(found, key.split("."), str(Path(value).expanduser().absolute()))
     return found

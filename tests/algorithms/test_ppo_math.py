@@ -149,7 +149,7 @@ def by_loop(settings: ppo.Config, seen: Any, value: list[list[float]]) -> tuple[
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize(("truncated", "estimator"), [("keep", "k1"), ("mask", "abs"), ("penalize", "k3")])
 def test_against_the_papers_in_a_loop(seen, truncated, estimator, whiten: bool):
-    chance = random.Random(f"{unfinished} {whiten}")
+    chance = random.Random(f"{truncated} {whiten}")
     lengths = [chance.randrange(1, 8) for _ in range(12)]
     row = lambda n: [chance.gauss(0, 1) for _ in range(n)]  # noqa: E731
     x, value = [row(n) for n in lengths], [row(n) for n in lengths]
@@ -359,7 +359,7 @@ class Policy(Learner):
 def trained(settings: ppo.Config, seen: Any, first_step: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Updates of three steps of a round that begins with ``first_step``, in order."""
     shown, updates = seen(X, SCORE, FINISHED), []
-    monkeypatch.setattr(_rollout, "look", lambda cast, rollouts: shown)
+    monkeypatch.setattr(_rollout, "score_rollouts", lambda cast, rollouts: shown)
     cast: Any = SimpleNamespace(policy=Policy("policy", updates), critic=Critic("critic", updates))
     steps = [(step, shown.rollouts) for step in range(first_step, first_step + 3)]
     run: Any = SimpleNamespace(first_step=first_step, state={}, final="", log=lambda *_: updates.append("step"))

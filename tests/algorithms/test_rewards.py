@@ -154,8 +154,8 @@ def test_a_failed_score_reaches_no_advantage(seen, algorithm: Any):
     settings = algorithm.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=3, max_tokens=8))
     x, rest = [[0.5], [0.25, -1], [0]], [2.0, 3.0, 7.0]
     with_failed, without = seen(x * 2, [1.0, NAN, 5.0, *rest], K=3), seen(x, rest, K=3)
-    batch, statistics = algorithm.learn_from(settings, with_failed, _rewards.shape_rewards(settings, with_failed, {}))
-    alone, _ = algorithm.learn_from(settings, without, _rewards.shape_rewards(settings, without, {}))
+    batch, statistics = algorithm.make_batch(settings, with_failed, _rewards.shape_rewards(settings, with_failed, {}))
+    alone, _ = algorithm.make_batch(settings, without, _rewards.shape_rewards(settings, without, {}))
     assert batch.columns["advantage_BT"][:3].eq(0).all()
     assert batch.columns["advantage_BT"][3:].equal(alone.columns["advantage_BT"])
     assert batch.columns["learnable_B"].tolist() == [False] * 3 + [True] * 3

@@ -72,7 +72,7 @@ def kill_at_each(arm: Callable[[int], None], small, tmp_path, keep_latest: int) 
 @pytest.mark.parametrize("keep_latest", [1, 2])
 def test_there_are_points_enough(tmp_path, small, monkeypatch, keep_latest):
     met: list[str] = []
-    monkeypatch.setattr(fault_injection, "strike", lambda role, rank, point, step: met.append(point))
+    monkeypatch.setattr(fault_injection, "maybe_inject", lambda role, rank, point, step: met.append(point))
     save_all(small, tmp_path / "checkpoints", keep_latest)
     # for each step 8 files; 4 folders, rename, parent, pointer, its rename; two for the one deletion
     steps = keep_latest + 1

@@ -220,7 +220,7 @@ def test_a_body_above_the_limit_is_refused_as_it_comes(chunked: bool):
 
 
 def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(service.serving, "BODIES", 1)
+    monkeypatch.setattr(service.app, "BODIES", 1)
     with front() as address:
         held = [socket.create_connection(address, timeout=3) for _ in range(2)]
         for connection in held:

@@ -131,7 +131,7 @@ def test_a_hang_is_named_with_stacks_of_all(company: Company, step: int, tmp_pat
     named = f"{role}-0, {role}-1" if hang == "deadlock" else f"{role}-1"
     line = first_line(caught.value)
     assert line.startswith(f"{named}: no answer to late within 1 s, step {step}: ")
-    assert said.replace("main/", f"{Path(fault_injection.__file__).parents[1].name}/") in line
+    assert said.replace("main/", f"{Path(fault_injection.__file__).parents[2].name}/") in line
     assert "raise cluster.phase_timeout_s.late" in line
     first = next(text for text in str(caught.value).splitlines() if text.startswith(f"  | {role}-0: "))
     assert "waits for its peers in " in first

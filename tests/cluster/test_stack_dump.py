@@ -18,8 +18,8 @@ WAITS = f"""Thread 0x00007f0000000001 (most recent call first):
 Current thread 0x00007f0000000002 (most recent call first):
   File "{TORCH}/distributed/distributed_c10d.py", line 2800 in all_reduce
   File "{TORCH}/distributed/c10d_logger.py", line 83 in wrapper
-  File "{Path(fault_injection.__file__).parent}/engines/deepspeed.py", line 210 in update
-  File "{Path(fault_injection.__file__).parent}/workers/base.py", line 66 in timed
+  File "{Path(fault_injection.__file__).parents[1]}/engines/deepspeed.py", line 210 in update
+  File "{Path(fault_injection.__file__).parents[1]}/workers/base.py", line 66 in timed
   File "{ACTOR}", line 70 in call
   File "{TORCH}/../ray/util/tracing.py", line 461 in _resume_span
 """
@@ -33,7 +33,7 @@ def standing(text: str, rank: int = 0, reacted: bool = True, state: str = "S") -
 def test_the_thread_that_runs_the_method_is_found_among_all():
     one = standing(WAITS)
     assert [frame.function for frame in one.frames] == ["all_reduce", "wrapper", "update", "timed"]
-    assert one.own == Frame(f"{Path(fault_injection.__file__).parent}/engines/deepspeed.py", 210, "update")
+    assert one.own == Frame(f"{Path(fault_injection.__file__).parents[1]}/engines/deepspeed.py", 210, "update")
     assert one.collective is not None
     assert one.collective.function == "all_reduce"
     assert str(one) == "policy-0: in update (align/engines/deepspeed.py:210), waits for its peers in all_reduce"
@@ -82,7 +82,7 @@ def test_a_process_that_does_not_react_is_described_by_its_state(state: str, sai
 
 def test_what_this_python_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The format is that of the interpreter that runs, so a change of it fails here."""
-    monkeypatch.setattr(stack_dump.actors, "__file__", __file__)
+    monkeypatch.setattr(stack_dump.actor, "__file__", __file__)
 
     def call() -> str:
         with (tmp_path / "log").open("w") as log:

@@ -591,14 +591,14 @@ def test_every_field_of_the_shared_sections_is_described():
 
 ALGORITHM = '''
 from dataclasses import dataclass, field
-from align import sections
+from align.config import PolicyConfig, RecipeConfig, ReferenceConfig
 
 @dataclass(frozen=True)
-class Config(sections.Recipe):
-    policy: sections.Policy = field(default_factory=sections.Policy)
+class Config(RecipeConfig):
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The actor."""
-    reference: sections.Reference = field(
-        default_factory=lambda: sections.Reference(path="${policy.path}", init="${policy.init}")
+    reference: ReferenceConfig = field(
+        default_factory=lambda: ReferenceConfig(path="${policy.path}", init="${policy.init}")
     )
     """Its frozen copy."""
 '''
@@ -672,8 +672,8 @@ def test_a_recipe_without_an_algorithm():
 
 def test_nothing_heavy_is_imported():
     heavy = "torch ray transformers deepspeed datasets peft"
-    code = f"import sys, align.config, align.config; print(*sys.modules.keys() & set('{heavy}'.split()))"
-    root = Path(load.__file__).parents[1]
+    code = f"import sys, align.config.load; print(*sys.modules.keys() & set('{heavy}'.split()))"
+    root = Path(load.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -705,7 +705,7 @@ def test_nothing_heavy_is_imported():
     ],
 )
 def test_keys_of_other_libraries_get_the_key_that_is_meant(recipe: str, key: str, meant: str):
-    path = Path(__file__).parents[1] / "recipes" / "quickstart" / f"{recipe}.yaml"
+    path = Path(__file__).parents[2] / "recipes" / "quickstart" / f"{recipe}.yaml"
     with pytest.raises(ConfigError) as caught:
         load.load_recipe(path, [f"{key}=1"])
     assert f"{key}: unknown key" in str(caught.value) and f"`{meant}`" in str(caught.value).partition("remedy")[2]

@@ -112,6 +112,6 @@ def test_samples_without_an_end_or_a_word_are_left_out():
     assert [(row.context, row.response) for row in rows] == [(A, "ant"), (B, "owl")]
     assert counts == {"answers": 4, "truncated": 1, "empty": 1, "kept": 2}
     cut_off = replace(rollouts, finished_B=torch.zeros(4).bool())
-    with pytest.raises(DataError, match="4 answers, 4 unfinished, 0 empty, 0 kept") as caught:
+    with pytest.raises(DataError, match="4 answers, 4 truncated, 0 empty, 0 kept") as caught:
         steerlm_dataset.sampled([B, A], [(torch.tensor([1, 0]), cut_off)], RENDERER)
     assert caught.value.remedy == "raise sampling.max_tokens"

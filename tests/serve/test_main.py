@@ -269,7 +269,7 @@ def test_how_many_replicas_there_is_room_for(
 
 def test_names_of_models(tmp_path: Path):
     def name(**reward: Any) -> str:
-        return service.name_of(service.RewardService(reward=RewardConfig(**reward)))
+        return service.name_of(RewardServiceConfig(reward=RewardConfig(**reward)))
 
     (tmp_path / "my-model").mkdir()
     assert name(path=f"{tmp_path}/my-model/") == "my-model"
