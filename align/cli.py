@@ -120,7 +120,7 @@ def _add_models(commands: Any) -> None:
     expo = _command(
         merge,
         "expo",
-        "align.rewards.checkpoints:expo",
+        "align.rewards.main:merge_expo",
         "extrapolate from one model through another",
         **dict.fromkeys(("weak", "strong"), "model"),
     )
@@ -132,7 +132,7 @@ def _add_models(commands: Any) -> None:
     row0 = _command(
         convert,
         "row0",
-        "align.rewards.checkpoints:row_zero",
+        "align.rewards.main:convert_row0",
         "a Llama-3.x-Nemotron-70B-Reward as a sequence classifier",
         source="model",
     )

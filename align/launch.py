@@ -137,7 +137,7 @@ def train(loaded: LoadedConfig, console: Console) -> None:
             run.write_json("data.json", prepared.description)
             counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
             console.print(f"{prepared.config.algorithm}: {counts}", highlight=False)
-            texts_read = [f"{name} reads text ({one.why})" for name, one in prepared.readers.items()]
+            texts_read = [f"{name} reads text ({item.reason})" for name, item in prepared.text_inputs.items()]
             for line in [*prepared.notes, *remote_code(prepared.config), *texts_read]:
                 console.print(line, highlight=False)
             if run.progress.step:

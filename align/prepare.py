@@ -31,8 +31,9 @@ from align.models.load import check as check_model
 from align.models.load import check_lora
 from align.prechecks.precision import dtype_notes
 from align.prechecks.roles import cast_sections, check
-from align.rewards import checkpoint_format, functions, genrm, texts
-from align.rewards.http import HttpJudge
+from align.rewards import checkpoint_format
+from align.rewards import scorers as scorers
+from align.rewards.base import TextInput
 from align.run import Identity
 
 
@@ -57,7 +58,7 @@ def load_renderer(config: RecipeConfig) -> Renderer:
         if isinstance(section, TrainedModelConfig):
             check_lora(section, vocab_size, f"{name}.lora.targets")
         if isinstance(section, CriticConfig) and section.head == "trained":
-            checkpoint_format.start_of(section)
+            checkpoint_format.critic_start(section)
     return Renderer(tokenizer, config.data.chat_template, config.data.date, bad_rows=config.data.bad_rows)
 
 
@@ -65,56 +66,18 @@ def _tokenizer(section: ModelConfig) -> Any:
     return chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
 
 
-@dataclass(frozen=True)
-class TextReader:
-    """A judge that reads conversations and not the policy's token ids."""
-
-    why: str
-    renderers: str
-    """Fingerprints of what its models render text by; none where it has no model."""
-    templates: tuple[Renderer, ...] = ()
-    """Of its models that read a conversation turn by turn."""
-
-
-def text_readers(config: RecipeConfig, renderer: Renderer) -> dict[str, TextReader]:
-    """Judges that read text, by role, after a look at everything that a judge needs to come up."""
+def text_inputs(config: RecipeConfig, renderer: Renderer) -> dict[str, TextInput]:
+    """Reward roles that score decoded text, after checking everything that their scorers need."""
     for name, attributes in config.rated().items():
         checkpoint_format.require_attributes(getattr(config, name), attributes)
-    found = {}
+    inputs = {}
     for name, section in cast_sections(config).items():
-        if not isinstance(section, RewardConfig):
-            continue
-        if section.kind == "generative":
-            found[name] = TextReader(section.source, genrm.check(section.generative))
-        elif section.kind == "http":
-            HttpJudge(section.http, section.failed).close()
-            found[name] = TextReader(section.http.url, "")
-        elif section.kind == "function":
-            functions.load(section.function)
-            found[name] = TextReader(section.function, "")
-        elif (reader := _reads_text(name, section, renderer)) is not None:
-            found[name] = reader
-    return found
-
-
-def _reads_text(name: str, section: RewardConfig, renderer: Renderer) -> TextReader | None:
-    """None where all models of a judge can read the policy's token ids."""
-    members = checkpoint_format.members(section)
-    tokenizers = [_tokenizer(member) for member in members]
-    for member, tokenizer in zip(members, tokenizers, strict=True):
-        check_model(member, chat.vocab_size(tokenizer), name)
-    reads = checkpoint_format.read(section)
-    reasons = {
-        member.path: texts.why_text(read, tokenizer, renderer)
-        for member, read, tokenizer in zip(members, reads, tokenizers, strict=True)
-    }
-    why = [f"{path}: {reason}" for path, reason in reasons.items() if reason]
-    if not why:
-        return None
-    templates = tuple(
-        texts.Text(tokenizer, read, section).renderer for tokenizer, read in zip(tokenizers, reads, strict=True)
-    )
-    return TextReader("; ".join(why), " ".join(one.fingerprint for one in templates), templates)
+        if isinstance(section, RewardConfig):
+            scorer = scorers.scorer_class(section)
+            text_input = scorer.check(section, name, renderer)
+            if text_input or scorer.wants == "text":
+                inputs[name] = text_input or TextInput(section.source)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -128,8 +91,8 @@ class Prepared:
     renderer: Renderer
     description: dict[str, Any]
     identity: Identity
-    readers: dict[str, TextReader]
-    """Judges that read text."""
+    text_inputs: dict[str, TextInput]
+    """Reward roles that score decoded text."""
     spoken: dict[str, Conversations]
     """What they read, by role."""
     notes: list[str]
@@ -150,12 +113,12 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         for name, section in cast_sections(config).items()
         if isinstance(section, (PolicyConfig, TrainedRewardConfig))
     }
-    readers = text_readers(config, renderer)
+    inputs = text_inputs(config, renderer)
     source = dataset.load(config.data, config.reads())
-    templates = [template for reader in readers.values() for template in reader.templates]
+    templates = [template for text_input in inputs.values() for template in text_input.templates]
     source, refused = dataset.readable(source, templates, config.data)
     material, counts = algorithm.load_data(config, source, renderer)
-    require_positions(config, material, readers)
+    require_positions(config, material, inputs)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
     num_rows = config.num_rows(counts)
     prompts.require_rows(config, num_rows)
@@ -167,19 +130,19 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         "renderer_fingerprint": renderer.fingerprint,
     }
     read = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
-    read |= {f"renderers of {name}": one.renderers for name, one in readers.items() if one.renderers}
-    models = {name: checkpoint_format.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
+    read |= {f"renderers of {name}": item.renderers for name, item in inputs.items() if item.renderers}
+    models = {name: scorers.fingerprint(one, config.run.seed) for name, one in cast_sections(config).items()}
     identity = Identity.of(config, read, models)
     spoken = {}
-    if readers:
+    if inputs:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
-        spoken = dict.fromkeys(readers, Conversations(contexts, renderer))
+        spoken = dict.fromkeys(inputs, Conversations(contexts, renderer))
     notes = [*described(config.data), *epochs(config, num_rows, counts), *dtype_notes(loaded)]
-    facts = description, identity, readers, spoken, notes, exported
+    facts = description, identity, inputs, spoken, notes, exported
     return Prepared(config, algorithm, material, counts, renderer, *facts)
 
 
-def require_positions(config: Any, material: Any, readers: Mapping[str, TextReader]) -> None:
+def require_positions(config: Any, material: Any, inputs: Mapping[str, TextInput]) -> None:
     """Raise `DataError` for a role that reads token ids and has fewer positions than the longest sequence of them. What
     a reward model reads as text is known when it is rendered, and is checked there."""
     sampling = getattr(config, "sampling", None)
@@ -187,7 +150,7 @@ def require_positions(config: Any, material: Any, readers: Mapping[str, TextRead
     for part, one in positions.longest(material, sampling.max_tokens if sampling else 0):
         parts[part] = max(one, parts.get(part, one))
     for name, section in cast_sections(config).items():
-        if name not in readers:
+        if name not in inputs:
             positions.check(section, name, parts, scores_data=getattr(config, "gold", None) == "reward")
 
 

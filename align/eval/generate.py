@@ -18,7 +18,7 @@ from align.data.steerlm import Form
 from align.engines import distributed
 from align.errors import ConfigError, DataError
 from align.generators.base import Generator, Request
-from align.generators.opening import open_generator
+from align.generators.models import build_generator
 from align.models.weights import stored_file
 from align.prechecks.announce import announced
 from align.utils.disk import write_whole
@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     if form is not None and form.date is not None:
         section = GeneratorConfig(path=arguments.model, dtype=arguments.dtype, date=form.date)
     with announced(lambda line: print(line, file=sys.stderr, flush=True), "generate", section, "in this process"):
-        generator = open_generator(section, distributed.initialize_alone(), arguments.seed)
+        generator = build_generator(section, distributed.initialize_alone(), arguments.seed)
     answered = answers(generator, asked, form, sampling)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

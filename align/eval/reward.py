@@ -34,6 +34,7 @@ from align.prechecks import placement
 from align.prechecks.roles import located
 from align.report import evaluation as report
 from align.rewards import checkpoint_format, genrm, texts
+from align.rewards import scorers as scorers
 from align.utils import disk
 
 VERSION = 1
@@ -96,12 +97,14 @@ def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
 def identity(reward: RewardConfig) -> str:
     """sha256 over what a judge's scores depend on: its weights, how they are read, and how text is rendered. Raises
     `AlignError` for a judge that cannot be opened, before anything is started."""
-    known: list[Any] = [checkpoint_format.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
+    known: list[Any] = [scorers.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
     known += [getattr(reward, name) for name in SETTINGS]
     if reward.kind == "generative":
-        known += [asdict(reward.generative), genrm.check(reward.generative)]
+        known += [asdict(reward.generative), genrm.check_judge(reward.generative)]
     for member, read in (
-        zip(checkpoint_format.members(reward), checkpoint_format.read(reward), strict=True) if reward.is_model else ()
+        zip(checkpoint_format.members(reward), checkpoint_format.head_specs(reward), strict=True)
+        if reward.is_model
+        else ()
     ):
         tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
         check_model(member, chat.vocab_size(tokenizer), "reward")

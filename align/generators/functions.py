@@ -1,48 +1,61 @@
-"""Python functions that answer: rules, and stand-ins for models in tests."""
+"""Python functions that answer: rules, and substitutes for models in tests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from align.config import SamplingConfig
+import torch
+
+from align.config import GeneratorConfig, SamplingConfig
 from align.errors import ConfigError, DataError
-from align.generators.base import Completion, Request
+from align.generators.base import Completion, Generator, Request
 from align.utils import plugins
 
 
-class FunctionGenerator:
-    """A function of the messages, a list of ``{role, content}``, and the number of the sample; it returns the answer.
+class FunctionGenerator(Generator):
+    """Calls ``function(messages, sample)`` or ``function(messages, sample, opening)``, which returns the answer.
 
-    The opening of a request is its last argument where it takes three.
+    ``messages`` is a list of ``{role, content}``, ``sample`` the number of the answer.
     """
 
-    def __init__(self, name: str):
-        """Raises `ConfigError` for what cannot be imported or called so."""
+    def __init__(self, config: GeneratorConfig, device: torch.device | None = None, seed: int = 0):
+        """Raises `ConfigError` if the function cannot be imported or called like this."""
+        name = config.function
         self.name, self.function = name, plugins.load_function(name)
         signature = plugins.function_signature(name, self.function)
-        parameters = signature.parameters.values()
-        positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-        needed = [one for one in parameters if one.default is one.empty and one not in positional]
-        needed = [one for one in needed if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-        if needed or not 2 <= len(positional) <= 3:
+        positional, keyword_only = 0, False
+        for parameter in signature.parameters.values():
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                positional += 1
+            elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+                keyword_only = True
+        if keyword_only or not 2 <= positional <= 3:
             raise ConfigError(
                 f"function={name} does not take two or three arguments: {signature}",
-                remedy="take (messages, sample), or (messages, sample, opening)",
+                remedy="define it as f(messages, sample) or f(messages, sample, opening)",
             )
-        self._arguments = len(positional)
+        self._num_arguments = positional
         self._requests = 0
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, name: str) -> None:
+        cls(config)
+
+    @classmethod
+    def fingerprint(cls, config: GeneratorConfig, seed: int) -> str:
+        return plugins.function_fingerprint(config.function)
 
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> list[Completion]:
-        """See `align.generators.base.Generator`; margins it has none. Raises `DataError` for what is no text."""
+        """See `Generator.complete`; there are no margins. Raises `DataError` if the function does not return text."""
         self._requests += len(requests)
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Completion:
         arguments = [[message._asdict() for message in request.messages], request.sample, request.opening]
         try:
-            text = self.function(*arguments[: self._arguments])
+            text = self.function(*arguments[: self._num_arguments])
         except Exception as error:
             raise DataError(f"function={self.name} raised {type(error).__name__}: {error}") from error
         if not isinstance(text, str):
@@ -51,9 +64,5 @@ class FunctionGenerator:
         return Completion(text, finished=True, prompt_tokens=words, tokens=len(text.split()))
 
     def metrics(self) -> dict[str, float]:
-        """See `align.generators.base.Generator`."""
-        found, self._requests = self._requests, 0
-        return {"requests": float(found)}
-
-    def close(self) -> None:
-        """Nothing is open."""
+        requests, self._requests = self._requests, 0
+        return {"requests": float(requests)}

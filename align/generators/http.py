@@ -1,7 +1,6 @@
-"""HTTP requests that are sent again until they are answered: for clients of reward services and of model servers.
+"""HTTP client of reward services and model servers: JSON over POST, with threads, retries, deadlines and counts.
 
-A request has no effect on the server, so sending it again is safe. Redirects are not followed, and proxies are not
-used.
+Retries are safe: a request has no effect on the server. Redirects are not followed and proxies are not used.
 """
 
 from __future__ import annotations
@@ -13,28 +12,31 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from align.errors import ConfigError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 RETRIED = {408, 425, 429}
-"""Statuses beside 5xx after which the same request may succeed."""
+"""Statuses besides 5xx after which the request is retried."""
 IDLE_S = 1.0
-"""A connection that lay idle for longer is not used again: servers close theirs after a few seconds."""
-WORDS = 500
-"""Signs of what a server says of a failure that a message holds."""
-TLS, MOVED = 0, 300
-"""Stand for a status where no answer came because the certificate is not trusted, and for all redirects."""
+"""Connections that were idle for longer are not reused: servers close theirs after a few seconds."""
+MAX_ERROR_CHARS = 500
+"""Characters of a server's error text that a message quotes."""
+TLS, REDIRECT = 0, 300
+"""Keys of ``remedies`` for a certificate that is not trusted (no status came), and for every redirect."""
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """A request that failed and may be sent again."""
 
     def __init__(self, message: str, retry_after_s: float = 0.0):
@@ -42,133 +44,203 @@ class Again(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Wire(Protocol):
-    """What a section says of a server: `align.config.HttpConfig`, `align.config.EndpointConfig`."""
+class HttpSettings(Protocol):
+    """Settings of a client: the configuration of HTTP rewards and of endpoints."""
 
     @property
     def url(self) -> str:
-        """Address that paths are put behind."""
+        """Address that paths are appended to."""
         ...
 
     @property
     def timeout_s(self) -> float:
-        """Seconds that one request may take."""
+        """Seconds that one attempt may take, from connecting to the last byte."""
         ...
 
     @property
     def retries(self) -> int:
-        """How often a request is sent again."""
+        """Attempts after the first."""
         ...
 
     @property
     def backoff_s(self) -> float:
-        """Bound on the wait before the first repeat."""
+        """Upper bound on the pause before the first retry; it doubles with every retry."""
         ...
 
     @property
     def max_backoff_s(self) -> float:
-        """Bound on every wait."""
+        """Upper bound on every pause."""
+        ...
+
+    @property
+    def max_concurrency(self) -> int:
+        """Requests in flight at the same time."""
         ...
 
 
-def secret(name: str, where: str, remedy: str) -> str:
-    """Value of an environment variable that goes into a header; nothing without a name. Raises `ConfigError`."""
-    value = os.environ.get(name, "")
-    if name and not re.fullmatch(r"[!-~]+", value):
-        raise ConfigError(
-            f"the environment variable {name} {'holds signs that no header can' if value else 'is not set'}",
-            where=where,
-            remedy=remedy,
-        )
-    return value
+class BearerToken(NamedTuple):
+    """A secret from an environment variable; both fields are empty for a server that needs none."""
+
+    env: str
+    value: str
+
+    @classmethod
+    def from_env(cls, name: str, where: str, remedy: str) -> BearerToken:
+        """Raises `ConfigError` with ``where`` and ``remedy`` if ``name`` is given and the variable cannot be sent."""
+        value = os.environ.get(name, "") if name else ""
+        if name and not re.fullmatch(r"[!-~]+", value):
+            fault = "contains characters that are not allowed in an HTTP header" if value else "is not set"
+            raise ConfigError(f"environment variable {name} {fault}", where=where, remedy=remedy)
+        return cls(name, value)
+
+    def mask(self, text: str) -> str:
+        """``text`` without the secret, which a server may echo. Mask before truncating, or a part would remain."""
+        return text.replace(self.value, f"<{self.env}>") if self.value else text
 
 
-class Transport:
-    """Connections to one server. Threads may use it at the same time."""
+class HttpClient:
+    """Connections to one path of one server, a pool of threads, and counts. Thread-safe.
 
-    def __init__(self, section: Wire, token_env: str, token: str, remedies: Mapping[int, str]):
-        """``token``, the value of the variable ``token_env``, is sent as a bearer token where there is one.
-        ``remedies``, by status (`TLS` and `MOVED` among them), end the messages of requests that repeating does not
-        help."""
-        self.section, self._token_env, self._token, self._remedies = section, token_env, token, remedies
-        self._url = urlsplit(section.url)
+    ``requests`` (attempts) and ``retries`` are counted here; users add their own counts with `count`.
+    """
+
+    def __init__(
+        self,
+        settings: HttpSettings,
+        path: str,
+        token: BearerToken,
+        remedies: Mapping[int, str],
+        read_error: Callable[[bytes], str],
+    ):
+        """``remedies`` by status (also `TLS` and `REDIRECT`) end the messages of errors that a retry does not help.
+        ``read_error`` extracts the server's explanation from the body of a failed request."""
+        self.settings, self._token, self._remedies, self._read_error = settings, token, remedies, read_error
+        self._url = urlsplit(settings.url)
+        self._path = self._url.path.rstrip("/") + path
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if token.value:
+            self._headers["Authorization"] = f"Bearer {token.value}"
         self._tls = ssl.create_default_context() if self._url.scheme == "https" else None
-        self._random = random.SystemRandom()  # the generators that training goes by stay as they are
+        self._random = random.SystemRandom()  # leaves the random state of training alone
+        self._pool = ThreadPoolExecutor(settings.max_concurrency, "http-client")
         self._lock = threading.Lock()
         self._idle: list[tuple[float, HTTPConnection]] = []
+        self._counts: Counter[str] = Counter()
+        self._seconds: list[float] = []
 
     def close(self) -> None:
-        """End connections."""
+        """End threads and connections."""
+        self._pool.shutdown()
         for _, connection in self._idle:
             connection.close()
 
-    def repeated(self, attempt: Callable[[], T], stop: threading.Event, again: Callable[[], None]) -> T:
-        """What ``attempt`` returns. As long as it raises `Again` it is called once more, ``again`` before each, until
-        ``stop`` is set or the retries are used up; then its last `Again` is raised."""
-        repeat = 0
-        while True:
-            try:
-                return attempt()
-            except Again as error:
-                if repeat >= self.section.retries or stop.wait(self.pause(repeat, error.retry_after_s)):
-                    raise Again(f"{repeat + 1} attempts; the last one: {error}") from None
-            repeat += 1
-            again()
+    def count(self, **counts: int) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self._counts.update(counts)
 
-    def pause(self, repeat: int, retry_after_s: float) -> float:
-        """Seconds before a request is sent again."""
-        bound = self.section.max_backoff_s
-        # The exponent is cut where a float would overflow.
-        drawn = self._random.uniform(0, min(bound, self.section.backoff_s * 2.0 ** min(repeat, 60)))
-        return min(bound, max(drawn, retry_after_s))
+    def pop_counts(self) -> tuple[Counter[str], list[float]]:
+        """Counts, and seconds of each successful attempt, since the last call."""
+        with self._lock:
+            counts, seconds = self._counts, self._seconds
+            self._counts, self._seconds = Counter(), []
+        return counts, seconds
 
-    def post(self, path: str, body: bytes, limit: int, message_of: Callable[[bytes], str]) -> bytes:
-        """The body of an answer with status 200, at most ``limit`` bytes; ``message_of`` reads the bodies of others.
+    def map(
+        self, function: Callable[[S, threading.Event], T], items: Sequence[S], finish_started: bool = False
+    ) -> list[T]:
+        """Results of ``function(item, stop)`` in the pool, in the order of ``items``.
 
-        Raises `Again`, or `ConfigError` for what repeating does not change.
+        The first exception ends the call: waiting items are cancelled, retries end, and requests in flight are
+        abandoned, or with ``finish_started`` waited for.
         """
+        stop = threading.Event()
+        futures = [self._pool.submit(function, item, stop) for item in items]
         try:
-            response, data = self._exchange(path, body, limit)
+            for future in as_completed(futures):
+                future.result()  # raises as soon as any request has failed, whatever its position
+            return [future.result() for future in futures]
+        except BaseException as error:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            if finish_started and isinstance(error, Exception):
+                wait(futures)
+            raise
+
+    def post(self, body: bytes, max_bytes: int, parse: Callable[[bytes], T], stop: threading.Event) -> T:
+        """``parse`` of an answer with status 200 and at most ``max_bytes``, after as many retries as needed.
+
+        ``parse`` raises ValueError for an answer that is unusable, which is retried. Raises `RetryableError` when the
+        retries are used up or ``stop`` is set, and `ConfigError` for a failure that a retry does not change.
+        """
+        retry = 0
+        self.count(requests=1)
+        while True:
+            start = time.perf_counter()
+            try:
+                data = self._post_once(body, max_bytes)
+                try:
+                    result = parse(data)
+                except ValueError as error:
+                    raise RetryableError(f"unusable answer: {error}") from error
+                with self._lock:
+                    self._seconds.append(time.perf_counter() - start)
+                return result
+            except RetryableError as error:
+                if retry >= self.settings.retries or stop.wait(self.pause(retry, error.retry_after_s)):
+                    raise RetryableError(f"{retry + 1} attempts; last error: {error}") from None
+            retry += 1
+            self.count(requests=1, retries=1)
+
+    def pause(self, retry: int, retry_after_s: float) -> float:
+        """Random seconds before retry number ``retry``, from 0; at least ``retry_after_s`` within the bound."""
+        bound = self.settings.max_backoff_s
+        # The exponent is limited because 2.0**1024 overflows.
+        seconds = self._random.uniform(0, min(bound, self.settings.backoff_s * 2.0 ** min(retry, 60)))
+        return min(bound, max(seconds, retry_after_s))
+
+    def _post_once(self, body: bytes, max_bytes: int) -> bytes:
+        try:
+            response, data = self._exchange(body, max_bytes)
         except ssl.SSLCertVerificationError as error:
-            raise self._refused(f"its certificate is not trusted: {error.verify_message}", TLS) from error
+            raise self._error(f"certificate is not trusted: {error.verify_message}", TLS) from error
         except (OSError, HTTPException) as error:
-            raise Again(f"{type(error).__name__}: {self._masked(str(error))}") from error
-        raw = data.replace(self._token.encode() or b"\0", f"<{self._token_env}>".encode())  # `message_of` may cut it
-        said = self._masked(message_of(raw))[:WORDS]
-        if response.status in RETRIED or response.status >= 500:
-            raise Again(f"status {response.status}: {said}", retry_after(response.getheader("Retry-After")))
-        if 300 <= response.status < 400:
-            said = f"it redirects to {self._masked(response.getheader('Location') or 'nowhere')[:200]}"
-        if response.status != 200:
-            raise self._refused(f"the service refuses with status {response.status}: {said}", response.status)
-        return data
+            raise RetryableError(f"{type(error).__name__}: {self._token.mask(str(error))}") from error
+        status = response.status
+        if status == 200:
+            return data
+        # Mask the bytes first: `read_error` may truncate them within the secret.
+        raw = data.replace(self._token.value.encode() or b"\0", f"<{self._token.env}>".encode())
+        text = self._token.mask(self._read_error(raw))[:MAX_ERROR_CHARS]
+        if status in RETRIED or status >= 500:
+            raise RetryableError(f"status {status}: {text}", retry_after(response.getheader("Retry-After")))
+        if 300 <= status < 400:
+            text = f"redirects to {self._token.mask(response.getheader('Location') or 'nowhere')[:200]}"
+        raise self._error(f"the server refuses the request with status {status}: {text}", status)
 
-    def _masked(self, text: str) -> str:
-        """Without the token, which a server may send back; to be done before a text is cut, or a part would stay."""
-        return text.replace(self._token or "\0", f"<{self._token_env}>")
-
-    def _exchange(self, path: str, body: bytes, limit: int) -> tuple[HTTPResponse, bytes]:
-        """Status and headers of an answer, and its body of at most ``limit`` bytes, within the time of a request."""
-        seconds, begun = self.section.timeout_s, time.monotonic()
+    def _exchange(self, body: bytes, max_bytes: int) -> tuple[HTTPResponse, bytes]:
+        """One request and its answer within ``timeout_s``."""
+        seconds, start = self.settings.timeout_s, time.monotonic()
         connection = self._connection()
         watchdog, late = None, threading.Event()
         try:
             if connection.sock is None:
                 connection.connect()
-            # A timeout of the socket starts anew with every byte; this ends an answer that comes by drops as well.
-            left = max(0.0, begun + seconds - time.monotonic())
-            watchdog = threading.Timer(left, _cut, [connection.sock, late])
+            # The socket's timeout restarts with every byte; the watchdog also ends an answer that trickles in.
+            remaining = max(0.0, start + seconds - time.monotonic())
+            watchdog = threading.Timer(remaining, _shut_down, [connection.sock, late])
             watchdog.daemon = True
             watchdog.start()
-            connection.request("POST", self._url.path.rstrip("/") + path, body, self._headers())
+            connection.request("POST", self._path, body, self._headers)
             response = connection.getresponse()
-            data = response.read(limit + 1)
-            if late.is_set() or response.length or len(data) > limit:
-                raise HTTPException(f"the answer ends after {len(data)} bytes, {limit} are the most")
+            data = response.read(max_bytes + 1)
+            if late.is_set() or response.length or len(data) > max_bytes:
+                raise HTTPException(f"the answer ends after {len(data)} bytes; the limit is {max_bytes}")
         except (OSError, HTTPException) as error:
             connection.close()
             if isinstance(error, TimeoutError) or late.is_set():
-                raise TimeoutError(f"no whole answer within {seconds:g} s") from error
+                raise TimeoutError(f"no complete answer within {seconds:g} s") from error
             raise
         finally:
             if watchdog is not None:
@@ -179,7 +251,7 @@ class Transport:
         return response, data
 
     def _connection(self) -> HTTPConnection:
-        """One that was used just now, or a new one."""
+        """A connection that was used just now, or a new one."""
         while True:
             with self._lock:
                 since, connection = self._idle.pop() if self._idle else (0.0, None)
@@ -188,37 +260,31 @@ class Transport:
             if time.monotonic() - since < IDLE_S:
                 return connection
             connection.close()
-        host, port, seconds = str(self._url.hostname), self._url.port, self.section.timeout_s
+        host, port, seconds = str(self._url.hostname), self._url.port, self.settings.timeout_s
         if self._tls is None:
             return HTTPConnection(host, port, timeout=seconds)
         return HTTPSConnection(host, port, timeout=seconds, context=self._tls)
 
-    def _headers(self) -> dict[str, str]:
-        token = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        return {"Content-Type": "application/json", "Accept": "application/json", **token}
-
-    def _refused(self, message: str, status: int) -> ConfigError:
-        """An error that repeating does not change."""
-        remedies = {TLS: "name the file of its authority in the environment variable SSL_CERT_FILE", **self._remedies}
-        return ConfigError(
-            message, where=self.section.url, remedy=remedies.get(MOVED if status // 100 == 3 else status)
-        )
+    def _error(self, message: str, status: int) -> ConfigError:
+        remedies = {TLS: "set SSL_CERT_FILE to the file of the certificate authority", **self._remedies}
+        key = REDIRECT if status // 100 == 3 else status
+        return ConfigError(message, where=self.settings.url, remedy=remedies.get(key))
 
 
-def _cut(connected: socket.socket, late: threading.Event) -> None:
-    """End a connection that another thread reads from, once ``late`` tells it why."""
+def _shut_down(connected: socket.socket, late: threading.Event) -> None:
+    """End a connection that another thread reads from; ``late`` tells that thread why."""
     late.set()
     with suppress(OSError):
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # that of TLS would take its state from under the reader
+        # The TLS socket's own shutdown would discard its state while the other thread reads.
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds that a service asks to wait, as a number or as a date; 0 where it does not say."""
+    """Seconds of a ``Retry-After`` header, given as a number or as a date; 0 if it is absent or malformed."""
     if header is None:
         return 0.0
     with suppress(ValueError, OverflowError):
-        return max(
-            0.0,
-            float(header) if header.strip().isdecimal() else parsedate_to_datetime(header).timestamp() - time.time(),
-        )
+        if header.strip().isdecimal():
+            return max(0.0, float(header))
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return 0.0

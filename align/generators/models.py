@@ -1,10 +1,12 @@
-"""Checkpoints that answer, in this process."""
+"""Local models as generators, and the table of all kinds of generators."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -13,100 +15,134 @@ from align.data import chat
 from align.data.chat import Renderer
 from align.engines import decoder
 from align.engines.deepspeed import Engine, sharded_loading
-from align.errors import DataError
-from align.generators.base import Completion, Request
-from align.models import heads, load
-from align.models.positions import positions
+from align.generators.base import Completion, Generator, Request
+from align.generators.endpoint import EndpointGenerator
+from align.generators.functions import FunctionGenerator
+from align.models import heads, identity, load, positions
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 NOISE = -2
-"""The step in the name of the noise; training counts from 1, held-out evaluation is -1."""
+"""The step that names the sampling noise; training counts from 1, held-out evaluation uses -1."""
+IDENTITY_FIELDS = ("kind", "path", "revision", "init", "dtype", "function", "date")
+"""Fields that change the answers, besides weights, template and endpoint."""
 
 
-class ModelGenerator:
-    """A causal language model with its own tokenizer and template."""
+class ModelGenerator(Generator):
+    """A causal language model with its own tokenizer and template, in this process."""
 
-    def __init__(self, section: GeneratorConfig, device: torch.device, seed: int):
-        """Raises `ModelError` and `DataError`, each with a remedy."""
-        self.section, self.seed = section, seed
-        tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-        self.renderer = Renderer(tokenizer, section.chat_template, section.date, section="generator")
-        with sharded_loading(section):
-            self.model = load.causal_lm(section, chat.vocab_size(tokenizer), seed, chat.gaps(tokenizer))
-        self.engine = Engine(heads.TokenLogprobs(self.model), section, device, total_steps=0)
+    def __init__(self, config: GeneratorConfig, device: torch.device, seed: int = 0):
+        self.config, self.seed = config, seed
+        tokenizer = chat.load_tokenizer(config.path, config.revision, config.trust_remote_code)
+        self.renderer = Renderer(tokenizer, config.chat_template, config.date, section="generator")
+        with sharded_loading(config):
+            self.model = load.causal_lm(config, chat.vocab_size(tokenizer), seed, chat.gaps(tokenizer))
+        self.engine = Engine(heads.TokenLogprobs(self.model), config, device, total_steps=0)
         self._counts = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, name: str) -> Renderer:
+        tokenizer = chat.load_tokenizer(config.path, config.revision, config.trust_remote_code)
+        load.check(config, chat.vocab_size(tokenizer), name, sampled=1)  # lengths are checked in each call
+        return Renderer(tokenizer, config.chat_template, config.date, section=name)
+
+    @classmethod
+    def fingerprint(cls, config: GeneratorConfig, seed: int) -> str:
+        return identity.fingerprint(config, seed)
 
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> list[Completion]:
-        """See `align.generators.base.Generator`."""
-        ids = [self.renderer.prompt_ids(one.messages, one.opening) for one in requests]
-        self._require_positions(ids, sampling)
-        # The noise of a request is named by what is asked, so neither its place nor its company matters.
-        names = [int.from_bytes(one.key[:8], "big", signed=True) for one in requests]
-        prompts = Prompts(Packed.from_lists(ids), torch.tensor(names, dtype=torch.int64), self.renderer.stop_ids, NOISE)
+        ids = [self.renderer.prompt_ids(request.messages, request.opening) for request in requests]
+        longest = max(map(len, ids), default=0)
+        positions.require(
+            self.model.config,
+            longest + sampling.max_tokens,
+            self.config.path,
+            subject=f"a conversation of {longest} tokens with an answer of sampling.max_tokens={sampling.max_tokens}",
+            remedy="lower sampling.max_tokens, or leave the conversation out",
+        )
+        # The request names its noise, so its position and the other requests of the call do not matter.
+        noise_P = torch.tensor([int.from_bytes(request.key[:8], "big", signed=True) for request in requests]).long()
+        prompts = Prompts(Packed.from_lists(ids), noise_P, self.renderer.stop_ids, NOISE)
         with self.engine.full(self.model.parameters()):
-            slots, one_each = self.section.max_num_seqs, replace(sampling, num_samples=1)
-            rollouts = decoder.generate(self.model, prompts, one_each, self.seed, slots)
-        found = self._margins(rollouts) if margins else [None] * len(requests)
-        lengths = rollouts.sequences.responses.lengths_B.tolist()
-        self._counts["requests"] += len(requests)
-        self._counts["prompt_tokens"] += sum(map(len, ids))
-        self._counts["completion_tokens"] += sum(lengths)
-        texts = [self.renderer.text(row) for row in rollouts.sequences.responses.lists()]
-        return [
-            Completion(text, finished, len(prompt), length, margin)
-            for text, finished, prompt, length, margin in zip(
-                texts, rollouts.finished_B.tolist(), ids, lengths, found, strict=True
+            rollouts = decoder.generate(
+                self.model, prompts, replace(sampling, num_samples=1), self.seed, self.config.max_num_seqs
+            )
+        responses = rollouts.sequences.responses
+        completions = [
+            Completion(self.renderer.text(row), finished, len(prompt), len(row), margin)
+            for row, finished, prompt, margin in zip(
+                responses.lists(),
+                rollouts.finished_B.tolist(),
+                ids,
+                self._margins(rollouts) if margins else [None] * len(requests),
+                strict=True,
             )
         ]
+        self._counts["requests"] += len(requests)
+        self._counts["prompt_tokens"] += sum(map(len, ids))
+        self._counts["completion_tokens"] += len(responses.ids_N)
+        return completions
 
     def metrics(self) -> dict[str, float]:
-        """See `align.generators.base.Generator`."""
-        found, self._counts = self._counts, dict.fromkeys(self._counts, 0.0)
-        return found
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _require_positions(self, ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
-        longest = max(map(len, ids), default=0)
-        limit = positions(self.model.config)
-        if limit is not None and longest + sampling.max_tokens > limit[0]:
-            raise DataError(
-                f"a conversation of {longest} tokens and an answer of max_tokens={sampling.max_tokens} exceed the "
-                f"{limit[0]} positions of the model",
-                where=self.section.path,
-                remedy="lower sampling.max_tokens, or leave the conversation out",
-            )
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0.0)
+        return counts
 
     @cached_property
     def _yes_no(self) -> dict[int, tuple[int, int]]:
-        """Of every token that says Yes or No, the pair it belongs to: with and without a blank before the word."""
+        """For each token that is Yes or No, its pair (Yes, No): with or without a leading space."""
         encode = lambda text: self.renderer.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
         unknown = self.renderer.tokenizer.unk_token_id
-        found = {}
+        pairs = {}
         for yes, no in ((encode("Yes"), encode("No")), (encode(" Yes"), encode(" No"))):
             if len(yes) == len(no) == 1 and unknown not in (yes[0], no[0]):
-                found |= dict.fromkeys((yes[0], no[0]), (yes[0], no[0]))
-        return found
+                pairs |= dict.fromkeys((yes[0], no[0]), (yes[0], no[0]))
+        return pairs
 
     def _margins(self, rollouts: Rollouts) -> list[float | None]:
-        """log p(Yes) - log p(No) where the last Yes or No of each answer stands; None where there is none."""
+        """log p(Yes) - log p(No) at the last Yes or No of each answer; None if it has neither."""
         responses = rollouts.sequences.responses.lists()
         places = [max((t for t, id in enumerate(ids) if id in self._yes_no), default=None) for ids in responses]
-        rows = [i for i, place in enumerate(places) if place is not None]
-        said = [
-            [*responses[i][:place], word]
-            for i in rows
-            if (place := places[i]) is not None
-            for word in self._yes_no[responses[i][place]]
-        ]
-        both_B = rollouts.sequences.prompt_B[torch.tensor(rows, dtype=torch.int64)].repeat_interleave(2)
-        used, prompt_B = both_B.unique(return_inverse=True)
-        asked = Sequences(rollouts.sequences.prompts.select(used), Packed.from_lists(said), prompt_B)
-        logprob_BT = self.engine.infer(asked, temperature=1.0)["logprob_BT"]  # every rank, as sharded weights need
-        last_B = torch.tensor([len(ids) - 1 for ids in said], dtype=torch.int64)
-        word_B = logprob_BT[torch.arange(len(said)), last_B] if said else torch.zeros(0)
-        margins = dict(zip(rows, (word_B[::2] - word_B[1::2]).tolist(), strict=True))
+        rows = [(i, place) for i, place in enumerate(places) if place is not None]
+        # Each answer is cut before its verdict and continued with both words.
+        candidates = [[*responses[i][:place], word] for i, place in rows for word in self._yes_no[responses[i][place]]]
+        row_B = torch.tensor([i for i, _ in rows], dtype=torch.int64)
+        used, prompt_B = rollouts.sequences.prompt_B[row_B].repeat_interleave(2).unique(return_inverse=True)
+        sequences = Sequences(rollouts.sequences.prompts.select(used), Packed.from_lists(candidates), prompt_B)
+        # All ranks compute, even without candidates, as sharded weights require.
+        logprob_BT = self.engine.infer(sequences, temperature=1.0)["logprob_BT"]
+        last_B = torch.tensor([len(ids) - 1 for ids in candidates], dtype=torch.int64)
+        logprob_B = logprob_BT[torch.arange(len(candidates)), last_B] if candidates else torch.zeros(0)
+        margins = dict(zip(row_B.tolist(), (logprob_B[::2] - logprob_B[1::2]).tolist(), strict=True))
         return [margins.get(i) for i in range(len(responses))]
+
+
+GENERATORS: dict[str, type[Generator]] = {
+    "model": ModelGenerator,
+    "endpoint": EndpointGenerator,
+    "function": FunctionGenerator,
+}
+
+
+def build_generator(config: GeneratorConfig, device: torch.device, seed: int = 0) -> Generator:
+    """The generator of a section, ready to answer. Raises `ModelError`, `ConfigError` or `DataError` with a remedy."""
+    return GENERATORS[config.kind](config, device, seed)
+
+
+def check(config: GeneratorConfig, name: str = "generator") -> Renderer | None:
+    """See `Generator.check`."""
+    return GENERATORS[config.kind].check(config, name)
+
+
+def fingerprint(config: GeneratorConfig, seed: int) -> str:
+    """See `Generator.fingerprint`."""
+    return GENERATORS[config.kind].fingerprint(config, seed)
+
+
+def identity_keys(name: str, config: GeneratorConfig, seed: int) -> dict[str, Any]:
+    """Everything that the answers depend on, by key below ``name``. Raises as `check` does."""
+    renderer = check(config, name)
+    keys = {f"{name}.{field}": getattr(config, field) for field in IDENTITY_FIELDS}
+    keys |= {f"{name}.endpoint.{field}": getattr(config.endpoint, field) for field in ("url", "model", "extra")}
+    content = f"{fingerprint(config, seed)} {renderer.fingerprint if renderer else ''}"
+    return keys | {f"{name}, its content": hashlib.sha256(content.encode()).hexdigest()}

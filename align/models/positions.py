@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from align.config import ModelConfig, PolicyConfig, PriorPolicyConfig, RewardConfig, SamplerConfig
 from align.data.prompts import PromptStream
-from align.errors import DataError
+from align.errors import ConversationError, DataError
 from align.models import load
 from align.types import Packed, Prompts, Sequences
 
@@ -42,15 +42,20 @@ def positions(config: PreTrainedConfig) -> tuple[int, str] | None:
     return reach, key
 
 
-def require(config: PreTrainedConfig, longest: int, where: str) -> None:
-    """Raise `DataError` where a sequence of ``longest`` tokens exceeds the positions of a model."""
+def require(
+    config: PreTrainedConfig,
+    tokens: int,
+    where: str,
+    subject: str = "",
+    remedy: str = "lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_tokens",
+) -> None:
+    """Raise `ConversationError` if ``tokens`` exceed the positions of a model. ``subject`` names what has the tokens;
+    senders of the conversation may see it."""
     limit = positions(config)
-    if limit is not None and longest > limit[0]:
-        raise DataError(
-            f"a sequence of {longest} tokens exceeds the {limit[0]} positions of the model ({limit[1]})",
-            where=where,
-            remedy="lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_tokens",
-        )
+    if limit is not None and tokens > limit[0]:
+        subject = subject or f"a sequence of {tokens} tokens"
+        message = f"{subject} exceeds the {limit[0]} positions of the model ({limit[1]})"
+        raise ConversationError(message, public=message, where=where, remedy=remedy)
 
 
 class Longest(NamedTuple):

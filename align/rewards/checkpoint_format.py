@@ -1,93 +1,91 @@
-"""How a reward checkpoint gives its score: what the recipe and the checkpoint's own files say together.
+"""How a reward checkpoint gives a score: resolved from the recipe and the checkpoint's own files.
 
-Nothing here reads a weight, so that all of it is checked before a run starts.
+No weights are read here, so everything is checked before a run starts.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from align.config import CriticConfig, EnsembleConfig, ModelConfig, RewardConfig
+from align.config import CriticConfig, EnsembleConfig, RewardConfig
 from align.data.attributes import resolve
 from align.errors import ConfigError, ModelError
-from align.generators import opening
-from align.models import identity, load
+from align.models import load
 from align.models.weights import stored_file
 from align.prechecks.roles import require_head
 from align.rewards import card
 from align.rewards.card import Card, Moments
-from align.utils import plugins
 
-BY_CARD = ("sequence_classification", "attributes", "lm_head_row0")
-"""Kinds that a checkpoint may give itself."""
+CARD_KINDS = ("sequence_classification", "attributes", "lm_head_row0")
+"""Kinds that ``align_reward.json`` may name."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How one checkpoint is read."""
+class HeadSpec:
+    """How the score of one checkpoint is computed."""
 
     kind: str
     """As ``reward.kind``, never ``auto``."""
     names: tuple[str, ...]
-    """Of the head's outputs; none for one score."""
+    """Outputs of the head; empty for one score."""
     weights: tuple[float, ...]
-    """Of each output in the score."""
+    """Weight of each output in the score."""
     moments: Moments | None
-    """What scores are normalized by; None where they are not."""
+    """Normalization of scores; None if they are not normalized."""
     chat_template: str | None
-    """Text of the template that conversations are rendered by; None for the tokenizer's own."""
+    """Text of the chat template; None for the tokenizer's own."""
     date: str | None
     by_align: bool
-    """Trained here, on conversations that end with the end-of-turn token, whatever the template writes after it."""
+    """The model was trained by align, on conversations that end with the end-of-turn token whatever the template
+    writes after it."""
 
     @property
     def own_template(self) -> bool:
-        """Whether recipe or checkpoint say how conversations are rendered for this model."""
+        """Whether recipe or checkpoint fix the template or date for this model."""
         return self.chat_template is not None or self.date is not None
 
 
-def members(section: RewardConfig) -> list[RewardConfig]:
-    """The models of a reward role, ``path`` first. The others come from the hub's default branch and run no code of
-    their own."""
-    alone = replace(section, ensemble=EnsembleConfig())
+def members(config: RewardConfig) -> list[RewardConfig]:
+    """The models of a reward role, ``path`` first. Further members are loaded from the hub's default branch and run no
+    code from their repositories."""
+    first = replace(config, ensemble=EnsembleConfig())
     others = [
-        replace(alone, path=path, revision=None, init={}, trust_remote_code=False) for path in section.ensemble.paths
+        replace(first, path=path, revision=None, init={}, trust_remote_code=False) for path in config.ensemble.paths
     ]
-    return [alone, *others]
+    return [first, *others]
 
 
-def read(section: RewardConfig) -> list[Reading]:
-    """How each of `members` is read. Raises `ModelError` and `ConfigError` with a remedy."""
-    found = [_read(member) for member in members(section)]
-    if (section.weights or section.attributes) and not any(one.names for one in found):
-        kinds = ", ".join(dict.fromkeys(one.kind for one in found))
+def head_specs(config: RewardConfig) -> list[HeadSpec]:
+    """The head of each of `members`. Raises `ModelError` and `ConfigError` with a remedy."""
+    specs = [_head_spec(member) for member in members(config)]
+    if (config.weights or config.attributes) and not any(spec.names for spec in specs):
+        kinds = ", ".join(dict.fromkeys(spec.kind for spec in specs))
         raise ConfigError(
-            f"{section.path}: weights and attributes are given, but the checkpoint is read as {kinds}",
-            remedy="leave them out, or name a checkpoint whose head has several outputs (reward.kind=attributes)",
+            f"{config.path}: weights and attributes are given, but the checkpoint is read as {kinds}",
+            remedy="remove them, or name a checkpoint whose head has several outputs (reward.kind=attributes)",
         )
-    return found
+    return specs
 
 
-def require_attributes(section: RewardConfig, names: Sequence[str]) -> None:
-    """Raises `ConfigError` for a judge that does not give each of the attributes ``names`` a number of its own."""
-    judged = read(section) if section.is_model else []
-    missing = [name for name in names if len(judged) != 1 or name not in judged[0].names]
-    if missing:
-        has = ", ".join(judged[0].names) if len(judged) == 1 else ""
+def require_attributes(config: RewardConfig, names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless the reward is one model whose head has all attributes ``names``."""
+    specs = head_specs(config) if config.is_model else []
+    outputs = specs[0].names if len(specs) == 1 else ()
+    if missing := [name for name in names if name not in outputs]:
         raise ConfigError(
-            f"{section.path or section.kind}: it does not rate {', '.join(missing)}, but has {has or 'one score'}",
-            remedy="give one reward model with a head of these attributes, or name those that it has in "
-            "steering.attributes",
+            f"{config.path or config.kind}: it does not rate {', '.join(missing)}; it has "
+            f"{', '.join(outputs) or 'one score'}",
+            remedy="use one reward model whose head has these attributes, or set steering.attributes to the ones it "
+            "has",
         )
 
 
-def start_of(critic: CriticConfig) -> Reading:
-    """How the reward model is read that a critic starts from."""
+def critic_start(critic: CriticConfig) -> HeadSpec:
+    """The head of the reward model that a critic is initialized from."""
     require_head(critic)
     reward = RewardConfig(
         path=critic.path,
@@ -98,127 +96,109 @@ def start_of(critic: CriticConfig) -> Reading:
         attributes=critic.attributes,
         weights=critic.weights,
     )
-    return read(reward)[0]
+    return head_specs(reward)[0]
 
 
-def _read(section: RewardConfig) -> Reading:
-    outputs = load.labels(section)  # first, because it refuses what is no checkpoint at all
-    found = _card(section)
-    kind = section.kind if section.kind != "auto" else _kind_of(section, found, outputs)
-    names = _names(section, found, outputs) if kind == "attributes" else ()
-    weights = _weights(section, found, names) if kind == "attributes" else ()
-    moments = None
-    if section.normalize:
-        moments = found.moments if found else None
-        if moments is None or not (math.isfinite(moments.mean) and math.isfinite(moments.std) and moments.std > 0):
-            raise ModelError(
-                f"{section.path}: normalize needs mean and standard deviation of its scores, {card.NAME} holds "
-                f"{'none' if moments is None else f'{moments.mean} and {moments.std}'}",
-                remedy="train it with algorithm: reward_model, which measures them, or set reward.normalize=false and "
-                "shaping.mean and shaping.std",
-            )
-        if found is not None and names and _weights(replace(section, weights={}), found, names) != weights:
-            raise ModelError(
-                f"{section.path}: normalize needs the mean and standard deviation of a score by these weights, "
-                f"{card.NAME} holds those by {dict(found.weights)}",
-                remedy="leave reward.weights out, or set reward.normalize=false and shaping.mean and shaping.std",
-            )
-    return Reading(
+def _head_spec(config: RewardConfig) -> HeadSpec:
+    outputs = load.labels(config)  # first: it refuses a path without a checkpoint
+    file = stored_file(config, card.NAME)
+    stored = card.read(Path(file).parent) if file else None
+    kind = config.kind if config.kind != "auto" else _kind(config, stored, outputs)
+    names = _names(config, stored, outputs) if kind == "attributes" else ()
+    weights = _weights(config, stored, names) if kind == "attributes" else ()
+    template = stored.chat_template if stored else None
+    if config.chat_template is not None:
+        try:
+            # An empty file counts as none.
+            template = Path(config.chat_template).expanduser().read_text(encoding="utf-8") or template
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"reward.chat_template cannot be read: {error}", remedy="give a file") from error
+    return HeadSpec(
         kind,
         names,
         weights,
-        moments,
-        _template(section) or (found.chat_template if found else None),
-        section.date if section.date is not None or found is None else found.date,
-        found is not None and bool(found.loss),
+        _moments(config, stored, names, weights) if config.normalize else None,
+        template,
+        config.date if config.date is not None or stored is None else stored.date,
+        stored is not None and bool(stored.loss),
     )
 
 
-def _card(section: RewardConfig) -> Card | None:
-    file = stored_file(section, card.NAME)
-    return card.read(Path(file).parent) if file else None
+def _moments(config: RewardConfig, stored: Card | None, names: tuple[str, ...], weights: tuple[float, ...]) -> Moments:
+    moments = stored.moments if stored else None
+    if moments is None or not (math.isfinite(moments.mean) and math.isfinite(moments.std) and moments.std > 0):
+        raise ModelError(
+            f"{config.path}: normalize needs the mean and standard deviation of its scores, but {card.NAME} has "
+            f"{'none' if moments is None else f'{moments.mean} and {moments.std}'}",
+            remedy="train it with algorithm: reward_model, which measures them, or set reward.normalize=false and "
+            "shaping.mean and shaping.std",
+        )
+    # Moments belong to the weights that they were measured with.
+    if stored is not None and names and _weights(replace(config, weights={}), stored, names) != weights:
+        raise ModelError(
+            f"{config.path}: normalize needs the mean and standard deviation of a score with these weights, but "
+            f"{card.NAME} has those with {dict(stored.weights)}",
+            remedy="remove reward.weights, or set reward.normalize=false and shaping.mean and shaping.std",
+        )
+    return moments
 
 
-def _kind_of(section: RewardConfig, found: Card | None, outputs: tuple[str, ...]) -> str:
-    """By the card, or else by the architecture that the checkpoint names."""
-    if found is not None:
-        if found.kind not in BY_CARD:
+def _kind(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> str:
+    """Resolve ``auto`` by the card, or else by the architecture in the checkpoint's config."""
+    if stored is not None:
+        if stored.kind not in CARD_KINDS:
             raise ModelError(
-                f"{section.path}: {card.NAME} is of kind {found.kind}, which is none of {', '.join(BY_CARD)}",
-                remedy="name reward.kind",
+                f"{config.path}: {card.NAME} has kind {stored.kind}, which is none of {', '.join(CARD_KINDS)}",
+                remedy="set reward.kind",
             )
-        return found.kind
-    if section.init:
+        return stored.kind
+    if config.init:
         return "sequence_classification"
     if not outputs:
         raise ModelError(
-            f"{section.path}: cannot tell how this checkpoint gives a reward: it is no sequence classifier",
+            f"{config.path}: cannot tell how this checkpoint gives a reward: it is not a sequence classifier",
             remedy="set reward.kind=lm_head_row0 for a Llama-3.x-Nemotron-70B-Reward, reward.kind=yes_no for a "
-            "-Reward-Principle, else give a sequence classifier",
+            "-Reward-Principle; otherwise use a sequence classifier",
         )
     return "sequence_classification" if len(outputs) == 1 else "attributes"
 
 
-def _names(section: RewardConfig, found: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the head's outputs: those of the recipe, of the card, or of the config."""
-    given, own = resolve(section.attributes), (found.attributes if found else ()) or outputs
-    named = any(name != f"LABEL_{i}" for i, name in enumerate(own))
-    if given and named and len(given) == len(own) and given != own:
+def _names(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the head's outputs, from the recipe, the card or the checkpoint's config."""
+    from_recipe, stored_names = resolve(config.attributes), (stored.attributes if stored else ()) or outputs
+    named = any(name != f"LABEL_{i}" for i, name in enumerate(stored_names))
+    if from_recipe and named and len(from_recipe) == len(stored_names) and from_recipe != stored_names:
         raise ModelError(
-            f"{section.path}: its head has the outputs {', '.join(own)}, reward.attributes are {', '.join(given)}",
-            remedy="leave reward.attributes out: the checkpoint names them",
+            f"{config.path}: its head has the outputs {', '.join(stored_names)}, reward.attributes are "
+            f"{', '.join(from_recipe)}",
+            remedy="remove reward.attributes: the checkpoint names them",
         )
-    names = given or own
+    names = from_recipe or stored_names
     if names == outputs and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         raise ModelError(
-            f"{section.path}: the checkpoint does not name the {len(outputs)} outputs of its head",
+            f"{config.path}: the checkpoint does not name the {len(outputs)} outputs of its head",
             remedy="name them in their order: reward.attributes=[helpfulness, ...], or [nemo] for the nine of NeMo",
         )
     if len(names) != len(outputs):
         raise ModelError(
-            f"{section.path}: its head has {len(outputs)} outputs, {len(names)} are named: {', '.join(names)}",
+            f"{config.path}: its head has {len(outputs)} outputs, {len(names)} are named: {', '.join(names)}",
             remedy="name each output, in their order: reward.attributes=[...]",
         )
     return names
 
 
-def _weights(section: RewardConfig, found: Card | None, names: tuple[str, ...]) -> tuple[float, ...]:
-    weights: Mapping[str, float] = section.weights or (found.weights if found else {})
+def _weights(config: RewardConfig, stored: Card | None, names: tuple[str, ...]) -> tuple[float, ...]:
+    weights: Mapping[str, float] = config.weights or (stored.weights if stored else {})
     if not weights:
         raise ModelError(
-            f"{section.path}: nothing says how {', '.join(names)} add up to a score",
-            remedy=f"give weights, as reward.weights.{names[0]}=1; docs/rewards.md lists those of the papers",
+            f"{config.path}: there are no weights to combine {', '.join(names)} into a score",
+            remedy=f"set weights, for example reward.weights.{names[0]}=1; docs/rewards.md lists those of the papers",
         )
     for name in weights:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = "".join(f"did you mean `{one}`? " for one in near)
+            close = "".join(f"did you mean `{other}`? " for other in difflib.get_close_matches(name, names, n=1))
             raise ModelError(
-                f"{section.path}: a weight is given for {name}, which is no output of its head",
-                remedy=f"{hint}outputs: {', '.join(names)}",
+                f"{config.path}: reward.weights has {name}, which is not an output of its head",
+                remedy=f"{close}outputs: {', '.join(names)}",
             )
     return tuple(float(weights.get(name, 0.0)) for name in names)
-
-
-def _template(section: RewardConfig) -> str | None:
-    if section.chat_template is None:
-        return None
-    try:
-        return Path(section.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"reward.chat_template cannot be read: {error}", remedy="give a file") from error
-
-
-def fingerprint(section: ModelConfig, seed: int) -> str:
-    """What a role starts from, as `align.models.identity.fingerprint`: all models of an ensemble, the source of a
-    function, the model of a judge that writes. Of a service it says nothing; its address stands in the recipe."""
-    if not isinstance(section, RewardConfig):
-        return identity.fingerprint(section, seed)
-    if section.kind == "generative":
-        return opening.fingerprint(section.generative.judge, seed)
-    if section.kind == "http":
-        return hashlib.sha256(b"http").hexdigest()
-    if section.kind == "function":
-        return plugins.function_fingerprint(section.function)
-    models = [identity.fingerprint(one, seed) for one in members(section)]
-    return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Generative reward models as judges: what is asked about the responses to a prompt, and the scores that come of it.
+"""Generative reward models: what the judge is asked about the responses to a prompt, and the scores that result.
 
-The judge is a generator (`align.generators`): a model in this process, an endpoint, a function. Whatever is asked in a
-call goes to it at once, and then, in one more request each time, what could not be read. Answers of a model are a
-function of the request and its number, so the same responses get the same verdicts again, in a resumed run too.
+The judge is a generator (`align.generators`): a local model, an endpoint or a function. All requests of a call are sent
+together; then unreadable answers are requested again, up to ``retries`` times. A local model's answer is a function of
+the request and its sample number, so the same responses get the same verdicts again, also in a resumed run.
 """
 
 from __future__ import annotations
@@ -15,134 +15,149 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from align.config import GenerativeConfig
+from align.config import GenerativeConfig, RewardConfig
 from align.data import genrm, genrm_prompts
-from align.data.chat import Dialogue, Message
+from align.data.chat import Dialogue, Message, Renderer
 from align.data.genrm_prompts import FALLBACK, Scores
-from align.generators import opening
+from align.generators import models as generators
 from align.generators.base import Completion, Request
 from align.ops.genrm import MIDDLE
-from align.rewards import genrm_card, principles
-from align.rewards import genrm_groups as grouping
+from align.rewards import genrm_card
+from align.rewards import genrm_groups as genrm_groups
+from align.rewards.base import RewardScorer, TextInput
 
 T = TypeVar("T")
 Context = tuple[Message, ...]
-COUNTED = ("verdicts", "retried", "fallbacks")
+COUNTS = ("verdicts", "retried", "fallbacks")
 
 
-class Question(NamedTuple):
-    """One response that is judged alone, or two that are compared."""
+class JudgeTask(NamedTuple):
+    """One response that is scored alone, or two that are compared."""
 
     context: Context
     responses: tuple[str, ...]
 
 
-class Comparison(NamedTuple):
-    """What a judge says to a question."""
+class PairVerdict(NamedTuple):
+    """A judge's verdict on a `JudgeTask`."""
 
     scores: Scores
-    """The mean over votes and, of a pair, over both orders."""
+    """Mean over votes and, for a pair, over both orders."""
     unread: int
-    """Votes that could not be read, which count as no opinion: (3, 3, 3.5)."""
+    """Unreadable votes; they count as no opinion: (3, 3, 3.5)."""
     agreed: bool | None
-    """Whether both orders favour the same response; None where there is one order, or a vote could not be read."""
+    """Whether both orders favor the same response; None if there is one order or an unreadable vote."""
 
     @property
     def parsed(self) -> bool:
-        """Whether all votes could be read."""
+        """Whether all votes were readable."""
         return not self.unread
 
 
-class GenerativeJudge:
-    """Scores of a judge that writes."""
+class GenerativeScorer(RewardScorer):
+    """Scores from the verdicts of an LLM judge."""
 
-    def __init__(self, section: GenerativeConfig, device: torch.device, seed: int = 0):
-        """Raises `ModelError`, `ConfigError` or `DataError` for a generator that cannot be."""
-        self.section = section
-        self.generator = opening.open_generator(section.judge, device, seed)
+    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0):
+        """Raises `ModelError`, `ConfigError` or `DataError` if the judge cannot be loaded."""
+        self.config = config.generative
+        self.generator = generators.build_generator(self.config.judge, device, seed)
         self._counts: Counter[str] = Counter()
         self._agreed: list[bool] = []
 
-    def score(self, dialogues: Sequence[Dialogue], groups: Sequence[int] | None = None) -> Tensor:
-        """A score of each response, (B,) float32 on the CPU.
+    @classmethod
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> TextInput:
+        """Also raises `AlignError` if the template ignores the roles, or if the judge was trained on another form."""
+        return TextInput(config.source, check_judge(config.generative))
 
-        Neighbours with one number in ``groups`` are compared with each other; without numbers, those of one context.
-        A response that stands alone is judged alone.
-        """
-        keys: Sequence[object] = [one.context for one in dialogues] if groups is None else groups
-        rows = [list(found) for _, found in groupby(range(len(dialogues)), keys.__getitem__)]
-        seen = [Dialogue(one.context, self._shown(one.response)) for one in dialogues]
-        scores = self._by_principle(seen) if self.section.form == "principle" else self._by_verdict(seen, rows)
+    @classmethod
+    def fingerprint(cls, config: RewardConfig, seed: int) -> str:
+        return generators.fingerprint(config.generative.judge, seed)
+
+    def score(
+        self,
+        dialogues: Sequence[Dialogue],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `RewardScorer.score`. The responses of a group are compared; a group of one is scored alone."""
+        keys: Sequence[object] = [dialogue.context for dialogue in dialogues] if groups is None else groups
+        rows = [list(group) for _, group in groupby(range(len(dialogues)), keys.__getitem__)]
+        strip = self.config.strip_thoughts
+        shown = [Dialogue(d.context, genrm_prompts.thought(d.response)[1] if strip else d.response) for d in dialogues]
+        by_principle = self.config.form == "principle"
+        scores = self._score_by_principle(shown) if by_principle else self._score_by_verdict(shown, rows)
         adjusted = [
             score
             for group in rows
-            for score in grouping.adjusted(
-                [scores[i] for i in group], [dialogues[i].response for i in group], self.section
+            for score in genrm_groups.adjusted(
+                [scores[i] for i in group], [dialogues[i].response for i in group], self.config
             )
         ]
         return torch.tensor(adjusted, dtype=torch.float32)
 
-    def compare(self, context: Context, first: str, second: str) -> Comparison:
-        """What the judge says of two responses."""
-        return self.compare_all([Question(context, (first, second))])[0]
+    def compare(self, context: Context, first: str, second: str) -> PairVerdict:
+        """The verdict on two responses."""
+        return self.compare_all([JudgeTask(context, (first, second))])[0]
 
-    def compare_all(self, questions: Sequence[Question]) -> list[Comparison]:
-        """What the judge says to each question, all asked at once; of form ``helpsteer3`` or ``json``."""
-        section = self.section
-        form = section.form
+    def compare_all(self, tasks: Sequence[JudgeTask]) -> list[PairVerdict]:
+        """The verdict on each task, all requested together; for the forms ``helpsteer3`` and ``json``."""
+        config, form = self.config, self.config.form
         assert form != "principle"
-        orders = [self._orders(one) for one in questions]
-        asked = [one for found in orders for one in found]
-        votes = self._votes(
-            [genrm_prompts.ask(*one, form, section.custom_roles, section.principle) for one in asked],
-            lambda i, completion: genrm_prompts.read(completion.text, form, len(asked[i].responses)),
+        orders = [
+            [task, JudgeTask(task.context, task.responses[::-1])]
+            if config.both_orders and len(task.responses) == 2
+            else [task]
+            for task in tasks
+        ]
+        requests = [task for order in orders for task in order]
+        votes = iter(
+            self._votes(
+                [genrm_prompts.ask(*task, form, config.custom_roles, config.principle) for task in requests],
+                lambda i, completion: genrm_prompts.read(completion.text, form, len(requests[i].responses)),
+            )
         )
-        said = iter(votes)
-        found = [_merged([next(said) for _ in found], len(found[0].responses)) for found in orders]
-        self._agreed += [one.agreed for one in found if one.agreed is not None]
-        return found
+        merged = [_merge_orders([next(votes) for _ in order], len(order[0].responses)) for order in orders]
+        self._agreed += [verdict.agreed for verdict in merged if verdict.agreed is not None]
+        return merged
 
     def metrics(self) -> dict[str, float]:
-        """What the generator counted; ``verdicts`` that were wanted, ``retried``, how often one was asked for again,
-        and ``fallbacks``, those that could not be read in the end; ``order_consistency``: of the pairs whose votes
-        could all be read, the share of which both orders favour the same response, or neither."""
-        found = self.generator.metrics() | {name: float(self._counts[name]) for name in COUNTED}
-        found |= {"order_consistency": sum(self._agreed) / len(self._agreed)} if self._agreed else {}
+        """Counts of the generator, and ``verdicts`` requested, ``retried`` requests of unreadable ones, ``fallbacks``
+        that stayed unreadable; ``order_consistency``: the share of pairs, of those with readable votes, on which both
+        orders favor the same response, or neither."""
+        metrics = self.generator.metrics() | {name: float(self._counts[name]) for name in COUNTS}
+        metrics |= {"order_consistency": sum(self._agreed) / len(self._agreed)} if self._agreed else {}
         self._counts, self._agreed = Counter(), []
-        return found
+        return metrics
 
-    def _shown(self, response: str) -> str:
-        return genrm_prompts.thought(response)[1] if self.section.strip_thoughts else response
+    def close(self) -> None:
+        self.generator.close()
 
-    def _orders(self, question: Question) -> list[Question]:
-        context, responses = question
-        both = self.section.both_orders and len(responses) == 2
-        return [question, Question(context, responses[::-1])] if both else [question]
-
-    def _by_verdict(self, dialogues: Sequence[Dialogue], rows: Sequence[Sequence[int]]) -> list[float]:
-        section = self.section
-        compared = [grouping.pairs(len(group), section.pairs, section.both_orders) for group in rows]
-        wanted = [
-            tuple(group[i] for i in one)
-            for group, found in zip(rows, compared, strict=True)
-            for one in (found or [(0,)])
+    def _score_by_verdict(self, dialogues: Sequence[Dialogue], rows: Sequence[Sequence[int]]) -> list[float]:
+        config = self.config
+        pairs = [genrm_groups.pairs(len(group), config.pairs, config.both_orders) for group in rows]
+        members = [
+            tuple(group[i] for i in pair)
+            for group, group_pairs in zip(rows, pairs, strict=True)
+            for pair in (group_pairs or [(0,)])
         ]
-        questions = [Question(dialogues[ids[0]].context, tuple(dialogues[i].response for i in ids)) for ids in wanted]
-        said = iter(one.scores for one in self.compare_all(questions))
+        tasks = [JudgeTask(dialogues[ids[0]].context, tuple(dialogues[i].response for i in ids)) for ids in members]
+        verdict_scores = iter(verdict.scores for verdict in self.compare_all(tasks))
         scores: list[float] = []
-        for group, found in zip(rows, compared, strict=True):
-            if found:
-                verdicts_of_group = [next(said) for _ in found]
-                scores += grouping.from_verdicts(len(group), found, verdicts_of_group, section.tie_break)
+        for group, group_pairs in zip(rows, pairs, strict=True):
+            if group_pairs:
+                values = [next(verdict_scores) for _ in group_pairs]
+                scores += genrm_groups.from_verdicts(len(group), group_pairs, values, config.tie_break)
             else:
-                scores.append(next(said).first)
+                scores.append(next(verdict_scores).first)
         return scores
 
-    def _by_principle(self, dialogues: Sequence[Dialogue]) -> list[float]:
-        asked = [principles.ask(one, self.section) for one in dialogues]
-        votes = self._votes(asked, lambda _, completion: principles.read(completion), margins=True)
-        none = principles.NO_OPINION
-        return [sum(none if vote is None else vote for vote in found) / len(found) for found in votes]
+    def _score_by_principle(self, dialogues: Sequence[Dialogue]) -> list[float]:
+        conversations = [genrm_groups.ask_principle(dialogue, self.config.principle) for dialogue in dialogues]
+        votes = self._votes(conversations, lambda _, completion: genrm_groups.read_principle(completion), margins=True)
+        return [
+            sum(genrm_groups.NO_OPINION if vote is None else vote for vote in row_votes) / len(row_votes)
+            for row_votes in votes
+        ]
 
     def _votes(
         self,
@@ -150,41 +165,42 @@ class GenerativeJudge:
         read: Callable[[int, Completion], T | None],
         margins: bool = False,
     ) -> list[list[T | None]]:
-        """Verdicts on each conversation, one a vote; None for one that could not be read in the end.
+        """``votes`` verdicts on each conversation; None for one that is still unreadable after all retries.
 
-        An answer that was cut off is not read: what looks like a verdict in it may be part of the reasoning.
+        A truncated answer is not read: what looks like a verdict in it may be part of the reasoning.
         """
-        votes, sampling = self.section.votes, self.section.sampling
-        found: list[list[T | None]] = [[None] * votes for _ in conversations]
-        waiting = [(i, vote) for i in range(len(conversations)) for vote in range(votes)]
-        self._counts["verdicts"] += len(waiting)
-        for attempt in range(self.section.retries + 1):
-            if not waiting:
+        num_votes, sampling = self.config.votes, self.config.sampling
+        votes: list[list[T | None]] = [[None] * num_votes for _ in conversations]
+        missing = [(i, vote) for i in range(len(conversations)) for vote in range(num_votes)]
+        self._counts["verdicts"] += len(missing)
+        for attempt in range(self.config.retries + 1):
+            if not missing:
                 break
-            self._counts["retried"] += len(waiting) if attempt else 0
-            requests = [Request(conversations[i], vote + votes * attempt) for i, vote in waiting]
+            self._counts["retried"] += len(missing) if attempt else 0
+            # A new sample number, because the same request would get the same answer.
+            requests = [Request(conversations[i], vote + num_votes * attempt) for i, vote in missing]
             completions = self.generator.complete(requests, sampling, margins)
-            for (i, vote), completion in zip(waiting, completions, strict=True):
-                found[i][vote] = read(i, completion) if completion.finished else None
-            waiting = [(i, vote) for i, vote in waiting if found[i][vote] is None]
-        self._counts["fallbacks"] += len(waiting)
-        return found
+            for (i, vote), completion in zip(missing, completions, strict=True):
+                votes[i][vote] = read(i, completion) if completion.finished else None
+            missing = [(i, vote) for i, vote in missing if votes[i][vote] is None]
+        self._counts["fallbacks"] += len(missing)
+        return votes
 
 
-def _merged(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> Comparison:
-    """From the votes in each order."""
-    none = FALLBACK if num_responses == 2 else Scores(FALLBACK.first, None, None)
+def _merge_orders(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> PairVerdict:
+    """One verdict from the votes in one or both orders."""
+    fallback = FALLBACK if num_responses == 2 else Scores(FALLBACK.first, None, None)
     unread = sum(vote is None for votes in orders for vote in votes)
-    there, *back = [[vote or none for vote in votes] for votes in orders]
-    if not back:
-        return Comparison(_mean(there), unread, None)
-    swapped = [genrm_prompts.swapped(vote) for vote in back[0]]
-    agreed = None if unread else _favours(_mean(there)) == _favours(_mean(swapped))
-    return Comparison(_mean([*there, *swapped]), unread, agreed)
+    forward, *swapped_orders = [[vote or fallback for vote in votes] for votes in orders]
+    if not swapped_orders:
+        return PairVerdict(_mean(forward), unread, None)
+    swapped_back = [genrm_prompts.swapped(vote) for vote in swapped_orders[0]]
+    agreed = None if unread else _favors(_mean(forward)) == _favors(_mean(swapped_back))
+    return PairVerdict(_mean([*forward, *swapped_back]), unread, agreed)
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:
-    """By one sum, which is exact, and one division: means are equal where sums are, which a tie-break looks at."""
+    """One exact sum and one division, so that means are equal if sums are: ``tie_break`` compares them."""
     first, second, ranking = (
         sum(column) / len(column) if None not in column else None for column in zip(*scores, strict=True)
     )
@@ -192,22 +208,22 @@ def _mean(scores: Sequence[Scores]) -> Scores:
     return Scores(first, second, ranking)
 
 
-def _favours(scores: Scores) -> int:
+def _favors(scores: Scores) -> int:
     """1 for the first response, -1 for the second, 0 for neither."""
     assert scores.ranking is not None
     return (scores.ranking < MIDDLE) - (scores.ranking > MIDDLE)
 
 
-def check(section: GenerativeConfig) -> str:
-    """Look at all that a judge needs to come up; returns the fingerprint of what its model renders text by, or nothing.
+def check_judge(config: GenerativeConfig) -> str:
+    """Check everything that a judge needs; returns the fingerprint of its template, empty if it is not a local model.
 
-    Raises `AlignError` with a remedy: no such model or function, no key, a template that does not know the roles, a
-    judge that learned another form.
+    Raises `AlignError` with a remedy: missing model, function or key, a template that ignores the roles, a judge that
+    was trained on another form.
     """
-    renderer = opening.check(section.judge)
-    genrm_card.require_same(section)
+    renderer = generators.check(config.judge)
+    genrm_card.require_same(config)
     if renderer is None:
         return ""
     keys = "reward.generative.custom_roles", "reward.generative.judge.chat_template"
-    genrm.require_roles(renderer, section, keys)
+    genrm.require_roles(renderer, config, keys)
     return renderer.fingerprint

@@ -1,8 +1,7 @@
-"""What a reward service and its clients say to each other: JSON in the manner of OpenAI's API. See
-docs/reward_service.md.
+"""JSON protocol of the reward service, after OpenAI's API; see docs/reward_service.md.
 
-Both sides read strictly. What is not exactly as described is refused and never guessed, for a score that belongs to
-another response is worse than none.
+Both sides parse strictly: whatever deviates from the protocol is refused, because a score that belongs to another
+response is worse than none.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from align.data.chat import Dialogue, Message
 REWARDS, MODELS, HEALTH, METRICS = "/v1/rewards", "/v1/models", "/health", "/metrics"
 OPENAPI = "/openapi.json"
 LARGEST = 3.4028234663852886e38
-"""The largest number of float32, in which scores are held."""
+"""The largest float32: scores are held in float32."""
 ROLES = ("system", "user", "assistant")
 
 
 class Refused(Exception):
-    """A request that is answered with an error. ``param`` names the place in it, as ``input[3].messages``."""
+    """An error status of the service. ``param`` names the place in the request, as ``input[3].messages``."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_after_s: int | None = None):
-        super().__init__(status, message, param, retry_after_s)  # all of them, so that it passes between processes
+        super().__init__(status, message, param, retry_after_s)  # all of them, so that it can be pickled
         self.status, self.message, self.param, self.retry_after_s = status, message, param, retry_after_s
 
     def body(self) -> dict[str, Any]:
@@ -49,20 +48,20 @@ _ERRORS = {
 }
 
 
-class Asked(NamedTuple):
-    """A request that was read."""
+class ScoreRequest(NamedTuple):
+    """A parsed request."""
 
     model: str | None
     dialogues: list[Dialogue]
 
 
-def request(dialogues: Sequence[Dialogue]) -> bytes:
+def request_body(dialogues: Sequence[Dialogue]) -> bytes:
     """Body of a request for scores."""
-    return json.dumps({"input": [{"messages": _messages(one)} for one in dialogues]}).encode()
+    return json.dumps({"input": [{"messages": _messages(dialogue)} for dialogue in dialogues]}).encode()
 
 
 def canonical(dialogue: Dialogue) -> bytes:
-    """Bytes that are equal for equal conversations and for no others."""
+    """Bytes that are equal if and only if the conversations are."""
     return json.dumps([list(message.values()) for message in _messages(dialogue)], separators=(",", ":")).encode()
 
 
@@ -70,81 +69,83 @@ def _messages(dialogue: Dialogue) -> list[dict[str, str]]:
     return [message._asdict() for message in (*dialogue.context, Message("assistant", dialogue.response))]
 
 
-def read_request(body: bytes, max_conversations: int) -> Asked:
+def read_request(body: bytes, max_conversations: int) -> ScoreRequest:
     """Raises `Refused`: 400 with what is wrong and where, 413 for more than ``max_conversations``."""
-    found = _mapping(_parsed(body), "", {"model", "input"})
-    model, conversations = found.get("model"), found.get("input")
+    fields = _mapping(_parse(body), "", {"model", "input"})
+    model, conversations = fields.get("model"), fields.get("input")
     if model is not None and not isinstance(model, str):
-        raise Refused(400, f"model is text, not {_shown(model)}", "model")
+        raise Refused(400, f"model must be text, not {_shown(model)}", "model")
     if not isinstance(conversations, list) or not conversations:
-        raise Refused(400, f"input is a list of conversations, not {_shown(conversations)}", "input")
+        raise Refused(400, f"input must be a list of conversations, not {_shown(conversations)}", "input")
     if len(conversations) > max_conversations:
-        message = f"{len(conversations)} conversations in one request, at most {max_conversations} are taken"
+        message = f"{len(conversations)} conversations in one request; the limit is {max_conversations}"
         raise Refused(413, message, "input")
-    return Asked(model, [_dialogue(one, f"input[{index}]") for index, one in enumerate(conversations)])
+    return ScoreRequest(model, [_dialogue(item, f"input[{i}]") for i, item in enumerate(conversations)])
 
 
-def _dialogue(found: Any, where: str) -> Dialogue:
-    messages = _mapping(found, where, {"messages"}).get("messages")
+def _dialogue(value: Any, where: str) -> Dialogue:
+    messages = _mapping(value, where, {"messages"}).get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
-        raise Refused(400, f"messages is a list of two and more, not {_shown(messages)}", f"{where}.messages")
-    read = [_message(one, f"{where}.messages[{index}]") for index, one in enumerate(messages)]
-    if read[-1].role != "assistant":
-        message = f"the last message is the response, so its role is assistant, not {read[-1].role}"
-        raise Refused(400, message, f"{where}.messages[{len(read) - 1}].role")
-    return Dialogue(tuple(read[:-1]), read[-1].content)
+        raise Refused(400, f"messages must be a list of two or more, not {_shown(messages)}", f"{where}.messages")
+    *context, response = [_message(item, f"{where}.messages[{i}]") for i, item in enumerate(messages)]
+    if response.role != "assistant":
+        message = f"the last message is the response, so its role must be assistant, not {response.role}"
+        raise Refused(400, message, f"{where}.messages[{len(context)}].role")
+    return Dialogue(tuple(context), response.content)
 
 
-def _message(found: Any, where: str) -> Message:
-    fields = _mapping(found, where, {"role", "content"})
+def _message(value: Any, where: str) -> Message:
+    fields = _mapping(value, where, {"role", "content"})
     role, content = fields.get("role"), fields.get("content")
     if role not in ROLES:
-        raise Refused(400, f"role is one of {', '.join(ROLES)}, not {_shown(role)}", f"{where}.role")
+        raise Refused(400, f"role must be one of {', '.join(ROLES)}, not {_shown(role)}", f"{where}.role")
     if not isinstance(content, str):
-        raise Refused(400, f"content is text, not {_shown(content)}", f"{where}.content")
+        raise Refused(400, f"content must be text, not {_shown(content)}", f"{where}.content")
     if any("\ud800" <= character <= "\udfff" for character in content):
-        raise Refused(400, "content holds half of a surrogate pair, which is no character", f"{where}.content")
+        raise Refused(400, "content contains an unpaired surrogate, which is not a character", f"{where}.content")
     return Message(role, content)
 
 
-def _mapping(found: Any, where: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise Refused(400, f"{where or 'the body'} is an object, not {_shown(found)}", where or None)
-    if unknown := sorted(found.keys() - known):
-        message = f"unknown key {_shown(unknown[0])}; known: {', '.join(sorted(known))}"
+def _mapping(value: Any, where: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(400, f"{where or 'the body'} must be an object, not {_shown(value)}", where or None)
+    if unknown := sorted(value.keys() - keys):
+        message = f"unknown key {_shown(unknown[0])}; keys: {', '.join(sorted(keys))}"
         raise Refused(400, message, where or None)
-    return found
+    return value
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, short: it may be all of a conversation, or nested as deep as `json.dumps` cannot follow."""
+    """A value shortened for a message: it may be a whole conversation, or nested too deeply for `json.dumps`."""
     if isinstance(value, (list, dict)) and value:
         return f"a list of {len(value)}" if isinstance(value, list) else f"an object with {len(value)} keys"
     text = "nothing" if value is None else json.dumps(value[:60] if isinstance(value, str) else value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _parsed(body: bytes) -> Any:
+def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
+        return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_shown(twice)} is given twice in one object")
-    return found
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {_shown(duplicate)} in an object")
+    return fields
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def answer(model: str, scores: Sequence[float], attributes: Sequence[Mapping[str, float]] | None) -> dict[str, Any]:
-    """The JSON of scores; null where one is not finite."""
+def answer_body(
+    model: str, scores: Sequence[float], attributes: Sequence[Mapping[str, float]] | None
+) -> dict[str, Any]:
+    """The JSON of scores; null for a score that is not finite."""
     data: list[dict[str, Any]] = [
         {"object": "reward", "index": index, "score": _number(score)} for index, score in enumerate(scores)
     ]
@@ -158,38 +159,38 @@ def _number(value: float) -> float | None:
 
 
 def read_answer(body: bytes, count: int) -> list[float]:
-    """Scores of ``count`` conversations in their order, NaN where there is none.
+    """Scores of ``count`` conversations in order, NaN for null.
 
-    Raises ValueError unless each index from 0 to ``count`` - 1 comes exactly once, with null or a finite number.
+    Raises ValueError unless each index from 0 to ``count`` - 1 occurs once, with null or a finite number.
     """
     try:
-        data = json.loads(body, parse_constant=_no_constant)["data"]
+        data = json.loads(body, parse_constant=_refuse_constant)["data"]
         scores = {_index(item["index"]): _score(item["score"]) for item in data}
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("nested too deeply") from error
     except (KeyError, TypeError) as error:
-        raise ValueError(f"it has not the form of an answer: {error!r}") from error
+        raise ValueError(f"not the form of an answer: {error!r}") from error
     if len(data) != count or scores.keys() != set(range(count)):
-        raise ValueError(f"{count} conversations were asked, and it holds {len(data)} scores with indices {[*scores]}")
+        raise ValueError(f"{count} conversations were sent, but it has {len(data)} scores with indices {[*scores]}")
     return [scores[index] for index in range(count)]
 
 
-def _index(found: Any) -> int:
-    if type(found) is not int:
-        raise ValueError(f"an index is a whole number, not {_shown(found)}")
-    return found
+def _index(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"an index must be an integer, not {_shown(value)}")
+    return value
 
 
-def _score(found: Any) -> float:
-    if found is None:
+def _score(value: Any) -> float:
+    if value is None:
         return math.nan
-    if type(found) not in (int, float) or abs(found) > LARGEST:
-        raise ValueError(f"a score is a number of float32 or null, not {_shown(found)}")
-    return float(found)
+    if type(value) not in (int, float) or abs(value) > LARGEST:
+        raise ValueError(f"a score must be a float32 number or null, not {_shown(value)}")
+    return float(value)
 
 
-def message_of(body: bytes) -> str:
-    """What an answer with an error says, on one line and cut to a length that a message can hold."""
+def error_text(body: bytes) -> str:
+    """The error text of an answer, on one line, at most 500 characters."""
     try:
         text = json.loads(body)["error"]["message"]
     except (ValueError, RecursionError, KeyError, TypeError):

@@ -1,180 +1,185 @@
-"""Judges of responses: reward checkpoints by kind, ensembles of them, services and functions, behind one method."""
+"""Scorers of reward checkpoints and of ensembles, and the table of all kinds of scorers."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from align import ops
-from align.config import RewardConfig
+from align.config import ModelConfig, RewardConfig
 from align.data import chat
-from align.data.chat import Dialogue
+from align.data.chat import Dialogue, Renderer
 from align.engines.deepspeed import Engine, sharded_loading
-from align.errors import ConversationError
-from align.models import heads, load
-from align.models.positions import positions
+from align.models import heads, identity, load, positions
 from align.rewards import checkpoint_format, texts
-from align.rewards.checkpoint_format import Reading
-from align.rewards.functions import FunctionJudge
-from align.rewards.genrm import GenerativeJudge
-from align.rewards.http import HttpJudge
+from align.rewards.base import RewardScorer, TextInput
+from align.rewards.checkpoint_format import HeadSpec
+from align.rewards.functions import FunctionScorer
+from align.rewards.genrm import GenerativeScorer
+from align.rewards.http import HttpScorer
 from align.types import Sequences
 
-AVERAGED = ("latency", "disagreement", "order_consistency")
-"""How metrics begin that are means; all others are counts, which add up."""
+
+class _Checkpoints(RewardScorer):
+    """What one and several checkpoints share."""
+
+    wants: ClassVar[Literal["ids", "text"]] = "ids"
+
+    @classmethod
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> TextInput | None:
+        """The policy's ids can be read if every member would tokenize the same conversation to the same ids."""
+        members = checkpoint_format.members(config)
+        tokenizers = [chat.load_tokenizer(item.path, item.revision, item.trust_remote_code) for item in members]
+        for member, tokenizer in zip(members, tokenizers, strict=True):
+            load.check(member, chat.vocab_size(tokenizer), name)
+        loaded = [*zip(members, tokenizers, checkpoint_format.head_specs(config), strict=True)]
+        reasons = {item.path: texts.text_reason(spec, tokenizer, renderer) for item, tokenizer, spec in loaded}
+        if not any(reasons.values()):
+            return None
+        reason = "; ".join(f"{path}: {reason}" for path, reason in reasons.items() if reason)
+        renderers = tuple(texts.Text(tokenizer, spec, config).renderer for _, tokenizer, spec in loaded)
+        return TextInput(reason, " ".join(item.fingerprint for item in renderers), renderers)
+
+    @classmethod
+    def fingerprint(cls, config: RewardConfig, seed: int) -> str:
+        models = [identity.fingerprint(member, seed) for member in checkpoint_format.members(config)]
+        return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()
 
 
-class Judge(Protocol):
-    """Whatever gives responses a score."""
+class CheckpointScorer(_Checkpoints):
+    """A reward model: a head that is read at the last token of the conversation."""
 
-    def score(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """A score of each response, (B,) float32 on the CPU; NaN where there is none."""
-        ...
+    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0, head_spec: HeadSpec | None = None):
+        """Raises `ModelError` if the checkpoint has no head of its kind; a head is never drawn at random."""
+        self.config = config
+        self.head_spec = head_spec or checkpoint_format.head_specs(config)[0]
+        self.attribute_names = self.head_spec.names
+        self.tokenizer = chat.load_tokenizer(config.path, config.revision, config.trust_remote_code)
+        with sharded_loading(config):
+            head = self._load_head(seed)
+        self.engine = Engine(head, config, device, total_steps=0)
 
-    def metrics(self) -> dict[str, float]:
-        """What was counted since the last call; see `AVERAGED`."""
-        ...
-
-
-class ModelJudge:
-    """A reward checkpoint that is read by its kind."""
-
-    def __init__(self, section: RewardConfig, read: Reading, device: torch.device, seed: int):
-        """Raises `ModelError` for a checkpoint that is not of its kind: no head is ever made up."""
-        self.section, self.reading = section, read
-        self.names = read.names
-        """Of the head's outputs; none for one score."""
-        self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
-        with sharded_loading(section):
-            head = self._head(seed)
-        self.engine = Engine(head, section, device, total_steps=0)
-
-    def _head(self, seed: int) -> heads.Head:
-        section, size = self.section, chat.vocab_size(self.tokenizer)
-        match self.reading.kind:
+    def _load_head(self, seed: int) -> heads.Head:
+        config, size = self.config, chat.vocab_size(self.tokenizer)
+        match self.head_spec.kind:
             case "lm_head_row0":
-                return heads.RowZeroLogit(load.causal_lm(section, size, seed))
+                return heads.RowZeroLogit(load.causal_lm(config, size, seed))
             case "yes_no":
-                yes, no = texts.yes_and_no(self.tokenizer)
-                return heads.LogitDifference(load.causal_lm(section, size, seed), yes, no)
+                yes, no = texts.yes_no_ids(self.tokenizer)
+                return heads.LogitDifference(load.causal_lm(config, size, seed), yes, no)
             case "attributes":
-                model = load.scorer(section, size, seed, head="trained", num_labels=len(self.names))
-                return heads.LastTokenAttributes(model)
+                num_labels = len(self.attribute_names)
+                return heads.LastTokenAttributes(load.scorer(config, size, seed, head="trained", num_labels=num_labels))
             case _:
-                return heads.LastTokenScore(load.scorer(section, size, seed, head="trained"))
+                return heads.LastTokenScore(load.scorer(config, size, seed, head="trained"))
 
     @cached_property
     def text(self) -> texts.Text:
-        """How it reads conversations."""
-        return texts.Text(self.tokenizer, self.reading, self.section)
+        """Renders conversations to token ids of this model."""
+        return texts.Text(self.tokenizer, self.head_spec, self.config)
 
-    def score(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """See `Judge`."""
+    def score(
+        self,
+        dialogues: Sequence[Dialogue],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
         return self._score(self._infer(dialogues))
 
     def score_ids(self, sequences: Sequences) -> Tensor:
-        """Scores of conversations as ids of this model's tokenizer, in the order that they come in."""
         return self._score(self.engine.infer(sequences))
 
     def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """All outputs of the head, (B, A), in the order of ``names``; A is 0 for a checkpoint with one score."""
-        if not self.names:
+        if not self.attribute_names:
             return torch.zeros(len(dialogues), 0)
         return self._infer(dialogues)["attribute_BA"]
 
-    def goodness(self, attribute_BA: Tensor) -> Tensor:
-        """Scores of `attributes`, by their weights."""
-        return self._normalized(ops.ratings.goodness(attribute_BA, torch.tensor(self.reading.weights)))
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing is counted."""
-        return {}
+    def score_attributes(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
+        outputs = self._infer(dialogues)
+        return self._score(outputs), outputs.get("attribute_BA", torch.zeros(len(dialogues), 0))
 
     def _infer(self, dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
         """Outputs of the head in the order of ``dialogues``."""
         sequences, dialogue_B = self.text.sequences(dialogues)
-        self._require_positions(sequences)
+        # Token ids of a run are limited by its own settings; text may have any length.
+        tokens = int(sequences.tokens_B().max()) if len(sequences) else 0
+        positions.require(
+            self.engine.head.model.config,
+            tokens,
+            self.config.path,
+            subject=f"a conversation of {tokens} tokens",
+            remedy="leave it out, or shorten it: in a run, data.max_prompt_tokens and sampling.max_tokens",
+        )
         outputs = self.engine.infer(sequences)
-        back_B = dialogue_B.argsort()
-        return {name: value[back_B] for name, value in outputs.items()}
-
-    def _require_positions(self, sequences: Sequences) -> None:
-        """Text comes from anywhere and may have any length. Ids are those of a run, which has limits of its own."""
-        longest = int(sequences.tokens_B().max()) if len(sequences) else 0
-        limit = positions(self.engine.head.model.config)
-        if limit is not None and longest > limit[0]:
-            message = f"a conversation has {longest} tokens, the reward model has positions for {limit[0]}"
-            raise ConversationError(
-                message,
-                public=message,
-                where=self.section.path,
-                remedy="leave it out, or shorten it: in a run, data.max_prompt_tokens and sampling.max_tokens",
-            )
+        position_B = dialogue_B.argsort()
+        return {name: value[position_B] for name, value in outputs.items()}
 
     def _score(self, outputs: dict[str, Tensor]) -> Tensor:
-        if self.names:
-            return self.goodness(outputs["attribute_BA"])
-        return self._normalized(outputs["score_B"])
-
-    def _normalized(self, score_B: Tensor) -> Tensor:
-        moments = self.reading.moments
+        if self.attribute_names:
+            score_B = ops.ratings.goodness(outputs["attribute_BA"], torch.tensor(self.head_spec.weights))
+        else:
+            score_B = outputs["score_B"]
+        moments = self.head_spec.moments
         return score_B if moments is None else (score_B - moments.mean) / moments.std
 
 
-class EnsembleJudge:
-    """Several checkpoints that judge together."""
+class EnsembleScorer(_Checkpoints):
+    """Several reward models whose scores are combined; text or ids are those that all of them can read."""
 
-    names: tuple[str, ...] = ()
+    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0):
+        members = zip(checkpoint_format.members(config), checkpoint_format.head_specs(config), strict=True)
+        self.config, self.members = config, [CheckpointScorer(item, device, seed, spec) for item, spec in members]
+        self._spreads: list[Tensor] = []
 
-    def __init__(self, judges: Sequence[ModelJudge], section: RewardConfig):
-        self.judges, self.section = judges, section.ensemble
-        self._disagreements: list[Tensor] = []
-
-    def score(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """See `Judge`."""
-        return self._combined([one.score(dialogues) for one in self.judges])
+    def score(
+        self,
+        dialogues: Sequence[Dialogue],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
+        return self._combine([member.score(dialogues) for member in self.members])
 
     def score_ids(self, sequences: Sequences) -> Tensor:
-        """Scores of conversations as ids that all members share."""
-        return self._combined([one.score_ids(sequences) for one in self.judges])
-
-    def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """None: members may have different ones."""
-        return torch.zeros(len(dialogues), 0)
+        return self._combine([member.score_ids(sequences) for member in self.members])
 
     def metrics(self) -> dict[str, float]:
         """``disagreement``: mean over responses of the standard deviation over members, where all gave a number."""
-        found, self._disagreements = self._disagreements, []
-        spread_B = torch.cat([*found, torch.zeros(0)])
+        spread_B = torch.cat([*self._spreads, torch.zeros(0)])
+        self._spreads = []
         return {"disagreement": float(spread_B.double().mean())} if len(spread_B) else {}
 
-    def _combined(self, scores: list[Tensor]) -> Tensor:
+    def _combine(self, scores: list[Tensor]) -> Tensor:
         score_MB = torch.stack(scores)
         spread_B = ops.rewards.spread(score_MB)
-        self._disagreements.append(spread_B[spread_B.isfinite()])
-        return ops.rewards.combined(score_MB, self.section.combine, self.section.penalty)
+        self._spreads.append(spread_B[spread_B.isfinite()])
+        return ops.rewards.combined(score_MB, self.config.ensemble.combine, self.config.ensemble.penalty)
 
 
-def open_judge(
-    section: RewardConfig, device: torch.device, seed: int = 0
-) -> ModelJudge | EnsembleJudge | GenerativeJudge | HttpJudge | FunctionJudge:
-    """The judge that a section names, ready to score. ``seed`` matters to random weights (``init``) and to the words of
-    a judge that writes.
+SCORERS: dict[str, type[RewardScorer]] = {
+    "checkpoint": CheckpointScorer,
+    "ensemble": EnsembleScorer,
+    "generative": GenerativeScorer,
+    "http": HttpScorer,
+    "function": FunctionScorer,
+}
 
-    Raises `ModelError`, `ConfigError` or `DataError`, each with a remedy.
-    """
-    if section.kind == "generative":
-        return GenerativeJudge(section.generative, device, seed)
-    if section.kind == "http":
-        return HttpJudge(section.http, section.failed)
-    if section.kind == "function":
-        return FunctionJudge(section.function)
-    judges = [
-        ModelJudge(one, read, device, seed)
-        for one, read in zip(checkpoint_format.members(section), checkpoint_format.read(section), strict=True)
-    ]
-    return judges[0] if len(judges) == 1 else EnsembleJudge(judges, section)
+
+def fingerprint(config: ModelConfig, seed: int) -> str:
+    """Hash of what a role starts from; see `align.models.identity.fingerprint` and `RewardScorer.fingerprint`."""
+    return (scorer_class(config) if isinstance(config, RewardConfig) else identity).fingerprint(config, seed)
+
+
+def scorer_class(config: Any) -> type[RewardScorer]:
+    """The class that scores for a reward section."""
+    return SCORERS.get(config.kind) or SCORERS["ensemble" if config.ensemble.paths else "checkpoint"]
+
+
+def build_scorer(config: Any, device: torch.device, seed: int = 0) -> RewardScorer:
+    """The scorer of a reward section, ready to score. Raises `ModelError`, `ConfigError` or `DataError` with a
+    remedy."""
+    return scorer_class(config)(config, device, seed)

@@ -1,4 +1,4 @@
-"""Conversations as token ids of a reward model's own tokenizer and template."""
+"""Renders conversations with a reward model's own tokenizer and template."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.config import RewardConfig
-    from align.rewards.checkpoint_format import Reading
+    from align.rewards.checkpoint_format import HeadSpec
 
 QUESTION = (
     "Evaluate the response to the previous prompt in terms of whether it satisfies this principle: {principle}. Only "
     "answer Yes or No."
 )
-"""Asked of Llama-3.3-Nemotron-70B-Reward-Principle (its model card)."""
+"""Question to Llama-3.3-Nemotron-70B-Reward-Principle, from its model card."""
 
 Block = tuple[list[int], list[list[int]]]
-"""A prompt, and what follows it in each of its sequences."""
+"""Token ids of a prompt, and of each continuation."""
 
 
 class Text:
-    """How one reward model reads conversations.
+    """Renders conversations for one reward model.
 
-    A model that was trained here reads the prompt and the answer up to its end-of-turn token, as it did in training; a
-    public checkpoint reads all that its template writes, as its model card does (Qwen's ends with a newline more); a
-    ``yes_no`` model reads a further user turn, the question, and stands where its own answer would begin.
+    A model trained by align reads the prompt and the response up to the end-of-turn token, as in its training. A public
+    checkpoint reads everything that its template writes, as on its model card (Qwen's adds a newline). A ``yes_no``
+    model reads another user turn, the question, up to where its own answer would begin.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: RewardConfig):
-        """Raises `DataError` where the template cannot be used, `ModelError` where no answer could be read."""
-        if reading.chat_template is not None:
-            tokenizer.chat_template = reading.chat_template
-        self.renderer = Renderer(tokenizer, date=reading.date, section="reward")
-        self.by_align = reading.by_align
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, head_spec: HeadSpec, config: RewardConfig):
+        """Raises `DataError` if the template cannot be used, `ModelError` if Yes and No are not single tokens."""
+        if head_spec.chat_template is not None:
+            tokenizer.chat_template = head_spec.chat_template
+        self.renderer = Renderer(tokenizer, date=head_spec.date, section="reward")
+        self.by_align = head_spec.by_align
         self.question: str | None = None
-        if reading.kind == "yes_no":
-            yes_and_no(tokenizer)
-            self.question = question_of(section.principle, section.question)
+        if head_spec.kind == "yes_no":
+            yes_no_ids(tokenizer)
+            self.question = question_of(config.principle, config.question)
 
     def sequences(self, dialogues: Sequence[Dialogue]) -> tuple[Sequences, Tensor]:
-        """Token ids, in which those of one context are neighbours that share its prompt, and the dialogue that each
-        row belongs to."""
+        """Token ids, and the index of the dialogue of each row. Dialogues of one context are neighbors and share its
+        prompt."""
         by_context: dict[tuple[Message, ...], list[int]] = {}
         for i, dialogue in enumerate(dialogues):
             by_context.setdefault(dialogue.context, []).append(i)
@@ -84,38 +84,38 @@ class Text:
 
 
 def question_of(principle: str, question: str = "") -> str:
-    """What is asked after a response; empty takes the model card's question."""
+    """The question after a response; an empty ``question`` is the model card's."""
     return (question or QUESTION).replace("{principle}", principle)
 
 
-def yes_and_no(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of Yes and No, each of which must be one token (9642 and 2822 in Llama 3). Raises `ModelError`."""
-    found = [tokenizer.encode(word, add_special_tokens=False) for word in ("Yes", "No")]
-    for word, ids in zip(("Yes", "No"), found, strict=True):
+def yes_no_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Ids of Yes and No, which must be single tokens (9642 and 2822 in Llama 3). Raises `ModelError`."""
+    token_ids = []
+    for word in ("Yes", "No"):
+        ids = tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ModelError(
-                f"{tokenizer.name_or_path}: kind yes_no needs {word} as one token, its tokenizer gives {ids}",
-                remedy="give a checkpoint that was trained to answer Yes or No, or another reward.kind",
+                f"{tokenizer.name_or_path}: kind yes_no needs {word} as one token, but its tokenizer gives {ids}",
+                remedy="use a checkpoint that was trained to answer Yes or No, or another reward.kind",
             )
-    return found[0][0], found[1][0]
+        token_ids += ids
+    return token_ids[0], token_ids[1]
 
 
-def why_text(reading: Reading, tokenizer: PreTrainedTokenizerBase, run: Renderer) -> str | None:
-    """Why a model cannot read the policy's token ids as they are; None where it can.
-
-    It can where its vocabulary is the policy's and the ids are what it would read of the same conversation.
-    """
-    if reading.kind == "yes_no":
-        return "it asks a question after each response"
+def text_reason(head_spec: HeadSpec, tokenizer: PreTrainedTokenizerBase, run: Renderer) -> str | None:
+    """Why a model cannot read the policy's token ids; None if it can: its vocabulary is the policy's, and it would
+    render the same conversation to the same ids."""
+    if head_spec.kind == "yes_no":
+        return "it reads a question after each response"
     if not chat.same_vocabulary(run.tokenizer, tokenizer):
         return "its tokenizer is not the policy's"
-    if reading.own_template:
-        if reading.chat_template is not None:
-            tokenizer.chat_template = reading.chat_template
-        own = Renderer(tokenizer, date=reading.date, section="reward")
+    if head_spec.own_template:
+        if head_spec.chat_template is not None:
+            tokenizer.chat_template = head_spec.chat_template
+        own = Renderer(tokenizer, date=head_spec.date, section="reward")
         if (own.template, own.date) != (run.template, run.date):
             return "its chat template or date is not the run's"
     probe = [Message("user", "question")]
     prompt, (answer,) = run.dialogue_ids(probe, ["answer"])
-    same = reading.by_align or prompt + answer == run.conversation_ids([*probe, Message("assistant", "answer")])
-    return None if same else "its template writes more after an answer than the policy samples"
+    same = head_spec.by_align or prompt + answer == run.conversation_ids([*probe, Message("assistant", "answer")])
+    return None if same else "its template writes more after a response than the policy samples"

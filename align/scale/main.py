@@ -34,7 +34,7 @@ from align.data.sources import lines
 from align.errors import DataError
 from align.eval import reward
 from align.eval import store as scoring
-from align.generators import opening
+from align.generators import models as generators
 from align.prechecks import placement
 from align.prechecks.roles import located
 from align.scale import pipeline, sweep
@@ -146,7 +146,7 @@ def _manifest(section: ScaleConfig, roles: dict[str, ModelConfig], prompts: list
     known = {"version": VERSION, **own, "prompts": read}
     for name, one in roles.items():
         if isinstance(one, GeneratorConfig):
-            known |= opening.depends_on(name, one, section.seed)
+            known |= generators.identity_keys(name, one, section.seed)
         elif isinstance(one, RewardConfig):
             known |= {f"{name}.{field}": getattr(one, field) for field in ("kind", "path", "function")}
             known[f"{name}, its content"] = reward.identity(one)

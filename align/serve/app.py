@@ -24,8 +24,8 @@ from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, ConversationError
 from align.rewards import http_protocol
+from align.rewards.base import RewardScorer
 from align.rewards.http_protocol import Refused
-from align.rewards.scorers import Judge, ModelJudge
 from align.serve import openapi
 from align.serve.log_limit import LogLimit
 
@@ -84,18 +84,18 @@ class Loading:
         return 0
 
 
-def ask(judge: Judge, dialogues: Sequence[Dialogue]) -> Scores:
-    """Scores of a judge, with attributes where its head has several."""
-    if isinstance(judge, ModelJudge) and judge.names:
-        attribute_BA = judge.attributes(dialogues)
-        return Scores(judge.goodness(attribute_BA).tolist(), judge.names, attribute_BA.tolist())
-    return Scores(judge.score(dialogues).tolist(), (), [])
+def ask(scorer: RewardScorer, dialogues: Sequence[Dialogue]) -> Scores:
+    """Scores, with attributes if the head has several."""
+    if not scorer.attribute_names:
+        return Scores(scorer.score(dialogues).tolist(), (), [])
+    score_B, attribute_BA = scorer.score_attributes(dialogues)
+    return Scores(score_B.tolist(), scorer.attribute_names, attribute_BA.tolist())
 
 
 class Batcher:
     """A judge that scores conversations of several requests at a time, in a thread of its own."""
 
-    def __init__(self, judge: Judge, section: RewardServiceConfig):
+    def __init__(self, judge: RewardScorer, section: RewardServiceConfig):
         self._judge, self._section = judge, section
         self._queue: queue.SimpleQueue[tuple[list[Dialogue], Future[Scores]]] = queue.SimpleQueue()
         self._since: float | None = None
@@ -274,7 +274,7 @@ class Application:
         finally:
             self._pending -= number
         found = [dict(zip(scores.names, row, strict=True)) for row in scores.attributes]
-        reply = http_protocol.answer(self._model, scores.values, found)
+        reply = http_protocol.answer_body(self._model, scores.values, found)
         self._counts["conversations_total"] += number
         self._counts["unscored_total"] += sum(item["score"] is None for item in reply["data"])
         self._observe(time.perf_counter() - begun)

@@ -33,7 +33,7 @@ from align.config import ClusterConfig, RewardServiceConfig
 from align.errors import ConfigError, WorkerError
 from align.prechecks.announce import announced, loading, to_stdout
 from align.rewards import checkpoint_format, functions
-from align.rewards.scorers import open_judge
+from align.rewards.scorers import build_scorer
 from align.serve import app
 from align.serve.app import Application, Batcher, Loading, Scorer
 from align.serve.log_limit import LogLimit
@@ -75,7 +75,7 @@ def check(section: RewardServiceConfig) -> str:
     """The token. Raises an error for what cannot be served, before anything is started."""
     require_private(Path(section.dir).expanduser())
     if section.reward.is_model:
-        checkpoint_format.read(section.reward)
+        checkpoint_format.head_specs(section.reward)
     else:
         functions.load(section.reward.function)
     token = os.environ.get(section.token_env, "") if section.token_env else ""
@@ -212,7 +212,7 @@ def _up(section: RewardServiceConfig, stop: Stop) -> Iterator[tuple[Scorer, Call
     )
     if section.executor == "local":
         with announced(to_stdout, "reward", section.reward, "in this process"):
-            batcher = Batcher(open_judge(section.reward, device()), section)
+            batcher = Batcher(build_scorer(section.reward, device()), section)
         yield batcher, lambda: _look_at(batcher)
     elif section.replicas.shards > 1:
         slots = tuple(range(section.replicas.shards))

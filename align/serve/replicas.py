@@ -28,8 +28,9 @@ from align.cluster.daemons import Daemons
 from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, PlacementError, WorkerError
+from align.rewards.base import RewardScorer
 from align.rewards.http_protocol import Refused
-from align.rewards.scorers import open_judge
+from align.rewards.scorers import build_scorer
 from align.serve.app import Batcher, Scores
 from align.workers.reward import Reward
 
@@ -49,24 +50,24 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Sharded:
-    """A judge whose weights are spread over workers."""
+class Sharded(RewardScorer):
+    """A reward model whose weights are sharded over workers."""
 
     def __init__(self, role: Reward):
         self._role = role
         self._lost: WorkerError | None = None
 
-    def score(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """See `align.rewards.scorers.Judge`."""
+    def score(
+        self,
+        dialogues: Sequence[Dialogue],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
         try:
             return self._role.score_dialogues(dialogues).result()
         except WorkerError as error:
             self._lost = error
             raise
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing is counted."""
-        return {}
 
     def look(self) -> None:
         """Raises the `WorkerError` after which workers were not brought up again."""
@@ -81,7 +82,7 @@ class Replica:
         process.die_with_parent()
         process.open_log(logs / f"replica-{os.getpid()}.log")
         _open_no_port()
-        self._batcher = Batcher(open_judge(section.reward, device()), section)
+        self._batcher = Batcher(build_scorer(section.reward, device()), section)
 
     async def score(self, dialogues: list[Dialogue]) -> Scores | Refused:
         """Scores, or why there are none: what is raised here would tell of a dead replica."""

@@ -24,6 +24,7 @@ def load_function(name: str) -> Callable[..., Any]:
     found = getattr(module, function, None)
     if not callable(found):
         known = [n for n, one in vars(module).items() if inspect.isfunction(one) and one.__module__ == module.__name__]
+        known = known or getattr(module, "__all__", [])  # of a module that loads its parts when they are used
         raise ConfigError(
             f"function={name}: {place} has no function {function}", remedy=f"it has: {', '.join(known) or 'none'}"
         )
@@ -66,10 +67,13 @@ def _from_file(file: Path) -> Any:
 
 
 def function_fingerprint(name: str) -> str:
-    """sha256 of the file that a function is taken from; modules that it imports do not count. Raises `ConfigError` for
-    a module without a file."""
-    file = getattr(_module(name), "__file__", None)
+    """sha256 of the file that a function is taken from and, if it differs, of the file that defines it; other imported
+    modules do not count. Raises `ConfigError` for a module without a file."""
+    module = _module(name)
+    defining = sys.modules.get(getattr(getattr(module, name.rpartition(":")[2], None), "__module__", ""), module)
+    file, definition = (getattr(item, "__file__", None) for item in (module, defining))
     if file is None:
         remedy = "call it in a function of your own file, path/to/file.py:function"
         raise ConfigError(f"function={name}: {name.rpartition(':')[0]} has no file to be known by", remedy=remedy)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    files = dict.fromkeys([file, definition or file])
+    return hashlib.sha256(b"".join(Path(item).read_bytes() for item in files)).hexdigest()

@@ -20,7 +20,7 @@ class CriticWorker(TrainedWorker):
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
         assert isinstance(section, CriticConfig)
-        start = None if section.head == "new" else checkpoint_format.start_of(section)
+        start = None if section.head == "new" else checkpoint_format.critic_start(section)
         size, from_row = chat.vocab_size(self.tokenizer), start is not None and start.kind == "lm_head_row0"
         if start is None:
             self.model = load.scorer(section, size, spec.seed, head="new" if len(load.labels(section)) > 1 else "auto")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.config import GeneratorConfig, ModelConfig, SamplingConfig
 from align.engines import optimizer_state
-from align.generators import opening
 from align.generators.base import Completion, Request
+from align.generators.models import build_generator
 from align.roles import Future, Metrics
 from align.workers.base import Ranks, Role, Worker, answered, by_rank
 
 
 @dataclass(frozen=True)
-class Completed:
-    """What a rank answers, and what it counted meanwhile."""
+class RankCompletions:
+    """Answers of one rank, and its counts since the last call."""
 
     completions: list[Completion]
     metrics: Metrics
@@ -30,12 +31,12 @@ class GeneratorWorker(Worker):
         section = self.spec.section
         assert isinstance(section, GeneratorConfig)
         optimizer_state.seed_generators(self.spec.seed)
-        self.generator = opening.open_generator(section, self.device, self.spec.seed)
+        self.generator = build_generator(section, self.device, self.spec.seed)
 
     @answered
-    def complete(self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool) -> Completed:
+    def complete(self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool) -> RankCompletions:
         """Answers to this rank's requests."""
-        return Completed(self.generator.complete(requests, sampling, margins), self.generator.metrics())
+        return RankCompletions(self.generator.complete(requests, sampling, margins), self.generator.metrics())
 
 
 class Generator(Role):
@@ -47,27 +48,25 @@ class Generator(Role):
         """``phase`` is the name under which its seconds are counted."""
         super().__init__(ranks, section)
         self.phase = phase
-        self._counts: Metrics = {}
+        self._counts: Counter[str] = Counter()
 
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> Future[list[Completion]]:
         """See `align.generators.base.Generator`."""
-        index = [part.tolist() for part in by_rank(len(requests), self.ranks.world_size)]
-        arguments = [([requests[i] for i in part], sampling, margins) for part in index]
-        return self.ranks.call(
-            self.phase, GeneratorWorker.complete, arguments, lambda parts: self._gathered(parts, index)
-        )
+        rows = [part.tolist() for part in by_rank(len(requests), self.ranks.world_size)]
+        arguments = [([requests[i] for i in part], sampling, margins) for part in rows]
 
-    def _gathered(self, parts: Sequence[Completed], index: Sequence[Sequence[int]]) -> list[Completion]:
-        found: dict[int, Completion] = {}
-        for part, rows in zip(parts, index, strict=True):
-            found |= dict(zip(rows, part.completions, strict=True))
-            for name, value in part.metrics.items():
-                self._counts[name] = self._counts.get(name, 0.0) + value
-        return [found[i] for i in range(len(found))]
+        def gather(parts: Sequence[RankCompletions]) -> list[Completion]:
+            completions: dict[int, Completion] = {}
+            for part, part_rows in zip(parts, rows, strict=True):
+                completions |= dict(zip(part_rows, part.completions, strict=True))
+                self._counts.update(part.metrics)  # type: ignore[arg-type]
+            return [completions[i] for i in range(len(completions))]
+
+        return self.ranks.call(self.phase, GeneratorWorker.complete, arguments, gather)
 
     def drain(self) -> Metrics:
         """See `align.roles.Counting`."""
-        found, self._counts = self._counts, {}
-        return found
+        counts, self._counts = self._counts, Counter()
+        return dict(counts)

@@ -1,7 +1,8 @@
-"""Reward roles: frozen models and other judges that score, and a model in training."""
+"""Reward roles: frozen scorers, and a reward model in training."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,10 +19,8 @@ from align.engines import optimizer_state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
 from align.models import exported_files, heads, load, readme
-from align.rewards import scorers
-from align.rewards.functions import FunctionJudge
-from align.rewards.genrm import GenerativeJudge
-from align.rewards.scorers import EnsembleJudge, ModelJudge
+from align.rewards import scorers as scorers
+from align.rewards.base import MEAN_METRICS
 from align.roles import Future, Metrics
 from align.types import Record, Sequences
 from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, answered, merged
@@ -29,47 +28,39 @@ from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, 
 
 @dataclass(frozen=True)
 class Scored(Record):
-    """What a rank says of its sequences."""
+    """Scores of one rank."""
 
     score_B: Tensor
     metrics: Mapping[str, float]
-    """See `align.rewards.scorers.Judge.metrics`."""
+    """See `align.rewards.base.RewardScorer.metrics`."""
 
 
 class RewardWorker(Worker):
-    """A judge that gives a response one number."""
+    """One rank of a frozen reward role; see `align.rewards.base.RewardScorer`."""
 
     stateless = True
 
     def _prepare(self) -> None:
-        section = self.spec.section
-        assert isinstance(section, RewardConfig)
         optimizer_state.seed_generators(self.spec.seed)
-        self.judge = scorers.open_judge(section, self.device, self.spec.seed)
+        self.scorer = scorers.build_scorer(self.spec.section, self.device, self.spec.seed)
 
     @answered
     def score(self, sequences: Sequences) -> Scored:
-        """Scores of this rank's sequences, which a model reads as they are."""
-        assert isinstance(self.judge, (ModelJudge, EnsembleJudge))
-        return Scored(self.judge.score_ids(sequences), self.judge.metrics())
+        """Scores of token ids."""
+        return Scored(self.scorer.score_ids(sequences), self.scorer.metrics())
 
     @answered
     def score_dialogues(
         self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None, groups: Sequence[int]
     ) -> Scored:
-        """Scores of this rank's conversations; ``ids`` are those of the responses, where there are any, and ``groups``
-        say which belong to one prompt."""
-        if isinstance(self.judge, GenerativeJudge):
-            return Scored(self.judge.score(dialogues, groups), self.judge.metrics())
-        if isinstance(self.judge, FunctionJudge):
-            return Scored(self.judge.score(dialogues, ids), self.judge.metrics())
-        return Scored(self.judge.score(dialogues), self.judge.metrics())
+        """Scores of conversations; see `align.rewards.base.RewardScorer.score`."""
+        return Scored(self.scorer.score(dialogues, ids, groups), self.scorer.metrics())
 
     @answered
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Tensor:
-        """The attributes ``names`` of this rank's conversations, whatever the order of the head's outputs, (B, A)."""
-        assert isinstance(self.judge, ModelJudge)
-        return self.judge.attributes(dialogues)[:, [self.judge.names.index(name) for name in names]]
+        """The attributes ``names`` of conversations, (B, A), in the order of ``names``."""
+        columns = [self.scorer.attribute_names.index(name) for name in names]
+        return self.scorer.attributes(dialogues)[:, columns]
 
 
 class TrainedRewardWorker(TrainedWorker):
@@ -102,20 +93,20 @@ class TrainedRewardWorker(TrainedWorker):
 
     @answered
     def score(self, sequences: Sequences) -> Scored:
-        """Scores of this rank's sequences."""
+        """Scores of token ids."""
         return Scored(self.engine.infer(sequences)["score_B"], {})
 
     @answered
     def attributes(self, sequences: Sequences) -> Tensor:
-        """Attributes of this rank's sequences, (B, A)."""
+        """Attributes, (B, A)."""
         return self.engine.infer(sequences)["attribute_BA"]
 
 
 class Reward(Role):
     """The driver's side of `RewardWorker`.
 
-    A score that is not finite stops the run, or stays as it is for the algorithm to drop (``failed: drop``); it is
-    never replaced by a number.
+    A score that is not finite stops the run, or with ``failed: drop`` is kept for the algorithm to drop its prompt; it
+    is never replaced by a number.
     """
 
     worker = RewardWorker
@@ -124,11 +115,11 @@ class Reward(Role):
     def __init__(self, ranks: Ranks, section: ModelConfig):
         super().__init__(ranks, section)
         self._conversations: Conversations | None = None
-        self._counts: dict[str, float] = {}
-        self._averaged: dict[str, tuple[float, int]] = {}  # sums, and of how many responses
+        self._counts: Counter[str] = Counter()
+        self._sums: dict[str, tuple[float, int]] = {}  # of metrics that are means: weighted sum, responses
 
     def read_text(self, conversations: Conversations) -> None:
-        """From now on, score what was said instead of the policy's token ids."""
+        """Switch this role to scoring decoded text."""
         self._conversations = conversations
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
@@ -138,25 +129,23 @@ class Reward(Role):
             return self._score_text(dialogues, sequences.prompt_B.tolist(), sequences.responses.lists())
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
-        return self.ranks.call(self.phase, RewardWorker.score, arguments, lambda parts: self._gathered(parts, rows))
+        return self.ranks.call(self.phase, RewardWorker.score, arguments, lambda parts: self._gather(parts, rows))
 
     def score_dialogues(self, dialogues: Sequence[Dialogue], groups: Sequence[int] | None = None) -> Future[Tensor]:
-        """Scores of conversations given as text, (B,). Neighbours with one number in ``groups`` are responses that a
-        judge may compare, and no others have it; without numbers, those of one context."""
-        return self._score_text(dialogues, _by_context(dialogues) if groups is None else groups, None)
+        """Scores of conversations given as text, (B,). See `align.rewards.base.RewardScorer.score` for ``groups``."""
+        return self._score_text(dialogues, _context_groups(dialogues) if groups is None else groups, None)
 
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Future[Tensor]:
         """See `align.roles.Reward`."""
-        rows = _shares(dialogues, _by_context(dialogues), self.ranks.world_size)
+        rows = _split(dialogues, _context_groups(dialogues), self.ranks.world_size)
         arguments = [([dialogues[i] for i in index.tolist()], names) for index in rows]
-        return self.ranks.call(
-            self.phase, RewardWorker.rate, arguments, lambda parts: self._passed(merged(parts, rows))
-        )
+        gather = lambda parts: self._require_finite(merged(parts, rows))  # noqa: E731
+        return self.ranks.call(self.phase, RewardWorker.rate, arguments, gather)
 
     def _score_text(
         self, dialogues: Sequence[Dialogue], groups: Sequence[int], ids: Sequence[Sequence[int]] | None
     ) -> Future[Tensor]:
-        rows = _shares(dialogues, groups, self.ranks.world_size)
+        rows = _split(dialogues, groups, self.ranks.world_size)
         arguments = [
             (
                 [dialogues[i] for i in index],
@@ -165,38 +154,42 @@ class Reward(Role):
             )
             for index in map(Tensor.tolist, rows)
         ]
-        return self.ranks.call(
-            self.phase, RewardWorker.score_dialogues, arguments, lambda parts: self._gathered(parts, rows)
-        )
+        gather = lambda parts: self._gather(parts, rows)  # noqa: E731
+        return self.ranks.call(self.phase, RewardWorker.score_dialogues, arguments, gather)
 
-    def _gathered(self, parts: Sequence[Scored], rows: Sequence[Tensor]) -> Tensor:
+    def _gather(self, parts: Sequence[Scored], rows: Sequence[Tensor]) -> Tensor:
         for part in parts:
             for name, value in part.metrics.items():
-                if name.startswith(scorers.AVERAGED):
-                    total, count = self._averaged.get(name, (0.0, 0))
-                    self._averaged[name] = total + value * len(part.score_B), count + len(part.score_B)
+                if name.startswith(MEAN_METRICS):
+                    total, count = self._sums.get(name, (0.0, 0))
+                    self._sums[name] = total + value * len(part.score_B), count + len(part.score_B)
                 else:
-                    self._counts[name] = self._counts.get(name, 0.0) + value
-        score_B = merged([part.score_B for part in parts], rows)
-        return self._passed(score_B)
+                    self._counts[name] += value  # type: ignore[assignment]
+        return self._require_finite(merged([part.score_B for part in parts], rows))
 
-    def _passed(self, score: Tensor) -> Tensor:
-        """Scores or attributes that a run may go on with."""
-        dropped = isinstance(self.section, RewardConfig) and self.section.failed == "drop"
-        return score if dropped else _finite(score)
+    def _require_finite(self, score_B: Tensor) -> Tensor:
+        """Raise `DivergedError` for scores or attributes that are not finite, unless their prompts are dropped."""
+        bad = (~torch.isfinite(score_B).reshape(len(score_B), -1).all(1)).nonzero().squeeze(1).tolist()
+        if bad and not (isinstance(self.section, RewardConfig) and self.section.failed == "drop"):
+            raise DivergedError(
+                f"the reward model gave {len(bad)} of {len(score_B)} sequences no finite score, first sequence "
+                f"{bad[0]}",
+                remedy="check the checkpoint's dtype, and that it reads the same tokens as the policy; "
+                "reward.failed=drop leaves such prompts out",
+            )
+        return score_B
 
     def drain(self) -> Metrics:
-        """See `align.roles.Counting`: counts of all ranks, and means over responses. Those of a service depend on the
-        moment, and have names that say so."""
-        means = {name: total / count for name, (total, count) in self._averaged.items() if count}
-        found = self._counts | means
-        self._counts, self._averaged = {}, {}
-        service = isinstance(self.section, RewardConfig) and self.section.remote
-        return {f"service/{name}": value for name, value in found.items()} if service else found
+        """See `align.roles.Counting`: counts of all ranks, and means over responses. Counts of a service depend on the
+        moment and get the prefix ``service/``."""
+        metrics = dict(self._counts) | {name: total / count for name, (total, count) in self._sums.items() if count}
+        self._counts, self._sums = Counter(), {}
+        remote = isinstance(self.section, RewardConfig) and self.section.remote
+        return {f"service/{name}": value for name, value in metrics.items()} if remote else metrics
 
 
 class SecondReward(Reward):
-    """A second opinion."""
+    """The reward role that training does not use."""
 
     phase = "second_score"
 
@@ -210,28 +203,18 @@ class TrainedReward(TrainedRole, Reward):
         """See `align.roles.TrainedReward`."""
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
-        gather = lambda parts: _finite(merged(parts, rows))  # noqa: E731
+        gather = lambda parts: self._require_finite(merged(parts, rows))  # noqa: E731
         return self.ranks.call(self.phase, TrainedRewardWorker.attributes, arguments, gather)
 
 
-def _by_context(dialogues: Sequence[Dialogue]) -> list[int]:
-    """A number for each dialogue, the same for neighbours of one context."""
-    return list(accumulate(i > 0 and one.context != dialogues[i - 1].context for i, one in enumerate(dialogues)))
+def _context_groups(dialogues: Sequence[Dialogue]) -> list[int]:
+    """A number for each dialogue, the same for neighbors of one context."""
+    new = (i > 0 and dialogue.context != dialogues[i - 1].context for i, dialogue in enumerate(dialogues))
+    return list(accumulate(new))
 
 
-def _shares(dialogues: Sequence[Dialogue], groups: Sequence[int], num_ranks: int) -> list[Tensor]:
-    """Numbers of the dialogues of each rank; those of one group stay together."""
-    new = [i for i in range(1, len(dialogues)) if groups[i] != groups[i - 1]]
-    sizes = [len(one.response) + sum(len(turn.content) for turn in one.context) for one in dialogues]
-    return collate.balanced([0, *new], sizes, num_ranks)
-
-
-def _finite(score_B: Tensor) -> Tensor:
-    bad = (~torch.isfinite(score_B).reshape(len(score_B), -1).all(1)).nonzero().squeeze(1).tolist()
-    if bad:
-        raise DivergedError(
-            f"the reward model gave {len(bad)} of {len(score_B)} sequences no finite score, first sequence {bad[0]}",
-            remedy="check the checkpoint's dtype, and that it reads the same tokens as the policy; reward.failed=drop "
-            "leaves such prompts out",
-        )
-    return score_B
+def _split(dialogues: Sequence[Dialogue], groups: Sequence[int], num_ranks: int) -> list[Tensor]:
+    """Indices of the dialogues of each rank, balanced by characters; groups stay whole."""
+    starts = [i for i in range(1, len(dialogues)) if groups[i] != groups[i - 1]]
+    sizes = [len(item.response) + sum(len(turn.content) for turn in item.context) for item in dialogues]
+    return collate.balanced([0, *starts], sizes, num_ranks)

@@ -20,6 +20,7 @@ import torch
 from align.config import RewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue
 from align.rewards import http_protocol
+from align.rewards.base import RewardScorer
 from align.serve.app import Application, Batcher
 
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
@@ -29,14 +30,14 @@ SECTION = RewardServiceConfig(reward=RewardConfig(path="m"), port=0, stop_timeou
 GOOD = {"input": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]}]}
 
 
-class Lengths:
+class Lengths(RewardScorer):
     """A reward model whose score is the length of the response."""
+
+    def __init__(self):
+        pass
 
     def score(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
         return torch.tensor([float(len(one.response)) for one in dialogues])
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 @contextmanager

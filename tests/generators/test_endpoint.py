@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from align.config import EndpointConfig, SamplingConfig
+from align.config import EndpointConfig, GeneratorConfig, SamplingConfig
 from align.data.chat import Message
 from align.errors import ConfigError, WorkerError
 from align.generators.base import Request
@@ -72,7 +72,9 @@ def server(
 @contextmanager
 def client(url: str, **fields: Any) -> Iterator[EndpointGenerator]:
     quick = {"backoff_s": 0.001, "max_backoff_s": 0.01, "timeout_s": 5.0, "retries": 3}
-    found = EndpointGenerator(EndpointConfig(url=url, model="judge", **(quick | fields)), seed=1)
+    found = EndpointGenerator(
+        GeneratorConfig(kind="endpoint", endpoint=EndpointConfig(url=url, model="judge", **(quick | fields))), seed=1
+    )
     try:
         yield found
     finally:
@@ -175,7 +177,7 @@ def test_what_never_answers_ends_with_the_last_cause():
     with (
         server(lambda number, body: (429, b'{"error": {"message": "too many"}}')) as (url, bodies, _),
         client(url) as found,
-        pytest.raises(WorkerError, match=r"4 attempts; the last one: status 429: too many"),
+        pytest.raises(WorkerError, match=r"4 attempts; last error: status 429: too many"),
     ):
         found.complete(requests(1), SAMPLING)
     assert len(bodies) == 4
@@ -235,6 +237,10 @@ def test_the_key_is_in_no_message_where_a_text_is_cut(status: int, monkeypatch: 
 def test_the_key_must_be_there_and_an_opening_cannot_be_sent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="MY_KEY is not set"):
-        EndpointGenerator(EndpointConfig(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY"), 0)
+        EndpointGenerator(
+            GeneratorConfig(
+                kind="endpoint", endpoint=EndpointConfig(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY")
+            )
+        )
     with client("http://127.0.0.1:1/v1") as found, pytest.raises(ConfigError, match="begins with 'well'"):
         found.complete([requests(1)[0]._replace(opening="well")], SAMPLING)

@@ -85,7 +85,7 @@ def test_the_opening_is_given_and_not_repeated(generator: ModelGenerator, sample
     given = generator.renderer.prompt_ids(opened.messages, "ant")
     assert given == [*ids, *generator.renderer.tokenizer.encode("ant", add_special_tokens=False)]
     generator.complete([opened], replace(SAMPLING, temperature=0.0))
-    model = AutoModelForCausalLM.from_pretrained(generator.section.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(generator.config.path, dtype=torch.float32)
     first = int(model(torch.tensor([given])).logits[0, -1].argmax())
     assert sampled[0].sequences.prompts.lists() == [given]
     assert sampled[0].sequences.responses.lists()[0][0] == first
@@ -113,5 +113,5 @@ def test_margins_are_those_of_a_plain_forward_pass(section: GeneratorConfig, sam
 
 
 def test_what_does_not_fit_is_refused(generator: ModelGenerator):
-    with pytest.raises(DataError, match=r"exceed the 256 positions.*\n.*lower sampling.max_tokens"):
+    with pytest.raises(DataError, match=r"exceeds the 256 positions.*\n.*lower sampling.max_tokens"):
         generator.complete(REQUESTS, replace(SAMPLING, max_tokens=250))

@@ -151,6 +151,6 @@ def test_the_command_carries_the_card_over_without_its_moments(ends: tuple[Path,
     assert arguments.alpha == 1.52
     assert _run(arguments, console) == 0
     assert card.read(tmp_path / "out") == Card("sequence_classification", data="d", loss="scaled")
-    assert "without its moments, which are of other scores" in console.export_text()
+    assert "without the moments, which belong to other scores" in console.export_text()
     about = (tmp_path / "out" / "README.md").read_text()
     assert f"of align {__version__}: `{ends[0]}` (weak) and `{strong}` (strong), extrapolated with alpha 1.52." in about

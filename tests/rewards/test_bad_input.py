@@ -76,16 +76,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
 CASES: dict[str, tuple[str, list[str]]] = {
     "no checkpoint": ("reward.path={nowhere}", ["nowhere: there is no such file or folder", "give a folder"]),
     "a causal model": ("reward.path={causal}", ["cannot tell how", "reward.kind=lm_head_row0", "reward.kind=yes_no"]),
-    "a card that is no JSON": ("reward.path={broken}", ["align_reward.json", "cannot be read", "name reward.kind"]),
+    "a card that is no JSON": ("reward.path={broken}", ["align_reward.json", "cannot be read", "set reward.kind"]),
     "a card of a later version": ("reward.path={future}", ["version 2", "update align"]),
     "a card of no kind": (
         "reward.path={strange}",
-        ["is of kind oracle", "sequence_classification", "name reward.kind"],
+        ["has kind oracle", "sequence_classification", "set reward.kind"],
     ),
-    "no weights": ("reward.path={five}", ["how helpfulness, correctness", "reward.weights.helpfulness=1"]),
+    "no weights": ("reward.path={five}", ["combine helpfulness, correctness", "reward.weights.helpfulness=1"]),
     "a weight of nothing": (
         "reward.path={five} reward.weights.helpfullness=1",
-        ["helpfullness, which is no output", "did you mean `helpfulness`?", "outputs: helpfulness, correctness"],
+        ["helpfullness, which is not an output", "did you mean `helpfulness`?", "outputs: helpfulness, correctness"],
     ),
     "no names": ("reward.path={nameless}", ["does not name the 3 outputs", "reward.attributes=[helpfulness, ...]"]),
     "too few names": (
@@ -94,17 +94,17 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "names in another order": (
         "reward.path={five} reward.attributes=[correctness,helpfulness,coherence,complexity,verbosity]",
-        ["has the outputs helpfulness, correctness", "leave reward.attributes out"],
+        ["has the outputs helpfulness, correctness", "remove reward.attributes"],
     ),
     "moments of another score": (
         "reward.path={measured} reward.normalize=true reward.weights.verbosity=1",
-        ["of a score by these weights", "holds those by {'helpfulness': 1.0}", "leave reward.weights out"],
+        ["of a score with these weights", "has those with {'helpfulness': 1.0}", "remove reward.weights"],
     ),
     "a name twice": ("reward.path={nameless} reward.attributes=[a,a,b] reward.weights.a=1", ["names a twice"]),
-    "weights of one score": ("reward.path={one} reward.weights.a=1", ["is read as sequence_classification", "leave"]),
+    "weights of one score": ("reward.path={one} reward.weights.a=1", ["is read as sequence_classification", "remove"]),
     "moments that nobody took": (
         "reward.path={one} reward.normalize=true",
-        ["normalize needs mean and standard deviation", "algorithm: reward_model", "shaping.mean"],
+        ["normalize needs the mean and standard deviation", "algorithm: reward_model", "shaping.mean"],
     ),
     "Yes is no token": (
         "reward.path={causal} reward.kind=yes_no reward.principle=x",
@@ -119,7 +119,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "no such file": ("reward.kind=function reward.function={nowhere}.py:f", ["nowhere.py", "path/to/file.py:function"]),
     "no such function": ("reward.kind=function reward.function={judge}:g", ["has no function g", "it has: f"]),
-    "a column of data": ("reward.kind=function reward.function={judge}:f", ["needs an argument answer", "**kwargs"]),
+    "a column of data": (
+        "reward.kind=function reward.function={judge}:f",
+        ["requires the argument answer", "**kwargs"],
+    ),
     "no token": (
         "reward.kind=http reward.http.url=http://127.0.0.1:9 reward.http.token_env=ALIGN_NO_SUCH_TOKEN",
         ["ALIGN_NO_SUCH_TOKEN is not set"],
@@ -141,7 +144,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "a judge that learned another form": (
         "reward.kind=generative reward.generative.judge.path={learned}",
-        ["learned with reward.generative.form=json", "ask as it learned: reward.generative.form=json"],
+        ["trained with reward.generative.form=json", "remedy: set reward.generative.form=json"],
     ),
 }
 
@@ -158,7 +161,7 @@ CRITICS: dict[str, tuple[str, list[str]]] = {
         "reward.path={bytes}",
         ["different tokenizers", "critic.path=${policy.path} critic.head=new"],
     ),
-    "a critic without weights": ("reward.path={five}", ["nothing says how", "reward.weights.helpfulness=1"]),
+    "a critic without weights": ("reward.path={five}", ["no weights to combine", "reward.weights.helpfulness=1"]),
 }
 
 

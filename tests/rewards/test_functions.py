@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.config import RewardConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, DataError
 from align.rewards import functions
-from align.rewards.functions import FunctionJudge
+from align.rewards.functions import FunctionScorer
 from align.utils import plugins
 
 DIALOGUES = [
@@ -24,6 +25,10 @@ DIALOGUES = [
 ]
 
 Write = Callable[[str], str]
+
+
+def scorer(name: str) -> FunctionScorer:
+    return FunctionScorer(RewardConfig(kind="function", function=name))
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def test_it_is_called_as_in_trl(write: Write, tmp_path: Path):
             json.dump([prompts, completions, kwargs], open({str(tmp_path / "seen.json")!r}, "w"))
             return [len(one[0]["content"]) for one in completions]
     """
-    scores = FunctionJudge(write(source)).score(DIALOGUES, [[5, 2], [6, 7, 2]])
+    scores = scorer(write(source)).score(DIALOGUES, [[5, 2], [6, 7, 2]])
     assert scores.tolist() == [2.0, 7.0]
     assert scores.dtype == torch.float32
     prompts, completions, others = json.loads((tmp_path / "seen.json").read_text())
@@ -69,12 +74,12 @@ def test_it_is_called_as_in_trl(write: Write, tmp_path: Path):
     ],
 )
 def test_what_it_may_return(write: Write, source: str, wanted: list[float]):
-    found = FunctionJudge(write(source)).score(DIALOGUES, [[1], [2, 3]])
+    found = scorer(write(source)).score(DIALOGUES, [[1], [2, 3]])
     torch.testing.assert_close(found, torch.tensor(wanted), equal_nan=True)
 
 
 def test_no_responses_are_no_call(write: Write):
-    assert FunctionJudge(write("def f(prompts): return 1 / 0")).score([]).shape == (0,)
+    assert scorer(write("def f(prompts): return 1 / 0")).score([]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_no_responses_are_no_call(write: Write):
     ],
 )
 def test_what_it_may_not_return(write: Write, source: str, parts: list[str]):
-    judge = FunctionJudge(write(source))
+    judge = scorer(write(source))
     with pytest.raises(DataError) as caught:
         judge.score(DIALOGUES)
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -99,7 +104,7 @@ def test_what_it_may_not_return(write: Write, source: str, parts: list[str]):
     [
         ("def g(prompts): return []", ["has no function f", "it has: g"]),
         ("f = 3", ["has no function f"]),
-        ("def f(prompts, answer): return []", ["needs an argument answer", "prompts, completions, completion_ids"]),
+        ("def f(prompts, answer): return []", ["requires the argument answer", "prompts, completions, completion_ids"]),
         ("def f(prompts, /): return []", ["is positional"]),
         ("async def f(prompts): return []", ["is asynchronous"]),
         ("import nowhere_to_be_found", ["ModuleNotFoundError", "nowhere_to_be_found"]),
@@ -116,7 +121,7 @@ def test_where_a_function_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     package = tmp_path / "judges_of_a_test.py"
     package.write_text("def f(prompts): return [1.5] * len(prompts)")
     monkeypatch.syspath_prepend(tmp_path)
-    assert FunctionJudge("judges_of_a_test:f").score(DIALOGUES).tolist() == [1.5, 1.5]
+    assert scorer("judges_of_a_test:f").score(DIALOGUES).tolist() == [1.5, 1.5]
     assert plugins.function_fingerprint("judges_of_a_test:f") == hashlib.sha256(package.read_bytes()).hexdigest()
     for name in (f"{tmp_path}/none.py:f", "no_such_module:f"):
         with pytest.raises(ConfigError, match="installed on every node"):
@@ -124,6 +129,6 @@ def test_where_a_function_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_ids_that_nobody_has(write: Write):
-    judge = FunctionJudge(write("def f(completion_ids): return [0.0] * len(completion_ids)"))
-    with pytest.raises(DataError, match="needs completion_ids"):
+    judge = scorer(write("def f(completion_ids): return [0.0] * len(completion_ids)"))
+    with pytest.raises(DataError, match="requires completion_ids"):
         judge.score(DIALOGUES)

@@ -19,8 +19,8 @@ from align.data.chat import Dialogue, Message
 from align.data.genrm_prompts import FALLBACK, Scores
 from align.errors import ConfigError, DataError, ModelError
 from align.generators.base import Completion, Request
-from align.rewards import checkpoint_format, genrm, genrm_card, genrm_groups, principles
-from align.rewards.genrm import GenerativeJudge
+from align.rewards import genrm, genrm_card, genrm_groups, scorers
+from align.rewards.genrm import GenerativeScorer
 
 FILE = Path(__file__).with_name("judges.py")
 CPU = torch.device("cpu")
@@ -28,12 +28,12 @@ A, B = ((Message("user", text),) for text in ("first", "second"))
 GROUP = [Dialogue(A, text) for text in ("a", "a b c", "a b", "a b c d")]
 
 
-def judge(function: str, **keys: Any) -> GenerativeJudge:
+def judge(function: str, **keys: Any) -> GenerativeScorer:
     section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:{function}"), custom_roles=True)
-    return GenerativeJudge(replace(section, **keys), CPU)
+    return GenerativeScorer(RewardConfig(kind="generative", generative=replace(section, **keys)), CPU)
 
 
-def asked(one: GenerativeJudge) -> list[list[Request]]:
+def asked(one: GenerativeScorer) -> list[list[Request]]:
     """What goes to the generator from now on, call by call."""
     calls: list[list[Request]] = []
     complete = one.generator.complete
@@ -80,7 +80,7 @@ def test_groups_are_neighbours_of_one_context_or_of_one_number():
     twice = [*GROUP[:2], *GROUP[2:]]
     one.score(twice)
     assert len(calls[-1]) == 8  # four pairs both ways
-    one.score(twice, [0, 0, 1, 1])
+    one.score(twice, groups=[0, 0, 1, 1])
     assert {request.messages[-2:] for request in calls[-1]} == {
         tuple(Message(f"response_{i}", text) for i, text in enumerate(texts, start=1))
         for texts in (("a", "a b c"), ("a b c", "a"), ("a b", "a b c d"), ("a b c d", "a b"))
@@ -100,7 +100,7 @@ def test_votes_have_numbers_and_their_mean_counts():
     section = GenerativeConfig(judge=GeneratorConfig(kind="function", function="m:f"), votes=2, both_orders=False)
     said = iter(["4, 2", "5, 2"])
     ranked = iter("16")
-    one.section = section
+    one.config = section
     one.generator = type("Fake", (), {})()
     one.generator.complete = lambda requests, *_: [  # type: ignore[method-assign]
         Completion(
@@ -119,7 +119,7 @@ def test_equal_scores_are_equal_however_they_come_about():
     """Over both orders both have 17 / 6; means of means, 9 / 3 and 8 / 3 and 10 / 3 and 7 / 3, differ by rounding."""
     there = [Scores(1, 4, 2), Scores(4, 4, 2), Scores(4, 2, 2)]
     back = [Scores(2, 2, 5), Scores(3, 2, 5), Scores(2, 4, 5)]
-    found = genrm._merged([there, back], 2).scores
+    found = genrm._merge_orders([there, back], 2).scores
     assert found == Scores(17 / 6, 17 / 6, 2)
     assert genrm_groups.from_verdicts(2, [(0, 1)], [found], tie_break=True) == [17 / 6 + 1.5, 17 / 6 - 1.5]
 
@@ -200,21 +200,21 @@ def test_a_principle_is_asked_about_after_each_response():
     ],
 )
 def test_the_verdict_on_a_principle(text: str, margin: float | None, expected: float | None):
-    assert principles.read(Completion(text, True, 1, 1, margin)) == expected
+    assert genrm_groups.read_principle(Completion(text, True, 1, 1, margin)) == expected
 
 
 def test_what_a_judge_needs_is_looked_at_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:length"))
-    assert genrm.check(section) == ""
+    assert genrm.check_judge(section) == ""
     with pytest.raises(ConfigError, match="has no function nothing"):
-        genrm.check(replace(section, judge=GeneratorConfig(kind="function", function=f"{FILE}:nothing")))
+        genrm.check_judge(replace(section, judge=GeneratorConfig(kind="function", function=f"{FILE}:nothing")))
     endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "ALIGN_TEST_KEY"}
     remote = GeneratorConfig(kind="endpoint", endpoint=replace(GeneratorConfig().endpoint, **endpoint))
     monkeypatch.delenv("ALIGN_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="ALIGN_TEST_KEY is not set"):
-        genrm.check(replace(section, judge=remote))
-    function = checkpoint_format.fingerprint(RewardConfig(kind="generative", generative=section), 0)
-    assert function != checkpoint_format.fingerprint(
+        genrm.check_judge(replace(section, judge=remote))
+    function = scorers.fingerprint(RewardConfig(kind="generative", generative=section), 0)
+    assert function != scorers.fingerprint(
         RewardConfig(kind="generative", generative=replace(section, judge=remote)), 0
     )
 
@@ -226,7 +226,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
     tokenizer.save_pretrained(tmp_path)
     knows = GeneratorConfig(path=str(tmp_path), init={"model_type": init["model_type"]})
     section = GenerativeConfig(judge=knows, custom_roles=True, principle="be right")
-    assert len(genrm.check(section)) == 64
+    assert len(genrm.check_judge(section)) == 64
     file = tmp_path / "plain.jinja"
     for hidden in ("response_1", "response_2", "principle"):
         file.write_text(
@@ -235,8 +235,8 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
             )
         )
         with pytest.raises(DataError, match=f"leaves out turns of the role {hidden}"):
-            genrm.check(replace(section, judge=replace(knows, chat_template=str(file))))
-        genrm.check(replace(section, judge=replace(knows, chat_template=str(file)), custom_roles=False))
+            genrm.check_judge(replace(section, judge=replace(knows, chat_template=str(file))))
+        genrm.check_judge(replace(section, judge=replace(knows, chat_template=str(file)), custom_roles=False))
 
 
 RECIPE = f"""
@@ -274,15 +274,15 @@ def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     for name, text in genrm_card.files(VerdictConfig(form="json", custom_roles=True), None).items():
         (tmp_path / name).write_text(text)
     learned = GeneratorConfig(path=str(tmp_path), init={"model_type": "llama"})
-    assert genrm.check(GenerativeConfig(judge=learned, form="json", custom_roles=True))
+    assert genrm.check_judge(GenerativeConfig(judge=learned, form="json", custom_roles=True))
     for keys, remedy in (
         ({"form": "json"}, "custom_roles=true"),
         ({"custom_roles": True}, "form=json"),
         ({"form": "principle", "principle": "x"}, "form=json reward.generative.custom_roles=true"),
     ):
-        with pytest.raises(ConfigError, match="this judge learned") as caught:
-            genrm.check(GenerativeConfig(judge=learned, **keys))
-        assert caught.value.remedy == f"ask as it learned: reward.generative.{remedy}"
+        with pytest.raises(ConfigError, match="this judge was trained with") as caught:
+            genrm.check_judge(GenerativeConfig(judge=learned, **keys))
+        assert caught.value.remedy == f"set reward.generative.{remedy}"
     (tmp_path / genrm_card.NAME).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
-        genrm.check(GenerativeConfig(judge=learned, form="json", custom_roles=True))
+        genrm.check_judge(GenerativeConfig(judge=learned, form="json", custom_roles=True))

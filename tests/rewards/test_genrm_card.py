@@ -29,15 +29,15 @@ def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         genrm_card.require_same(asked(folder))
     assert caught.value.where == str(folder)
-    assert caught.value.remedy == "ask as it learned: reward.generative.form=json reward.generative.custom_roles=true"
+    assert caught.value.remedy == "set reward.generative.form=json reward.generative.custom_roles=true"
 
 
 def test_a_judge_reads_the_date_that_it_learned_with(tmp_path: Path):
     folder = card(tmp_path, VerdictConfig(), "26 Jul 2024")
     genrm_card.require_same(asked(folder, judge=GeneratorConfig(path=str(folder), date="26 Jul 2024")))
-    with pytest.raises(ConfigError, match=r"would be asked with reward\.generative\.judge\.date=null") as caught:
+    with pytest.raises(ConfigError, match=r"but the recipe uses reward\.generative\.judge\.date=null") as caught:
         genrm_card.require_same(asked(folder))
-    assert caught.value.remedy == "ask as it learned: reward.generative.judge.date=26 Jul 2024"
+    assert caught.value.remedy == "set reward.generative.judge.date=26 Jul 2024"
 
 
 def test_nothing_is_known_of_others(tmp_path: Path):

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from align.config import HttpConfig
+from align.config import HttpConfig, RewardConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, WorkerError
 from align.generators import http as transport
 from align.rewards import http, http_protocol
-from align.rewards.http import HttpJudge
+from align.rewards.http import HttpScorer
 
 QUICK = {"backoff_s": 0.001, "max_backoff_s": 0.01, "timeout_s": 5.0}
 NAN = math.nan
@@ -63,7 +63,7 @@ class Service:
         try:
             time.sleep(self.delay)
             if not self.fault(number, handler):
-                reply(handler, 200, http_protocol.answer("m", true_scores(body), None))
+                reply(handler, 200, http_protocol.answer_body("m", true_scores(body), None))
         finally:
             with self._lock:
                 self.at_once -= 1
@@ -113,15 +113,15 @@ def running(service: Service, port: int = 0) -> Iterator[str]:
 
 
 @contextmanager
-def judging(url: str, failed: Any = "fail", **settings: Any) -> Iterator[HttpJudge]:
-    judge = HttpJudge(HttpConfig(url=url, **{**QUICK, **settings}), failed)
+def judging(url: str, failed: Any = "fail", **settings: Any) -> Iterator[HttpScorer]:
+    judge = HttpScorer(RewardConfig(kind="http", http=HttpConfig(url=url, **{**QUICK, **settings}), failed=failed))
     try:
         yield judge
     finally:
         judge.close()
 
 
-def counts(judge: HttpJudge) -> dict[str, float]:
+def counts(judge: HttpScorer) -> dict[str, float]:
     return {name: value for name, value in judge.metrics().items() if not name.startswith("latency")}
 
 
@@ -143,11 +143,11 @@ def test_scores_come_in_order_and_each_conversation_is_sent_whole():
 
 
 def test_latencies_are_summed_up_by_nearest_rank():
-    judge = HttpJudge(HttpConfig(url="http://127.0.0.1:1"))
-    judge._counts.seconds += [float(n) for n in range(100, 0, -1)]
+    judge = HttpScorer(RewardConfig(kind="http", http=HttpConfig(url="http://127.0.0.1:1")))
+    judge._client._seconds += [float(n) for n in range(100, 0, -1)]
     found = judge.metrics()
     assert [found[f"latency_{name}"] for name in ("mean", "p50", "p95")] == [50.5, 50.0, 95.0]
-    judge._counts.seconds += [3.0]
+    judge._client._seconds += [3.0]
     found = judge.metrics()
     assert [found[f"latency_{name}"] for name in ("mean", "p50", "p95")] == [3.0, 3.0, 3.0]
     assert "latency_mean" not in judge.metrics()
@@ -251,12 +251,14 @@ def test_a_service_that_fails_often_loses_nothing_and_is_counted_exactly():
     ],
 )
 def test_the_pause_is_random_and_at_least_what_the_service_asks_for(header: str | None, lowest: float, highest: float):
-    judge = HttpJudge(HttpConfig(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
-    pauses = [judge._transport.pause(2, transport.retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
+    judge = HttpScorer(
+        RewardConfig(kind="http", http=HttpConfig(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
+    )
+    pauses = [judge._client.pause(2, transport.retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
     assert all(lowest <= pause <= highest for pause in pauses)
     if lowest < highest:
         assert min(pauses) < 0.5 and max(pauses) > 1.5
-    assert max(judge._transport.pause(9000, 0.0) for _ in range(200)) <= 8.0
+    assert max(judge._client.pause(9000, 0.0) for _ in range(200)) <= 8.0
 
 
 def test_retry_after_is_waited_for():
@@ -283,7 +285,7 @@ def test_an_answer_that_does_not_come_in_time_is_given_up(drip: bool):
     with running(Service(slowly)) as url, judging(url, timeout_s=0.3, retries=1) as judge:
         begun = time.monotonic()
         with pytest.raises(
-            WorkerError, match=r"in 2 attempts; the last one: TimeoutError: no whole answer within 0.3 s"
+            WorkerError, match=r"in 2 attempts; last error: TimeoutError: no complete answer within 0.3 s"
         ):
             judge.score([dialogue(1)])
         assert 0.6 <= time.monotonic() - begun < 5  # one whole answer takes 5 s
@@ -419,10 +421,10 @@ def test_the_token_is_sent_and_a_missing_one_is_named(monkeypatch: pytest.Monkey
     with running(service) as url, judging(url, token_env="REWARD_TOKEN") as judge:
         judge.score([dialogue(1)])
     assert service.headers[0]["Authorization"] == "Bearer secret-0123456789"
-    for value, message in (("two words", "holds signs"), ("", "is not set")):
+    for value, message in (("two words", "contains characters"), ("", "is not set")):
         monkeypatch.setenv("REWARD_TOKEN", value)
         with pytest.raises(ConfigError, match=f"REWARD_TOKEN {message}") as failed:
-            HttpJudge(HttpConfig(url=url, token_env="REWARD_TOKEN"))
+            HttpScorer(RewardConfig(kind="http", http=HttpConfig(url=url, token_env="REWARD_TOKEN")))
         assert "words" not in str(failed.value)
 
 

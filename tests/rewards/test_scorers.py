@@ -27,9 +27,10 @@ from align.data.chat import Dialogue, Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
 from align.prechecks.roles import located
-from align.rewards import card, checkpoint_format, texts
+from align.rewards import card, checkpoint_format, scorers, texts
 from align.rewards.card import Card, Moments
-from align.rewards.scorers import EnsembleJudge, ModelJudge, open_judge
+from align.rewards.checkpoint_format import HeadSpec
+from align.rewards.scorers import CheckpointScorer, EnsembleScorer, build_scorer
 from align.types import Packed, Sequences
 
 CPU = torch.device("cpu")
@@ -107,9 +108,9 @@ def section(path: str, **fields: Any) -> RewardConfig:
     return RewardConfig(path=path, dtype="float32", **fields)
 
 
-def opened(path: str, **fields: Any) -> ModelJudge:
-    judge = open_judge(section(path, **fields), CPU)
-    assert isinstance(judge, ModelJudge)
+def opened(path: str, **fields: Any) -> CheckpointScorer:
+    judge = build_scorer(section(path, **fields), CPU)
+    assert isinstance(judge, CheckpointScorer)
     return judge
 
 
@@ -166,7 +167,7 @@ def test_goodness_is_a_weighted_sum_of_what_the_head_says(save: Save):
         [last_logits(AutoModelForSequenceClassification, path, rendered(path, one)) for one in DIALOGUES]
     )
     by_card, named = opened(path), opened(path, weights={"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45})
-    assert by_card.names == NAMES
+    assert by_card.attribute_names == NAMES
     assert torch.allclose(by_card.attributes(DIALOGUES), output_BA, atol=1e-5)
     assert torch.allclose(by_card.score(DIALOGUES), output_BA[:, 0] - 0.5 * output_BA[:, 4], atol=1e-5)
     wanted_B = 0.65 * output_BA[:, 0] + 0.8 * output_BA[:, 1] + 0.45 * output_BA[:, 2]
@@ -175,16 +176,15 @@ def test_goodness_is_a_weighted_sum_of_what_the_head_says(save: Save):
 
 def test_goodness_by_hand():
     """0.3, 0.74, 0.46, 0.47 and -0.33 of 4, 3, 2, 1 and 2 are 1.2 + 2.22 + 0.92 + 0.47 - 0.66 = 4.15."""
-    judge = object.__new__(ModelJudge)
-    judge.reading = checkpoint_format.Reading(
-        "attributes", NAMES, (0.3, 0.74, 0.46, 0.47, -0.33), None, None, None, True
-    )
+    judge = object.__new__(CheckpointScorer)
+    judge.head_spec = HeadSpec("attributes", NAMES, (0.3, 0.74, 0.46, 0.47, -0.33), None, None, None, True)
+    judge.attribute_names = NAMES
     values_BA = torch.tensor([[4.0, 3, 2, 1, 2], [0, 0, 0, 0, math.nan]])
-    first, second = judge.goodness(values_BA).tolist()
+    first, second = judge._score({"attribute_BA": values_BA}).tolist()
     assert first == pytest.approx(4.15, abs=1e-6)
     assert math.isnan(second)
-    judge.reading = replace(judge.reading, moments=Moments(4.0, 0.5, 10))
-    assert judge.goodness(values_BA)[0].item() == pytest.approx(0.3, abs=1e-6)
+    judge.head_spec = replace(judge.head_spec, moments=Moments(4.0, 0.5, 10))
+    assert judge._score({"attribute_BA": values_BA})[0].item() == pytest.approx(0.3, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sequence_classification", "attributes", "lm_head_row0", "yes_no"])
@@ -298,7 +298,7 @@ WHY = {
         "its chat template or date",
     ),
     "another date": ({"date": "1 May 2025"}, None, "its chat template or date"),
-    "question": ({"kind": "yes_no", "principle": "x"}, None, "it asks a question"),
+    "question": ({"kind": "yes_no", "principle": "x"}, None, "it reads a question"),
 }
 
 
@@ -306,8 +306,8 @@ WHY = {
 def test_who_reads_the_policys_ids(save: Save, name: str):
     options, own, why = WHY[name]
     path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
-    (read,) = checkpoint_format.read(section(path, **options))
-    found = texts.why_text(read, chat.load_tokenizer(path), Renderer(words()))
+    (read,) = checkpoint_format.head_specs(section(path, **options))
+    found = texts.text_reason(read, chat.load_tokenizer(path), Renderer(words()))
     assert (found or "").startswith(why or "")
     assert (found is None) == (why is None)
 
@@ -315,29 +315,31 @@ def test_who_reads_the_policys_ids(save: Save, name: str):
 def test_other_tokenizers_and_longer_templates_read_text(save: Save, byte_tokenizer: Path):
     own = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     other = save(AutoModelForSequenceClassification, own, num_labels=1)
-    (read,) = checkpoint_format.read(section(other))
-    assert texts.why_text(read, chat.load_tokenizer(other), Renderer(words())) == "its tokenizer is not the policy's"
+    (read,) = checkpoint_format.head_specs(section(other))
+    assert texts.text_reason(read, chat.load_tokenizer(other), Renderer(words())) == "its tokenizer is not the policy's"
     longer = words()
     longer.chat_template = TAIL
-    assert "more after an answer" in str(texts.why_text(read, longer, Renderer(longer)))
+    assert "more after a response" in str(texts.text_reason(read, longer, Renderer(longer)))
     named = replace(read, chat_template=TAIL)  # that the run has it too gives the policy no tokens after the end
-    assert "more after an answer" in str(texts.why_text(named, longer, Renderer(longer)))
-    assert texts.why_text(replace(read, by_align=True), longer, Renderer(longer)) is None
+    assert "more after a response" in str(texts.text_reason(named, longer, Renderer(longer)))
+    assert texts.text_reason(replace(read, by_align=True), longer, Renderer(longer)) is None
 
 
 def test_the_recipe_overrides_the_cards_template(save: Save, tmp_path: Path):
     own = Card("sequence_classification", chat_template="card", date="1 May 2025")
     path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
     (tmp_path / "own.jinja").write_text("recipe")
-    (by_card,) = checkpoint_format.read(section(path))
-    (by_recipe,) = checkpoint_format.read(section(path, chat_template=str(tmp_path / "own.jinja"), date="2 May 2025"))
+    (by_card,) = checkpoint_format.head_specs(section(path))
+    (by_recipe,) = checkpoint_format.head_specs(
+        section(path, chat_template=str(tmp_path / "own.jinja"), date="2 May 2025")
+    )
     assert (by_card.chat_template, by_card.date) == ("card", "1 May 2025")
     assert (by_recipe.chat_template, by_recipe.date) == ("recipe", "2 May 2025")
 
 
 def test_a_conversation_without_positions_is_refused(save: Save):
     judge = opened(save(AutoModelForSequenceClassification, num_labels=1, max_position_embeddings=8))
-    with pytest.raises(DataError, match=r"has \d+ tokens, the reward model has positions for 8"):
+    with pytest.raises(DataError, match=r"a conversation of \d+ tokens exceeds the 8 positions"):
         judge.score(DIALOGUES)
 
 
@@ -371,7 +373,8 @@ def test_kinds_are_told_by_card_and_config(save: Save):
     }
     options: dict[str, dict[str, Any]] = {"two": {"attributes": ["a", "b"], "weights": {"a": 1}}}
     found = {
-        name: checkpoint_format.read(section(path, **options.get(name, {})))[0].kind for name, path in kinds.items()
+        name: checkpoint_format.head_specs(section(path, **options.get(name, {})))[0].kind
+        for name, path in kinds.items()
     }
     assert found == {"one": "sequence_classification", "two": "attributes", "row": "lm_head_row0"}
 
@@ -380,8 +383,8 @@ def test_names_come_from_recipe_card_or_config(save: Save):
     labels = dict(enumerate(NAMES))
     named = save(AutoModelForSequenceClassification, num_labels=5, name="named", id2label=labels)
     nine = save(AutoModelForSequenceClassification, num_labels=9, name="nine")
-    (own,) = checkpoint_format.read(section(named, weights={"coherence": 2.0}))
-    (nemo,) = checkpoint_format.read(section(nine, attributes=["nemo"], weights={"helpfulness": 1.0}))
+    (own,) = checkpoint_format.head_specs(section(named, weights={"coherence": 2.0}))
+    (nemo,) = checkpoint_format.head_specs(section(nine, attributes=["nemo"], weights={"helpfulness": 1.0}))
     assert (own.names, own.weights) == (NAMES, (0, 0, 2.0, 0, 0))
     assert nemo.names[:5] == ("quality", "toxicity", "humor", "creativity", "helpfulness")
     assert nemo.weights == (0, 0, 0, 0, 1.0, 0, 0, 0, 0)
@@ -400,8 +403,8 @@ def test_an_ensemble_of_two(save: Save, combine: Any, wanted: Callable[..., torc
     a = save(AutoModelForSequenceClassification, num_labels=1, name="a")
     own = Card("attributes", NAMES, {"helpfulness": 1.0})
     b = save(AutoModelForSequenceClassification, num_labels=5, name="b", seed=1, own=own)
-    judge = open_judge(section(a, ensemble=EnsembleConfig([b], combine)), CPU)
-    assert isinstance(judge, EnsembleJudge)
+    judge = build_scorer(section(a, ensemble=EnsembleConfig([b], combine)), CPU)
+    assert isinstance(judge, EnsembleScorer)
     score_a, score_b = opened(a).score(DIALOGUES), opened(b).score(DIALOGUES)
     assert torch.allclose(judge.score(DIALOGUES), wanted(score_a, score_b), atol=1e-5)
     assert judge.metrics()["disagreement"] == pytest.approx(float((score_a - score_b).abs().mean() / 2), abs=1e-5)
@@ -413,7 +416,9 @@ def test_an_ensemble_of_two(save: Save, combine: Any, wanted: Callable[..., torc
 def test_a_member_without_a_score_takes_no_part_in_the_disagreement():
     scores = iter([[1.0, math.nan, 3.0], [3.0, 2.0, 7.0]])
     members: Any = [SimpleNamespace(score=lambda dialogues: torch.tensor(next(scores)))] * 2
-    judge = EnsembleJudge(members, RewardConfig(path="a", ensemble=EnsembleConfig(["b"], "mean")))
+    judge = object.__new__(EnsembleScorer)
+    judge.config, judge.members = RewardConfig(path="a", ensemble=EnsembleConfig(["b"], "mean")), members
+    judge._spreads = []
     assert judge.score(DIALOGUES).tolist() == pytest.approx([2.0, math.nan, 5.0], nan_ok=True)
     assert judge.metrics() == {"disagreement": 1.5}  # (1 + 2) / 2, of the two responses that both scored
 
@@ -432,13 +437,13 @@ def test_what_a_judge_starts_from_is_told_apart(save: Save, tmp_path: Path):
     b = save(AutoModelForSequenceClassification, num_labels=1, name="b", seed=1)
     (tmp_path / "f.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
     function = RewardConfig(kind="function", function=f"{tmp_path / 'f.py'}:f")
-    alone, other = (checkpoint_format.fingerprint(section(path), 0) for path in (a, b))
-    both = checkpoint_format.fingerprint(section(a, ensemble=EnsembleConfig([b])), 0)
-    before = checkpoint_format.fingerprint(function, 0)
+    alone, other = (scorers.fingerprint(section(path), 0) for path in (a, b))
+    both = scorers.fingerprint(section(a, ensemble=EnsembleConfig([b])), 0)
+    before = scorers.fingerprint(function, 0)
     (tmp_path / "f.py").write_text("def f(prompts, completions):\n    return [1.0] * len(prompts)\n")
-    assert len({alone, other, both, before, checkpoint_format.fingerprint(function, 0)}) == 5
+    assert len({alone, other, both, before, scorers.fingerprint(function, 0)}) == 5
     Path(a, card.NAME).write_text(Card("sequence_classification").dumps())
-    assert checkpoint_format.fingerprint(section(a), 0) != alone
+    assert scorers.fingerprint(section(a), 0) != alone
 
 
 def test_an_unknown_prompt_is_no_conversation():
@@ -450,7 +455,7 @@ def test_an_unknown_prompt_is_no_conversation():
 def test_a_head_is_never_made_up(save: Save):
     path = save(AutoModelForCausalLM, tie_word_embeddings=False)
     with pytest.raises(ModelError, match="no trained reward head"):
-        open_judge(section(path, kind="sequence_classification"), CPU)
+        build_scorer(section(path, kind="sequence_classification"), CPU)
 
 
 def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.cli import main
-from align.config import GenerativeConfig, GeneratorConfig
+from align.config import GenerativeConfig, GeneratorConfig, RewardConfig
 from align.config.genrm import JudgeSamplingConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message, Renderer
-from align.rewards import principles
-from align.rewards.genrm import GenerativeJudge
+from align.rewards import genrm_groups
+from align.rewards.genrm import GenerativeScorer
 
 PRINCIPLE = "the words are sorted"
 
@@ -30,7 +30,7 @@ def test_the_score_by_a_principle_is_a_difference_of_log_probabilities(tiny_yes_
         Dialogue((Message("user", f"sort the words : {one} {other}"),), f"{other} {one}")
         for one, other in zip(words[::2], words[1::2], strict=True)
     ]
-    one = GenerativeJudge(section, torch.device("cpu"), seed=1)
+    one = GenerativeScorer(RewardConfig(kind="generative", generative=section), torch.device("cpu"), seed=1)
     scores = one.score(dialogues).tolist()
     unread = int(one.metrics()["fallbacks"])
     model = AutoModelForCausalLM.from_pretrained(tiny_yes_no, dtype=torch.float32)
@@ -38,7 +38,7 @@ def test_the_score_by_a_principle_is_a_difference_of_log_probabilities(tiny_yes_
     yes, no = (renderer.tokenizer.encode(word, add_special_tokens=False) for word in ("Yes", "No"))
     checked = []
     for dialogue, score in zip(dialogues, scores, strict=True):
-        ids = renderer.prompt_ids(principles.ask(dialogue, section))
+        ids = renderer.prompt_ids(genrm_groups.ask_principle(dialogue, PRINCIPLE))
         with torch.no_grad():
             logprob_V = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         if score:

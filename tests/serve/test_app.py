@@ -24,8 +24,9 @@ from align.config import HttpConfig, RewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConversationError, DataError, ModelError, WorkerError
 from align.rewards import http_protocol
-from align.rewards.functions import FunctionJudge
-from align.rewards.http import HttpJudge
+from align.rewards.base import RewardScorer
+from align.rewards.functions import FunctionScorer
+from align.rewards.http import HttpScorer
 from align.rewards.http_protocol import Refused
 from align.serve import app
 from align.serve.app import Application, Batcher, Loading
@@ -38,7 +39,7 @@ SECTION = RewardServiceConfig(
 TOKEN = "canary-0123456789abcdef"
 
 
-class Lengths:
+class Lengths(RewardScorer):
     """A judge whose score is the length of the response; it says which conversations came together, and fails where a
     response names an error."""
 
@@ -62,9 +63,6 @@ class Lengths:
         if any(text.startswith("bug") for text in responses):
             raise KeyError(*responses)
         return torch.tensor([math.nan if text == "nan" else float(len(text)) for text in responses])
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 @contextmanager
@@ -115,17 +113,14 @@ def test_an_answer_has_a_score_for_each_conversation_in_order():
         assert ask(address, path=http_protocol.MODELS) == (200, {"object": "list", "data": [model]})
 
 
-def test_attributes_come_with_the_score(monkeypatch: pytest.MonkeyPatch):
+def test_attributes_come_with_the_score():
     class Attributes(Lengths):
-        names = ("helpfulness", "verbosity")
+        attribute_names = ("helpfulness", "verbosity")
 
-        def attributes(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
-            return torch.tensor([[4.0, math.inf] for _ in dialogues])
+        def score_attributes(self, dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor]:
+            attribute_BA = torch.tensor([[4.0, math.inf] for _ in dialogues])
+            return attribute_BA[:, 0] / 8, attribute_BA
 
-        def goodness(self, attribute_BA: torch.Tensor) -> torch.Tensor:
-            return attribute_BA[:, 0] / 8
-
-    monkeypatch.setattr(app, "ModelJudge", Attributes)
     with serving_with(Attributes()) as address:
         item = ask(address, {"input": [conversation()]})[1]["data"][0]
     attributes = {"helpfulness": 4.0, "verbosity": None}
@@ -136,27 +131,27 @@ BAD = {
     b"{": ("the body is not JSON", None),
     b"\xff": ("the body is not JSON", None),
     b"[" * 100_000: ("the body is not JSON", None),
-    b'{"input": NaN}': ("NaN is no number in JSON", None),
-    b"[]": ("the body is an object, not []", None),
-    b"{}": ("input is a list of conversations, not nothing", "input"),
-    b'{"input": []}': ("input is a list of conversations, not []", "input"),
+    b'{"input": NaN}': ("NaN is not a JSON number", None),
+    b"[]": ("the body must be an object, not []", None),
+    b"{}": ("input must be a list of conversations, not nothing", "input"),
+    b'{"input": []}': ("input must be a list of conversations, not []", "input"),
     b'{"inputs": []}': ('unknown key "inputs"', None),
-    b'{"model": 3, "input": [1]}': ("model is text, not 3", "model"),
-    b'{"input": [], "input": []}': ('the key "input" is given twice in one object', None),
-    b'{"input": {"a": 1}}': ("input is a list of conversations, not an object with 1 keys", "input"),
-    b'{"input": ["x"]}': ('input[0] is an object, not "x"', "input[0]"),
-    b'{"input": [{"messages": []}]}': ("two and more, not []", "input[0].messages"),
-    b'{"input": [{"messages": [{"role": "assistant", "content": "a"}]}]}': ("two and more", "input[0].messages"),
+    b'{"model": 3, "input": [1]}': ("model must be text, not 3", "model"),
+    b'{"input": [], "input": []}': ('duplicate key "input" in an object', None),
+    b'{"input": {"a": 1}}': ("input must be a list of conversations, not an object with 1 keys", "input"),
+    b'{"input": ["x"]}': ('input[0] must be an object, not "x"', "input[0]"),
+    b'{"input": [{"messages": []}]}': ("two or more, not []", "input[0].messages"),
+    b'{"input": [{"messages": [{"role": "assistant", "content": "a"}]}]}': ("two or more", "input[0].messages"),
 }
 LAST = "input[0].messages[1]"
 BAD_MESSAGE = [
-    ({"role": "user"}, "the last message is the response, so its role is assistant, not user", f"{LAST}.role"),
-    ({"role": "tool"}, "role is one of system, user, assistant", f"{LAST}.role"),
-    ({"role": ["user"]}, "role is one of system, user, assistant", f"{LAST}.role"),
-    ({"content": None}, "content is text, not nothing", f"{LAST}.content"),
-    ({"content": [{"type": "text"}]}, "content is text", f"{LAST}.content"),
-    ({"content": "\ud800"}, "half of a surrogate pair", f"{LAST}.content"),
-    ({"name": "x"}, 'unknown key "name"; known: content, role', LAST),
+    ({"role": "user"}, "the last message is the response, so its role must be assistant, not user", f"{LAST}.role"),
+    ({"role": "tool"}, "role must be one of system, user, assistant", f"{LAST}.role"),
+    ({"role": ["user"]}, "role must be one of system, user, assistant", f"{LAST}.role"),
+    ({"content": None}, "content must be text, not nothing", f"{LAST}.content"),
+    ({"content": [{"type": "text"}]}, "content must be text", f"{LAST}.content"),
+    ({"content": "\ud800"}, "unpaired surrogate", f"{LAST}.content"),
+    ({"name": "x"}, 'unknown key "name"; keys: content, role', LAST),
 ]
 
 
@@ -297,11 +292,13 @@ def test_a_function_that_raises_is_asked_again_and_then_named_by_its_type(tmp_pa
         "def score(completions):\n"
         f"    raise PermissionError('postgres://me:{TOKEN}@db: ' + completions[0][0]['content'])\n"
     )
-    with serving_with(FunctionJudge(f"{file}:score")) as address:
-        client = HttpJudge(HttpConfig(url=f"http://{address}", retries=2, backoff_s=0.001, max_backoff_s=0.01))
-        with pytest.raises(
-            WorkerError, match="in 3 attempts; the last one: status 500: scoring failed: Perm"
-        ) as failed:
+    with serving_with(FunctionScorer(RewardConfig(kind="function", function=f"{file}:score"))) as address:
+        client = HttpScorer(
+            RewardConfig(
+                kind="http", http=HttpConfig(url=f"http://{address}", retries=2, backoff_s=0.001, max_backoff_s=0.01)
+            )
+        )
+        with pytest.raises(WorkerError, match="in 3 attempts; last error: status 500: scoring failed: Perm") as failed:
             client.score([Dialogue((Message("user", "q"),), "a private answer")])
         client.close()
     said = capfd.readouterr().err
@@ -388,7 +385,11 @@ def test_a_full_queue_and_a_client_that_left_and_one_that_waits_too_long():
 
 def test_counts_of_the_service_are_those_of_its_client():
     with serving_with(max_queue=2000) as address:
-        judge = HttpJudge(HttpConfig(url=f"http://{address}", batch_size=4, max_concurrency=3, backoff_s=0.001))
+        judge = HttpScorer(
+            RewardConfig(
+                kind="http", http=HttpConfig(url=f"http://{address}", batch_size=4, max_concurrency=3, backoff_s=0.001)
+            )
+        )
         texts = ["x" * n for n in range(21)] + ["nan"]
         scores = judge.score([Dialogue((Message("user", "q"),), text) for text in texts])
         assert scores[:-1].tolist() == [float(n) for n in range(21)] and scores[-1].isnan()

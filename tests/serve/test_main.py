@@ -26,9 +26,9 @@ from align import cli
 from align.config import HttpConfig, ReplicasConfig, RewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, PlacementError
-from align.rewards.http import HttpJudge
+from align.rewards.http import HttpScorer
 from align.rewards.http_protocol import Refused
-from align.rewards.scorers import open_judge
+from align.rewards.scorers import build_scorer
 from align.serve.app import Application, Loading
 
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
@@ -315,11 +315,12 @@ def running(recipe: Path, *overrides: str) -> Iterator[Running]:
 
 
 @contextmanager
-def client(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpJudge]:
+def client(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpScorer]:
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
-    judge = HttpJudge(
-        HttpConfig(url=url, token_env="ALIGN_REWARD_TOKEN", cache_size=0, retries=100, backoff_s=0.2, max_backoff_s=1.0)
+    http = HttpConfig(
+        url=url, token_env="ALIGN_REWARD_TOKEN", cache_size=0, retries=100, backoff_s=0.2, max_backoff_s=1.0
     )
+    judge = HttpScorer(RewardConfig(kind="http", http=http))
     try:
         yield judge
     finally:
@@ -332,7 +333,7 @@ def test_in_one_process_the_scores_are_those_of_the_judge(
 ):
     with running(recipe, "executor=local") as one, client(one.url, monkeypatch) as judge:
         scores = judge.score(DIALOGUES)
-    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
     torch.testing.assert_close(scores, own, rtol=0, atol=1e-6)
     assert len(set(own.tolist())) == len(DIALOGUES)
     assert one.said.splitlines()[-1] == f"serving {tiny_reward.name} on {one.url}"
@@ -342,7 +343,7 @@ def test_in_one_process_the_scores_are_those_of_the_judge(
 def test_weights_spread_over_two_workers_give_the_same_scores(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
     with (
         running(recipe, "replicas.shards=2", "reward.zero_stage=3") as one,
         client(one.url, monkeypatch) as judge,
@@ -384,7 +385,7 @@ def test_a_replica_that_is_killed_is_replaced_and_nothing_is_lost(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With Ray Serve; on the way: only this machine is listened to, and no process but the first holds the token."""
-    own = open_judge(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
     logs = recipe.parent / "run" / "logs"
     with running(recipe) as one, client(one.url, monkeypatch) as judge:
         torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)

@@ -12,8 +12,8 @@ from align.data.chat import Message
 from align.generators.base import Completion, Request
 from align.roles import CompletedFuture
 from align.workers.base import Ranks
-from align.workers.generator import Completed
 from align.workers.generator import Generator as Role
+from align.workers.generator import RankCompletions
 
 SAMPLING = SamplingConfig(max_tokens=4)
 
@@ -36,7 +36,7 @@ class Echo(Ranks):
     ) -> CompletedFuture[Any]:
         self.sizes = [len(asked) for asked, _, _ in arguments]
         parts = [
-            Completed(
+            RankCompletions(
                 [Completion(one.messages[0].content, True, 1, 1) for one in asked],
                 {"requests": float(len(asked)), "retries": float(rank == 2)},
             )

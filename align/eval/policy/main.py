@@ -32,7 +32,7 @@ from align.eval.policy.judge import Bench, Game, Ruling
 from align.eval.policy.metrics import Chance, Group
 from align.eval.policy.questions import Answer, Question, Questions
 from align.eval.store import Rows
-from align.generators import opening
+from align.generators import models as generators
 from align.prechecks import placement
 from align.prechecks.roles import located
 from align.report import policy as report
@@ -83,7 +83,7 @@ def _manifest(section: PolicyEvaluationConfig, found: Questions) -> dict[str, An
     a speaker that cannot be opened, before anything is written."""
     known: dict[str, Any] = {"version": VERSION, "questions": found.fingerprint}
     for name, one in _speakers(section).items():
-        known |= opening.depends_on(name, one, section.seed)
+        known |= generators.identity_keys(name, one, section.seed)
     if section.judge_form != "benchmark":
         _check_judge(section)
     known |= {name: getattr(section, name) for name in SHAPES}
@@ -106,7 +106,7 @@ def _check_judge(section: PolicyEvaluationConfig) -> None:
     judge = replace(section.judge, zero_stage=0, offload_parameters=False)
     asked = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
     genrm_card.require_same(asked, JUDGE_KEYS)
-    renderer = opening.check(section.judge, "judge")
+    renderer = generators.check(section.judge, "judge")
     if renderer is not None:
         require_roles(renderer, asked, ("judge_custom_roles", "judge.chat_template"))
 

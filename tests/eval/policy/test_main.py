@@ -377,7 +377,7 @@ class TestBeforeAnythingIsWritten:
             (folder / file).write_text(text)
         line = self.line(tmp_path, judge=folder)
         run(tmp_path / "out", "judge_form=helpsteer3", "judge_custom_roles=false", *line, status=78)
-        assert "ask as it learned: judge_form=json" in capsys.readouterr().err
+        assert "set judge_form=json" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     def test_a_template_that_leaves_out_the_responses(self, tmp_path: Path, tiny_policy: Path, capsys):
