@@ -30,7 +30,8 @@ ONE_NUMBER_EACH = "return a list with one number, or None, for each response"
 def load(name: str) -> Callable[..., Any]:
     """The function ``module:function`` or ``path/file.py:function``.
 
-    Raises `ConfigError`, as `align.utils.plugins.load_function` does, also for a function that cannot be called with `ARGUMENTS` alone.
+    Raises `ConfigError`, as `align.utils.plugins.load_function` does, also for a function that cannot be called with
+    `ARGUMENTS` alone.
     """
     function = plugins.load_function(name)
     signature = plugins.function_signature(name, function)

@@ -112,8 +112,8 @@ class HttpScorer(RewardScorer):
             raise WorkerError(
                 f"the reward service gave no scores in {error}",
                 where=self._settings.url,
-                remedy=f"check that it runs (GET {http_protocol.HEALTH}) and its log; raise http.retries and http.timeout_s; "
-                "failed=drop leaves out such prompts",
+                remedy=f"check that it runs (GET {http_protocol.HEALTH}) and its log; raise http.retries and "
+                "http.timeout_s; failed=drop leaves out such prompts",
             ) from None
         scores = dict(zip(keys, values, strict=True))
         finite = {key: score for key, score in scores.items() if math.isfinite(score)}
