@@ -21,7 +21,7 @@ LARGEST = 3.4028234663852886e38
 ROLES = ("system", "user", "assistant")
 
 
-class Refused(Exception):
+class HTTPError(Exception):
     """An error status of the service. ``param`` names the place in the request, as ``input[3].messages``."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_after_s: int | None = None):
@@ -70,27 +70,27 @@ def _messages(dialogue: Dialogue) -> list[dict[str, str]]:
 
 
 def read_request(body: bytes, max_conversations: int) -> ScoreRequest:
-    """Raises `Refused`: 400 with what is wrong and where, 413 for more than ``max_conversations``."""
+    """Raises `HTTPError`: 400 with what is wrong and where, 413 for more than ``max_conversations``."""
     fields = _mapping(_parse(body), "", {"model", "input"})
     model, conversations = fields.get("model"), fields.get("input")
     if model is not None and not isinstance(model, str):
-        raise Refused(400, f"model must be text, not {_shown(model)}", "model")
+        raise HTTPError(400, f"model must be text, not {_shown(model)}", "model")
     if not isinstance(conversations, list) or not conversations:
-        raise Refused(400, f"input must be a list of conversations, not {_shown(conversations)}", "input")
+        raise HTTPError(400, f"input must be a list of conversations, not {_shown(conversations)}", "input")
     if len(conversations) > max_conversations:
         message = f"{len(conversations)} conversations in one request; the limit is {max_conversations}"
-        raise Refused(413, message, "input")
+        raise HTTPError(413, message, "input")
     return ScoreRequest(model, [_dialogue(item, f"input[{i}]") for i, item in enumerate(conversations)])
 
 
 def _dialogue(value: Any, where: str) -> Dialogue:
     messages = _mapping(value, where, {"messages"}).get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
-        raise Refused(400, f"messages must be a list of two or more, not {_shown(messages)}", f"{where}.messages")
+        raise HTTPError(400, f"messages must be a list of two or more, not {_shown(messages)}", f"{where}.messages")
     *context, response = [_message(item, f"{where}.messages[{i}]") for i, item in enumerate(messages)]
     if response.role != "assistant":
         message = f"the last message is the response, so its role must be assistant, not {response.role}"
-        raise Refused(400, message, f"{where}.messages[{len(context)}].role")
+        raise HTTPError(400, message, f"{where}.messages[{len(context)}].role")
     return Dialogue(tuple(context), response.content)
 
 
@@ -98,20 +98,20 @@ def _message(value: Any, where: str) -> Message:
     fields = _mapping(value, where, {"role", "content"})
     role, content = fields.get("role"), fields.get("content")
     if role not in ROLES:
-        raise Refused(400, f"role must be one of {', '.join(ROLES)}, not {_shown(role)}", f"{where}.role")
+        raise HTTPError(400, f"role must be one of {', '.join(ROLES)}, not {_shown(role)}", f"{where}.role")
     if not isinstance(content, str):
-        raise Refused(400, f"content must be text, not {_shown(content)}", f"{where}.content")
+        raise HTTPError(400, f"content must be text, not {_shown(content)}", f"{where}.content")
     if any("\ud800" <= character <= "\udfff" for character in content):
-        raise Refused(400, "content contains an unpaired surrogate, which is not a character", f"{where}.content")
+        raise HTTPError(400, "content contains an unpaired surrogate, which is not a character", f"{where}.content")
     return Message(role, content)
 
 
 def _mapping(value: Any, where: str, keys: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Refused(400, f"{where or 'the body'} must be an object, not {_shown(value)}", where or None)
+        raise HTTPError(400, f"{where or 'the body'} must be an object, not {_shown(value)}", where or None)
     if unknown := sorted(value.keys() - keys):
         message = f"unknown key {_shown(unknown[0])}; keys: {', '.join(sorted(keys))}"
-        raise Refused(400, message, where or None)
+        raise HTTPError(400, message, where or None)
     return value
 
 
@@ -127,7 +127,7 @@ def _parse(body: bytes) -> Any:
     try:
         return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {error}") from error
+        raise HTTPError(400, f"the body is not JSON: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

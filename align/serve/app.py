@@ -25,7 +25,7 @@ from align.data.chat import Dialogue
 from align.errors import AlignError, ConversationError
 from align.rewards import http_protocol
 from align.rewards.base import RewardScorer
-from align.rewards.http_protocol import Refused
+from align.rewards.http_protocol import HTTPError
 from align.serve import openapi
 from align.serve.log_limit import LogLimit
 
@@ -64,7 +64,7 @@ class Scorer(Protocol):
     """Where the application sends conversations."""
 
     async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """Raises `Refused`."""
+        """Raises `HTTPError`."""
         ...
 
     async def replicas(self) -> int:
@@ -76,8 +76,8 @@ class Loading:
     """The `Scorer` of a service that has none yet."""
 
     async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """Raises `Refused`."""
-        raise Refused(503, "the model is being loaded", retry_after_s=LOADING_S)
+        """Raises `HTTPError`."""
+        raise HTTPError(503, "the model is being loaded", retry_after_s=LOADING_S)
 
     async def replicas(self) -> int:
         """None."""
@@ -155,20 +155,20 @@ class Batcher:
             future.set_result(scores.slice(end - len(dialogues), end))
 
 
-def refusal(error: BaseException) -> Refused:
+def refusal(error: BaseException) -> HTTPError:
     """What the client is told of an error: of a conversation that cannot be read, why; of any other, the type alone.
 
     The log gets the frames, without the text of the error, which may quote a conversation.
     """
     if isinstance(error, ConversationError) and error.public:
-        return Refused(400, error.public, "input")
+        return HTTPError(400, error.public, "input")
     while isinstance(error, AlignError) and error.__cause__ is not None:
         error = error.__cause__  # what a function or a template raised
     kind = type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     ERRORS.print(f"{kind} at {place}", f"scoring failed: {kind}\n{''.join(traceback.format_list(frames))}".rstrip())
-    return Refused(500, f"scoring failed: {kind}")
+    return HTTPError(500, f"scoring failed: {kind}")
 
 
 class Application:
@@ -217,9 +217,9 @@ class Application:
         if path != http_protocol.HEALTH:
             self._authenticate(scope)
         if path not in self._handlers:
-            raise Refused(404, f"there is no {path[:100]}; paths: {', '.join(self._handlers)}")
+            raise HTTPError(404, f"there is no {path[:100]}; paths: {', '.join(self._handlers)}")
         if scope["method"] not in (methods := self._methods(path)):
-            raise Refused(405, f"{path} takes {' and '.join(methods)}, not {scope['method'][:20]}")
+            raise HTTPError(405, f"{path} takes {' and '.join(methods)}, not {scope['method'][:20]}")
         return await self._handlers[path](scope, receive)
 
     @staticmethod
@@ -232,12 +232,12 @@ class Application:
         # The same length for all, and in time that tells nothing about where two differ.
         equal = self._token is None or hmac.compare_digest(_digest(token.strip()), self._token)
         if not equal or (self._token is not None and scheme.lower() != "bearer"):
-            raise Refused(401, "this service asks for its token: Authorization: Bearer TOKEN")
+            raise HTTPError(401, "this service asks for its token: Authorization: Bearer TOKEN")
 
     async def _health(self, _: dict[str, Any], __: Receive) -> bytes:
         replicas = await self.scorer.replicas()
         if not replicas:
-            raise Refused(503, "no replica answers", retry_after_s=LOADING_S)
+            raise HTTPError(503, "no replica answers", retry_after_s=LOADING_S)
         return json.dumps({"status": "ok", "replicas": replicas}).encode()
 
     async def _models(self, _: dict[str, Any], __: Receive) -> bytes:
@@ -264,10 +264,10 @@ class Application:
         begun = time.perf_counter()
         asked = http_protocol.read_request(await self._body(scope, receive), self._section.max_conversations)
         if asked.model not in (None, self._model):
-            raise Refused(404, f"model {asked.model[:100]!r} is not served here, but {self._model!r}", "model")
+            raise HTTPError(404, f"model {asked.model[:100]!r} is not served here, but {self._model!r}", "model")
         number = len(asked.dialogues)
         if self._pending + number > self._section.max_queue:
-            raise Refused(429, f"{self._pending} conversations are waited for, try again later", retry_after_s=1)
+            raise HTTPError(429, f"{self._pending} conversations are waited for, try again later", retry_after_s=1)
         self._pending += number
         try:
             scores = await self._while_connected(self.scorer.score(asked.dialogues), receive)
@@ -285,16 +285,16 @@ class Application:
         self._seconds_sum += seconds
 
     async def _body(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        """Raises `Refused` for a body that is not JSON by its header, is too long or comes too slowly."""
+        """Raises `HTTPError` for a body that is not JSON by its header, is too long or comes too slowly."""
         _require_json(scope["headers"])
         limit, seconds = self._section.max_request_bytes, min(BODY_S, self._section.request_timeout_s)
         try:
             async with asyncio.timeout(seconds):
                 body, length = await self._read(receive, limit)
         except TimeoutError:
-            raise Refused(408, f"no whole body in {seconds:g} s") from None
+            raise HTTPError(408, f"no whole body in {seconds:g} s") from None
         if length > limit:
-            raise Refused(413, f"the body is longer than {limit} bytes: ask for fewer conversations in one request")
+            raise HTTPError(413, f"the body is longer than {limit} bytes: ask for fewer conversations in one request")
         return body
 
     async def _read(self, receive: Receive, limit: int) -> tuple[bytes, int]:
@@ -305,7 +305,7 @@ class Application:
             while more and length <= DRAINED * limit:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Refused(GONE, "the client went away")
+                    raise HTTPError(GONE, "the client went away")
                 chunk, more = message.get("body", b""), message.get("more_body", False)
                 length += len(chunk)
                 if length <= limit:
@@ -313,7 +313,7 @@ class Application:
                     held += len(chunk)
                     self._held_bytes += len(chunk)
                     if self._held_bytes > BODIES * limit:
-                        raise Refused(429, "too many bodies are being read, try again later", retry_after_s=1)
+                        raise HTTPError(429, "too many bodies are being read, try again later", retry_after_s=1)
             return b"".join(parts), length
         finally:
             self._held_bytes -= held
@@ -327,27 +327,27 @@ class Application:
             if work.done():
                 return work.result()
             if gone.done():
-                raise Refused(GONE, "the client went away")
-            raise Refused(504, f"not scored within {seconds:g} s", retry_after_s=1)
+                raise HTTPError(GONE, "the client went away")
+            raise HTTPError(504, f"not scored within {seconds:g} s", retry_after_s=1)
         finally:
             work.cancel()
             gone.cancel()
 
 
-def _refused(error: BaseException) -> Refused:
+def _refused(error: BaseException) -> HTTPError:
     """The answer to a request that failed."""
     if isinstance(error, asyncio.CancelledError):
-        return Refused(503, "the service ends", retry_after_s=LOADING_S)
-    return error if isinstance(error, Refused) else refusal(error)
+        return HTTPError(503, "the service ends", retry_after_s=LOADING_S)
+    return error if isinstance(error, HTTPError) else refusal(error)
 
 
 def _require_json(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Raise `Refused` for a body that says to be something else. ``application/x-www-form-urlencoded`` passes: curl and
-    Python's urllib say it of a body about which their user said nothing."""
+    """Raise `HTTPError` for a body with another content type. ``application/x-www-form-urlencoded`` passes: it is the
+    default of curl and of Python's urllib."""
     for name, value in headers:
         kind = value.decode("latin-1").partition(";")[0].strip().lower()
         if name == b"content-type" and kind not in ("application/json", "application/x-www-form-urlencoded"):
-            raise Refused(415, f"the body is application/json, not {kind[:100]}")
+            raise HTTPError(415, f"the body is application/json, not {kind[:100]}")
 
 
 def _digest(text: str) -> bytes:

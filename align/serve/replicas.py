@@ -29,7 +29,7 @@ from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, PlacementError, WorkerError
 from align.rewards.base import RewardScorer
-from align.rewards.http_protocol import Refused
+from align.rewards.http_protocol import HTTPError
 from align.rewards.scorers import build_scorer
 from align.serve.app import Batcher, Scores
 from align.workers.reward import Reward
@@ -84,11 +84,11 @@ class Replica:
         _open_no_port()
         self._batcher = Batcher(build_scorer(section.reward, device()), section)
 
-    async def score(self, dialogues: list[Dialogue]) -> Scores | Refused:
+    async def score(self, dialogues: list[Dialogue]) -> Scores | HTTPError:
         """Scores, or why there are none: what is raised here would tell of a dead replica."""
         try:
             return await self._batcher.score(dialogues)
-        except Refused as refused:
+        except HTTPError as refused:
             return refused
 
     def check_health(self) -> None:
@@ -127,8 +127,8 @@ class Replicated:
             raise
         except FAULTS as error:
             message = f"no replica answers, or it ended while it scored: {type(error).__name__}"
-            raise Refused(503, message, retry_after_s=RESTARTING_S) from error
-        if isinstance(outcome, Refused):
+            raise HTTPError(503, message, retry_after_s=RESTARTING_S) from error
+        if isinstance(outcome, HTTPError):
             raise outcome
         return outcome
 

@@ -27,7 +27,7 @@ from align.rewards import http_protocol
 from align.rewards.base import RewardScorer
 from align.rewards.functions import FunctionScorer
 from align.rewards.http import HttpScorer
-from align.rewards.http_protocol import Refused
+from align.rewards.http_protocol import HTTPError
 from align.serve import app
 from align.serve.app import Application, Batcher, Loading
 
@@ -162,7 +162,7 @@ BAD_MESSAGE = [
     ids=range(len(BAD) + len(BAD_MESSAGE)),
 )
 def test_what_is_wrong_with_a_request_and_where(body: bytes, message: str, param: str | None):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(HTTPError) as refused:
         http_protocol.read_request(body, 8)
     assert refused.value.status == 400
     assert message in refused.value.message and refused.value.param == param
@@ -406,7 +406,7 @@ def test_counts_of_the_service_are_those_of_its_client():
 def test_a_replica_that_ends_is_told_as_an_error_that_passes():
     class Dying:
         async def score(self, dialogues: list[Dialogue]) -> Any:
-            raise Refused(503, "a replica ended while it scored", retry_after_s=5)
+            raise HTTPError(503, "a replica ended while it scored", retry_after_s=5)
 
         async def replicas(self) -> int:
             return 0
@@ -465,5 +465,5 @@ def test_requests_under_way_are_answered_before_the_end():
 
 
 def test_a_refusal_passes_between_processes():
-    refused = pickle.loads(pickle.dumps(Refused(503, "m", "p", 5)))
+    refused = pickle.loads(pickle.dumps(HTTPError(503, "m", "p", 5)))
     assert (refused.status, refused.message, refused.param, refused.retry_after_s) == (503, "m", "p", 5)

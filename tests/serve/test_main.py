@@ -26,8 +26,8 @@ from align import cli
 from align.config import HttpConfig, ReplicasConfig, RewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, PlacementError
+from align.rewards import http_protocol
 from align.rewards.http import HttpScorer
-from align.rewards.http_protocol import Refused
 from align.rewards.scorers import build_scorer
 from align.serve.app import Application, Loading
 
@@ -178,7 +178,7 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
         def _score_text(self, dialogues: Any, *_: Any) -> Future[torch.Tensor]:
             scored = SimpleNamespace(score_B=torch.tensor([1.0, math.nan]), metrics={})
             future: Future[torch.Tensor] = Future()
-            future.set_result(self._gathered([scored], [torch.tensor([0, 1])]))  # type: ignore[list-item]
+            future.set_result(self._gather([scored], [torch.tensor([0, 1])]))  # type: ignore[list-item]
             return future
 
     @contextmanager
@@ -226,7 +226,7 @@ def test_faults_of_ray_and_of_ray_serve_are_503():
             raise error
 
         handle = SimpleNamespace(score=SimpleNamespace(remote=remote))
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(http_protocol.HTTPError) as refused:
             asyncio.run(replicas.Replicated(handle).score(DIALOGUES))  # type: ignore[arg-type]
         assert (refused.value.status, refused.value.retry_after_s) == (503, replicas.RESTARTING_S)
         assert type(error).__name__ in refused.value.message
