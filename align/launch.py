@@ -177,7 +177,7 @@ def _rounds(prepared: Prepared, run: Run) -> None:
             run.stop_if_asked()
             startup.append(time.perf_counter() - begun)
             run.write_json("startup.json", {"seconds": sum(startup), "by_round": startup})
-            prepared.algorithm.train(current, prepared.material, roles, run)
+            prepared.algorithm.train(current, prepared.train_data, roles, run)
 
 
 def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:

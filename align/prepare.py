@@ -86,7 +86,7 @@ class Prepared:
 
     config: Any
     algorithm: ModuleType
-    material: Any
+    train_data: Any
     counts: dict[str, int]
     renderer: Renderer
     description: dict[str, Any]
@@ -117,8 +117,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     source = dataset.load(config.data, config.reads())
     templates = [template for text_input in inputs.values() for template in text_input.templates]
     source, refused = dataset.readable(source, templates, config.data)
-    material, counts = algorithm.load_data(config, source, renderer)
-    require_positions(config, material, inputs)
+    train_data, counts = algorithm.load_data(config, source, renderer)
+    require_positions(config, train_data, inputs)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
     num_rows = config.num_rows(counts)
     prompts.require_rows(config, num_rows)
@@ -139,15 +139,15 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         spoken = dict.fromkeys(inputs, Conversations(contexts, renderer))
     notes = [*described(config.data), *epochs(config, num_rows, counts), *dtype_notes(loaded)]
     facts = description, identity, inputs, spoken, notes, exported
-    return Prepared(config, algorithm, material, counts, renderer, *facts)
+    return Prepared(config, algorithm, train_data, counts, renderer, *facts)
 
 
-def require_positions(config: Any, material: Any, inputs: Mapping[str, TextInput]) -> None:
+def require_positions(config: Any, train_data: Any, inputs: Mapping[str, TextInput]) -> None:
     """Raise `DataError` for a role that reads token ids and has fewer positions than the longest sequence of them. What
     a reward model reads as text is known when it is rendered, and is checked there."""
     sampling = getattr(config, "sampling", None)
     parts: dict[str, positions.Longest] = {}
-    for part, one in positions.longest(material, sampling.max_tokens if sampling else 0):
+    for part, one in positions.longest(train_data, sampling.max_tokens if sampling else 0):
         parts[part] = max(one, parts.get(part, one))
     for name, section in cast_sections(config).items():
         if name not in inputs:

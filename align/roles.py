@@ -133,6 +133,14 @@ class MeteredRole(Protocol):
         ...
 
 
+class TrainableRole(Protocol):
+    """A role that trains on batches."""
+
+    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
+        """One optimizer step."""
+        ...
+
+
 class SamplingRole(Protocol):
     """A frozen policy that samples."""
 
@@ -141,7 +149,7 @@ class SamplingRole(Protocol):
         ...
 
 
-class PolicyRole(SamplingRole, Protocol):
+class PolicyRole(SamplingRole, TrainableRole, Protocol):
     """The actor."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
@@ -155,24 +163,16 @@ class PolicyRole(SamplingRole, Protocol):
         """
         ...
 
-    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """One optimizer step."""
-        ...
-
     def export(self, folder: Path, extra: Mapping[str, str] | None = None) -> Future[None]:
         """Write weights, config and tokenizer in Hugging Face layout, with the ``extra`` files, text by name."""
         ...
 
 
-class CriticRole(Protocol):
+class CriticRole(TrainableRole, Protocol):
     """A value function in training."""
 
     def values(self, sequences: Sequences) -> Future[Tensor]:
         """Value of the state before token t is chosen, shape (B, T), 0 where there is no token."""
-        ...
-
-    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """One optimizer step."""
         ...
 
 
@@ -196,7 +196,7 @@ class RewardRole(Protocol):
         ...
 
 
-class TrainedRewardRole(Protocol):
+class TrainedRewardRole(TrainableRole, Protocol):
     """A reward model in training."""
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
@@ -205,10 +205,6 @@ class TrainedRewardRole(Protocol):
 
     def attributes(self, sequences: Sequences) -> Future[Tensor]:
         """A numbers a sequence, shape (B, A), read at its last token; of a model with attributes."""
-        ...
-
-    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """One optimizer step."""
         ...
 
     def export(self, folder: Path, extra: Mapping[str, str]) -> Future[None]:

@@ -1,5 +1,5 @@
 """Alignment algorithms, one file each.
 
-A module holds ``Config`` (the schema of its recipes; every field whose type is a role section becomes a role of the
-cast), ``prepare`` (from data to material, before any worker starts) and ``train``. Importing one loads no torch.
+A module holds ``Config`` (the schema of its recipes; each field whose type is a role schema becomes a role),
+``load_data`` (training data, before any worker starts) and ``train``. Importing one loads no torch.
 """

@@ -1,4 +1,4 @@
-"""What recipes share that choose among the samples of a prompt."""
+"""Shared by recipes that choose among the samples of a prompt."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class ScoringRoles(Protocol):
     eval_reward: RewardRole | None
 
 
-def score_candidates(cast: ScoringRoles, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
-    """Scores of the reward model, and of the second one where there is one."""
-    second = cast.eval_reward.score(rollouts.sequences) if cast.eval_reward else CompletedFuture(None)
-    return wait_for_all(cast.reward.score(rollouts.sequences), second)
+def score_candidates(roles: ScoringRoles, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
+    """Scores of the reward model and of the eval reward model, None without one."""
+    eval_score = roles.eval_reward.score(rollouts.sequences) if roles.eval_reward else CompletedFuture(None)
+    return wait_for_all(roles.reward.score(rollouts.sequences), eval_score)
 
 
 def comparable_candidates(config: OnPolicyConfig, rollouts: Rollouts, score_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (P, K) to choose by, and which responses may be chosen: those with an end where that is asked for; none
-    of a prompt where one response has no finite score."""
+    """Scores (P, K), and which responses may be chosen: not truncated ones with ``truncated: mask``, and none of a
+    prompt where a response has no finite score."""
     score_B, usable_B = ops.rewards.treat_truncated(
         score_B, rollouts.finished_B, config.truncated, config.truncation_penalty
     )

@@ -21,35 +21,35 @@ def reward_diagnostics(
     ``length_ratio`` is the mean length over that of the first batch; ``gain_per_root_kl`` the gain in mean score over
     the first batch divided by sqrt(KL), which falls where a policy pays more and more KL for a score (Gao et al. 2022,
     arXiv 2210.10760). ``kl_B`` is each response's KL to the reference, nats; None where there is no reference.
-    ``second_score`` and ``disagreement`` are there with a second reward model.
+    ``eval_score`` and ``disagreement`` need an eval reward model.
     """
     scored_B = score_B.isfinite()
-    kept_B = score_B[scored_B]
-    found = ops.diagnostics.policy_statistics(
+    valid_B = score_B[scored_B]
+    metrics = ops.diagnostics.policy_statistics(
         rollouts.sequences.responses,
         score_B,
         score_B.new_zeros(score_B.shape) if kl_B is None else kl_B,
         rollouts.finished_B,
     )
-    reward = float(kept_B.mean()) if len(kept_B) else 0.0
+    reward = float(valid_B.mean()) if len(valid_B) else 0.0
     start = state.setdefault("start/reward", reward)
-    found |= {
+    metrics |= {
         "reward": reward,
-        "reward_std": float(kept_B.std()) if len(kept_B) > 1 else 0.0,
+        "reward_std": float(valid_B.std()) if len(valid_B) > 1 else 0.0,
         "failed_scores": float((~scored_B).sum()),
-        "length_ratio": found["response_tokens"] / state.setdefault("start/length", found["response_tokens"]),
+        "length_ratio": metrics["response_tokens"] / state.setdefault("start/length", metrics["response_tokens"]),
     }
     if kl_B is None:
-        del found["correlation/reward_kl"]
+        del metrics["correlation/reward_kl"]
     else:
         kl = float(kl_B.mean())
-        found |= {"kl": kl, "gain_per_root_kl": (reward - start) / math.sqrt(kl) if kl > 0 else 0.0}
+        metrics |= {"kl": kl, "gain_per_root_kl": (reward - start) / math.sqrt(kl) if kl > 0 else 0.0}
     if eval_B is not None:
         K = len(rollouts) // int(rollouts.sequences.prompt_B[-1] + 1)
         pair = score_B.view(-1, K), eval_B.view(-1, K)
-        known_B = eval_B[eval_B.isfinite()]
-        found |= {
-            "second_score": float(known_B.mean()) if len(known_B) else 0.0,
+        finite_B = eval_B[eval_B.isfinite()]
+        metrics |= {
+            "eval_score": float(finite_B.mean()) if len(finite_B) else 0.0,
             "disagreement": ops.diagnostics.disagreement(*pair),
         }
-    return found
+    return metrics

@@ -1,9 +1,9 @@
-"""Held-out evaluation during training: the policy answers prompts it never learns from and is judged.
+"""Held-out evaluation during training: the policy answers prompts of the validation split, reward models score them.
 
-Greedy answers, and sampled ones whose noise is the same each time, are scored by the reward role, by the second reward
-model where there is one, and by the rule of the bundled task where the prompts are of it. Greedy answers are compared
-with greedy ones of the policy that the round started from, sampled ones with sampled ones: win rate = (wins + ties / 2)
-/ prompts, with a 95 % interval.
+The reward role and the eval reward model score greedy answers, and sampled answers with the same noise each time; the
+rule of the bundled task scores them too where the prompts are of that task. Greedy answers are compared with greedy
+answers of the policy that the round started from, sampled answers with sampled ones: win rate = (wins + ties / 2) /
+prompts, with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from align.types import Packed, Prompts, Rollouts
 
 START = "heldout/start/"
-"""Scores of the starting policy are carried from step to step under names that begin so."""
+"""Prefix under which a run keeps the scores of the starting policy."""
 
 NOISE = -1
-"""The step in the name of the noise; training counts from 1."""
+"""Step number that names the noise of held-out prompts; training steps count from 1."""
 
 
 @dataclass(frozen=True)
@@ -38,123 +38,112 @@ class HeldOutPrompts:
 
     prompts: Prompts
     messages: list[tuple[Message, ...]]
-    judged: Packed | None = None
-    """The prompts as judges read them, where the policy reads others (its attributes, a draft to be edited)."""
+    reward_prompts: Packed | None = None
+    """The prompts that reward models read, where the policy reads others (attributes, a draft to edit)."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """What the folder of the best policy gets beside the model, text by name."""
+    """Extra files of the folder of the best policy, text by name."""
     originals: list[str] | None = None
-    """The responses to be edited, where the answers are edits."""
+    """The responses to edit, where the answers are edits."""
 
 
 def load_held_out(
     evaluation: EvaluationConfig,
     source: PreferenceData,
     renderer: Renderer,
-    data_section: DataConfig,
+    section: DataConfig,
     counts: dict[str, int],
 ) -> HeldOutPrompts | None:
-    """The first prompts of the validation split; None where nothing is to be measured. ``counts`` gets what became of
-    its rows, as ``held_out_...``."""
+    """The first prompts of the validation split; None with ``evaluation.every: 0``. Adds row counts by outcome to
+    ``counts`` as ``held_out_...``."""
     if not evaluation.every:
         return None
-    found = data.dataset.prompts(source.validation, renderer, data_section.max_prompt_tokens)
-    counts |= {f"held_out_{name}": count for name, count in found.counts.items()}
-    prompts = data.prompts.first(found.tokens, evaluation.prompts, renderer.stop_ids, NOISE)
-    return HeldOutPrompts(prompts, found.messages[: evaluation.prompts])
+    loaded = data.dataset.prompts(source.validation, renderer, section.max_prompt_tokens)
+    counts |= {f"held_out_{name}": count for name, count in loaded.counts.items()}
+    prompts = data.prompts.first(loaded.tokens, evaluation.prompts, renderer.stop_ids, NOISE)
+    return HeldOutPrompts(prompts, loaded.messages[: evaluation.prompts])
 
 
 class EvaluationRoles(Protocol):
-    """Roles that a measurement needs."""
+    """Roles of an evaluation; ``reward`` is set whenever something is measured."""
 
     @property
-    def policy(self) -> PolicyRole:
-        """Answers."""
-        ...
+    def policy(self) -> PolicyRole: ...
 
     @property
-    def reward(self) -> RewardRole | None:
-        """Judges; there whenever something is measured."""
-        ...
+    def reward(self) -> RewardRole | None: ...
 
     @property
-    def eval_reward(self) -> RewardRole | None:
-        """Judges too."""
-        ...
+    def eval_reward(self) -> RewardRole | None: ...
 
 
 class Evaluator:
-    """Measures the policy when it is due, and remembers how the starting policy did."""
+    """Evaluates the policy every ``evaluation.every`` steps and compares it with the starting policy."""
 
     def __init__(
         self,
         evaluation: EvaluationConfig,
         sampling: SamplingConfig,
         held_out: HeldOutPrompts | None,
-        cast: EvaluationRoles,
+        roles: EvaluationRoles,
         run: Run,
     ):
-        """Measures the policy as it is now, before its first step, unless a run that is gone on with has done so."""
-        self.evaluation, self.held_out, self.cast, self.run = evaluation, held_out, cast, run
+        """Evaluates the policy before its first step, unless a resumed run has done so."""
+        self.evaluation, self.held_out, self.roles, self.run = evaluation, held_out, roles, run
         self.kinds = {
             "greedy": replace(sampling, num_samples=1, temperature=0.0),
             "sampled": replace(sampling, num_samples=1),
         }
         if held_out is not None and not any(name.startswith(START) for name in run.tensors):
-            self._measure(run.first_step - 1)
+            self._measure(held_out, run.first_step - 1)
 
     def measure(self, step: int) -> dict[str, float]:
-        """Metrics ``heldout/...`` of the policy after ``step``; none where no measurement is due."""
-        due = self.held_out is not None and (step % self.evaluation.every == 0 or self.run.is_last(step))
-        return self._measure(step) if due else {}
+        """Metrics ``heldout/...`` of the policy after ``step``; empty between evaluations."""
+        if self.held_out is None or (step % self.evaluation.every and not self.run.is_last(step)):
+            return {}
+        return self._measure(self.held_out, step)
 
-    def _measure(self, step: int) -> dict[str, float]:
-        assert self.held_out is not None
+    def _measure(self, held_out: HeldOutPrompts, step: int) -> dict[str, float]:
         metrics, answers = dict[str, float](), list[dict[str, object]]()
         for kind, sampling in self.kinds.items():
-            rollouts = self.cast.policy.generate(self.held_out.prompts, sampling).result()
+            rollouts = self.roles.policy.generate(held_out.prompts, sampling).result()
             texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
-            judged = self._judge(rollouts, texts)
-            for name, score_P in judged.items():
+            scores = self._score(held_out, rollouts, texts)
+            for name, score_P in scores.items():
                 metrics[f"heldout/{kind}/{name}"] = float(score_P[score_P.isfinite()].double().mean())
             metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
             metrics[f"heldout/{kind}/truncated"] = 1.0 - float(rollouts.finished_B.double().mean())
-            if self.held_out.originals is not None:
-                copy_P = data.editing.copies(self.held_out.originals, texts)
+            if held_out.originals is not None:
+                copy_P = data.editing.copies(held_out.originals, texts)
                 metrics[f"heldout/{kind}/copies"] = float(copy_P.double().mean())
-            metrics |= self._against_start(kind, judged)
-            answers += self._written(kind, texts, judged)
+            metrics |= self._win_rates(kind, scores)
+            answers += [
+                dict[str, object](kind=kind, prompt=messages[-1].content, answer=text)
+                | {name: float(score_P[i]) for name, score_P in scores.items()}
+                for i, (messages, text) in enumerate(zip(held_out.messages, texts, strict=True))
+            ]
         self.run.evaluated(step, metrics, answers)
         score = metrics[f"heldout/{self.evaluation.best_by}/reward"]
         if self.evaluation.keep_best and score > self.run.state.get("best_score", float("-inf")):
-            self.run.keep_best(step, self.cast.policy, self.held_out.files)
+            self.run.keep_best(step, self.roles.policy, held_out.files)
             self.run.state["best_score"] = score
         return metrics
 
-    def _judge(self, rollouts: Rollouts, texts: list[str]) -> dict[str, Tensor]:
-        assert self.held_out is not None
-        judges = {"reward": self.cast.reward, "eval_reward": self.cast.eval_reward}
-        sequences = replace(rollouts.sequences, prompts=self.held_out.judged or rollouts.sequences.prompts)
-        asked = {name: judge.score(sequences) for name, judge in judges.items() if judge is not None}
-        judged = dict(zip(asked, wait_for_all(*asked.values()), strict=True))
-        truth_P = data.toy.ground_truth(self.held_out.messages, texts)
-        return judged if truth_P is None else judged | {"ground_truth": truth_P}
+    def _score(self, held_out: HeldOutPrompts, rollouts: Rollouts, texts: list[str]) -> dict[str, Tensor]:
+        reward_models = {"reward": self.roles.reward, "eval_reward": self.roles.eval_reward}
+        sequences = replace(rollouts.sequences, prompts=held_out.reward_prompts or rollouts.sequences.prompts)
+        futures = {name: role.score(sequences) for name, role in reward_models.items() if role is not None}
+        scores = dict(zip(futures, wait_for_all(*futures.values()), strict=True))
+        truth_P = data.toy.ground_truth(held_out.messages, texts)
+        return scores if truth_P is None else scores | {"ground_truth": truth_P}
 
-    def _against_start(self, kind: str, judged: dict[str, Tensor]) -> dict[str, float]:
+    def _win_rates(self, kind: str, scores: dict[str, Tensor]) -> dict[str, float]:
         metrics = {}
-        for name, own_P in judged.items():
-            start_P = self.run.tensors.setdefault(f"{START}{kind}/{name}", own_P)
-            both_P = own_P.isfinite() & start_P.isfinite()
+        for name, score_P in scores.items():
+            start_P = self.run.tensors.setdefault(f"{START}{kind}/{name}", score_P)
+            both_P = score_P.isfinite() & start_P.isfinite()
             if not both_P.any():
                 continue
-            rate = ops.diagnostics.win_rate(own_P[both_P].double(), start_P[both_P].double())
+            rate = ops.diagnostics.win_rate(score_P[both_P].double(), start_P[both_P].double())
             key = f"heldout/{kind}/win_rate/{name}"
             metrics |= {key: rate.rate, f"{key}/low": rate.low, f"{key}/high": rate.high}
         return metrics
-
-    def _written(self, kind: str, texts: list[str], judged: dict[str, Tensor]) -> list[dict[str, object]]:
-        assert self.held_out is not None
-        return [
-            dict[str, object](kind=kind, prompt=messages[-1].content, answer=text)
-            | {name: float(score_P[i]) for name, score_P in judged.items()}
-            for i, (messages, text) in enumerate(zip(self.held_out.messages, texts, strict=True))
-        ]

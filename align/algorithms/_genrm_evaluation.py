@@ -1,5 +1,5 @@
-"""Held-out evaluation of a judge in training: greedy verdicts, and sampled ones whose noise is the same each time, on
-pairs of the validation split, each in both orders, against the labels of people."""
+"""Held-out evaluation of a judge in training: greedy verdicts, and sampled verdicts with the same noise each time, on
+pairs of the validation split, each in both orders, against human labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from align.types import Prompts
 
 START = "heldout/start/"
-"""Agreement of the starting judge is carried from step to step under names that begin so."""
+"""Prefix under which a run keeps the agreement of the starting judge."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +35,41 @@ class HeldOutComparisons:
     label_B3: Tensor
     contexts: list[Context]
     files: Mapping[str, str]
-    """What the folder of the best judge gets beside the model, text by name."""
+    """Extra files of the folder of the best judge, text by name."""
 
 
 def load_held_out(
     config: Config, source: Corpus[Comparison], renderer: Renderer, files: Mapping[str, str], counts: dict[str, int]
 ) -> HeldOutComparisons | None:
-    """The first pairs of the validation split; None where nothing is to be measured. ``counts`` gets what became of its
-    rows, as ``held_out_...``."""
+    """The first pairs of the validation split; None with ``evaluation.every: 0``. Adds row counts by outcome to
+    ``counts`` as ``held_out_...``."""
     count = config.evaluation.prompts
     if not config.evaluation.every:
         return None
-    found = data.genrm.prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
-    counts |= {f"held_out_{name}": n for name, n in found.counts.items()}
-    prompts = data.prompts.first(found.tokens, 2 * count, renderer.stop_ids, NOISE)
-    return HeldOutComparisons(prompts, found.label_P3[: 2 * count], found.contexts[:count], files)
+    pairs = data.genrm.prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
+    counts |= {f"held_out_{name}": n for name, n in pairs.counts.items()}
+    prompts = data.prompts.first(pairs.tokens, 2 * count, renderer.stop_ids, NOISE)
+    return HeldOutComparisons(prompts, pairs.label_P3[: 2 * count], pairs.contexts[:count], files)
 
 
 class GenRMEvaluator:
-    """Measures the judge when it is due."""
+    """Evaluates the judge every ``evaluation.every`` steps."""
 
     def __init__(self, config: Config, held_out: HeldOutComparisons | None, policy: PolicyRole, run: Run):
-        """Measures the judge as it is now, before its first step, unless a run that is gone on with has done so."""
+        """Evaluates the judge before its first step, unless a resumed run has done so."""
         self.config, self.held_out, self.policy, self.run = config, held_out, policy, run
         self.kinds = {
             "greedy": replace(config.sampling, num_samples=1, temperature=0.0),
             "sampled": replace(config.sampling, num_samples=1),
         }
         if held_out is not None and f"{START}greedy/agreement" not in run.state:
-            found = self._measure(run.first_step - 1)
+            metrics = self._measure(run.first_step - 1)
             for kind in self.kinds:
-                run.state[f"{START}{kind}/agreement"] = found[f"heldout/{kind}/agreement"]
+                run.state[f"{START}{kind}/agreement"] = metrics[f"heldout/{kind}/agreement"]
 
     def measure(self, step: int) -> dict[str, float]:
-        """Metrics ``heldout/...`` of the judge after ``step``, with the agreement of the one that training began with;
-        none where no measurement is due."""
+        """Metrics ``heldout/...`` of the judge after ``step``, and the agreement of the starting judge; empty between
+        evaluations."""
         due = self.held_out is not None and (step % self.config.evaluation.every == 0 or self.run.is_last(step))
         start = {name: value for name, value in self.run.state.items() if name.startswith(START)}
         return self._measure(step) | start if due else {}
@@ -79,9 +79,9 @@ class GenRMEvaluator:
         metrics: dict[str, float] = {}
         answers: list[dict[str, object]] = []
         for kind, sampling in self.kinds.items():
-            found, written = self._judge(kind, sampling)
-            metrics |= {f"heldout/{kind}/{name}": value for name, value in found.items()}
-            answers += written
+            agreement, lines = self._evaluate(kind, sampling)
+            metrics |= {f"heldout/{kind}/{name}": value for name, value in agreement.items()}
+            answers += lines
         self.run.evaluated(step, metrics, answers)
         score = metrics[f"heldout/{self.config.evaluation.best_by}/agreement"]
         if self.config.evaluation.keep_best and score > self.run.state.get("best_score", -1.0):
@@ -89,14 +89,14 @@ class GenRMEvaluator:
             self.run.state["best_score"] = score
         return metrics
 
-    def _judge(self, kind: str, sampling: SamplingConfig) -> tuple[dict[str, float], list[dict[str, object]]]:
-        """Numbers, and what was said."""
+    def _evaluate(self, kind: str, sampling: SamplingConfig) -> tuple[dict[str, float], list[dict[str, object]]]:
+        """Agreement with the labels, and the verdicts as lines of a file."""
         assert self.held_out is not None
         label_B3, contexts = self.held_out.label_B3, self.held_out.contexts
         rollouts = self.policy.generate(self.held_out.prompts, sampling).result()
         texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
         verdict_B3 = data.genrm.read(texts, rollouts.finished_B.tolist(), self.config.verdict.form)
-        found = {
+        agreement = {
             **ops.genrm.agreement(verdict_B3, label_B3),
             **ops.genrm.errors(verdict_B3, label_B3),
             "reward": float(self.config.reward_of(verdict_B3, label_B3).double().mean()),
@@ -104,13 +104,13 @@ class GenRMEvaluator:
             "truncated": 1.0 - float(rollouts.finished_B.double().mean()),
         }
         rankings = zip(verdict_B3[:, 2].tolist(), label_B3[:, 2].tolist(), strict=True)
-        return found, [
+        return agreement, [
             {
                 "kind": kind,
                 "prompt": contexts[i // 2][-1].content,
                 "answer": texts[i],
-                "ranking": None if said != said else said,  # NaN
-                "label": wanted,
+                "ranking": None if ranking != ranking else ranking,  # NaN
+                "label": label,
             }
-            for i, (said, wanted) in enumerate(rankings)
+            for i, (ranking, label) in enumerate(rankings)
         ]

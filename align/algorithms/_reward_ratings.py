@@ -53,16 +53,16 @@ class RatingTask:
         attribute_BA = reward.attributes(self.validation.sequences).result()
         label_BA = self.validation.label_BA
         error, count = ops.losses.squared_error(attribute_BA, label_BA)
-        found = {"loss": float(error / count)}
+        metrics = {"loss": float(error / count)}
         for name, predicted_B, label_B in zip(self.names, attribute_BA.T, label_BA.T, strict=True):
-            found |= {f"{name}/{what}": n for what, n in ops.ratings.summary(predicted_B, label_B).items()}
+            metrics |= {f"{name}/{key}": n for key, n in ops.ratings.summary(predicted_B, label_B).items()}
         weight_A = label_BA.new_tensor([self.weights.get(name, 0.0) for name in self.names])
         score_B = ops.ratings.goodness(attribute_BA, weight_A)
         label_B = ops.ratings.labelled_goodness(label_BA, weight_A)
         difference_P = ops.ratings.differences(score_B, label_B, self.validation.sequences.prompt_B)
         if len(difference_P):
-            found |= ops.preferences.summary(difference_P)
-        return found, score_B
+            metrics |= ops.preferences.summary(difference_P)
+        return metrics, score_B
 
 
 def load_ratings(

@@ -1,4 +1,4 @@
-"""What recipes share whose policy samples: prompts, what the roles say of a rollout, and minibatches."""
+"""What on-policy recipes share: prompts, scores of a rollout batch, and the updates on it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from align.roles import (
     PolicyRole,
     ReferenceRole,
     RewardRole,
+    TrainableRole,
     wait_for_all,
 )
 
@@ -32,25 +33,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Prompts to learn from, and held-out ones."""
+    """Training prompts and held-out prompts."""
 
     prompts: PromptStream
     held_out: _evaluation.HeldOutPrompts | None
-    judged: Packed | None = None
-    """The prompts as judges read them, row by row, where the policy reads others (attributes, a draft to be edited)."""
+    reward_prompts: Packed | None = None
+    """The prompts that reward models read, row by row, where the policy reads others (attributes, a draft to edit)."""
 
     def rows(self, rollouts: Rollouts) -> Tensor:
-        """Which row of the prompts each prompt of a step's rollouts is, (P,)."""
+        """Row of each prompt of a step's rollouts, (P,)."""
         return self.prompts.order.indices(rollouts.step)
 
-    def as_judged(self, rollouts: Rollouts) -> Sequences:
-        """The responses of a step as judges read them."""
+    def for_reward_models(self, rollouts: Rollouts) -> Sequences:
+        """The responses of a step behind the prompts that reward models read."""
         sequences = rollouts.sequences
-        return sequences if self.judged is None else replace(sequences, prompts=self.judged.select(self.rows(rollouts)))
+        if self.reward_prompts is None:
+            return sequences
+        return replace(sequences, prompts=self.reward_prompts.select(self.rows(rollouts)))
 
 
 class Roles(Protocol):
-    """Roles of a policy gradient; the critic's is in `align.algorithms.ppo`."""
+    """Roles of a policy gradient; PPO's critic is added in `align.algorithms.ppo`."""
 
     policy: PolicyRole
     reference: ReferenceRole
@@ -58,23 +61,15 @@ class Roles(Protocol):
     eval_reward: RewardRole | None
 
 
-class TrainableRole(Protocol):
-    """A role that learns from batches."""
-
-    def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """One optimizer step."""
-        ...
-
-
 def load_data(
     config: OnPolicyConfig, source: PreferenceData, renderer: Renderer, attempts: int = 1
 ) -> tuple[TrainData, dict[str, int]]:
-    """The prompts of the training split, each once, the held-out ones, and what became of the rows."""
-    found = data.dataset.prompts(source.train, renderer, config.data.max_prompt_tokens)
+    """Unique prompts of the training split, held-out prompts, and row counts by outcome."""
+    loaded = data.dataset.prompts(source.train, renderer, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(
-        found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids, attempts
+        loaded.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids, attempts
     )
-    counts = dict(found.counts)
+    counts = dict(loaded.counts)
     return TrainData(
         stream, _evaluation.load_held_out(config.evaluation, source, renderer, config.data, counts)
     ), counts
@@ -82,76 +77,73 @@ def load_data(
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """What the roles say of a rollout."""
+    """Rollouts with scores, reference log-probabilities and old log-probabilities."""
 
     rollouts: Rollouts
     score_B: Tensor
     eval_B: Tensor | None
+    """Scores of the eval reward model."""
     reference_BT: Tensor
     old_BT: Tensor
-    """Log-probabilities under the policy as it is now; the rollout's own unless it lags."""
+    """log pi_old, the policy before this step's first update; the rollout's own unless the rollouts are off-policy."""
 
 
 def score_rollouts(
-    cast: Roles, rollouts: Rollouts, score: Future[Tensor] | None = None, judged: Sequences | None = None
+    roles: Roles, rollouts: Rollouts, score: Future[Tensor] | None = None, reward_sequences: Sequences | None = None
 ) -> ScoredRollouts:
-    """Ask reward models, reference and policy at the same time. ``score`` is given where it is known already, and
-    ``judged``, what reward models read, where it is not what the policy read."""
-    sequences, judged = rollouts.sequences, judged or rollouts.sequences
-    score = score or cast.reward.score(judged)
-    second = cast.eval_reward.score(judged) if cast.eval_reward else CompletedFuture(None)
-    reference = cast.reference.logprobs(sequences, rollouts.temperature)
-    return ScoredRollouts(rollouts, *wait_for_all(score, second, reference, cast.policy.old_logprobs(rollouts)))
+    """Query reward models, reference and policy at the same time.
+
+    ``score``: scores that the caller has already. ``reward_sequences``: the input of the reward models where it
+    differs from what the policy read.
+    """
+    sequences = rollouts.sequences
+    reward_sequences = reward_sequences or sequences
+    score = score or roles.reward.score(reward_sequences)
+    eval_score = roles.eval_reward.score(reward_sequences) if roles.eval_reward else CompletedFuture(None)
+    reference = roles.reference.logprobs(sequences, rollouts.temperature)
+    return ScoredRollouts(rollouts, *wait_for_all(score, eval_score, reference, roles.policy.old_logprobs(rollouts)))
 
 
-def policy_batch(seen: ScoredRollouts, advantage_BT: Tensor, learnable_B: Tensor) -> Batch:
+def policy_batch(scored: ScoredRollouts, advantage_BT: Tensor, learnable_B: Tensor) -> Batch:
     """All sequences with the columns that `align.algorithms._policy_loss.loss` reads."""
-    return seen.rollouts.batch(
+    return scored.rollouts.batch(
         advantage_BT=advantage_BT,
         learnable_B=learnable_B,
-        old_BT=seen.old_BT,
-        rollout_BT=seen.rollouts.logprob_BT,
-        reference_BT=seen.reference_BT,
+        old_BT=scored.old_BT,
+        rollout_BT=scored.rollouts.logprob_BT,
+        reference_BT=scored.reference_BT,
     )
 
 
 Update = tuple[TrainableRole, "Batch", LossFunction]
-"""Who learns, from what, by which loss."""
+"""Which role trains, on which batch, with which loss."""
+
+SUMMED = "updates", "trained_tokens", "skipped_steps", "non_finite"
+"""Metrics that `run_updates` adds over the optimizer steps of a rollout batch; it averages the others."""
 
 
 def run_updates(
-    config: OnPolicyConfig, step: int, group: int, lessons: Mapping[str, Update], target_kl: float | None = None
+    config: OnPolicyConfig, step: int, group: int, updates: Mapping[str, Update], target_kl: float | None = None
 ) -> Metrics:
-    """``epochs`` times ``minibatches`` optimizer steps on one rollout batch, all learners at the same time.
+    """``epochs`` times ``minibatches`` optimizer steps on one rollout batch, all roles at the same time.
 
-    ``group`` adjacent sequences stay together. A learner whose ``policy_kl`` (nats a token) exceeds ``target_kl`` stops
-    for the rest of the step. Metrics get the learner's name in front and are means over its optimizer steps, numbers of
-    tokens and skipped steps their sums.
+    ``group`` adjacent sequences stay in one minibatch. A role whose ``policy_kl`` (nats a token) exceeds ``target_kl``
+    stops for the rest of the step. Metric names are prefixed with the key of ``updates``. Metrics are means over the
+    optimizer steps; token counts and skipped steps are sums.
     """
-    every: dict[str, list[Metrics]] = {name: [] for name in lessons}
-    going = dict(lessons)
-    num_groups = len(next(iter(lessons.values()))[1].sequences) // group
-    parts = data.prompts.minibatches(num_groups, config.minibatches, config.epochs, config.run.seed, step)
-    for groups in parts:
+    history: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in updates}
+    active = dict(updates)
+    num_groups = len(next(iter(updates.values()))[1].sequences) // group
+    for groups in data.prompts.minibatches(num_groups, config.minibatches, config.epochs, config.run.seed, step):
         rows = data.prompts.members(groups, group)
-        asked = {name: one.update(batch.select(rows), loss) for name, (one, batch, loss) in going.items()}
-        for name, metrics in zip(asked, wait_for_all(*asked.values()), strict=True):
-            every[name].append(metrics)
+        futures = {name: role.update(batch.select(rows), loss) for name, (role, batch, loss) in active.items()}
+        for name, metrics in zip(futures, wait_for_all(*futures.values()), strict=True):
+            for key, value in {**metrics, "updates": 1.0}.items():
+                history[name][key].append(value)
             if target_kl is not None and metrics.get("policy_kl", 0.0) > target_kl:
-                del going[name]
+                del active[name]
     return {
-        f"{name}{key}": value
-        for name, metrics in every.items()
-        for key, value in {**_over_updates(metrics), "updates": float(len(metrics))}.items()
-    }
-
-
-def _over_updates(updates: list[Metrics]) -> Metrics:
-    values: dict[str, list[float]] = defaultdict(list)
-    for metrics in updates:
-        for key, value in metrics.items():
-            values[key].append(value)
-    return {
-        key: sum(found) if key in ("trained_tokens", "skipped_steps", "non_finite") else sum(found) / len(found)
-        for key, found in values.items()
+        f"{name}{key}": sum(values) if key in SUMMED else sum(values) / len(values)
+        for name, columns in history.items()
+        for key, values in columns.items()
     }

@@ -43,7 +43,7 @@ class Config(OnPolicyConfig):
 
 
 class BestOfNRoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
     reward: RewardRole
@@ -65,13 +65,13 @@ def select_best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Ba
     return rollouts.sequences.select(rows).batch(), statistics
 
 
-def train(config: Config, material: _rollout.TrainData, cast: BestOfNRoles, run: Run) -> None:
+def train(config: Config, train_data: _rollout.TrainData, roles: BestOfNRoles, run: Run) -> None:
     """Sample, keep the best, imitate it."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        score_B, eval_B = _candidates.score_candidates(cast, rollouts)
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        score_B, eval_B = _candidates.score_candidates(roles, rollouts)
         batch, statistics = select_best(config, rollouts, score_B)
         statistics |= _diagnostics.reward_diagnostics(rollouts, score_B, eval_B, None, run.state)
-        metrics = _rollout.run_updates(config, step, 1, {"": (cast.policy, batch, loss)})
+        metrics = _rollout.run_updates(config, step, 1, {"": (roles.policy, batch, loss)})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
-    cast.policy.export(run.final).result()
+    roles.policy.export(run.final).result()

@@ -6,8 +6,7 @@ HelpSteer2-Preference, arXiv 2410.01257; reward-aware: Nemotron-4 340B, arXiv 24
 
 with f by ``loss.kind``; the functions are in `align.ops.preference_losses`, the whole loss in
 `align.algorithms._preference_loss`. The strength m of a preference comes from the data; the gold difference d* of
-``rpo_*`` is the strength or the difference of a reward model's scores. Reference log-probabilities come from workers,
-or the policy computes them once before its first step and caches them on disk.
+``rpo_*`` is the strength or the difference of a reward model's scores.
 
 Left out: pairs with more than two responses, and a reference that moves.
 """
@@ -51,15 +50,14 @@ class Config(RecipeConfig):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     reference: ReferenceConfig = field(default_factory=lambda: ReferenceFromPolicyConfig())
-    """The frozen policy in d; by default what the policy starts from. Absent where the loss reads none and where its
-    log-probabilities are cached."""
+    """The frozen policy in d; by default the policy's start. Absent with ``reference_cache`` or a loss without it."""
     reference_cache: str = ""
-    """Folder for log-probabilities of the starting policy, computed once before the first step and found again under
-    the fingerprints of model and pairs; empty for reference workers, which compute them in each step."""
+    """Folder that caches the starting policy's log-probabilities under the fingerprints of model and pairs; they are
+    computed once, before the first step. Empty: reference workers compute them in each step."""
     reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
     """A reward model for ``gold: reward`` and for held-out evaluation; absent unless ``path`` is given."""
     eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
-    """Judges held-out answers beside the first."""
+    """A second reward model that scores held-out answers."""
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     """The loss of a pair."""
     gold: Literal["strength", "reward"] = "strength"
@@ -82,7 +80,7 @@ class Config(RecipeConfig):
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
         if self.reference_cache and not self.loss.needs_reference:
             raise ValueError(f"reference_cache is of no use to loss.kind {self.loss.kind}: leave it out")
-        start, own = ((one.path, one.revision, one.dtype) for one in (self.policy, self.reference))
+        start, own = ((model.path, model.revision, model.dtype) for model in (self.policy, self.reference))
         if self.reference_cache and start != own:
             raise ValueError(
                 "reference_cache holds log-probabilities of the starting policy: reference.path, its revision and "
@@ -92,13 +90,12 @@ class Config(RecipeConfig):
             raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")
 
     def absent(self) -> set[str]:
-        """See `align.config.RecipeConfig.absent`."""
         needless = self.reference_cache or not self.loss.needs_reference
         return super().absent() | ({"reference"} if needless else set())
 
 
 class DPORoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
     reference: ReferenceRole | None
@@ -108,47 +105,47 @@ class DPORoles(Protocol):
 
 @dataclass(frozen=True)
 class DPOData:
-    """Pairs to learn from, and held-out prompts."""
+    """Training pairs and held-out prompts."""
 
     pairs: Pairs
     held_out: _evaluation.HeldOutPrompts | None
 
 
 def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[DPOData, dict[str, int]]:
-    """Pairs of the training split, ties dropped, and what became of its rows."""
+    """Pairs of the training split without ties, and row counts by outcome."""
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     pairs, counts = data.dataset.pairs(source.train, renderer, *limits)
     return DPOData(pairs, _evaluation.load_held_out(config.evaluation, source, renderer, config.data, counts)), counts
 
 
-def reference_sums(config: Config, pairs: Pairs, cast: DPORoles) -> Callable[[Pairs, Tensor], Tensor]:
-    """A function from a batch of pairs and their numbers to reference log-probabilities of their responses, nats."""
+def reference_sums(config: Config, pairs: Pairs, roles: DPORoles) -> Callable[[Pairs, Tensor], Tensor]:
+    """A function from pairs and their row numbers to reference log-probabilities of their responses, nats."""
     if not config.reference_cache:
-        return lambda batch, rows: _preference_loss.reference_sums(cast.reference, batch)
+        return lambda batch, rows: _preference_loss.reference_sums(roles.reference, batch)
     key = data.cache.fingerprint(config.policy, pairs.sequences, config.run.seed)
-    known_B = data.cache.remembered(
-        config.reference_cache, key, pairs.sequences, partial(_preference_loss.log_prob_sums, cast.policy)
+    cached_B = data.cache.remembered(
+        config.reference_cache, key, pairs.sequences, partial(_preference_loss.log_prob_sums, roles.policy)
     )
-    return lambda batch, rows: known_B[data.prompts.members(rows, 2)]
+    return lambda batch, rows: cached_B[data.prompts.members(rows, 2)]
 
 
-def gold(config: Config, pairs: Pairs, cast: DPORoles) -> Tensor:
+def gold(config: Config, pairs: Pairs, roles: DPORoles) -> Tensor:
     """Numbers whose difference in a pair is the target d* of ``rpo_*``."""
-    if config.gold == "reward" and cast.reward:
-        return cast.reward.score(pairs.sequences).result()
+    if config.gold == "reward" and roles.reward:
+        return roles.reward.score(pairs.sequences).result()
     return ops.groups.interleaved(pairs.strength_P, 0.0 * pairs.strength_P)
 
 
-def train(config: Config, material: DPOData, cast: DPORoles, run: Run) -> None:
-    """Visit the pairs in seeded order."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    reference = reference_sums(config, material.pairs, cast)
+def train(config: Config, train_data: DPOData, roles: DPORoles, run: Run) -> None:
+    """Train on the pairs in seeded order."""
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    reference = reference_sums(config, train_data.pairs, roles)
     loss = partial(_preference_loss.loss, how=config.loss)
-    order = data.prompts.Order(len(material.pairs), config.batch_size, config.run.seed)
+    order = data.prompts.Order(len(train_data.pairs), config.batch_size, config.run.seed)
     for step in run.steps():
         rows = order.indices(step)
-        pairs = material.pairs.select(rows)
-        batch = pairs.batch(reference_B=reference(pairs, rows), gold_B=gold(config, pairs, cast))
-        metrics = cast.policy.update(batch, loss).result()
+        pairs = train_data.pairs.select(rows)
+        batch = pairs.batch(reference_B=reference(pairs, rows), gold_B=gold(config, pairs, roles))
+        metrics = roles.policy.update(batch, loss).result()
         run.log(step, metrics | evaluator.measure(step))
-    cast.policy.export(run.final).result()
+    roles.policy.export(run.final).result()

@@ -11,7 +11,7 @@ edit model gave its input back in about 30 % of cases after supervised fine-tuni
 learned good edits against copies, is what speaks against them (``copy_penalty: null``).
 
 The models before and beside it are recipes of other algorithms: ``sft`` with ``demonstrates: feedback`` or ``edits``,
-``reward_model`` for the Edit reward model and for the one that selects. Left out: sampling the feedback anew.
+``reward_model`` for the Edit reward model and for the one that selects. Left out: sampling new feedback.
 """
 
 from __future__ import annotations
@@ -50,18 +50,17 @@ class Config(rloo.Config):
             raise ValueError(f"copy_penalty must not be negative: {self.copy_penalty}")
 
     def reads(self) -> Literal["edits"]:
-        """See `align.config.RecipeConfig.reads`."""
         return "edits"
 
 
 @dataclass(frozen=True)
 class FeedbackEditData(_rollout.TrainData):
-    """Edit prompts, and the responses that they show."""
+    """Edit prompts, and the responses to edit."""
 
     originals: tuple[str, ...] = ()
 
     def copies(self, rollouts: Rollouts, run: Run) -> Tensor:
-        """Which edits of a step changed nothing, (B,)."""
+        """Which edits of a step are copies of their input, (B,)."""
         originals = [self.originals[row] for row in self.rows(rollouts).tolist()]
         sequences = rollouts.sequences
         texts = [run.decode(ids) for ids in sequences.responses.lists()]
@@ -69,19 +68,20 @@ class FeedbackEditData(_rollout.TrainData):
 
 
 def load_data(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[FeedbackEditData, dict[str, int]]:
-    """Edit prompts of both splits, and what became of the rows of train."""
+    """Edit prompts of both splits, and row counts by outcome."""
     limits = config.editing, config.data.max_prompt_tokens
-    found = data.editing.edit_prompts(source.train, renderer, *limits)
-    stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
-    counts, held_out = found.counts, None
+    edits = data.editing.edit_prompts(source.train, renderer, *limits)
+    stream = data.prompts.PromptStream(edits.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
+    counts, held_out = edits.counts, None
     if config.evaluation.every:
         other, count = data.editing.edit_prompts(source.validation, renderer, *limits), config.evaluation.prompts
         counts |= {f"held_out_{name}": n for name, n in other.counts.items()}
         prompts = data.prompts.first(other.tokens, count, renderer.stop_ids, _evaluation.NOISE)
-        judged = data.prompts.first(other.judged, count, renderer.stop_ids, _evaluation.NOISE).tokens
-        kept = other.contexts[:count], judged
-        held_out = _evaluation.HeldOutPrompts(prompts, *kept, originals=other.originals[:count])
-    return FeedbackEditData(stream, held_out, found.judged, tuple(found.originals)), counts
+        reward_prompts = data.prompts.first(other.judged, count, renderer.stop_ids, _evaluation.NOISE).tokens
+        held_out = _evaluation.HeldOutPrompts(
+            prompts, other.contexts[:count], reward_prompts, originals=other.originals[:count]
+        )
+    return FeedbackEditData(stream, held_out, edits.judged, tuple(edits.originals)), counts
 
 
 def penalize_copies(score_PK: Tensor, copy_PK: Tensor, penalty: float) -> Tensor:
@@ -90,20 +90,20 @@ def penalize_copies(score_PK: Tensor, copy_PK: Tensor, penalty: float) -> Tensor
     return score_PK.where(~copy_PK, score_PK.minimum(others_P1) - penalty)
 
 
-def train(config: Config, material: FeedbackEditData, cast: _rollout.Roles, run: Run) -> None:
-    """Sample edits, judge them as answers, put copies last, compare, step."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+def train(config: Config, train_data: FeedbackEditData, roles: _rollout.Roles, run: Run) -> None:
+    """Sample edits, score them as responses, rank copies last, leave one out, update."""
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
     num_samples = config.sampling.num_samples
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        seen = _rollout.score_rollouts(cast, rollouts, judged=material.as_judged(rollouts))
-        copy_B = material.copies(rollouts, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        scored = _rollout.score_rollouts(roles, rollouts, reward_sequences=train_data.for_reward_models(rollouts))
+        copy_B = train_data.copies(rollouts, run)
         if config.copy_penalty is not None:
-            score_PK, copy_PK = seen.score_B.view(-1, num_samples), copy_B.view(-1, num_samples)
-            seen = replace(seen, score_B=penalize_copies(score_PK, copy_PK, config.copy_penalty).flatten())
-        judged = _rewards.shape_rewards(config, seen, run.state)
-        batch, statistics = rloo.make_batch(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, num_samples, {"": lesson}, config.target_kl)
+            score_PK, copy_PK = scored.score_B.view(-1, num_samples), copy_B.view(-1, num_samples)
+            scored = replace(scored, score_B=penalize_copies(score_PK, copy_PK, config.copy_penalty).flatten())
+        rewards = _rewards.shape_rewards(config, scored, run.state)
+        batch, statistics = rloo.make_batch(config, scored, rewards)
+        update = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, num_samples, {"": update}, config.target_kl)
         statistics |= {"copies": float(copy_B.double().mean())}
-        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
-    cast.policy.export(run.final).result()
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, scored.score_B)
+    roles.policy.export(run.final).result()

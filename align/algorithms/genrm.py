@@ -68,11 +68,10 @@ class Config(grpo.Config):
             raise ValueError(f"genrm samples each pair once: max_attempts must be 1, not {self.max_attempts}")
 
     def reads(self) -> RowKind:
-        """See `align.config.RecipeConfig.reads`."""
         return "comparisons"
 
     def num_rows(self, counts: Mapping[str, int]) -> int:
-        """See `align.config.RecipeConfig.num_rows`: each pair in both orders."""
+        """Each pair is shown in both orders."""
         return 2 * counts["kept"]
 
     def reward_of(self, verdict_B3: Tensor, label_B3: Tensor) -> Tensor:
@@ -102,34 +101,34 @@ class GenRMData:
 
 
 def load_data(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[GenRMData, dict[str, int]]:
-    """Pairs of both splits, and what became of the rows of the training split."""
-    found = data.genrm.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
-    stream = data.prompts.PromptStream(found.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
+    """Pairs of both splits, and row counts by outcome."""
+    pairs = data.genrm.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
+    stream = data.prompts.PromptStream(pairs.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
     files = genrm_card.files(config.verdict, config.data.date)
-    held_out = _genrm_evaluation.load_held_out(config, source, renderer, files, found.counts)
-    return GenRMData(stream, found.label_P3, held_out, files), found.counts
+    held_out = _genrm_evaluation.load_held_out(config, source, renderer, files, pairs.counts)
+    return GenRMData(stream, pairs.label_P3, held_out, files), pairs.counts
 
 
 def grade(
-    config: Config, material: GenRMData, rollouts: Rollouts, decode: Callable[[Sequence[int]], str]
+    config: Config, train_data: GenRMData, rollouts: Rollouts, decode: Callable[[Sequence[int]], str]
 ) -> tuple[Tensor, dict[str, float]]:
-    """R of each response, and how far the verdicts of a step are from the labels."""
-    rows = material.prompts.order.indices(rollouts.step)
-    label_B3 = material.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
+    """R of each response, and the distance of the verdicts from the labels."""
+    rows = train_data.prompts.order.indices(rollouts.step)
+    label_B3 = train_data.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
     texts = [decode(ids) for ids in rollouts.sequences.responses.lists()]
     verdict_B3 = data.genrm.read(texts, rollouts.finished_B.tolist(), config.verdict.form)
     return config.reward_of(verdict_B3, label_B3), ops.genrm.errors(verdict_B3, label_B3)
 
 
-def train(config: Config, material: GenRMData, cast: GenRMRoles, run: Run) -> None:
-    """Judge, compare with people, compare within groups, step."""
-    evaluator = _genrm_evaluation.GenRMEvaluator(config, material.held_out, cast.policy, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        score_B, distance = grade(config, material, rollouts, run.decode)
-        seen = _rollout.score_rollouts(cast, rollouts, CompletedFuture(score_B))
-        judged = _rewards.shape_rewards(config, seen, run.state)
-        batch, statistics = grpo.make_batch(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+def train(config: Config, train_data: GenRMData, roles: GenRMRoles, run: Run) -> None:
+    """Sample verdicts, compare with the labels, compare within groups, update."""
+    evaluator = _genrm_evaluation.GenRMEvaluator(config, train_data.held_out, roles.policy, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        score_B, distance = grade(config, train_data, rollouts, run.decode)
+        scored = _rollout.score_rollouts(roles, rollouts, CompletedFuture(score_B))
+        rewards = _rewards.shape_rewards(config, scored, run.state)
+        batch, statistics = grpo.make_batch(config, scored, rewards)
+        update = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": update}, config.target_kl)
         run.log(step, statistics | distance | metrics | evaluator.measure(step), rollouts, score_B)
-    cast.policy.export(run.final, material.files).result()
+    roles.policy.export(run.final, train_data.files).result()

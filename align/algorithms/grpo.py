@@ -73,22 +73,21 @@ class Config(PolicyGradientConfig):
             )
 
     def rows_per_step(self) -> tuple[str, int]:
-        """See `align.config.RecipeConfig.rows_per_step`. Each step sets the prompts of all its attempts aside."""
+        """Each step reserves the prompts of all its attempts."""
         key = "prompts_per_step" if self.max_attempts == 1 else "prompts_per_step times max_attempts"
         return key, self.prompts_per_step * self.max_attempts
 
     def notes(self) -> list[str]:
-        """See `align.config.RecipeConfig.notes`."""
         return self.kl_notes(self.kl_reduction)
 
 
 def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[_rollout.TrainData, dict[str, int]]:
-    """See `align.algorithms._rollout.prepare`."""
+    """`_rollout.load_data` with ``max_attempts`` batches of prompts for each step."""
     return _rollout.load_data(config, source, renderer, config.max_attempts)
 
 
 def with_spread(
-    config: Config, prompts: PromptStream, rollouts: Rollouts, cast: _rollout.Roles
+    config: Config, prompts: PromptStream, rollouts: Rollouts, roles: _rollout.Roles
 ) -> tuple[Rollouts, Tensor, int]:
     """DAPO's dynamic sampling (section 3.2): rollouts and scores of the first ``prompts_per_step`` groups whose scores
     are not all alike, and the batches that were sampled. Scores are taken as they are, before any shaping.
@@ -96,7 +95,7 @@ def with_spread(
     Fewer where ``max_attempts`` batches did not hold so many; the last batch as it is where none of them held one.
     """
     K, missing = config.sampling.num_samples, config.prompts_per_step
-    score_B = cast.reward.score(rollouts.sequences).result()
+    score_B = roles.reward.score(rollouts.sequences).result()
     if config.max_attempts == 1:
         return rollouts, score_B, 1
     attempt, kept = 1, list[tuple["Rollouts", "Tensor"]]()
@@ -108,40 +107,40 @@ def with_spread(
             missing -= len(groups)
         if not missing or attempt == config.max_attempts:
             break
-        rollouts = cast.policy.generate(prompts.batch(rollouts.step, attempt), config.sampling).result()
-        score_B = cast.reward.score(rollouts.sequences).result()
+        rollouts = roles.policy.generate(prompts.batch(rollouts.step, attempt), config.sampling).result()
+        score_B = roles.reward.score(rollouts.sequences).result()
         attempt += 1
     parts, scores = zip(*(kept or [(rollouts, score_B)]), strict=True)
     return type(rollouts).concatenate(parts), ops.groups.joined(scores), attempt
 
 
 def make_batch(
-    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards
+    config: Config, scored: _rollout.ScoredRollouts, rewards: _rewards.ShapedRewards
 ) -> tuple[Batch, dict[str, float]]:
-    """From rewards to advantages, and what is worth knowing."""
-    rollouts, K = seen.rollouts, config.sampling.num_samples
-    kl_B = ops.kl.per_sequence(judged.kl_BT, rollouts.mask_BT, config.kl_reduction)
-    reward_PK = ops.rewards.subtract_kl(judged.reward_B, kl_B, judged.kl_in_reward).view(-1, K)
+    """Advantages of the step, and its statistics."""
+    rollouts, K = scored.rollouts, config.sampling.num_samples
+    kl_B = ops.kl.per_sequence(rewards.kl_BT, rollouts.mask_BT, config.kl_reduction)
+    reward_PK = ops.rewards.subtract_kl(rewards.reward_B, kl_B, rewards.kl_in_reward).view(-1, K)
     compare = ops.advantages.group_standardized if config.normalize else ops.advantages.group_centred
-    advantage_PK, learnable_PK = compare(reward_PK, judged.usable_B.view(-1, K))
+    advantage_PK, learnable_PK = compare(reward_PK, rewards.usable_B.view(-1, K))
     advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
-    statistics = judged.statistics | {
+    statistics = rewards.statistics | {
         "learnable": float(learnable_PK.double().mean()),
         "groups_without_spread": 1.0 - float((advantage_PK != 0).any(1).double().mean()),
     }
-    return _rollout.policy_batch(seen, advantage_BT, learnable_PK.flatten()), statistics
+    return _rollout.policy_batch(scored, advantage_BT, learnable_PK.flatten()), statistics
 
 
-def train(config: Config, material: _rollout.TrainData, cast: _rollout.Roles, run: Run) -> None:
-    """Sample, judge, compare within groups, step."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, first in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        rollouts, score_B, batches = with_spread(config, material.prompts, first, cast)
-        seen = _rollout.score_rollouts(cast, rollouts, CompletedFuture(score_B))
-        judged = _rewards.shape_rewards(config, seen, run.state)
-        batch, statistics = make_batch(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
+def train(config: Config, train_data: _rollout.TrainData, roles: _rollout.Roles, run: Run) -> None:
+    """Sample, score, compare within groups, update."""
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, first in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        rollouts, score_B, batches = with_spread(config, train_data.prompts, first, roles)
+        scored = _rollout.score_rollouts(roles, rollouts, CompletedFuture(score_B))
+        rewards = _rewards.shape_rewards(config, scored, run.state)
+        batch, statistics = make_batch(config, scored, rewards)
+        update = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": update}, config.target_kl)
         statistics["sampled_batches"] = float(batches)
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
-    cast.policy.export(run.final).result()
+    roles.policy.export(run.final).result()

@@ -53,12 +53,11 @@ class Config(OnPolicyConfig):
         self.require_varied()
 
     def absent(self) -> set[str]:
-        """See `align.config.RecipeConfig.absent`."""
         return super().absent() | (set() if self.loss.needs_reference else {"reference"})
 
 
 class OnlineDPORoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
     reference: ReferenceRole | None
@@ -79,15 +78,15 @@ def choose_pairs(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[P
     return pairs, gold_B, statistics
 
 
-def train(config: Config, material: _rollout.TrainData, cast: OnlineDPORoles, run: Run) -> None:
+def train(config: Config, train_data: _rollout.TrainData, roles: OnlineDPORoles, run: Run) -> None:
     """Sample, pair the best with the worst, prefer it."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
     loss = partial(_preference_loss.loss, how=config.loss)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        score_B, eval_B = _candidates.score_candidates(cast, rollouts)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        score_B, eval_B = _candidates.score_candidates(roles, rollouts)
         pairs, gold_B, statistics = choose_pairs(config, rollouts, score_B)
-        batch = pairs.batch(reference_B=_preference_loss.reference_sums(cast.reference, pairs), gold_B=gold_B)
+        batch = pairs.batch(reference_B=_preference_loss.reference_sums(roles.reference, pairs), gold_B=gold_B)
         statistics |= _diagnostics.reward_diagnostics(rollouts, score_B, eval_B, None, run.state)
-        metrics = _rollout.run_updates(config, step, 2, {"": (cast.policy, batch, loss)})
+        metrics = _rollout.run_updates(config, step, 2, {"": (roles.policy, batch, loss)})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, score_B)
-    cast.policy.export(run.final).result()
+    roles.policy.export(run.final).result()

@@ -70,29 +70,29 @@ class Config(PolicyGradientConfig):
 
 
 class PPORoles(_rollout.Roles, Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     critic: CriticRole
 
 
 def make_batches(
-    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards, value_BT: Tensor
+    config: Config, scored: _rollout.ScoredRollouts, rewards: _rewards.ShapedRewards, value_BT: Tensor
 ) -> tuple[Batch, Batch, dict[str, float]]:
     """Batches of policy and critic, and what is worth knowing."""
-    mask_BT = seen.rollouts.mask_BT
-    reward_BT = ops.rewards.per_token(judged.reward_B, judged.kl_BT, mask_BT, judged.kl_in_reward)
+    mask_BT = scored.rollouts.mask_BT
+    reward_BT = ops.rewards.per_token(rewards.reward_B, rewards.kl_BT, mask_BT, rewards.kl_in_reward)
     advantage_BT, return_BT = ops.advantages.gae(reward_BT, value_BT, mask_BT, config.gamma, config.gae_lambda)
-    learn_BT = mask_BT & judged.usable_B[:, None]
-    statistics = judged.statistics | {
-        "learnable": float(judged.usable_B.double().mean()),
+    learn_BT = mask_BT & rewards.usable_B[:, None]
+    statistics = rewards.statistics | {
+        "learnable": float(rewards.usable_B.double().mean()),
         "return": float(return_BT[learn_BT].mean()) if bool(learn_BT.any()) else 0.0,
         "explained_variance": ops.diagnostics.explained_variance(value_BT, return_BT, learn_BT),
         "explained_variance_responses": float(learn_BT.any(1).sum()),  # of two or three it says next to nothing
     }
     if config.whiten:
         advantage_BT = ops.advantages.whiten(advantage_BT, learn_BT)
-    values = seen.rollouts.batch(old_BT=value_BT, return_BT=return_BT, learnable_B=judged.usable_B)
-    return _rollout.policy_batch(seen, advantage_BT, judged.usable_B), values, statistics
+    values = scored.rollouts.batch(old_BT=value_BT, return_BT=return_BT, learnable_B=rewards.usable_B)
+    return _rollout.policy_batch(scored, advantage_BT, rewards.usable_B), values, statistics
 
 
 def value_loss(
@@ -106,19 +106,19 @@ def value_loss(
     return Loss(total, count, {"value": (mean, count)})
 
 
-def train(config: Config, material: _rollout.TrainData, cast: PPORoles, run: Run) -> None:
+def train(config: Config, train_data: _rollout.TrainData, roles: PPORoles, run: Run) -> None:
     """Sample, judge and value, estimate advantages, step both."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        values = cast.critic.values(rollouts.sequences)
-        seen = _rollout.score_rollouts(cast, rollouts)
-        judged = _rewards.shape_rewards(config, seen, run.state)
-        batch, value_batch, statistics = make_batches(config, seen, judged, values.result())
-        lessons: dict[str, _rollout.Update] = {
-            "critic/": (cast.critic, value_batch, partial(value_loss, clip=config.value_clip))
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        values = roles.critic.values(rollouts.sequences)
+        scored = _rollout.score_rollouts(roles, rollouts)
+        rewards = _rewards.shape_rewards(config, scored, run.state)
+        batch, value_batch, statistics = make_batches(config, scored, rewards, values.result())
+        updates: dict[str, _rollout.Update] = {
+            "critic/": (roles.critic, value_batch, partial(value_loss, clip=config.value_clip))
         }
         if step - run.first_step >= config.critic_warmup_steps:
-            lessons[""] = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, lessons, config.target_kl)
-        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
-    cast.policy.export(run.final).result()
+            updates[""] = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, updates, config.target_kl)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, scored.score_B)
+    roles.policy.export(run.final).result()

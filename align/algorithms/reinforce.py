@@ -62,44 +62,44 @@ class Config(PolicyGradientConfig):
             raise ValueError(f"loss.kind {self.loss.kind} needs one advantage a response; here each token has its own")
 
 
-def greedy_rewards(config: Config, prompts: Prompts, cast: _rollout.Roles, state: dict[str, float]) -> Tensor:
+def greedy_rewards(config: Config, prompts: Prompts, roles: _rollout.Roles, state: dict[str, float]) -> Tensor:
     """ReMax's baseline of each sequence: the shaped score of the greedy response of the policy as it is now."""
     sampling = replace(config.sampling, num_samples=1, temperature=0.0)
-    rollouts = cast.policy.generate(prompts, sampling).result()
-    reward_P, _ = _rewards.normalize_scores(config, rollouts, cast.reward.score(rollouts.sequences).result(), state)
+    rollouts = roles.policy.generate(prompts, sampling).result()
+    reward_P, _ = _rewards.normalize_scores(config, rollouts, roles.reward.score(rollouts.sequences).result(), state)
     return reward_P.repeat_interleave(config.sampling.num_samples)
 
 
 def make_batch(
-    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards, greedy_B: Tensor | None
+    config: Config, scored: _rollout.ScoredRollouts, rewards: _rewards.ShapedRewards, greedy_B: Tensor | None
 ) -> tuple[Batch, dict[str, float]]:
-    """From rewards to advantages, and what is worth knowing."""
-    mask_BT, K = seen.rollouts.mask_BT, config.sampling.num_samples
-    above_B, learnable_B = judged.reward_B, judged.usable_B
+    """Advantages of the step, and its statistics."""
+    mask_BT, K = scored.rollouts.mask_BT, config.sampling.num_samples
+    above_B, learnable_B = rewards.reward_B, rewards.usable_B
     if config.baseline == "group":
         above_PK, learnable_PK = ops.advantages.group_centred(above_B.view(-1, K), learnable_B.view(-1, K))
         above_B, learnable_B = above_PK.flatten(), learnable_PK.flatten()
     if greedy_B is not None:
         learnable_B = learnable_B & greedy_B.isfinite()
         above_B = above_B - greedy_B
-    reward_BT = ops.rewards.per_token(above_B, judged.kl_BT, mask_BT, judged.kl_in_reward)
+    reward_BT = ops.rewards.per_token(above_B, rewards.kl_BT, mask_BT, rewards.kl_in_reward)
     advantage_BT = ops.advantages.returns_to_go(reward_BT, mask_BT, config.gamma)
     if config.whiten:
         advantage_BT = ops.advantages.whiten(advantage_BT, mask_BT & learnable_B[:, None])
-    statistics = judged.statistics | {"learnable": float(learnable_B.double().mean())}
-    return _rollout.policy_batch(seen, advantage_BT, learnable_B), statistics
+    statistics = rewards.statistics | {"learnable": float(learnable_B.double().mean())}
+    return _rollout.policy_batch(scored, advantage_BT, learnable_B), statistics
 
 
-def train(config: Config, material: _rollout.TrainData, cast: _rollout.Roles, run: Run) -> None:
+def train(config: Config, train_data: _rollout.TrainData, roles: _rollout.Roles, run: Run) -> None:
     """Sample, judge, subtract the baseline, step."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        seen = _rollout.score_rollouts(cast, rollouts)
-        judged = _rewards.shape_rewards(config, seen, run.state)
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        scored = _rollout.score_rollouts(roles, rollouts)
+        rewards = _rewards.shape_rewards(config, scored, run.state)
         greedy = config.baseline == "greedy"
-        greedy_B = greedy_rewards(config, material.prompts.batch(step), cast, run.state) if greedy else None
-        batch, statistics = make_batch(config, seen, judged, greedy_B)
-        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
-        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
-    cast.policy.export(run.final).result()
+        greedy_B = greedy_rewards(config, train_data.prompts.batch(step), roles, run.state) if greedy else None
+        batch, statistics = make_batch(config, scored, rewards, greedy_B)
+        update = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": update}, config.target_kl)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, scored.score_B)
+    roles.policy.export(run.final).result()

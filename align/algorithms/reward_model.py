@@ -82,16 +82,14 @@ class Config(RecipeConfig):
         return self.weights or ({"helpfulness": 1.0} if self.reward.attributes else {})
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.config.RecipeConfig.reads`."""
         return "ratings" if self.loss == "regression" else "preferences"
 
     def evaluations(self) -> Mapping[str, str]:
-        """See `align.config.RecipeConfig.evaluations`."""
         return self.benchmarks
 
 
 class RewardModelRoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     reward: TrainedRewardRole
 
@@ -137,16 +135,16 @@ def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[
     return RewardModelData(task, card), counts
 
 
-def train(config: Config, material: RewardModelData, cast: RewardModelRoles, run: Run) -> None:
+def train(config: Config, train_data: RewardModelData, roles: RewardModelRoles, run: Run) -> None:
     """Visit the rows in seeded order."""
-    task, score_B = material.task, None
+    task, score_B = train_data.task, None
     order = data.prompts.Order(len(task), config.batch_size, config.run.seed)
     for step in run.steps():
-        metrics, held_out = cast.reward.update(task.batch(order.indices(step)), task.loss).result(), {}
+        metrics, held_out = roles.reward.update(task.batch(order.indices(step)), task.loss).result(), {}
         if run.is_last(step) or (config.validate_every and step % config.validate_every == 0):
-            held_out, score_B = task.measure(cast.reward)
+            held_out, score_B = task.measure(roles.reward)
         run.log(step, metrics | {f"validation/{name}": value for name, value in held_out.items()})
     if score_B is None:  # a run that ended after its last step goes on
-        _, score_B = task.measure(cast.reward)
-    card = replace(material.card, moments=Moments.of(score_B))
-    cast.reward.export(run.final, card.files()).result()
+        _, score_B = task.measure(roles.reward)
+    card = replace(train_data.card, moments=Moments.of(score_B))
+    roles.reward.export(run.final, card.files()).result()

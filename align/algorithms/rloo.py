@@ -44,31 +44,30 @@ class Config(PolicyGradientConfig):
         self.require_varied()
 
     def notes(self) -> list[str]:
-        """See `align.config.RecipeConfig.notes`."""
         return self.kl_notes(self.kl_reduction)
 
 
 def make_batch(
-    config: Config, seen: _rollout.ScoredRollouts, judged: _rewards.ShapedRewards
+    config: Config, scored: _rollout.ScoredRollouts, rewards: _rewards.ShapedRewards
 ) -> tuple[Batch, dict[str, float]]:
-    """From rewards to advantages, and what is worth knowing."""
-    rollouts, K = seen.rollouts, config.sampling.num_samples
-    kl_B = ops.kl.per_sequence(judged.kl_BT, rollouts.mask_BT, config.kl_reduction)
-    reward_B = ops.rewards.subtract_kl(judged.reward_B, kl_B, judged.kl_in_reward)
-    advantage_PK, learnable_PK = ops.advantages.leave_one_out(reward_B.view(-1, K), judged.usable_B.view(-1, K))
+    """Leave-one-out advantages, and statistics of the step."""
+    rollouts, K = scored.rollouts, config.sampling.num_samples
+    kl_B = ops.kl.per_sequence(rewards.kl_BT, rollouts.mask_BT, config.kl_reduction)
+    reward_B = ops.rewards.subtract_kl(rewards.reward_B, kl_B, rewards.kl_in_reward)
+    advantage_PK, learnable_PK = ops.advantages.leave_one_out(reward_B.view(-1, K), rewards.usable_B.view(-1, K))
     advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
-    statistics = judged.statistics | {"learnable": float(learnable_PK.double().mean())}
-    return _rollout.policy_batch(seen, advantage_BT, learnable_PK.flatten()), statistics
+    statistics = rewards.statistics | {"learnable": float(learnable_PK.double().mean())}
+    return _rollout.policy_batch(scored, advantage_BT, learnable_PK.flatten()), statistics
 
 
-def train(config: Config, material: _rollout.TrainData, cast: _rollout.Roles, run: Run) -> None:
-    """Sample, judge, compare, step."""
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(material.prompts, cast.policy, config.sampling, config.max_off_policy_steps):
-        seen = _rollout.score_rollouts(cast, rollouts)
-        judged = _rewards.shape_rewards(config, seen, run.state)
-        batch, statistics = make_batch(config, seen, judged)
-        lesson = cast.policy, batch, _policy_loss.policy_loss(config, judged.kl_in_loss)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson}, config.target_kl)
-        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, seen.score_B)
-    cast.policy.export(run.final).result()
+def train(config: Config, train_data: _rollout.TrainData, roles: _rollout.Roles, run: Run) -> None:
+    """Sample, score, leave one out, update."""
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
+        scored = _rollout.score_rollouts(roles, rollouts)
+        rewards = _rewards.shape_rewards(config, scored, run.state)
+        batch, statistics = make_batch(config, scored, rewards)
+        update = roles.policy, batch, _policy_loss.policy_loss(config, rewards.kl_in_loss)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": update}, config.target_kl)
+        run.log(step, statistics | metrics | evaluator.measure(step), rollouts, scored.score_B)
+    roles.policy.export(run.final).result()

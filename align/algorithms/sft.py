@@ -54,12 +54,11 @@ class Config(RecipeConfig):
             raise ValueError(f"responses all is about answers, and demonstrates is {self.demonstrates}")
 
     def reads(self) -> RowKind:
-        """See `align.config.RecipeConfig.reads`."""
         return data.tasks.DEMONSTRATIONS[self.demonstrates].reads
 
 
 class SFTRoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
 
@@ -87,12 +86,12 @@ def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> Loss:
     return Loss(total, count, {"entropy": (entropy, count)})
 
 
-def train(config: Config, material: SFTData, cast: SFTRoles, run: Run) -> None:
+def train(config: Config, train_data: SFTData, roles: SFTRoles, run: Run) -> None:
     """Visit the demonstrations in seeded order."""
-    demonstrations = material.demonstrations
+    demonstrations = train_data.demonstrations
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():
         batch = demonstrations.select(order.indices(step)).batch()
-        metrics = cast.policy.update(batch, loss).result()
+        metrics = roles.policy.update(batch, loss).result()
         run.log(step, metrics)
-    cast.policy.export(run.final, material.files).result()
+    roles.policy.export(run.final, train_data.files).result()

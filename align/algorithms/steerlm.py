@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from align.run import Run
 
 NOISE = -100
-"""Before the rounds in the names of the noise that bootstrapping samples by; training counts from 1."""
+"""Step number that names the noise of bootstrapping in round 0; training steps count from 1."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ class Config(RecipeConfig):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """The attribute model: a frozen regression model that labels responses and judges held-out answers. Absent unless
-    ``path`` is given."""
+    """The attribute model: a frozen regression model that labels responses and scores held-out answers."""
     eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
-    """Judges held-out answers beside the first."""
+    """A second reward model that scores held-out answers."""
     steering: SteeringConfig = field(default_factory=SteeringConfig)
-    """Which attributes the policy is told, and where."""
+    """Which attributes the prompt shows the policy, and where."""
     labels: Literal["reward", "data"] = "reward"
-    """Who labels the responses of the data: the attribute model, or the people who rated them."""
+    """Who labels the responses of the data: the attribute model (``reward``), or the human annotators (``data``)."""
     batch_size: int = 128
     """Responses of an optimizer step. 128: NeMo-Aligner's guide to SteerLM."""
     rounds: int = 1
@@ -73,10 +72,8 @@ class Config(RecipeConfig):
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.rounds < 1 or self.bootstrap_prompts < 0:
-            raise ValueError(
-                "batch_size and rounds must be positive, bootstrap_prompts not negative: "
-                f"{self.batch_size}, {self.rounds}, {self.bootstrap_prompts}"
-            )
+            numbers = f"{self.batch_size}, {self.rounds}, {self.bootstrap_prompts}"
+            raise ValueError(f"batch_size and rounds must be positive, bootstrap_prompts not negative: {numbers}")
         used = self.rates or bool(self.evaluation.every)
         if used and not self.reward.present:
             raise ValueError(
@@ -94,24 +91,20 @@ class Config(RecipeConfig):
         return self.labels == "reward" or self.rounds > 1
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.config.RecipeConfig.reads`."""
         return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        """See `align.config.RecipeConfig.rated`."""
         return {"reward": resolve(self.steering.attributes)} if self.rates else {}
 
     def num_rounds(self) -> int:
-        """See `align.config.RecipeConfig.num_rounds`."""
         return self.rounds
 
     def in_round(self, start: str) -> Config:
-        """See `align.config.RecipeConfig.in_round`."""
         return replace(self, policy=replace(self.policy, path=start, revision=None, init={}))
 
 
 class SteerLMRoles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
     reward: RewardRole | None
@@ -119,42 +112,42 @@ class SteerLMRoles(Protocol):
 
 
 def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
-    """Responses of the training split, held-out prompts, and what became of the rows."""
-    material, counts = _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
+    """Responses of the training split, held-out prompts, and row counts by outcome."""
+    train_data, counts = _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
     if config.rounds > 1:  # fewer answers are left where some do not end
-        asked = list({row.context for row in material.rows})[: config.bootstrap_prompts or None]
-        data.prompts.require_rows(config, len(asked) * config.sampling.num_samples)
-    return material, counts
+        contexts = list({row.context for row in train_data.rows})[: config.bootstrap_prompts or None]
+        data.prompts.require_rows(config, len(contexts) * config.sampling.num_samples)
+    return train_data, counts
 
 
-def bootstrap(config: Config, material: _steerlm.SteerLMData, policy: PolicyRole, run: Run) -> list[Rating]:
-    """Answers of the policy to training prompts that ask for the best values; those that did not end are left out."""
-    contexts = list(dict.fromkeys(row.context for row in material.rows))
+def bootstrap(config: Config, train_data: _steerlm.SteerLMData, policy: PolicyRole, run: Run) -> list[Rating]:
+    """Answers of the policy to training prompts that request the best labels; truncated answers are left out."""
+    contexts = list(dict.fromkeys(row.context for row in train_data.rows))
     count = min(config.bootstrap_prompts or len(contexts), len(contexts))
     chosen = data.prompts.Order(len(contexts), count, config.run.seed).indices(run.round).tolist()
-    wanted = [("", contexts[i], material.form.values) for i in chosen]
-    asked = data.steerlm_dataset.asked(wanted, material.renderer, material.form, config.data.max_prompt_tokens)
-    prompts = data.prompts.first(asked.steered, count, material.renderer.stop_ids, NOISE - run.round)
+    requests = [("", contexts[i], train_data.form.values) for i in chosen]
+    steered = data.steerlm_dataset.asked(requests, train_data.renderer, train_data.form, config.data.max_prompt_tokens)
+    prompts = data.prompts.first(steered.steered, count, train_data.renderer.stop_ids, NOISE - run.round)
     parts = data.steerlm_dataset.parts(prompts, _steerlm.PART)
     answered = ((part.index_P, policy.generate(part, config.sampling).result()) for part in parts)
-    rows, counts = data.steerlm_dataset.sampled(asked.contexts, answered, material.renderer)
-    run.report(f"round {run.round}, bootstrap prompts: {_steerlm.told(asked.counts)}")
-    run.report(f"round {run.round}, their answers: {_steerlm.told(counts)}")
+    rows, counts = data.steerlm_dataset.sampled(steered.contexts, answered, train_data.renderer)
+    run.report(f"round {run.round}, bootstrap prompts: {_steerlm.format_counts(steered.counts)}")
+    run.report(f"round {run.round}, their answers: {_steerlm.format_counts(counts)}")
     return rows
 
 
-def train(config: Config, material: _steerlm.SteerLMData, cast: SteerLMRoles, run: Run) -> None:
-    """Label, then visit the responses in seeded order. All before the first step happens again in a resumed run."""
-    rows = material.rows if run.round == 1 else bootstrap(config, material, cast.policy, run)
-    if cast.reward and (run.round > 1 or config.labels == "reward"):
-        rows = _steerlm.label_ratings(rows, cast.reward, material.form, run)
+def train(config: Config, train_data: _steerlm.SteerLMData, roles: SteerLMRoles, run: Run) -> None:
+    """Label, then train on the responses in seeded order. A resumed run repeats everything before its first step."""
+    rows = train_data.rows if run.round == 1 else bootstrap(config, train_data, roles.policy, run)
+    if roles.reward and (run.round > 1 or config.labels == "reward"):
+        rows = _steerlm.label_ratings(rows, roles.reward, train_data.form, run)
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    demonstrations, counts = data.steerlm_dataset.demonstrations(rows, material.renderer, material.form, *limits)
-    run.report(f"round {run.round}, demonstrations: {_steerlm.told(counts)}")
+    demonstrations, counts = data.steerlm_dataset.demonstrations(rows, train_data.renderer, train_data.form, *limits)
+    run.report(f"round {run.round}, demonstrations: {_steerlm.format_counts(counts)}")
     data.prompts.require_rows(config, counts["kept"])
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
     order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():
-        metrics = cast.policy.update(demonstrations.select(order.indices(step)).batch(), loss).result()
+        metrics = roles.policy.update(demonstrations.select(order.indices(step)).batch(), loss).result()
         run.log(step, metrics | evaluator.measure(step))
-    cast.policy.export(run.final, material.files).result()
+    roles.policy.export(run.final, train_data.files).result()

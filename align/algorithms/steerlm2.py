@@ -25,24 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from align import data, ops
 from align.algorithms import _candidates, _diagnostics, _rollout, _steerlm
 from align.algorithms._evaluation import Evaluator
-from align.config import (
-    OnPolicyConfig,
-    PreviousPolicyConfig,
-    PriorPolicyConfig,
-    SamplingConfig,
-    SteeringConfig,
-)
+from align.config import OnPolicyConfig, PreviousPolicyConfig, PriorPolicyConfig, SamplingConfig, SteeringConfig
 from align.data.attributes import resolve
 from align.data.steerlm import Form, require_same
-from align.roles import (
-    CompletedFuture,
-    Loss,
-    PolicyRole,
-    ReferenceRole,
-    RewardRole,
-    SamplingRole,
-    wait_for_all,
-)
+from align.roles import Loss, PolicyRole, ReferenceRole, RewardRole, SamplingRole, wait_for_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,16 +64,14 @@ class Config(OnPolicyConfig):
         self.require_varied()
 
     def reads(self) -> Literal["preferences", "ratings"]:
-        """See `align.config.RecipeConfig.reads`."""
         return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        """See `align.config.RecipeConfig.rated`."""
         return {"reward": resolve(self.steering.attributes)}
 
 
 class SteerLM2Roles(Protocol):
-    """Roles of this algorithm."""
+    """Roles of the algorithm."""
 
     policy: PolicyRole
     previous: SamplingRole
@@ -132,16 +116,16 @@ def loss(
 
 
 def weigh_samples(
-    config: Config, material: _steerlm.LabelGroups, cast: SteerLM2Roles, rollouts: Rollouts
+    config: Config, train_data: _steerlm.LabelGroups, roles: SteerLM2Roles, rollouts: Rollouts
 ) -> tuple[Batch, Tensor, dict[str, float]]:
-    """Samples with their weights log P(a|x, y) + log P(y|x) - log Q'(y|a, x); log P(a|x, y); numbers of both."""
+    """Samples with their weights log P(a|x, y) + log P(y|x) - log Q'(y|a, x); log P(a|x, y); statistics."""
     sequences, previous_BT = rollouts.sequences, rollouts.untempered_logprob_BT
-    rows_B = material.rows(rollouts)[sequences.prompt_B]
-    said = zip(rows_B.tolist(), map(material.steer.renderer.text, sequences.responses.lists()), strict=True)
-    dialogues = [data.chat.Dialogue(material.asked.contexts[i], text) for i, text in said]
-    rating = cast.reward.rate(dialogues, material.steer.form.names)
-    rating_BA, base_BT = wait_for_all(rating, cast.base.logprobs(material.as_judged(rollouts), 1.0))
-    fit_B = ops.steerlm.attribute_logprob(rating_BA, material.asked.label_PA[rows_B]).float()
+    rows_B = train_data.rows(rollouts)[sequences.prompt_B]
+    responses = zip(rows_B.tolist(), map(train_data.steerlm.renderer.text, sequences.responses.lists()), strict=True)
+    dialogues = [data.chat.Dialogue(train_data.prompt_set.contexts[i], text) for i, text in responses]
+    rating = roles.reward.rate(dialogues, train_data.steerlm.form.names)
+    rating_BA, base_BT = wait_for_all(rating, roles.base.logprobs(train_data.for_reward_models(rollouts), 1.0))
+    fit_B = ops.steerlm.attribute_logprob(rating_BA, train_data.prompt_set.label_PA[rows_B]).float()
     weight_B = fit_B + ops.logprobs.masked_sum(base_BT - previous_BT, rollouts.mask_BT)
     weight_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, weight_B)
     columns = {"previous_BT": previous_BT, "weight_B": weight_PK.flatten(), "learnable_B": usable_PK.flatten()}
@@ -151,15 +135,16 @@ def weigh_samples(
     return batch, fit_B, {"learnable": learnable, "effective_samples": effective}
 
 
-def train(config: Config, material: _steerlm.SteerLMData, cast: SteerLM2Roles, run: Run) -> None:
-    """Sample from the previous policy, weigh, step."""
-    prompts = _steerlm.group_labels(config, config.labels, material, cast.reward, run)
-    evaluator = Evaluator(config.evaluation, config.sampling, material.held_out, cast, run)
-    for step, rollouts in run.rollouts(prompts.prompts, cast.previous, config.sampling, config.max_off_policy_steps):
-        batch, fit_B, statistics = weigh_samples(config, prompts, cast, rollouts)
-        second = cast.eval_reward.score(prompts.as_judged(rollouts)) if cast.eval_reward else CompletedFuture(None)
-        statistics |= _diagnostics.reward_diagnostics(rollouts, fit_B, second.result(), None, run.state)
-        lesson = cast.policy, batch, partial(loss, num_samples=config.sampling.num_samples)
-        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": lesson})
+def train(config: Config, train_data: _steerlm.SteerLMData, roles: SteerLM2Roles, run: Run) -> None:
+    """Sample from the previous policy, weigh, update."""
+    prompts = _steerlm.group_labels(config, config.labels, train_data, roles.reward, run)
+    evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
+    for step, rollouts in run.rollouts(prompts.prompts, roles.previous, config.sampling, config.max_off_policy_steps):
+        batch, fit_B, statistics = weigh_samples(config, prompts, roles, rollouts)
+        sequences = prompts.for_reward_models(rollouts)
+        eval_B = roles.eval_reward.score(sequences).result() if roles.eval_reward else None
+        statistics |= _diagnostics.reward_diagnostics(rollouts, fit_B, eval_B, None, run.state)
+        update = roles.policy, batch, partial(loss, num_samples=config.sampling.num_samples)
+        metrics = _rollout.run_updates(config, step, config.sampling.num_samples, {"": update})
         run.log(step, statistics | metrics | evaluator.measure(step), rollouts, fit_B)
-    cast.policy.export(run.final, material.files).result()
+    roles.policy.export(run.final, train_data.files).result()

@@ -191,7 +191,7 @@ class Reward(Role):
 class SecondReward(Reward):
     """The reward role that training does not use."""
 
-    phase = "second_score"
+    phase = "eval_score"
 
 
 class TrainedReward(TrainedRole, Reward):

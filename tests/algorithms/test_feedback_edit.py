@@ -63,26 +63,26 @@ def test_edits_are_judged_as_answers_to_the_conversation(renderer: Renderer):
         prompts_per_step=2,
         run=SimpleNamespace(seed=3),
     )
-    material, counts = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
+    train_data, counts = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
     assert counts["kept"] == 3
-    prompts = material.prompts.batch(2)
-    rows = material.prompts.order.indices(2).tolist()
+    prompts = train_data.prompts.batch(2)
+    rows = train_data.prompts.order.indices(2).tolist()
     answers = [[f"{ROWS[row].original} okay", f"{ROWS[row].original}"] for row in rows]
     ids = [renderer.response_ids(ROWS[0].context, text) for texts in answers for text in texts]
     mask_BT = torch.zeros(4, max(map(len, ids)))
     sequences = Sequences(prompts.tokens, Packed.from_lists(ids), torch.tensor([0, 0, 1, 1]))
     rollouts = Rollouts(sequences, mask_BT, mask_BT, torch.ones(4).bool(), 1.0, 2)
-    judged = material.as_judged(rollouts)
+    judged = train_data.for_reward_models(rollouts)
     assert judged.prompts.lists() == [renderer.prompt_ids(ROWS[row].context) for row in rows]
     assert judged.responses is sequences.responses
     for prompt, row in zip(prompts.tokens.lists(), rows, strict=True):
         told = editing.edit_prompt(ROWS[row].context, ROWS[row].original, ROWS[row].feedback, recipe.editing)
         assert prompt == renderer.prompt_ids(told)
     run = cast(Any, SimpleNamespace(decode=renderer.text))
-    assert material.copies(rollouts, run).tolist() == [False, True, False, True]
-    held_out = material.held_out
-    assert held_out is not None and held_out.originals == ["sun", "owl"] and held_out.judged is not None
-    assert held_out.judged.lists() == [renderer.prompt_ids(row.context) for row in ROWS[:0:-1]]
+    assert train_data.copies(rollouts, run).tolist() == [False, True, False, True]
+    held_out = train_data.held_out
+    assert held_out is not None and held_out.originals == ["sun", "owl"] and held_out.reward_prompts is not None
+    assert held_out.reward_prompts.lists() == [renderer.prompt_ids(row.context) for row in ROWS[:0:-1]]
     assert held_out.messages == [row.context for row in ROWS[:0:-1]]
 
 
@@ -134,13 +134,13 @@ def test_a_step_against_copies(renderer: Renderer, penalty: float | None, copy: 
         copy_penalty=penalty,
         editing=EditingConfig(instruction="edit\n{feedback}"),
     )
-    material, _ = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
-    asked = [ROWS[i] for i in material.prompts.order.indices(1).tolist()]
+    train_data, _ = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
+    asked = [ROWS[i] for i in train_data.prompts.order.indices(1).tolist()]
     made = Roles(renderer, [text for row in asked for text in (row.original, f"{row.edited} okay", row.edited)])
     run: Any = SimpleNamespace(
         rollouts=made.rollouts, decode=renderer.text, log=made.log, state={}, tensors={}, final=None
     )
-    feedback_edit.train(recipe, material, made, run)  # type: ignore[arg-type]
+    feedback_edit.train(recipe, train_data, made, run)  # type: ignore[arg-type]
     assert made.judged == [renderer.prompt_ids(row.context) for row in asked]  # not the edit prompts
     said = [renderer.text(ids) for ids in made.batch.sequences.responses.lists()]
     advantage = dict(zip(said, made.batch.columns["advantage_BT"][:, 0].tolist(), strict=True))

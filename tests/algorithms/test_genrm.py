@@ -73,20 +73,20 @@ def right(prompt: list[int], renderer: Renderer) -> Scores:
 def test_every_response_is_graded_by_its_own_label(step: int, source, renderer):
     """The first sample of each prompt is right, the second holds no verdict. In three steps all twelve rows come."""
     recipe = config()
-    material, counts = genrm.load_data(recipe, source, renderer)
-    assert (counts["kept"], counts["without_scores"], len(material.prompts.tokens)) == (6, 1, 12)
-    prompts = material.prompts.batch(step)
+    train_data, counts = genrm.load_data(recipe, source, renderer)
+    assert (counts["kept"], counts["without_scores"], len(train_data.prompts.tokens)) == (6, 1, 12)
+    prompts = train_data.prompts.batch(step)
     said = [genrm_prompts.write(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
     texts = [text for one in said for text in (one, "Yes")]
-    score_B, distance = genrm.grade(recipe, material, answers(prompts, texts, renderer, 2), renderer.text)
+    score_B, distance = genrm.grade(recipe, train_data, answers(prompts, texts, renderer, 2), renderer.text)
     assert score_B.tolist() == [0.0, -10.0] * 4
     assert distance["format_violations"] == 50.0
     assert distance["ranking_error"] == 0.0
-    moved = replace(material, label_R3=material.label_R3.roll(1, 0))
+    moved = replace(train_data, label_R3=train_data.label_R3.roll(1, 0))
     score_B, _ = genrm.grade(recipe, moved, answers(prompts, texts, renderer, 2), renderer.text)
     assert all(score < 0 for score in score_B.tolist())
     cut_off = answers(prompts, texts, renderer, 2, finished=False)
-    assert genrm.grade(recipe, material, cut_off, renderer.text)[0].tolist() == [-10.0] * 8
+    assert genrm.grade(recipe, train_data, cut_off, renderer.text)[0].tolist() == [-10.0] * 8
 
 
 def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer):
@@ -96,13 +96,13 @@ def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer)
     section = DataConfig(path="d", chat_template=str(file), date="26 Jul 2024")
     recipe = config(data=section, evaluation=EvaluationConfig(every=1))
     read = Renderer(renderer.tokenizer, section.chat_template, section.date)
-    material, _ = genrm.load_data(recipe, source, read)
-    card = json.loads(material.files[genrm_card.NAME])
+    train_data, _ = genrm.load_data(recipe, source, read)
+    card = json.loads(train_data.files[genrm_card.NAME])
     assert (card["form"], card["date"]) == ("json", section.date)
-    assert material.held_out is not None and material.held_out.files == material.files
+    assert train_data.held_out is not None and train_data.held_out.files == train_data.files
     said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
     imitated = sft.Config(policy=PolicyConfig(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
-    assert sft.load_data(imitated, Corpus(said, said, {}, ""), read)[0].files == material.files
+    assert sft.load_data(imitated, Corpus(said, said, {}, ""), read)[0].files == train_data.files
 
 
 class Run:

@@ -296,12 +296,12 @@ SPREAD, FAILED = (0.0, 2.0), (NAN, 2.0)
 )
 def test_groups_with_spread_are_kept_in_order_until_there_are_enough(scores, attempts: int, kept, batches: int):
     settings = config(2, prompts_per_step=2, max_attempts=attempts)
-    cast: Any = Cast(scores)
-    first = cast.policy.generate(STREAM.batch(4), settings.sampling).result()
-    rollouts, score_B, sampled = grpo.with_spread(settings, STREAM, first, cast)
-    assert sampled == batches == len(cast.policy.asked) == cast.reward.count
+    roles: Any = Cast(scores)
+    first = roles.policy.generate(STREAM.batch(4), settings.sampling).result()
+    rollouts, score_B, sampled = grpo.with_spread(settings, STREAM, first, roles)
+    assert sampled == batches == len(roles.policy.asked) == roles.reward.count
     # Attempt a of step 4 has the prompts with numbers 2a and 2a + 1 and rows of the data of its own.
-    assert [(step, numbers) for step, numbers, _ in cast.policy.asked] == [
+    assert [(step, numbers) for step, numbers, _ in roles.policy.asked] == [
         (4, [2 * a, 2 * a + 1]) for a in range(batches)
     ]
     order = [row + 1 for a in range(batches) for row in STREAM.order.indices(3 * 3 + a + 1).tolist()]
@@ -319,9 +319,9 @@ def test_groups_with_spread_are_kept_in_order_until_there_are_enough(scores, att
 
 def test_what_was_kept_is_learned_from_like_any_other_batch():
     settings = config(2, prompts_per_step=2, max_attempts=2, normalize=False)
-    cast: Any = Cast({0: (3.0, 1.0), 3: (0.0, 4.0)})
-    first = cast.policy.generate(STREAM.batch(1), settings.sampling).result()
-    rollouts, score_B, _ = grpo.with_spread(settings, STREAM, first, cast)
+    roles: Any = Cast({0: (3.0, 1.0), 3: (0.0, 4.0)})
+    first = roles.policy.generate(STREAM.batch(1), settings.sampling).result()
+    rollouts, score_B, _ = grpo.with_spread(settings, STREAM, first, roles)
     seen = ScoredRollouts(rollouts, score_B, None, rollouts.logprob_BT, rollouts.logprob_BT)
     batch, statistics = learn(settings, seen)
     assert advantages(batch) == [1, -1, -2, 2]

@@ -60,11 +60,11 @@ def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     settings = load_recipe(folder / "recipe.yaml", overrides).config
     algorithm = importlib.import_module(f"align.algorithms.{settings.algorithm}")
     renderer = load_renderer(settings)
-    material, _ = algorithm.load_data(settings, dataset.load(settings.data), renderer)
+    train_data, _ = algorithm.load_data(settings, dataset.load(settings.data), renderer)
     run = Run(settings, renderer.text)
     with run, cast(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))
-        algorithm.train(settings, material, SimpleNamespace(**{**vars(roles), "reward": liked}), run)
+        algorithm.train(settings, train_data, SimpleNamespace(**{**vars(roles), "reward": liked}), run)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -244,11 +244,11 @@ def test_sft_learns_the_answers(tmp_path, toy_data, tiny_policy):
     settings = load_recipe(tmp_path / "recipe.yaml", ["data.max_rows=20"]).config
     renderer = load_renderer(settings)
     source = dataset.load(settings.data)
-    material, counts = sft.load_data(settings, source, renderer)
+    train_data, counts = sft.load_data(settings, source, renderer)
     assert counts["kept"] == counts["rows"] - counts["ties"]
     run = Run(settings, renderer.text)
     with run, cast(settings, run) as roles:
-        sft.train(settings, material, roles, run)
+        sft.train(settings, train_data, roles, run)
         found = dataset.prompts([row for row in source.train if row.preference], renderer, 100)
         stream = PromptStream(found.tokens, len(found.tokens), 0, renderer.stop_ids)
         rollouts = roles.policy.generate(stream.batch(1), SamplingConfig(temperature=0.0, max_tokens=16)).result()

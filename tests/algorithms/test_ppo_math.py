@@ -359,12 +359,12 @@ class Policy(Learner):
 def trained(settings: ppo.Config, seen: Any, first_step: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Updates of three steps of a round that begins with ``first_step``, in order."""
     shown, updates = seen(X, SCORE, FINISHED), []
-    monkeypatch.setattr(_rollout, "score_rollouts", lambda cast, rollouts: shown)
-    cast: Any = SimpleNamespace(policy=Policy("policy", updates), critic=Critic("critic", updates))
+    monkeypatch.setattr(_rollout, "score_rollouts", lambda roles, rollouts: shown)
+    roles: Any = SimpleNamespace(policy=Policy("policy", updates), critic=Critic("critic", updates))
     steps = [(step, shown.rollouts) for step in range(first_step, first_step + 3)]
     run: Any = SimpleNamespace(first_step=first_step, state={}, final="", log=lambda *_: updates.append("step"))
     run.rollouts = lambda *_: iter(steps)
-    ppo.train(settings, SimpleNamespace(prompts=None, held_out=None), cast, run)  # type: ignore[arg-type]
+    ppo.train(settings, SimpleNamespace(prompts=None, held_out=None), roles, run)  # type: ignore[arg-type]
     return updates
 
 

@@ -215,10 +215,10 @@ def configured(**values: Any) -> dpo.Config:
 
 
 def test_gold_from_strength_and_from_a_reward_model():
-    cast: Any = Cast(Model())
-    by_strength = dpo.gold(configured(loss=PreferenceLossConfig(kind="rpo_sq")), pairs(), cast)
+    roles: Any = Cast(Model())
+    by_strength = dpo.gold(configured(loss=PreferenceLossConfig(kind="rpo_sq")), pairs(), roles)
     assert by_strength.tolist() == [3, 0, 1, 0]  # whose differences are the strengths
-    by_reward = dpo.gold(configured(loss=PreferenceLossConfig(kind="rpo_sq"), gold="reward"), pairs(), cast)
+    by_reward = dpo.gold(configured(loss=PreferenceLossConfig(kind="rpo_sq"), gold="reward"), pairs(), roles)
     assert by_reward.tolist() == [2, 3, 1, 2]  # its scores of all four
 
 

@@ -191,9 +191,9 @@ PROMPTS = Prompts(Packed.from_lists([[1], [2], [3]]), torch.arange(3), (0,), 6)
 
 def test_the_greedy_response_is_one_for_all_samples_of_its_prompt():
     settings = config(baseline="greedy", sampling=SamplingConfig(num_samples=2, max_tokens=4, top_p=0.9))
-    cast: Any = Cast([1.0, -2.0, 5.0])
-    assert reinforce.greedy_rewards(settings, PROMPTS, cast, {}).tolist() == [1, 1, -2, -2, 5, 5]
-    ((step, sampling),) = cast.policy.asked
+    roles: Any = Cast([1.0, -2.0, 5.0])
+    assert reinforce.greedy_rewards(settings, PROMPTS, roles, {}).tolist() == [1, 1, -2, -2, 5, 5]
+    ((step, sampling),) = roles.policy.asked
     assert (step, sampling.num_samples, sampling.temperature, sampling.max_tokens) == (6, 1, 0, 4)
 
 

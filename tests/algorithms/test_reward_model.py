@@ -172,13 +172,13 @@ def trained(
     more = ["run.tensorboard=false", "run.seed=3", "reward.dtype=float32", "batch_size=32", "validate_every=0"]
     loaded = settings("reward.optimizer.lr=3e-3", "checkpoint.every=0", *more, *given, *overrides)
     renderer = load_renderer(loaded)
-    material, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)
+    train_data, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)
     run = Run(loaded, renderer.text)
     exported = {"reward": Exported(loaded.algorithm, exported_files.try_out(loaded.reward, renderer))}
     with run, cast(loaded, run, exported=exported) as found:
         roles: Any = found
-        reward_model.train(loaded, material, roles, run)
-        yield roles.reward, [json.loads(line) for line in (folder / "metrics.jsonl").open()], material
+        reward_model.train(loaded, train_data, roles, run)
+        yield roles.reward, [json.loads(line) for line in (folder / "metrics.jsonl").open()], train_data
 
 
 def in_transformers(folder: Path, sequences: Sequences) -> Tensor:
@@ -194,8 +194,8 @@ def in_transformers(folder: Path, sequences: Sequences) -> Tensor:
 def test_regression_recovers_a_known_goodness_and_is_read_by_plain_transformers(tmp_path, tiny_policy):
     data = rated(tmp_path / "data", 400, seed=1)
     overrides = [*REGRESSION, *WEIGHTS, "run.steps=120"]
-    with trained(tmp_path / "run", data, tiny_policy, *overrides) as (role, metrics, material):
-        held_out = material.task.validation
+    with trained(tmp_path / "run", data, tiny_policy, *overrides) as (role, metrics, train_data):
+        held_out = train_data.task.validation
         attribute_BA = role.attributes(held_out.sequences).result()
         assert set(role.attributes(held_out.sequences.select(torch.arange(3))).result().shape) == {3, 2}
     last = metrics[-1]
@@ -214,7 +214,7 @@ def test_regression_recovers_a_known_goodness_and_is_read_by_plain_transformers(
     found = card.read(final)
     assert found is not None
     assert (found.kind, found.attributes, found.weights) == ("attributes", ("helpfulness", "verbosity"), GOODNESS)
-    assert (found.loss, found.data) == ("regression", material.card.data)
+    assert (found.loss, found.data) == ("regression", train_data.card.data)
     score_B = (theirs_BA @ torch.tensor([0.5, -0.25])).double()
     assert found.moments is not None
     assert found.moments.count == len(score_B)
@@ -237,8 +237,8 @@ def test_labels_moved_by_one_row_teach_nothing(tmp_path, tiny_policy):
 def test_scaled_pairs_recover_the_order_of_a_known_goodness(tmp_path, tiny_policy):
     data = rated(tmp_path / "data", 400, seed=1)
     overrides = ["data.format=helpsteer2", "loss=scaled", "center_coef=0.01", "run.steps=120"]
-    with trained(tmp_path / "run", data, tiny_policy, *overrides) as (role, metrics, material):
-        pairs = material.task.validation
+    with trained(tmp_path / "run", data, tiny_policy, *overrides) as (role, metrics, train_data):
+        pairs = train_data.task.validation
         score_B = role.score(pairs.sequences).result()
     assert metrics[-1]["validation/accuracy"] > 0.95
     assert abs(score_B.mean()) < score_B.std()  # centering holds them around 0
@@ -256,16 +256,16 @@ def test_the_second_stage_starts_from_an_output_of_the_first(stage, tmp_path, ti
         pass
     first, overrides = tmp_path / "first" / "final", ["data.format=helpsteer2", f"reward.zero_stage={stage}"]
     overrides += ["reward.from_attribute=verbosity", "run.steps=1"]
-    with trained(tmp_path / "still", data, first, *overrides, "reward.optimizer.lr=0") as (role, _, material):
-        score_B = role.score(material.task.validation.sequences).result()
-        wanted_BA = in_transformers(first, material.task.validation.sequences)
+    with trained(tmp_path / "still", data, first, *overrides, "reward.optimizer.lr=0") as (role, _, train_data):
+        score_B = role.score(train_data.task.validation.sequences).result()
+        wanted_BA = in_transformers(first, train_data.task.validation.sequences)
     torch.testing.assert_close(score_B, wanted_BA[:, 1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        in_transformers(tmp_path / "still" / "final", material.task.validation.sequences)[:, 0],
+        in_transformers(tmp_path / "still" / "final", train_data.task.validation.sequences)[:, 0],
         wanted_BA[:, 1], rtol=1e-6, atol=1e-6,
     )  # fmt: skip
     with trained(tmp_path / "moved", data, first, *overrides) as (role, metrics, _):
-        assert not torch.equal(role.score(material.task.validation.sequences).result(), score_B)
+        assert not torch.equal(role.score(train_data.task.validation.sequences).result(), score_B)
     assert metrics[0]["grad_norm"] > 0
     assert json.loads((tmp_path / "moved" / "final" / "config.json").read_text())["id2label"] == {"0": "LABEL_0"}
 
@@ -279,8 +279,8 @@ def test_lora_trains_and_writes_the_head(warm, tmp_path, tiny_policy):
         with trained(tmp_path / "first", data, tiny_policy, *REGRESSION, "run.steps=3"):
             pass
     overrides = [*REGRESSION, "run.steps=6", "reward.lora.rank=2", "reward.lora.alpha=4"]
-    with trained(tmp_path / "run", data, start, *overrides) as (role, _, material):
-        sequences = material.task.validation.sequences
+    with trained(tmp_path / "run", data, start, *overrides) as (role, _, train_data):
+        sequences = train_data.task.validation.sequences
         attribute_BA = role.attributes(sequences).result()
         final = tmp_path / "run" / "final"
         torch.testing.assert_close(in_transformers(final, sequences), attribute_BA, rtol=1e-6, atol=1e-6)
@@ -323,8 +323,12 @@ def test_attributes_that_nobody_rated(tmp_path, tiny_policy):
     """The first four of NeMo-Aligner's nine have no label in HelpSteer2; another name is a mistake."""
     data = rated(tmp_path / "data", 60, seed=1)
     overrides = ["loss=regression", "data.format=helpsteer2", "run.steps=2"]
-    with trained(tmp_path / "run", data, tiny_policy, *overrides, "reward.attributes=[nemo]") as (_, metrics, material):
-        assert (material.task.train.label_BA[:, :4] == NOT_RATED).all()
+    with trained(tmp_path / "run", data, tiny_policy, *overrides, "reward.attributes=[nemo]") as (
+        _,
+        metrics,
+        train_data,
+    ):
+        assert (train_data.task.train.label_BA[:, :4] == NOT_RATED).all()
     assert "validation/quality/mse" not in metrics[-1]
     assert "validation/coherence/mse" in metrics[-1]
     assert card.read(tmp_path / "run" / "final").attributes == NEMO_ATTRIBUTES  # type: ignore[union-attr]

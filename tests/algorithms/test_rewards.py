@@ -176,8 +176,8 @@ def test_a_second_opinion_is_reported_and_not_learned_from(seen):
     shown = seen([[0]] * 4, [1.0, 3.0, 4.0, 2.0], K=2, second=[0.0, 8.0, 1.0, 3.0])
     judged = _rewards.shape_rewards(config(), shown, {})
     assert judged.reward_B.tolist() == [1, 3, 4, 2]
-    assert (judged.statistics["second_score"], judged.statistics["disagreement"]) == (3, 0.5)
-    assert "second_score" not in _rewards.shape_rewards(config(), seen([[0]] * 2, [1.0, 3.0], K=2), {}).statistics
+    assert (judged.statistics["eval_score"], judged.statistics["disagreement"]) == (3, 0.5)
+    assert "eval_score" not in _rewards.shape_rewards(config(), seen([[0]] * 2, [1.0, 3.0], K=2), {}).statistics
 
 
 def test_gains_are_told_against_the_first_batch(seen):

@@ -168,7 +168,7 @@ def test_one_response_to_a_prompt_can_be_labelled(tmp_path, family_data, tiny_fa
     for split in ("validation", "val"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row).replace("pig", "owl"))
     settings = "steerlm", tmp_path, tiny_family, tiny_attributes, f"data.format={layout}", "batch_size=1"
-    (said,) = launch.prepare(recipe(tmp_path, *settings)).material.rows
+    (said,) = launch.prepare(recipe(tmp_path, *settings)).train_data.rows
     assert (said.context, said.response) == ((Message("user", "pig"),), "ant pig")
 
 
@@ -182,17 +182,17 @@ def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family
         "sampling.max_tokens=30",
     )
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
-    material, renderer = prepared.material, prepared.renderer
+    train_data, renderer = prepared.train_data, prepared.renderer
     source = dataset.load(DataConfig(path=str(family_data), format="helpsteer2"), "ratings")
     known = {(row.context, row.response): {name: row.ratings[name] for name in NAMES} for row in source.train}
-    assert len(material.rows) == prepared.counts["kept"] > 200
-    assert all(dict(row.ratings) == known[row.context, row.response] for row in material.rows)
-    held_out = material.held_out
+    assert len(train_data.rows) == prepared.counts["kept"] > 200
+    assert all(dict(row.ratings) == known[row.context, row.response] for row in train_data.rows)
+    held_out = train_data.held_out
     assert prepared.counts["held_out_kept"] >= len(held_out.messages) == 3
     asked = [renderer.text(ids) for ids in held_out.prompts.tokens.lists()]
     assert asked == [f"{m[-1].content}<extra_id_2>helpfulness:4,verbosity:2\n" for m in held_out.messages]
-    assert held_out.judged.lists() == [renderer.prompt_ids(m) for m in held_out.messages]
-    assert material.files.keys() == held_out.files.keys() == {steering.NAME}
+    assert held_out.reward_prompts.lists() == [renderer.prompt_ids(m) for m in held_out.messages]
+    assert train_data.files.keys() == held_out.files.keys() == {steering.NAME}
 
 
 def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_data, tiny_family, tiny_attributes):
@@ -202,18 +202,18 @@ def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_
     ranks = local.bring_up(policy.PolicyWorker, Spec("policy", 0, 1, section, 0, 2, 60.0), Clock())
     role = policy.Policy(ranks, section)
     found = {
-        number: steerlm.bootstrap(prepared.config, prepared.material, role, Written(number))  # type: ignore[arg-type]
+        number: steerlm.bootstrap(prepared.config, prepared.train_data, role, Written(number))  # type: ignore[arg-type]
         for number in (2, 3)
     }
     run = Written(2)
-    again = steerlm.bootstrap(prepared.config, prepared.material, role, run)  # type: ignore[arg-type]
+    again = steerlm.bootstrap(prepared.config, prepared.train_data, role, run)  # type: ignore[arg-type]
     assert run.lines[0] == "round 2, bootstrap prompts: 20 asked, 0 repeated, 0 too_long, 20 kept"
     assert run.lines[1].startswith("round 2, their answers: 40 answers, ")
     assert run.lines[1].endswith(f", {len(again)} kept")
     assert found[2] == again and found[2] and found[3]
     assert all(row.response.strip() and not row.ratings for row in found[2])
     contexts = [{row.context for row in rows} for rows in found.values()]
-    assert contexts[0] != contexts[1] and contexts[0] <= {row.context for row in prepared.material.rows}
+    assert contexts[0] != contexts[1] and contexts[0] <= {row.context for row in prepared.train_data.rows}
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ class Fixed:
     """A base model that gives every token of a response the same log-probability, and keeps what it was asked."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> CompletedFuture[torch.Tensor]:
-        self.asked = sequences
+        self.prompt_set = sequences
         return CompletedFuture(torch.where(sequences.mask_BT, -2.0, 0.0))
 
 
@@ -265,31 +265,31 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     settings = recipe(tmp_path, "steerlm2", family_data, tiny_family, tiny_attributes, *more).config
     renderer = Renderer(load_tokenizer(tiny_family))
     source = dataset.load(settings.data, "ratings")
-    material, _ = steerlm2.load_data(settings, source, renderer)
+    train_data, _ = steerlm2.load_data(settings, source, renderer)
     run = Written()
-    groups = _steerlm.group_labels(settings, "data", material, None, run)  # type: ignore[arg-type]
-    assert run.lines[0].endswith(f", 0 too_long, {len(groups.asked.contexts)} kept")
+    groups = _steerlm.group_labels(settings, "data", train_data, None, run)  # type: ignore[arg-type]
+    assert run.lines[0].endswith(f", 0 too_long, {len(groups.prompt_set.contexts)} kept")
     prompts = groups.prompts.batch(1)
     rows = groups.prompts.order.indices(1).tolist()
     texts = ["ant", "ant pig", "ant pig owl", "ant pig owl hen"]
     responses = Packed.from_lists(
-        [renderer.response_ids(groups.asked.contexts[rows[i // 2]], t) for i, t in enumerate(texts)]
+        [renderer.response_ids(groups.prompt_set.contexts[rows[i // 2]], t) for i, t in enumerate(texts)]
     )
     sequences = Sequences(prompts.tokens, responses, torch.tensor([0, 0, 1, 1]))
     previous_BT = torch.where(sequences.mask_BT, -0.5, 0.0)
     rollouts = Rollouts(sequences, previous_BT * 7, previous_BT, torch.tensor([True, True, False, True]), 0.7, 1)
-    cast: Any = SimpleNamespace(reward=Counted(), base=Fixed())
-    batch, fit_B, statistics = steerlm2.weigh_samples(settings, groups, cast, rollouts)
+    roles: Any = SimpleNamespace(reward=Counted(), base=Fixed())
+    batch, fit_B, statistics = steerlm2.weigh_samples(settings, groups, roles, rollouts)
     for i in range(4):
         rated = torch.tensor([[i + 1.0, (i + 1) / 2]])
-        fit = ops.attribute_logprob(rated, groups.asked.label_PA[rows[i // 2]][None])
+        fit = ops.attribute_logprob(rated, groups.prompt_set.label_PA[rows[i // 2]][None])
         assert float(fit_B[i]) == pytest.approx(float(fit), abs=1e-5)
         tokens = i + 2  # its words and the end
         assert float(batch.columns["weight_B"][i]) == pytest.approx(float(fit) - 2.0 * tokens + 0.5 * tokens, abs=1e-4)
     assert batch.columns["learnable_B"].tolist() == [True, True, False, True]
     assert (batch.unit, batch.temperature, statistics["learnable"]) == (2, 1.0, 0.5)
-    assert cast.base.asked.prompts.lists() == [renderer.prompt_ids(groups.asked.contexts[row]) for row in rows]
-    assert batch.sequences.prompts.lists() == groups.asked.steered.select(torch.tensor(rows)).lists()
+    assert roles.base.prompt_set.prompts.lists() == [renderer.prompt_ids(groups.prompt_set.contexts[row]) for row in rows]
+    assert batch.sequences.prompts.lists() == groups.prompt_set.steered.select(torch.tensor(rows)).lists()
 
 
 def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypatch: pytest.MonkeyPatch):

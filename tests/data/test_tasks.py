@@ -37,8 +37,8 @@ def test_answers_are_as_before(responses: str, folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
     config = sft.Config(policy=PolicyConfig(path="p"), data=DataConfig(path=str(folder)), responses=responses)
     source = dataset.load(config.data, config.reads())
-    material, counts = sft.load_data(config, source, renderer)
-    found = material.demonstrations
+    train_data, counts = sft.load_data(config, source, renderer)
+    found = train_data.demonstrations
     wanted, others = tokenize.demonstrations(source.train, renderer, responses, 2048, 2048)
     assert (found.prompts.lists(), found.responses.lists()) == (wanted.prompts.lists(), wanted.responses.lists())
     assert counts == others
