@@ -255,7 +255,7 @@ class Fixed:
     """A base model that gives every token of a response the same log-probability, and keeps what it was asked."""
 
     def logprobs(self, sequences: Sequences, temperature: float) -> CompletedFuture[torch.Tensor]:
-        self.prompt_set = sequences
+        self.sequences = sequences
         return CompletedFuture(torch.where(sequences.mask_BT, -2.0, 0.0))
 
 
@@ -288,7 +288,9 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
         assert float(batch.columns["weight_B"][i]) == pytest.approx(float(fit) - 2.0 * tokens + 0.5 * tokens, abs=1e-4)
     assert batch.columns["learnable_B"].tolist() == [True, True, False, True]
     assert (batch.unit, batch.temperature, statistics["learnable"]) == (2, 1.0, 0.5)
-    assert roles.base.prompt_set.prompts.lists() == [renderer.prompt_ids(groups.prompt_set.contexts[row]) for row in rows]
+    assert roles.base.sequences.prompts.lists() == [
+        renderer.prompt_ids(groups.prompt_set.contexts[row]) for row in rows
+    ]
     assert batch.sequences.prompts.lists() == groups.prompt_set.steered.select(torch.tensor(rows)).lists()
 
 
