@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from align.data.chat import Renderer
     from align.types import Sequences
 
+Ids = Sequence[Sequence[int]] | None
+Groups = Sequence[int] | None
 MEAN_METRICS = ("latency", "disagreement", "order_consistency")
 """Prefixes of metrics that are averaged over ranks, weighted by responses; all other metrics are counts and add up."""
 
@@ -71,12 +73,7 @@ class RewardScorer(Protocol):
         """Hash of what scores depend on beside the recipe: weights, source code. A run resumes only if it is equal."""
         return hashlib.sha256(config.kind.encode()).hexdigest()
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """Scores of conversations, (B,) float32 on the CPU; NaN where there is no score.
 
         ``completion_ids`` are the token ids of the responses, if the policy sampled them. ``groups`` has a number for

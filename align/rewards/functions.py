@@ -20,7 +20,7 @@ from torch import Tensor
 from align.config import RewardConfig
 from align.data.chat import Dialogue, Renderer
 from align.errors import ConfigError, DataError
-from align.rewards.base import RewardScorer
+from align.rewards.base import Groups, Ids, RewardScorer
 from align.utils import plugins
 
 ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -89,12 +89,7 @@ class FunctionScorer(RewardScorer):
     def fingerprint(cls, config: RewardConfig, seed: int) -> str:
         return plugins.function_fingerprint(config.function)
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """See `RewardScorer.score`. Raises `DataError` unless the function returns one number or None each."""
         arguments: dict[str, Any] = {
             "prompts": [[message._asdict() for message in dialogue.context] for dialogue in dialogues],

@@ -24,7 +24,7 @@ from align.generators.base import Completion, Request
 from align.ops.genrm import MIDDLE
 from align.rewards import genrm_card
 from align.rewards import genrm_groups as genrm_groups
-from align.rewards.base import RewardScorer, TextInput
+from align.rewards.base import Groups, Ids, RewardScorer, TextInput
 
 T = TypeVar("T")
 Context = tuple[Message, ...]
@@ -42,16 +42,9 @@ class PairVerdict(NamedTuple):
     """A judge's verdict on a `JudgeTask`."""
 
     scores: Scores
-    """Mean over votes and, for a pair, over both orders."""
-    unread: int
-    """Unreadable votes; they count as no opinion: (3, 3, 3.5)."""
+    """Mean over votes and, for a pair, over both orders. Unreadable votes count as no opinion: (3, 3, 3.5)."""
     agreed: bool | None
     """Whether both orders favor the same response; None if there is one order or an unreadable vote."""
-
-    @property
-    def parsed(self) -> bool:
-        """Whether all votes were readable."""
-        return not self.unread
 
 
 class GenerativeScorer(RewardScorer):
@@ -73,12 +66,7 @@ class GenerativeScorer(RewardScorer):
     def fingerprint(cls, config: RewardConfig, seed: int) -> str:
         return generators.fingerprint(config.generative.judge, seed)
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """See `RewardScorer.score`. The responses of a group are compared; a group of one is scored alone."""
         keys: Sequence[object] = [dialogue.context for dialogue in dialogues] if groups is None else groups
         rows = [list(group) for _, group in groupby(range(len(dialogues)), keys.__getitem__)]
@@ -94,10 +82,6 @@ class GenerativeScorer(RewardScorer):
             )
         ]
         return torch.tensor(adjusted, dtype=torch.float32)
-
-    def compare(self, context: Context, first: str, second: str) -> PairVerdict:
-        """The verdict on two responses."""
-        return self.compare_all([JudgeTask(context, (first, second))])[0]
 
     def compare_all(self, tasks: Sequence[JudgeTask]) -> list[PairVerdict]:
         """The verdict on each task, all requested together; for the forms ``helpsteer3`` and ``json``."""
@@ -190,13 +174,13 @@ class GenerativeScorer(RewardScorer):
 def _merge_orders(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> PairVerdict:
     """One verdict from the votes in one or both orders."""
     fallback = FALLBACK if num_responses == 2 else Scores(FALLBACK.first, None, None)
-    unread = sum(vote is None for votes in orders for vote in votes)
+    unread = any(vote is None for votes in orders for vote in votes)
     forward, *swapped_orders = [[vote or fallback for vote in votes] for votes in orders]
     if not swapped_orders:
-        return PairVerdict(_mean(forward), unread, None)
+        return PairVerdict(_mean(forward), None)
     swapped_back = [genrm_prompts.swapped(vote) for vote in swapped_orders[0]]
     agreed = None if unread else _favors(_mean(forward)) == _favors(_mean(swapped_back))
-    return PairVerdict(_mean([*forward, *swapped_back]), unread, agreed)
+    return PairVerdict(_mean([*forward, *swapped_back]), agreed)
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:

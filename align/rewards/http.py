@@ -16,7 +16,7 @@ from align.data.chat import Dialogue, Renderer
 from align.errors import WorkerError
 from align.generators.http import REDIRECT, BearerToken, HttpClient, RetryableError
 from align.rewards import http_protocol
-from align.rewards.base import RewardScorer
+from align.rewards.base import Groups, Ids, RewardScorer
 
 ANSWER_BYTES, SCORE_BYTES = 1 << 16, 1 << 12
 """Bytes of the longest answer that is read, and bytes that each conversation adds."""
@@ -48,12 +48,7 @@ class HttpScorer(RewardScorer):
     def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> None:
         cls(config).close()
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """See `RewardScorer.score`. Raises `WorkerError` when the retries are used up, and `ConfigError` for a failure
         that a retry does not change."""
         keys = [self._key(index, dialogue) for index, dialogue in enumerate(dialogues)]

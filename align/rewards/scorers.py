@@ -17,7 +17,7 @@ from align.data.chat import Dialogue, Renderer
 from align.engines.deepspeed import Engine, sharded_loading
 from align.models import heads, identity, load, positions
 from align.rewards import checkpoint_format, texts
-from align.rewards.base import RewardScorer, TextInput
+from align.rewards.base import Groups, Ids, RewardScorer, TextInput
 from align.rewards.checkpoint_format import HeadSpec
 from align.rewards.functions import FunctionScorer
 from align.rewards.genrm import GenerativeScorer
@@ -83,12 +83,7 @@ class CheckpointScorer(_Checkpoints):
         """Renders conversations to token ids of this model."""
         return texts.Text(self.tokenizer, self.head_spec, self.config)
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         return self._score(self._infer(dialogues))
 
     def score_ids(self, sequences: Sequences) -> Tensor:
@@ -136,12 +131,7 @@ class EnsembleScorer(_Checkpoints):
         self.config, self.members = config, [CheckpointScorer(item, device, seed, spec) for item, spec in members]
         self._spreads: list[Tensor] = []
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         return self._combine([member.score(dialogues) for member in self.members])
 
     def score_ids(self, sequences: Sequences) -> Tensor:

@@ -28,7 +28,7 @@ from align.cluster.daemons import Daemons
 from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, PlacementError, WorkerError
-from align.rewards.base import RewardScorer
+from align.rewards.base import Groups, Ids, RewardScorer
 from align.rewards.http_protocol import HTTPError
 from align.rewards.scorers import build_scorer
 from align.serve.app import Batcher, Scores
@@ -57,12 +57,7 @@ class Sharded(RewardScorer):
         self._role = role
         self._lost: WorkerError | None = None
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         try:
             return self._role.score_dialogues(dialogues).result()
         except WorkerError as error:
