@@ -30,6 +30,7 @@ from align.config import (
     EvaluationConfig,
     GenerativeConfig,
     GeneratorConfig,
+    HttpClientConfig,
     HttpConfig,
     JudgeSamplingConfig,
     LoraConfig,
@@ -156,7 +157,9 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 def own_defaults(schema: type) -> dict[str, str]:
     """What a schema's own table must hold: the fields it declares, and values that it changes in a section's."""
-    own, hints, found = vars(schema).get("__annotations__", {}), field_types(schema), {}
+    shared = [base for base in schema.__mro__ if base is HttpClientConfig]  # it has no table of its own
+    own = {name for base in (schema, *shared) for name in vars(base).get("__annotations__", {})}
+    hints, found = field_types(schema), {}
     for field in dataclasses.fields(schema):
         if field.name not in own:
             continue

@@ -18,7 +18,7 @@ from align.config.base import (
 from align.config.editing import EditingConfig
 from align.config.eval import BenchmarkDataConfig, RewardEvaluationConfig
 from align.config.eval_policy import PolicyEvaluationConfig, QuestionDataConfig
-from align.config.generators import EndpointConfig, GeneratorConfig
+from align.config.generators import EndpointConfig, GeneratorConfig, HttpClientConfig
 from align.config.genrm import GenerativeConfig, JudgeSamplingConfig
 from align.config.losses import PolicyLossConfig, PreferenceLossConfig
 from align.config.models import (
@@ -66,6 +66,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerativeConfig",
     "GeneratorConfig",
+    "HttpClientConfig",
     "HttpConfig",
     "JudgeSamplingConfig",
     "LoraConfig",

@@ -20,44 +20,53 @@ def is_function(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class EndpointConfig:
+class HttpClientConfig:
+    """How an HTTP server is called: what rewards over HTTP and endpoints share."""
+
+    url: str = ""
+    """Address of the server."""
+    timeout_s: float = 60.0
+    """Seconds that one attempt may take, from connecting to the last byte."""
+    retries: int = 10
+    """Attempts after the first, if the answer is unusable or has status 408, 425, 429 or 5xx. 10: with the next two, a
+    minute and a quarter on average, so that a service may restart."""
+    backoff_s: float = 0.5
+    """Before retry n, from 0, the client waits a random time up to this times 2^n seconds, at least the server's
+    ``Retry-After``."""
+    max_backoff_s: float = 30.0
+    """Upper bound on that time, seconds."""
+    max_concurrency: int = 16
+    """Requests of one rank in flight at the same time."""
+
+    def __post_init__(self) -> None:
+        if self.url and not is_address(self.url):
+            raise ValueError(f"url must be http://HOST:PORT or https://HOST:PORT, without user or query: {self.url!r}")
+        for name in ("timeout_s", "backoff_s", "max_backoff_s", "max_concurrency"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive: {getattr(self, name)}")
+        if self.retries < 0:
+            raise ValueError(f"retries must not be negative: {self.retries}")
+
+
+@dataclass(frozen=True)
+class EndpointConfig(HttpClientConfig):
     """A server with OpenAI's chat-completions protocol: OpenAI itself, vLLM, SGLang, TensorRT-LLM, NIM."""
 
     url: str = ""
     """Address up to the version, as ``https://api.openai.com/v1`` or ``http://127.0.0.1:8000/v1``; requests go to
     ``/chat/completions`` below it."""
+    timeout_s: float = 600.0
+    """Seconds that one attempt may take, from connecting to the last byte."""
     model: str = ""
     """Name of the model as the server knows it."""
     key_env: str = ""
     """Name of the environment variable that holds the key, sent as a bearer token; empty sends none. The key itself is
     never written anywhere."""
-    timeout_s: float = 600.0
-    """Seconds that one request may take."""
-    retries: int = 10
-    """How often a request is sent again that got no usable answer, or 408, 425, 429 or 5xx."""
-    backoff_s: float = 0.5
-    """Before repeat n, from 0, the client waits a random time up to this times 2^n seconds, at least what
-    ``Retry-After`` says."""
-    max_backoff_s: float = 30.0
-    """Bound on that time, seconds."""
-    max_concurrency: int = 16
-    """Requests of one rank that are under way at a time."""
     seeded: bool = True
     """Send a ``seed`` made of the run's seed and the request. Servers promise little of it."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, as ``{reasoning_effort: low}``. They take the place of those that are made here,
-    and null leaves one out: ``{max_tokens: null, max_completion_tokens: 4096}``."""
-
-    def __post_init__(self) -> None:
-        if self.url and not is_address(self.url):
-            raise ValueError(f"url must be http://HOST:PORT/v1 or https://HOST/v1, without user or query: {self.url!r}")
-        if min(self.timeout_s, self.backoff_s, self.max_backoff_s) <= 0:
-            numbers = f"{self.timeout_s}, {self.backoff_s}, {self.max_backoff_s}"
-            raise ValueError(f"timeout_s, backoff_s and max_backoff_s must be positive: {numbers}")
-        if self.max_concurrency < 1 or self.retries < 0:
-            raise ValueError(
-                f"max_concurrency must be positive and retries not negative: {self.max_concurrency}, {self.retries}"
-            )
+    """Further fields of each request, as ``{reasoning_effort: low}``. They replace the fields that align sends, and
+    null removes a field: ``{max_tokens: null, max_completion_tokens: 4096}``."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.config.generators import is_address, is_function
+from align.config.generators import HttpClientConfig, is_function
 from align.config.genrm import GenerativeConfig
 from align.config.models import DType, ModelConfig, TrainedModelConfig
 
@@ -22,7 +22,7 @@ RewardKind = Literal[
 
 
 @dataclass(frozen=True)
-class HttpConfig:
+class HttpConfig(HttpClientConfig):
     """How a reward service is called (``kind: http``); `docs/reward_service.md` has its protocol."""
 
     url: str = ""
@@ -30,33 +30,16 @@ class HttpConfig:
     token_env: str = ""
     """Name of the environment variable that holds the bearer token; empty sends none. The token itself is never
     written anywhere."""
-    timeout_s: float = 60.0
-    """Seconds that one request may take."""
-    retries: int = 10
-    """How often a request is sent again that got no usable answer, or 408, 425, 429 or 5xx. 10: with the next two, a
-    minute and a quarter on average, so that a service may restart."""
-    backoff_s: float = 0.5
-    """Before repeat n, from 0, the client waits a random time up to this times 2^n seconds, at least what
-    ``Retry-After`` says."""
-    max_backoff_s: float = 30.0
-    """Bound on that time, seconds."""
-    max_concurrency: int = 16
-    """Requests of one rank that are under way at a time."""
     batch_size: int = 16
     """Conversations of one request."""
     cache_size: int = 65536
-    """Scores that are remembered by the hash of their conversation, so that none is asked for twice; 0 for none."""
+    """Scores that are cached by the hash of their conversation, so that no conversation is sent twice; 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.url and not is_address(self.url):
-            raise ValueError(f"url must be http://HOST:PORT or https://HOST:PORT, without user or query: {self.url!r}")
-        if min(self.timeout_s, self.backoff_s, self.max_backoff_s) <= 0:
-            numbers = f"{self.timeout_s}, {self.backoff_s}, {self.max_backoff_s}"
-            raise ValueError(f"timeout_s, backoff_s and max_backoff_s must be positive: {numbers}")
-        if min(self.max_concurrency, self.batch_size) < 1 or min(self.retries, self.cache_size) < 0:
-            numbers = f"{self.max_concurrency}, {self.batch_size}, {self.retries}, {self.cache_size}"
+        super().__post_init__()
+        if self.batch_size < 1 or self.cache_size < 0:
             raise ValueError(
-                "max_concurrency and batch_size must be positive, retries and cache_size not negative: " + numbers
+                f"batch_size must be positive and cache_size not negative: {self.batch_size}, {self.cache_size}"
             )
 
 

@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from align.config import HttpClientConfig
 from align.errors import ConfigError
 
 S = TypeVar("S")
@@ -42,40 +43,6 @@ class RetryableError(Exception):
     def __init__(self, message: str, retry_after_s: float = 0.0):
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class HttpSettings(Protocol):
-    """Settings of a client: the configuration of HTTP rewards and of endpoints."""
-
-    @property
-    def url(self) -> str:
-        """Address that paths are appended to."""
-        ...
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds that one attempt may take, from connecting to the last byte."""
-        ...
-
-    @property
-    def retries(self) -> int:
-        """Attempts after the first."""
-        ...
-
-    @property
-    def backoff_s(self) -> float:
-        """Upper bound on the pause before the first retry; it doubles with every retry."""
-        ...
-
-    @property
-    def max_backoff_s(self) -> float:
-        """Upper bound on every pause."""
-        ...
-
-    @property
-    def max_concurrency(self) -> int:
-        """Requests in flight at the same time."""
-        ...
 
 
 class BearerToken(NamedTuple):
@@ -106,7 +73,7 @@ class HttpClient:
 
     def __init__(
         self,
-        settings: HttpSettings,
+        config: HttpClientConfig,
         path: str,
         token: BearerToken,
         remedies: Mapping[int, str],
@@ -114,15 +81,15 @@ class HttpClient:
     ):
         """``remedies`` by status (also `TLS` and `REDIRECT`) end the messages of errors that a retry does not help.
         ``read_error`` extracts the server's explanation from the body of a failed request."""
-        self.settings, self._token, self._remedies, self._read_error = settings, token, remedies, read_error
-        self._url = urlsplit(settings.url)
+        self.config, self._token, self._remedies, self._read_error = config, token, remedies, read_error
+        self._url = urlsplit(config.url)
         self._path = self._url.path.rstrip("/") + path
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token.value:
             self._headers["Authorization"] = f"Bearer {token.value}"
         self._tls = ssl.create_default_context() if self._url.scheme == "https" else None
         self._random = random.SystemRandom()  # leaves the random state of training alone
-        self._pool = ThreadPoolExecutor(settings.max_concurrency, "http-client")
+        self._pool = ThreadPoolExecutor(config.max_concurrency, "http-client")
         self._lock = threading.Lock()
         self._idle: list[tuple[float, HTTPConnection]] = []
         self._counts: Counter[str] = Counter()
@@ -188,16 +155,16 @@ class HttpClient:
                     self._seconds.append(time.perf_counter() - start)
                 return result
             except RetryableError as error:
-                if retry >= self.settings.retries or stop.wait(self.pause(retry, error.retry_after_s)):
+                if retry >= self.config.retries or stop.wait(self.pause(retry, error.retry_after_s)):
                     raise RetryableError(f"{retry + 1} attempts; last error: {error}") from None
             retry += 1
             self.count(requests=1, retries=1)
 
     def pause(self, retry: int, retry_after_s: float) -> float:
         """Random seconds before retry number ``retry``, from 0; at least ``retry_after_s`` within the bound."""
-        bound = self.settings.max_backoff_s
+        bound = self.config.max_backoff_s
         # The exponent is limited because 2.0**1024 overflows.
-        seconds = self._random.uniform(0, min(bound, self.settings.backoff_s * 2.0 ** min(retry, 60)))
+        seconds = self._random.uniform(0, min(bound, self.config.backoff_s * 2.0 ** min(retry, 60)))
         return min(bound, max(seconds, retry_after_s))
 
     def _post_once(self, body: bytes, max_bytes: int) -> bytes:
@@ -221,7 +188,7 @@ class HttpClient:
 
     def _exchange(self, body: bytes, max_bytes: int) -> tuple[HTTPResponse, bytes]:
         """One request and its answer within ``timeout_s``."""
-        seconds, start = self.settings.timeout_s, time.monotonic()
+        seconds, start = self.config.timeout_s, time.monotonic()
         connection = self._connection()
         watchdog, late = None, threading.Event()
         try:
@@ -260,7 +227,7 @@ class HttpClient:
             if time.monotonic() - since < IDLE_S:
                 return connection
             connection.close()
-        host, port, seconds = str(self._url.hostname), self._url.port, self.settings.timeout_s
+        host, port, seconds = str(self._url.hostname), self._url.port, self.config.timeout_s
         if self._tls is None:
             return HTTPConnection(host, port, timeout=seconds)
         return HTTPSConnection(host, port, timeout=seconds, context=self._tls)
@@ -268,7 +235,7 @@ class HttpClient:
     def _error(self, message: str, status: int) -> ConfigError:
         remedies = {TLS: "set SSL_CERT_FILE to the file of the certificate authority", **self._remedies}
         key = REDIRECT if status // 100 == 3 else status
-        return ConfigError(message, where=self.settings.url, remedy=remedies.get(key))
+        return ConfigError(message, where=self.config.url, remedy=remedies.get(key))
 
 
 def _shut_down(connected: socket.socket, late: threading.Event) -> None:

@@ -228,6 +228,7 @@ CASES = [
     (HttpConfig, "url=ftp://x", ["url = 'ftp://x'"]),
     (HttpConfig, "timeout_s=0", ["timeout_s = 0.0"]),
     (HttpConfig, "retries=-1", ["retries = -1"]),
+    (HttpConfig, "batch_size=0", ["batch_size = 0"]),
     (EnsembleConfig, "penalty=-1", ["penalty = -1.0"]),
     ("rloo", "sampler.zero_stage=1", ["sampler.zero_stage = 1"]),
     ("rloo", "sampler.max_tokens_per_micro_batch=9", ["sampler.max_tokens_per_micro_batch = 9"]),
