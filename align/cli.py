@@ -20,12 +20,13 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from align import __version__, plan, prechecks
+from align import __version__, prechecks
 from align.cluster.process import driver_environment
 from align.config import DType, precision
 from align.config.base import DataFormat, RowKind
 from align.config.load import LoadedConfig, list_values, load_recipe
 from align.errors import AlignError, ConfigError, SaveError
+from align.prechecks import plan
 from align.utils import disk
 from align.utils.redact import redact
 from align.utils.signals import leaving_at_once
@@ -272,7 +273,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     loaded = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         _show(loaded, console)
-        plan.describe(loaded.config, console)
+        plan.print_plan(loaded.config, console)
     prechecks.check(loaded)
     if loaded.config.run.progress != "none" or arguments.dry_run:
         console.print("checked: paths, run.dir, placement; now tokenizers, models and data", highlight=False)
@@ -280,7 +281,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     planned = importlib.import_module("align.eval.reward").planned(loaded.config) if wanted else []
     if arguments.dry_run:
         prepared = importlib.import_module("align.prepare").prepare(loaded)
-        plan.conclude(prepared.config, prepared.counts, prepared.notes, console)
+        plan.print_checked(prepared.config, prepared.counts, prepared.notes, console)
         return 0
     importlib.import_module("align.launch").train(loaded, console)
     for evaluate in planned:
@@ -290,8 +291,8 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
     """``align replay``."""
-    launch = importlib.import_module("align.launch")
-    return 0 if launch.replay(arguments.bundle, arguments.overrides, console) else DIFFERS
+    module = importlib.import_module("align.replay")
+    return 0 if module.replay(arguments.bundle, arguments.overrides, console) else DIFFERS
 
 
 def serve_reward(arguments: argparse.Namespace, console: Console) -> int:

@@ -13,14 +13,14 @@ import pytest
 
 from align import algorithms
 from align import config as sections
+from align.cluster.roles import ROLES
 from align.config.eval import BenchmarkName
 from align.config.eval_policy import PolicyBenchmarkName
 from align.config.load import LoadedConfig, build_config, describe_schema, load_recipe, write_config
 from align.errors import ConfigError
 from align.eval.arguments import SPEAKERS
-from align.launch import ROLES
 from align.prechecks import placement
-from align.prechecks.roles import cast_sections, check
+from align.prechecks.roles import check_roles, role_configs
 
 ROOT = Path(__file__).parents[1]
 JUDGED = [
@@ -46,17 +46,17 @@ def test_flash_attention_needs_a_gpu(monkeypatch):
         loaded.config, policy=dataclasses.replace(loaded.config.policy, attention="flash_attention_2")
     )
     with pytest.raises(ConfigError, match=r"policy.attention: flash_attention_2 runs on GPUs.*\n.*attention=auto"):
-        check(flash)
+        check_roles(flash)
     cluster = dataclasses.replace(flash.cluster, address="10.0.0.1:6379")
-    check(dataclasses.replace(flash, executor="ray", cluster=cluster))  # whose machines may have some
+    check_roles(dataclasses.replace(flash, executor="ray", cluster=cluster))  # whose machines may have some
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipe_is_complete(path: Path, tmp_path: Path):
     loaded = load(path)
-    slots = check(loaded.config)
-    assert set(slots) == set(cast_sections(loaded.config))
-    assert all(type(section) in ROLES for section in cast_sections(loaded.config).values())
+    slots = check_roles(loaded.config)
+    assert set(slots) == set(role_configs(loaded.config))
+    assert all(type(section) in ROLES for section in role_configs(loaded.config).values())
     write_config(loaded.config, tmp_path / "config.yaml")
     assert load_recipe(tmp_path / "config.yaml").config == loaded.config
 

@@ -30,10 +30,10 @@ from align.cluster.process import worker_environment
 from align.cluster.session import LOOPBACK, Session
 from align.config import ClusterConfig
 from align.errors import PlacementError, WorkerError
-from align.prechecks.announce import Announce, loading, silent
 from align.prechecks.placement import ranges
 from align.run import Clock
 from align.utils import fault_injection
+from align.workers.announce import Announce, loading, silent
 from align.workers.base import Answer, Ranks, Spec, Worker
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from align.errors import ConfigError, DataError
 from align.generators.base import Generator, Request
 from align.generators.models import build_generator
 from align.models.weights import stored_file
-from align.prechecks.announce import announced
 from align.utils.disk import write_whole
+from align.workers.announce import announced
 
 CALL = 256
 """Answers that are asked for at a time."""

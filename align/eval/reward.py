@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 
-from align.cluster import standalone
+from align.cluster import roles as cluster_roles
 from align.config import BenchmarkDataConfig, RecipeConfig, RewardConfig, RewardEvaluationConfig
 from align.config.eval import BenchmarkName
 from align.data import chat
@@ -31,7 +31,7 @@ from align.eval.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
 from align.eval.stored_scores import Scored
 from align.models.load import check as check_model
 from align.prechecks import placement
-from align.prechecks.roles import located
+from align.prechecks.roles import with_absolute_paths
 from align.report import evaluation as report
 from align.rewards import checkpoint_format, genrm, texts
 from align.rewards import scorers as scorers
@@ -117,11 +117,11 @@ def _score(section: RewardEvaluationConfig, benchmark: Benchmark, store: scoring
     num_ranks = len(slots) if section.executor == "ray" else 1
     tell = partial(console.print, highlight=False)
     logs = store.path.parent / "logs"
-    reward = located(section.reward)
+    reward = with_absolute_paths(section.reward)
     assert isinstance(reward, RewardConfig)
     if not reward.remote:  # a service that is down stops at once; what has no score alone is left for another call
         reward = replace(reward, failed="drop")
-    with standalone.judge(reward, section.executor, slots, section.cluster, logs, tell) as role:
+    with cluster_roles.start_reward(reward, section.executor, slots, section.cluster, logs, tell) as role:
 
         def score(dialogues: Sequence[Dialogue], groups: Sequence[int]) -> list[float]:
             return role.score_dialogues(dialogues, groups).result().tolist()

@@ -1,6 +1,6 @@
-"""What is checked first, before torch is imported: that what is read is there, that what is written can be, placement.
+"""The first checks of a command, before torch is imported: what it reads, where it writes, and its placement.
 
-Everything here takes well under a second. The checks that open tokenizers, models and data are in `align.prepare`.
+They take well under a second. Checks that open tokenizers, models and data are in `align.prepare`.
 """
 
 from __future__ import annotations
@@ -10,39 +10,37 @@ from pathlib import Path
 from align.config import ClusterConfig, ModelConfig, RecipeConfig, RewardServiceConfig
 from align.config.load import LoadedConfig
 from align.errors import AlignError, ConfigError, PlacementError
-from align.prechecks import folders, functions, placement, precision, roles, sources
+from align.prechecks import folders, functions, placement, roles, sources
 from align.utils.security import require_private
 
 
 def check(loaded: LoadedConfig, *, here: bool = True, paths: bool = True) -> None:
-    """Check what a command would read (``paths``), where it writes, and its placement. ``here``: it runs on this
-    machine, whose slots are counted too.
+    """Check what a command would read (``paths``), where it writes, and its placement. ``here``: the command runs on
+    this machine, so its slots are counted too.
 
-    Raises `ConfigError` with everything that is missing, each with its key, its place and a remedy, and
-    `PlacementError`.
+    Raises `ConfigError` with every problem, each with its key, place and remedy, or `PlacementError`.
     """
     config = loaded.config
     absent = config.absent() if isinstance(config, RecipeConfig) else set()
     if getattr(config, "scores", ""):
         absent = {"reward"}
-    faults: list[AlignError] = []
+    problems: list[AlignError] = []
     if paths:
-        faults += sources.missing(sources.sources(config, absent), loaded.origin)
-        named = functions.functions(config, absent)
-        faults += filter(None, (functions.problem(key, name, loaded.origin.get(key)) for key, name in named))
-    for check_one in (_folder, _placement, _dtype) if here else (_folder,):
+        problems += sources.missing(sources.sources(config, absent), loaded.origin)
+        problems += functions.missing(config, absent, loaded.origin)
+    for check_part in (_check_folder, _check_placement, _check_dtype) if here else (_check_folder,):
         try:
-            check_one(loaded)
+            check_part(loaded)
         except (ConfigError, PlacementError) as error:
-            faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        lines = [f"{len(faults)} faults", *map(str, faults)]
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = [f"{len(problems)} problems", *map(str, problems)]
         raise ConfigError("\n".join(lines), where=f"{loaded.recipe}")
 
 
-def _folder(loaded: LoadedConfig) -> None:
+def _check_folder(loaded: LoadedConfig) -> None:
     config = loaded.config
     if isinstance(config, RecipeConfig):
         folders.check_run_folder(config.run)
@@ -55,22 +53,23 @@ def _folder(loaded: LoadedConfig) -> None:
         require_private(folder)
 
 
-def _placement(loaded: LoadedConfig) -> None:
+def _check_placement(loaded: LoadedConfig) -> None:
     config = loaded.config
     if isinstance(config, RewardServiceConfig):
         if config.executor == "ray" and config.replicas.shards > 1:
             placement.require_machine(config.replicas.shards, ClusterConfig(slots_per_core=config.replicas.shards))
         return
     if isinstance(config, RecipeConfig):
-        slots = roles.check(config)
+        slots = roles.check_roles(config)
     else:
-        names = {name: one for name, one in vars(config).items() if isinstance(one, ModelConfig)}
-        every = placement.resolve(config.placement, names)
-        slots = {name: every[name] for name, one in names.items() if one.path or getattr(one, "present", True)}
+        models = {name: role for name, role in vars(config).items() if isinstance(role, ModelConfig)}
+        all_slots = placement.resolve(config.placement, models)
+        slots = {name: all_slots[name] for name, role in models.items() if role.path or getattr(role, "present", True)}
     if config.executor == "ray" and slots:
-        placement.require_machine(1 + max(slot for role in slots.values() for slot in role), config.cluster)
+        num_slots = 1 + max(slot for role_slots in slots.values() for slot in role_slots)
+        placement.require_machine(num_slots, config.cluster)
 
 
-def _dtype(loaded: LoadedConfig) -> None:
+def _check_dtype(loaded: LoadedConfig) -> None:
     if isinstance(loaded.config, RecipeConfig):
-        precision.dtype_notes(loaded)
+        roles.dtype_notes(loaded)

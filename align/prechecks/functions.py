@@ -1,10 +1,10 @@
-"""Whether a Python function is there that a recipe names, read from its source: nothing is imported."""
+"""Whether the Python functions that a recipe names exist, read from their source: nothing is imported."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,18 @@ from align.config import GeneratorConfig, RewardConfig
 from align.errors import ConfigError
 from align.prechecks.sources import near
 
-LATE = {"__getattr__", "*", "globals"}
+DYNAMIC = {"__getattr__", "*", "globals"}
 """Names in a source that may define more than is written there."""
 
 
-def functions(config: Any, absent: set[str] = frozenset()) -> Iterator[tuple[str, str]]:  # type: ignore[assignment]
-    """Key and name of each function that a configuration calls."""
+def missing(config: Any, absent: set[str], places: Mapping[str, str]) -> list[ConfigError]:
+    """An error for each function that the config calls and that does not exist, its place taken from ``places``."""
+    errors = (problem(key, name, places.get(key)) for key, name in _functions(config, absent))
+    return [error for error in errors if error is not None]
+
+
+def _functions(config: Any, absent: set[str]) -> Iterator[tuple[str, str]]:
+    """Key and name of each function that a config calls."""
     for name, value in vars(config).items():
         if name in absent:
             continue
@@ -29,7 +35,7 @@ def functions(config: Any, absent: set[str] = frozenset()) -> Iterator[tuple[str
 
 
 def problem(key: str, name: str, where: str | None) -> ConfigError | None:
-    """What is wrong with ``module:function`` or ``path/file.py:function``; None where nothing is, or where only an
+    """What is wrong with ``module:function`` or ``path/file.py:function``. None if nothing is wrong, or if only an
     import can tell."""
     place, _, function = name.rpartition(":")
     source = Path(place).expanduser() if place.endswith(".py") else _source_of(place)
@@ -43,26 +49,26 @@ def problem(key: str, name: str, where: str | None) -> ConfigError | None:
         remedy = f"did you mean {close}:{function}?" if close else "give a file, as path/to/file.py:function"
         return ConfigError(f"{key}={name}: there is no file {place} (from {Path.cwd()})", where=where, remedy=remedy)
     try:
-        defined = _defined(ast.parse(source.read_bytes()))
+        names = _top_level_names(ast.parse(source.read_bytes()))
     except (OSError, SyntaxError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
-        return ConfigError(f"{key}={name}: {source} cannot be read: {what}", where=where, remedy="mend the file")
-    if function in defined or defined.keys() & LATE:
+        problem = f"{key}={name}: {source} cannot be read: {type(error).__name__}: {error}"
+        return ConfigError(problem, where=where, remedy="fix the file")
+    if function in names or names.keys() & DYNAMIC:
         return None
-    known = [other for other, node in defined.items() if isinstance(node, ast.FunctionDef)]
-    remedy = f"it has: {', '.join(known) or 'none'}"
+    functions = [other for other, node in names.items() if isinstance(node, ast.FunctionDef)]
+    remedy = f"it has: {', '.join(functions) or 'none'}"
     return ConfigError(f"{key}={name}: {place} has no function {function}", where=where, remedy=remedy)
 
 
 def _source_of(module: str) -> Path | None:
-    """The file of a module, something without the suffix ``.py`` for one that is compiled; None for no module."""
+    """The file of a module, without the suffix ``.py`` for a compiled module. None if there is no such module."""
     first, *rest = module.split(".")
     try:
         spec: ModuleSpec | None = importlib.util.find_spec(first)
     except (ImportError, ValueError):
         return None
     name = first
-    for part in rest:  # `importlib.util.find_spec` of the whole name would import what it lies in
+    for part in rest:  # `importlib.util.find_spec` of the whole name would import the packages around it
         if spec is None or spec.submodule_search_locations is None:
             return None
         name = f"{name}.{part}"
@@ -70,16 +76,16 @@ def _source_of(module: str) -> Path | None:
     return None if spec is None else Path(spec.origin or "compiled")
 
 
-def _defined(tree: ast.AST) -> dict[str, ast.AST]:
-    """Names that a module binds outside its functions and classes, and what binds each."""
-    found: dict[str, ast.AST] = {}
+def _top_level_names(tree: ast.AST) -> dict[str, ast.AST]:
+    """Names that a module binds outside its functions and classes, with the node that binds each."""
+    names: dict[str, ast.AST] = {}
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found[node.name] = node
+            names[node.name] = node
             continue
         if isinstance(node, ast.alias):
-            found[node.asname or node.name.partition(".")[0]] = node
-        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in LATE):
-            found[node.id] = node
-        found |= _defined(node)
-    return found
+            names[node.asname or node.name.partition(".")[0]] = node
+        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in DYNAMIC):
+            names[node.id] = node
+        names |= _top_level_names(node)
+    return names

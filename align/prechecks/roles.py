@@ -1,4 +1,4 @@
-"""The roles of a recipe: their sections, their slots, and their paths in full."""
+"""The roles of a recipe before they start: their configs, slots, dtypes and absolute paths."""
 
 from __future__ import annotations
 
@@ -14,73 +14,99 @@ from align.config import (
     TrainedModelConfig,
     precision,
 )
+from align.config.load import LoadedConfig
 from align.errors import ConfigError
 from align.prechecks import placement
 
 
-def cast_sections(config: RecipeConfig) -> dict[str, ModelConfig]:
-    """The role sections of a recipe by name, the trained ones first; without those it calls absent."""
+def role_configs(config: RecipeConfig) -> dict[str, ModelConfig]:
+    """The config of each role that the recipe uses, by name, trained roles first."""
     absent = config.absent()
-    found = {name: one for name, one in vars(config).items() if isinstance(one, ModelConfig) and name not in absent}
-    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], TrainedModelConfig)))
+    roles = {name: role for name, role in vars(config).items() if isinstance(role, ModelConfig) and name not in absent}
+    return dict(sorted(roles.items(), key=lambda item: not isinstance(item[1], TrainedModelConfig)))
 
 
-def check(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
-    """Slots of every role. Raises `ConfigError` for a placement that cannot be."""
-    roles = cast_sections(config)
+def check_roles(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
+    """The slots of every role. Raises `ConfigError` for an impossible placement, path, head or attention."""
+    roles = role_configs(config)
     slots = placement.resolve(config.placement, roles)
-    for name, section in roles.items():
-        if isinstance(section, CriticConfig):
-            require_head(section)
-        if not section.path and not (isinstance(section, RewardConfig) and section.present):
+    on_other_machines = config.executor == "ray" and config.cluster.address
+    for name, role in roles.items():
+        if isinstance(role, CriticConfig):
+            require_head(role)
+        if not role.path and not (isinstance(role, RewardConfig) and role.present):
             raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
-        elsewhere = config.executor == "ray" and config.cluster.address
-        if section.attention == "flash_attention_2" and not elsewhere and precision.gpu_capability() is None:
-            problem = f"{name}.attention: flash_attention_2 runs on GPUs alone, and this machine has none"
+        if role.attention == "flash_attention_2" and not on_other_machines and precision.gpu_capability() is None:
+            problem = f"{name}.attention=flash_attention_2 requires a GPU, and this machine has none"
             raise ConfigError(problem, remedy=f"set {name}.attention=auto")
     return slots
 
 
-def remote_code(config: RecipeConfig) -> list[str]:
-    """A line for each role that runs code which comes with its model."""
-    models = cast_sections(config)
-    judges = {name: one.generative.judge for name, one in models.items() if isinstance(one, RewardConfig)}
-    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
-    trusted = {name: one for name, one in models.items() if one.trust_remote_code}
-    commit = {name: f" at {one.revision}" if one.revision else "" for name, one in trusted.items()}
-    return [f"{name} runs the Python code that comes with {one.path}{commit[name]}" for name, one in trusted.items()]
-
-
 def require_head(critic: CriticConfig) -> None:
-    """Raises `ConfigError` for a critic that is to start from a judge without a head."""
+    """Raise `ConfigError` for a critic that starts from a reward model without a head."""
     if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
         raise ConfigError(
-            f"critic: a reward of kind {critic.kind} has no head to start from",
+            f"critic.head=trained requires a reward model with a head. Got critic.kind={critic.kind}",
             remedy="start the critic from the policy: critic.path=${policy.path} critic.head=new",
         )
 
 
-def located(section: ModelConfig) -> ModelConfig:
-    """The section with local files and folders named in full: workers may have another working directory."""
-    if isinstance(section, RewardConfig):
-        judge = located(section.generative.judge)
+def remote_code(config: RecipeConfig) -> list[str]:
+    """A line for each role that runs code from its model's repository."""
+    models = role_configs(config)
+    judges = {name: role.generative.judge for name, role in models.items() if isinstance(role, RewardConfig)}
+    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
+    return [
+        f"{name} runs the Python code of {model.path}" + (f" at {model.revision}" if model.revision else "")
+        for name, model in models.items()
+        if model.trust_remote_code
+    ]
+
+
+def dtype_notes(loaded: LoadedConfig) -> list[str]:
+    """A line with what ``dtype: auto`` resolves to, and one for roles that hold bfloat16 where it is slow.
+
+    Raises `ConfigError` where this machine cannot decide: it has no GPU, and the workers run on other machines.
+    """
+    config, here = loaded.config, precision.automatic()
+    dtypes = {f"{name}.dtype": role.dtype for name, role in role_configs(config).items()}
+    automatic = [key for key in dtypes if key in loaded.automatic]
+    elsewhere = config.executor == "ray" and config.cluster.address and here.dtype == "float32"
+    if automatic and elsewhere:
+        raise ConfigError(
+            f"{', '.join(automatic)}: auto looks at the driver's machine ({here.reason}), but roles run on the "
+            f"machines of cluster.address={config.cluster.address}",
+            where=f"{loaded.recipe}",
+            remedy="name the dtype: bfloat16 for GPUs and for CPUs with bfloat16 units, otherwise float32",
+        )
+    slow = [key for key, dtype in dtypes.items() if dtype == "bfloat16"]
+    lines = [f"{', '.join(automatic)}: auto is {here.dtype}, {here.reason}"] if automatic else []
+    if slow and here.dtype == "float32" and not elsewhere:
+        lines.append(f"{', '.join(slow)}: bfloat16 is slow here, {here.reason}; use float32")
+    return lines
+
+
+def with_absolute_paths(role: ModelConfig) -> ModelConfig:
+    """The config with absolute paths of local files and folders: workers may have another working directory."""
+    if isinstance(role, RewardConfig):
+        judge = with_absolute_paths(role.generative.judge)
         assert isinstance(judge, GeneratorConfig)
-        section = replace(
-            section,
-            ensemble=replace(section.ensemble, paths=[_full(path) for path in section.ensemble.paths]),
-            generative=replace(section.generative, judge=judge),
+        role = replace(
+            role,
+            ensemble=replace(role.ensemble, paths=[_absolute(path) for path in role.ensemble.paths]),
+            generative=replace(role.generative, judge=judge),
         )
-    if isinstance(section, (RewardConfig, GeneratorConfig)):
-        file, colon, function = section.function.rpartition(":")
-        section = replace(
-            section,
-            chat_template=section.chat_template and _full(section.chat_template),
-            function=f"{_full(file)}{colon}{function}" if file.endswith(".py") else section.function,
+    if isinstance(role, (RewardConfig, GeneratorConfig)):
+        file, colon, function = role.function.rpartition(":")
+        role = replace(
+            role,
+            chat_template=role.chat_template and _absolute(role.chat_template),
+            function=f"{_absolute(file)}{colon}{function}" if file.endswith(".py") else role.function,
         )
-    return replace(section, path=_full(section.path))
+    return replace(role, path=_absolute(role.path))
 
 
-def _full(path: str) -> str:
-    """The name in full of what is there; a hub id as it is."""
-    found = Path(path).expanduser()
-    return str(found.absolute()) if path and found.exists() else path
+def _absolute(path: str) -> str:
+    """The absolute path of an existing file or folder; a hub id unchanged."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if path and local.exists() else path

@@ -192,6 +192,13 @@ class Run:
         self.disk.set_aside(self.final, why)
         return True
 
+    def rounds(self) -> Iterator[RecipeConfig]:
+        """The recipe of each round that is left, with the models that the round starts from."""
+        for number in range(self.round, self.recipe.num_rounds() + 1):
+            start = self.start_of(number)
+            if self.begin_round(number, start):
+                yield self.recipe if start is None else self.recipe.in_round(str(start))
+
     def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
         """The roles of this round are up: those with state are saved from now on, and what they count is logged.
         ``worlds`` tells how each role is split over processes."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align.cluster import standalone
+from align.cluster.roles import StartOptions, start_roles
 from align.config import (
     DataConfig,
     GeneratorConfig,
@@ -36,7 +36,7 @@ from align.eval import reward
 from align.eval import store as scoring
 from align.generators import models as generators
 from align.prechecks import placement
-from align.prechecks.roles import located
+from align.prechecks.roles import with_absolute_paths
 from align.scale import pipeline, sweep
 from align.scale import report as report
 from align.utils import disk
@@ -73,10 +73,10 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
         left = [number for number in range(len(prompts)) if number not in done]
         if left:
             tell = partial(console.print, highlight=False)
-            found = {name: located(one) for name, one in roles.items()}
-            logs, seed = path.parent / "logs", section.seed
+            found = {name: with_absolute_paths(one) for name, one in roles.items()}
+            logs, options = path.parent / "logs", StartOptions(seed=section.seed, announce=tell)
             with (
-                standalone.company(found, section.executor, slots, section.cluster, logs, tell, seed=seed) as company,
+                start_roles(found, section.executor, slots, section.cluster, logs, options) as company,
                 scoring.progress(console, "scale", len(prompts) - len(left), len(prompts)) as advance,
             ):
                 answer(section, company, {number: prompts[number] for number in left}, store, advance)

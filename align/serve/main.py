@@ -27,11 +27,10 @@ import uvicorn
 from rich.console import Console
 
 from align.cluster import connections
+from align.cluster.roles import start_reward
 from align.cluster.session import Session
-from align.cluster.standalone import judge
 from align.config import ClusterConfig, RewardServiceConfig
 from align.errors import ConfigError, WorkerError
-from align.prechecks.announce import announced, loading, to_stdout
 from align.rewards import checkpoint_format, functions
 from align.rewards.scorers import build_scorer
 from align.serve import app
@@ -39,6 +38,7 @@ from align.serve.app import Application, Batcher, Loading, Scorer
 from align.serve.log_limit import LogLimit
 from align.serve.replicas import Sharded, device, replicated
 from align.utils.security import require_private
+from align.workers.announce import announced, loading, to_stdout
 
 MIN_TOKEN = 16
 """Characters of the shortest bearer token."""
@@ -218,7 +218,7 @@ def _up(section: RewardServiceConfig, stop: Stop) -> Iterator[tuple[Scorer, Call
         slots = tuple(range(section.replicas.shards))
         # A conversation without a score is answered as such, and does not fail those beside it.
         reward = replace(section.reward, failed="drop")
-        with judge(reward, "ray", slots, cluster, logs, to_stdout) as role:
+        with start_reward(reward, "ray", slots, cluster, logs, to_stdout) as role:
             stop.install()
             sharded = Sharded(role)
             batcher = Batcher(sharded, section)

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 
 from align.errors import WorkerError
-from align.prechecks.announce import Announce, announced, silent
 from align.roles import CompletedFuture
 from align.run import Clock
 from align.utils import fault_injection
+from align.workers.announce import Announce, announced, silent
 from align.workers.base import Answer, Ranks, Spec, Worker
 
 T = TypeVar("T")

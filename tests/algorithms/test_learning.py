@@ -14,7 +14,7 @@ from align.config import SamplingConfig
 from align.config.load import load_recipe
 from align.data import dataset, toy
 from align.data.prompts import PromptStream
-from align.launch import cast
+from align.launch import start_training_roles
 from align.prepare import load_renderer
 from align.roles import CompletedFuture
 from align.run import Run
@@ -62,7 +62,7 @@ def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     renderer = load_renderer(settings)
     train_data, _ = algorithm.load_data(settings, dataset.load(settings.data), renderer)
     run = Run(settings, renderer.text)
-    with run, cast(settings, run) as roles:
+    with run, start_training_roles(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))
         algorithm.train(settings, train_data, SimpleNamespace(**{**vars(roles), "reward": liked}), run)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -182,7 +182,7 @@ def share_said(folder: Path, policy: Path) -> float:
     renderer = load_renderer(settings)
     found = dataset.prompts(dataset.load(settings.data).train, renderer, 100)
     asked = PromptStream(found.tokens, 32, 0, renderer.stop_ids).batch(1)
-    with Run(settings, renderer.text) as run, cast(settings, run) as roles:
+    with Run(settings, renderer.text) as run, start_training_roles(settings, run) as roles:
         rollouts = roles.policy.generate(asked, SamplingConfig(num_samples=4, max_tokens=1)).result()
     token = renderer.tokenizer.convert_tokens_to_ids(LIKED)
     return float((rollouts.sequences.responses.ids_N == token).double().mean())
@@ -247,7 +247,7 @@ def test_sft_learns_the_answers(tmp_path, toy_data, tiny_policy):
     train_data, counts = sft.load_data(settings, source, renderer)
     assert counts["kept"] == counts["rows"] - counts["ties"]
     run = Run(settings, renderer.text)
-    with run, cast(settings, run) as roles:
+    with run, start_training_roles(settings, run) as roles:
         sft.train(settings, train_data, roles, run)
         found = dataset.prompts([row for row in source.train if row.preference], renderer, 100)
         stream = PromptStream(found.tokens, len(found.tokens), 0, renderer.stop_ids)

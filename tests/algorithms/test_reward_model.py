@@ -23,7 +23,7 @@ from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES
 from align.data.chat import Message, Renderer, load_tokenizer
 from align.data.toy import WORDS
 from align.errors import ConfigError, ModelError
-from align.launch import cast
+from align.launch import start_training_roles
 from align.models import exported_files
 from align.models.exported_files import Exported
 from align.prepare import load_renderer
@@ -175,7 +175,7 @@ def trained(
     train_data, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)
     run = Run(loaded, renderer.text)
     exported = {"reward": Exported(loaded.algorithm, exported_files.try_out(loaded.reward, renderer))}
-    with run, cast(loaded, run, exported=exported) as found:
+    with run, start_training_roles(loaded, run, exported=exported) as found:
         roles: Any = found
         reward_model.train(loaded, train_data, roles, run)
         yield roles.reward, [json.loads(line) for line in (folder / "metrics.jsonl").open()], train_data

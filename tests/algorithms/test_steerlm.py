@@ -16,7 +16,7 @@ from rich.console import Console
 
 from align import launch
 from align.algorithms import _steerlm, steerlm, steerlm2
-from align.cluster import standalone
+from align.cluster import roles as cluster_roles
 from align.config import (
     ClusterConfig,
     DataConfig,
@@ -108,7 +108,7 @@ def test_the_role_gives_attributes_by_name(tmp_path: Path, tiny_attributes: Path
     section = RewardConfig(path=str(tiny_attributes), dtype="float32", weights={"helpfulness": 1.0})
     context = (Message("user", "sort the words : pig ant"),)
     dialogues = [Dialogue(context, text) for text in ("ant pig", "pig", "ant pig okay")]
-    with standalone.judge(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
+    with cluster_roles.start_reward(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
         both = role.rate(dialogues, NAMES).result()
         other = role.rate(dialogues[1:], ("coherence", "verbosity", "helpfulness")).result()
         score = role.score_dialogues(dialogues).result()
@@ -144,13 +144,13 @@ def test_an_attribute_that_the_head_lacks_is_refused_before_anything_starts(
     tmp_path, family_data, tiny_family, tiny_attributes
 ):
     settings = "steerlm", family_data, tiny_family, tiny_attributes, "steering.attributes=[helpfulness,humor]"
-    with pytest.raises(ConfigError, match="it does not rate humor, but has verbosity, helpfulness, coherence"):
+    with pytest.raises(ConfigError, match="it does not rate humor; it has verbosity, helpfulness, coherence"):
         launch.prepare(recipe(tmp_path, *settings))
 
 
 def test_a_judge_with_one_score_cannot_label(tiny_reward: Path):
     for section in (RewardConfig(kind="function", function="m:f"), RewardConfig(path=str(tiny_reward))):
-        with pytest.raises(ConfigError, match="does not rate helpfulness, verbosity, but has one score"):
+        with pytest.raises(ConfigError, match="does not rate helpfulness, verbosity; it has one score"):
             checkpoint_format.require_attributes(section, NAMES)
 
 

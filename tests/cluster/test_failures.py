@@ -151,7 +151,7 @@ def test_a_final_error_brings_no_role_up_again(monkeypatch: pytest.MonkeyPatch):
     def rounds(prepared: object, run: object) -> None:
         raise next(raising)
 
-    monkeypatch.setattr(launch, "_rounds", rounds)
+    monkeypatch.setattr(launch, "run_rounds", rounds)
     with pytest.raises(LoadError, match="no such target"):
-        launch.carry_out(cast(Any, None), run)
+        launch.run_with_recovery(cast(Any, None), run)
     assert [str(error) for error in recovered] == ["died"]

@@ -11,7 +11,7 @@ from align.config import GeneratorConfig, PolicyConfig, RewardConfig, precision
 from align.config.load import load_recipe, write_config
 from align.config.precision import Precision
 from align.errors import ConfigError
-from align.prechecks.precision import dtype_notes
+from align.prechecks.roles import dtype_notes
 from align.run.identity import Identity
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "dpo.yaml"
@@ -86,7 +86,7 @@ def test_what_a_driver_without_a_gpu_cannot_tell(without_units: None):
     here = dtype_notes(load_recipe(RECIPE, (*AUTO, "reference.dtype=bfloat16")))
     assert here == [
         "policy.dtype: auto is float32, this CPU has no bfloat16 units",
-        "reference.dtype: bfloat16 is slow here, this CPU has no bfloat16 units; float32 is not",
+        "reference.dtype: bfloat16 is slow here, this CPU has no bfloat16 units; use float32",
     ]
 
 

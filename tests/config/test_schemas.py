@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from align import algorithms
+from align.cluster.roles import ROLES
 from align.config import (
     BenchmarkDataConfig,
     CheckpointConfig,
@@ -48,8 +49,7 @@ from align.config import (
 from align.config.load import build_config, load_recipe, write_config
 from align.data.prompts import require_rows
 from align.errors import ConfigError
-from align.launch import ROLES
-from align.prechecks.roles import cast_sections, check
+from align.prechecks.roles import check_roles, role_configs
 
 ALGORITHMS = sorted(module.name for module in pkgutil.iter_modules(algorithms.__path__) if module.name[0] != "_")
 ROOT = Path(algorithms.__file__).parents[1]
@@ -84,8 +84,8 @@ def write(folder: Path, algorithm: str, needed: dict[str, object]) -> Path:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
     loaded = load_recipe(write(tmp_path, algorithm, NEEDED[algorithm]))
-    roles = cast_sections(loaded.config)
-    assert set(check(loaded.config)) == set(roles)
+    roles = role_configs(loaded.config)
+    assert set(check_roles(loaded.config)) == set(roles)
     assert {type(section) for section in roles.values()} <= set(ROLES)
     write_config(loaded.config, tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml").config == loaded.config
@@ -96,7 +96,7 @@ def test_the_least_that_a_recipe_must_say(algorithm: str, tmp_path: Path):
     assert missing == set(NEEDED[algorithm]) - judged
     for key in judged:
         with pytest.raises(ConfigError, match=key):
-            check(load_recipe(write(tmp_path, algorithm, {**NEEDED[algorithm], key: ""})).config)
+            check_roles(load_recipe(write(tmp_path, algorithm, {**NEEDED[algorithm], key: ""})).config)
 
 
 BATCHES = {

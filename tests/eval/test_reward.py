@@ -13,7 +13,7 @@ from benchmark_rows import judge_row, lines, rm_row
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from align import cli
-from align.cluster import standalone
+from align.cluster import roles as cluster_roles
 from align.config import (
     BenchmarkDataConfig,
     ClusterConfig,
@@ -133,7 +133,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.opened += 1
         yield SimpleNamespace(score_dialogues=score_dialogues)
 
-    monkeypatch.setattr(standalone, "judge", judge)
+    monkeypatch.setattr(cluster_roles, "start_reward", judge)
     return seen
 
 

@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_before_a_folder_or_a_worker(
     command: Command, misfit: Any, executor: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     started: list[str] = []
-    monkeypatch.setattr(launch, "cast", lambda *_: started.append("cast"))
+    monkeypatch.setattr(launch, "start_roles", lambda *_: started.append("start_roles"))
     (command.folder / "policy" / "code.py").write_text(f"open({str(command.folder / 'ran')!r}, 'w')\n")
     parts = misfit(command)
     assert command(f"executor={executor}") == 78

@@ -39,7 +39,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     def cast(*_: object) -> Any:
         raise WouldStart("workers would start now")
 
-    monkeypatch.setattr(launch, "cast", cast)
+    monkeypatch.setattr(launch, "start_roles", cast)
 
 
 @pytest.fixture(scope="module")

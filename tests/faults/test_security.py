@@ -143,7 +143,7 @@ class Payload:
 @pytest.mark.parametrize("role", ["policy", "reward"])
 @pytest.mark.parametrize("form", ["pickle", "torch", "sharded"])
 def test_pickled_weights_are_refused_unread(recipe: Path, role: str, form: str, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "cast", lambda *_: pytest.fail("workers would start"))
+    monkeypatch.setattr(launch, "start_roles", lambda *_: pytest.fail("workers would start"))
     folder, ran = recipe.parent / role, recipe.parent / "ran"
     (folder / "model.safetensors").unlink()
     if form == "torch":
@@ -214,8 +214,8 @@ def test_the_plan_names_code_that_would_run(recipe: Path, capsys):
     hub = ["policy.path=someone/model", "policy.trust_remote_code=true", f"policy.revision={COMMIT}"]
     assert main(["train", "--dry-run", str(recipe), *hub, "reward.trust_remote_code=true"]) == 78  # not in the cache
     plan = capsys.readouterr().out
-    assert f"policy runs the Python code that comes with someone/model at {COMMIT}\n" in plan
-    assert f"reward runs the Python code that comes with {folder}\n" in plan
+    assert f"policy runs the Python code of someone/model at {COMMIT}\n" in plan
+    assert f"reward runs the Python code of {folder}\n" in plan
     assert main(["train", "--dry-run", str(recipe)]) == 0
     assert "Python code" not in capsys.readouterr().out
 

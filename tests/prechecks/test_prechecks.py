@@ -102,7 +102,7 @@ def test_what_is_refused(root: Path, override: str, message: str):
 def test_all_faults_come_in_one_message_each_with_its_place(root: Path):
     (root / "model").rmdir()
     text = refusal(root, "data.path=./none", "run.dir=recipe.yaml")
-    assert "3 faults" in text
+    assert "3 problems" in text
     assert f"{root}/recipe.yaml:4: policy.path={root}/model: there is no such" in text
     assert "command line: data.path=./none" in text and "run.dir" in text
     assert "reference" not in text  # it follows the policy

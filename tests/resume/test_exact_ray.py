@@ -18,5 +18,5 @@ def test_a_killed_driver(name, on_ray, runs, tmp_path):
     assert runs.run(*train, folder, fault="role=driver,phase=step,step=4,kind=sigkill", log=log) == KILLED
     assert steps_done(tmp_path / "run") == 3
     assert runs.run(*train, folder, log=log) == 0, runs.text(log)
-    assert "going on after step 2" in runs.text(log)
+    assert "resuming after step 2" in runs.text(log)
     assert_same(tmp_path / "run", whole)

@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_named_and_the_snapshot_before_is_taken(name, runs, rlo
     assert runs.run("train", rloo, f"run.dir={folder}", log=f"flip {name}") == 0, runs.text(f"flip {name}")
     message = runs.text(f"flip {name}")
     assert name in message
-    assert "going on after step 2" in message
+    assert "resuming after step 2" in message
     assert (folder / "checkpoints" / "step-000004.bad" / "why").exists()
     assert_same(folder, whole)
 
@@ -191,7 +191,7 @@ def test_another_run_goes_on_from_a_snapshot(runs, rloo, folder, whole, tmp_path
     train = ("train", rloo, f"run.dir={tmp_path / 'fork'}", f"run.resume={snapshot}")
     assert runs.run(*train, fault="role=driver,phase=step,step=6,kind=sigkill") == -signal.SIGKILL
     assert runs.run(*train, log="fork") == 0, runs.text("fork")
-    assert "going on after step 4" in runs.text("fork")  # its own snapshot is newer
+    assert "resuming after step 4" in runs.text("fork")  # its own snapshot is newer
     assert_same(tmp_path / "fork", whole)
     assert sorted(path for path in folder.rglob("*")) == before
     gone = (*train[:-1], f"run.resume={tmp_path / 'gone' / 'checkpoints' / 'step-000002'}")

@@ -28,7 +28,7 @@ def test_a_worker_without_state_then_the_driver_then_a_worker_with_state(on_ray,
     fault = "role=policy,rank=1,phase=update,step=5,kind=sigkill"
     assert runs.run(*train, fault=fault, log="second") == 0, runs.text("second")
     text = runs.text("second")
-    assert "going on after step" in text.partition("policy-1 died in update")[0]
+    assert "resuming after step" in text.partition("policy-1 died in update")[0]
     assert re.search(r"policy-1 died in update", text), text
     assert "restart 1 of 1, from the last snapshot" in text
     assert_same(tmp_path / "run", whole)

@@ -151,7 +151,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 CRITICS: dict[str, tuple[str, list[str]]] = {
     "a service has no head": (
         "reward.kind=http reward.http.url=http://127.0.0.1:9",
-        ["kind http has no head to start from", "critic.path=${policy.path} critic.head=new"],
+        ["requires a reward model with a head. Got critic.kind=http", "critic.path=${policy.path} critic.head=new"],
     ),
     "a question has no head": (
         "reward.path={causal} reward.kind=yes_no reward.principle=x",

@@ -26,7 +26,7 @@ from align.data import chat, toy
 from align.data.chat import Dialogue, Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
-from align.prechecks.roles import located
+from align.prechecks.roles import with_absolute_paths
 from align.rewards import card, checkpoint_format, scorers, texts
 from align.rewards.card import Card, Moments
 from align.rewards.checkpoint_format import HeadSpec
@@ -465,11 +465,13 @@ def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).mkdir()
     for name in ("judge.py", "t.jinja"):
         (tmp_path / name).write_text("")
-    models = located(RewardConfig(path="a", ensemble=EnsembleConfig(["b", "org/model"]), chat_template="t.jinja"))
+    models = with_absolute_paths(
+        RewardConfig(path="a", ensemble=EnsembleConfig(["b", "org/model"]), chat_template="t.jinja")
+    )
     assert isinstance(models, RewardConfig)
     assert (models.path, models.ensemble.paths) == (str(tmp_path / "a"), [str(tmp_path / "b"), "org/model"])
     assert models.chat_template == str(tmp_path / "t.jinja")
     for given, full in (("judge.py:f", f"{tmp_path / 'judge.py'}:f"), ("judges.module:f", "judges.module:f")):
-        found = located(RewardConfig(kind="function", function=given))
+        found = with_absolute_paths(RewardConfig(kind="function", function=given))
         assert isinstance(found, RewardConfig)
         assert (found.function, found.path) == (full, "")

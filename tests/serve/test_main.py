@@ -182,10 +182,10 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
             return future
 
     @contextmanager
-    def judge(section: RewardConfig, *_: Any) -> Iterator[Any]:
+    def start_reward(section: RewardConfig, *_: Any) -> Iterator[Any]:
         yield Role(SimpleNamespace(world_size=1), section)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(service, "judge", judge)
+    monkeypatch.setattr(service, "start_reward", start_reward)
     section = RewardServiceConfig(reward=RewardConfig(path="m", zero_stage=3), replicas=ReplicasConfig(shards=2))
     assert section.reward.failed == "fail"
     with service._up(section, service.Stop()) as (scorer, _):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.cluster import standalone
+from align.cluster.roles import StartOptions, start_roles
 from align.config import ClusterConfig, GeneratorConfig, RewardConfig, SamplingConfig
 from align.data.chat import Message
 from align.generators.base import Completion, Request
@@ -59,7 +59,7 @@ def test_answers_come_back_in_order_from_all_ranks():
     assert role.drain() == {}
 
 
-def test_a_company_of_several_roles_in_this_process(tmp_path: Path):
+def test_several_roles_in_this_process(tmp_path: Path):
     file = tmp_path / "two.py"
     file.write_text(
         "def answer(messages, sample):\n    return f\"{messages[-1]['content']} {sample}\"\n"
@@ -69,7 +69,8 @@ def test_a_company_of_several_roles_in_this_process(tmp_path: Path):
         "draft": GeneratorConfig(kind="function", function=f"{file}:answer"),
         "select": RewardConfig(kind="function", function=f"{file}:score"),
     }
-    with standalone.company(sections, "local", {}, ClusterConfig(), tmp_path, print, seed=1) as found:
+    options = StartOptions(seed=1, announce=print)
+    with start_roles(sections, "local", {}, ClusterConfig(), tmp_path, options) as found:
         drafts = found["draft"].complete(requests(3), SAMPLING)
         assert drafts.done()
         assert [one.text for one in drafts.result()] == ["0 0", "1 1", "2 2"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from align.cluster import standalone
+from align.cluster import roles as cluster_roles
 from align.config import (
     ClusterConfig,
     CriticConfig,
@@ -164,7 +164,7 @@ def test_the_longest_goes_first_to_the_rank_with_the_least():
 def test_a_judge_by_itself(tmp_path: Path, tiny_reward: Path):
     section = RewardConfig(path=str(tiny_reward), dtype="float32")
     dialogues = [Dialogue((Message("user", "say the last word : cat dog"),), word) for word in ("dog", "cat", "okay")]
-    with standalone.judge(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
+    with cluster_roles.start_reward(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
         together = role.score_dialogues(dialogues).result()
         alone = [float(role.score_dialogues([one]).result()) for one in dialogues]
     assert together.tolist() == pytest.approx(alone, abs=1e-6)
@@ -182,7 +182,7 @@ def test_a_judge_by_itself_on_two_processes(tmp_path: Path, tiny_reward: Path):
     ]
     scores = []
     for executor in ("local", "ray"):
-        with standalone.judge(section, executor, (0, 1), ClusterConfig(), tmp_path, print) as role:
+        with cluster_roles.start_reward(section, executor, (0, 1), ClusterConfig(), tmp_path, print) as role:
             scores.append(role.score_dialogues(dialogues).result())
     assert torch.allclose(*scores, atol=1e-6)
     assert {log.name for log in tmp_path.glob("*.log")} == {"reward-0.log", "reward-1.log"}

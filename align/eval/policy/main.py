@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align.cluster import standalone
+from align.cluster.roles import StartOptions, start_roles
 from align.config import GenerativeConfig, GeneratorConfig, PolicyEvaluationConfig
 from align.data.genrm import require_roles
 from align.errors import DataError
@@ -34,7 +34,7 @@ from align.eval.policy.questions import Answer, Question, Questions
 from align.eval.store import Rows
 from align.generators import models as generators
 from align.prechecks import placement
-from align.prechecks.roles import located
+from align.prechecks.roles import with_absolute_paths
 from align.report import policy as report
 from align.rewards import genrm_card
 from align.utils import disk
@@ -185,13 +185,13 @@ def _company(
     """The roles that have work, and how many ranks each has."""
     slots = placement.resolve(section.placement, SPEAKERS.values())
     ranks = {name: len(slots[name]) if section.executor == "ray" else 1 for name in needed}
-    sections = {name: located(_speakers(section)[name]) for name in needed}
+    sections = {name: with_absolute_paths(_speakers(section)[name]) for name in needed}
 
     def tell(line: str) -> None:
         console.print(line, highlight=False)
 
-    known = (sections, section.executor, slots, section.cluster, logs, tell)
-    with standalone.company(*known, seed=section.seed) as roles:
+    options = StartOptions(seed=section.seed, announce=tell)
+    with start_roles(sections, section.executor, slots, section.cluster, logs, options) as roles:
         yield roles, ranks
 
 
