@@ -45,7 +45,7 @@ def test_flash_attention_needs_a_gpu(monkeypatch):
     flash = dataclasses.replace(
         loaded.config, policy=dataclasses.replace(loaded.config.policy, attention="flash_attention_2")
     )
-    with pytest.raises(ConfigError, match=r"policy.attention: flash_attention_2 runs on GPUs.*\n.*attention=auto"):
+    with pytest.raises(ConfigError, match=r"policy.attention=flash_attention_2 requires a GPU.*\n.*attention=auto"):
         check_roles(flash)
     cluster = dataclasses.replace(flash.cluster, address="10.0.0.1:6379")
     check_roles(dataclasses.replace(flash, executor="ray", cluster=cluster))  # whose machines may have some

@@ -173,13 +173,9 @@ class Run:
         round starts from.
         """
         if number > self.round:
-            self.progress = Progress(
-                step=self.progress.step,
-                round=number,
-                starts=self.progress.starts
-                | ({} if start is None else {str(number): str(start.relative_to(self.folder))}),
-                totals=self.progress.totals,
-            )
+            new = {} if start is None else {str(number): str(start.relative_to(self.folder))}
+            starts = self.progress.starts | new
+            self.progress = Progress(step=self.progress.step, round=number, starts=starts, totals=self.progress.totals)
             self.tensors = {}
         if not os.path.lexists(self.final):
             return True

@@ -108,7 +108,7 @@ def test_an_unexpected_error_is_printed_with_its_traceback_and_without_secrets(r
     def fail(*_: object) -> None:
         raise RuntimeError("cannot log in with canary-0123456789")
 
-    monkeypatch.setattr(prepare, "check", fail)
+    monkeypatch.setattr(prepare, "check_roles", fail)
     assert main(["train", str(recipe)]) == 1
     out, err = capsys.readouterr()
     assert err.endswith("RuntimeError: cannot log in with <HF_TOKEN>\n")

@@ -155,7 +155,7 @@ CRITICS: dict[str, tuple[str, list[str]]] = {
     ),
     "a question has no head": (
         "reward.path={causal} reward.kind=yes_no reward.principle=x",
-        ["kind yes_no has no head", "critic.head=new"],
+        ["Got critic.kind=yes_no", "critic.head=new"],
     ),
     "a critic over other tokens": (
         "reward.path={bytes}",
