@@ -1,9 +1,9 @@
-"""Every kind of reward checkpoint against a plain forward pass of transformers, and what each refuses."""
+"""Every kind of reward checkpoint against a plain forward pass of transformers, and ensembles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,121 +11,35 @@ from typing import Any
 
 import pytest
 import torch
+from reward_models import (
+    CPU,
+    DIALOGUES,
+    FIRST,
+    NAMES,
+    SECOND,
+    Save,
+    ids_of,
+    last_logits,
+    opened,
+    rendered,
+    section,
+    words,
+)
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 
 from align.config import EnsembleConfig, RewardConfig
-from align.data import chat, toy
-from align.data.chat import Dialogue, Message, Renderer
+from align.data.chat import Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
-from align.prechecks.roles import with_absolute_paths
-from align.rewards import card, checkpoint_format, scorers, texts
+from align.rewards import card, scorers
 from align.rewards.card import Card, Moments
 from align.rewards.checkpoint_format import HeadSpec
 from align.rewards.scorers import CheckpointScorer, EnsembleScorer, build_scorer
-from align.types import Packed, Sequences
-
-CPU = torch.device("cpu")
-NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-FIRST = (Message("user", "reverse the words : cat dog sun"),)
-SECOND = (
-    Message("user", "say the last word : moon egg"),
-    Message("assistant", "egg"),
-    Message("user", "sort the words : wolf ant"),
-)
-DIALOGUES = [
-    Dialogue(FIRST, "sun dog cat"),
-    Dialogue(SECOND, "ant wolf"),
-    Dialogue(FIRST, "cat"),
-    Dialogue(SECOND, "wolf ant okay thanks friend"),
-    Dialogue(FIRST, "sun dog cat indeed"),
-]
-"""Conversations of two contexts, not side by side."""
-
-Save = Callable[..., str]
-
-
-def words() -> PreTrainedTokenizerFast:
-    """The tokenizer of the bundled task with two words more."""
-    return _with_words(toy.tokenizer(), ["Yes", "No", *texts.QUESTION.split()])
-
-
-def _with_words(base: PreTrainedTokenizerFast, more: Sequence[str]) -> PreTrainedTokenizerFast:
-    entries = list(dict.fromkeys([*sorted(base.get_vocab(), key=base.get_vocab().get), *more]))  # type: ignore[arg-type]
-    level = Tokenizer(models.WordLevel({word: id for id, word in enumerate(entries)}, unk_token="<unk>"))
-    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=level,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<system>", "<user>", "<assistant>"],
-        chat_template=toy.CHAT_TEMPLATE,
-    )
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    """Writes a random checkpoint and returns its folder."""
-
-    def saved(auto: Any, tokenizer: Any = None, name: str = "m", seed: int = 0, own: Card | None = None, **fields: Any):
-        tokenizer = tokenizer or words()
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(
-            fields.pop("model_type", "llama"), vocab_size=len(tokenizer), **{**SIZES, **fields}
-        )
-        config.pad_token_id = tokenizer.pad_token_id
-        model = auto.from_config(config)
-        for parameter in model.parameters():  # logits of a fresh model are almost all alike
-            parameter.data.mul_(4)
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        if own is not None:
-            (tmp_path / name / card.NAME).write_text(own.dumps())
-        return str(tmp_path / name)
-
-    return saved
-
-
-def section(path: str, **fields: Any) -> RewardConfig:
-    return RewardConfig(path=path, dtype="float32", **fields)
-
-
-def opened(path: str, **fields: Any) -> CheckpointScorer:
-    judge = build_scorer(section(path, **fields), CPU)
-    assert isinstance(judge, CheckpointScorer)
-    return judge
-
-
-def rendered(path: str, dialogue: Dialogue, *more: Message, ask: bool = False) -> torch.Tensor:
-    """Ids as a model card makes them."""
-    turns = [*dialogue.context, Message("assistant", dialogue.response), *more]
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    text = tokenizer.apply_chat_template([t._asdict() for t in turns], add_generation_prompt=ask, tokenize=False)
-    return torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-
-
-@torch.no_grad()
-def last_logits(auto: Any, path: str, ids: torch.Tensor) -> torch.Tensor:
-    logits = auto.from_pretrained(path, dtype=torch.float32).eval()(input_ids=ids).logits
-    return logits[0, -1] if logits.ndim == 3 else logits[0]
 
 
 def test_a_classifier_is_read_at_the_last_token(save: Save):
@@ -208,14 +122,6 @@ def test_batches_and_neighbours_change_no_score(save: Save, kind: str):
     assert judge.score([]).shape == (0,)
 
 
-def ids_of(tokenizer: Any, dialogues: Sequence[Dialogue]) -> Sequences:
-    """What a policy would have sampled: prompts, and responses with their end-of-sequence token."""
-    renderer = Renderer(tokenizer)
-    rows = [renderer.dialogue_ids(one.context, [one.response]) for one in dialogues]
-    prompts, responses = Packed.from_lists([p for p, _ in rows]), Packed.from_lists([r for _, (r,) in rows])
-    return Sequences(prompts, responses, torch.arange(len(rows)))
-
-
 @pytest.mark.parametrize("own", [None, Card("sequence_classification")], ids=["public", "trained here"])
 def test_ids_and_text_give_the_same_score(save: Save, own: Card | None):
     path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
@@ -234,107 +140,6 @@ def test_another_tokenizer_reads_the_same_conversation(save: Save, byte_tokenize
     assert rendered(path, said[0])[0].tolist() == own.encode(text, add_special_tokens=False)
     wanted = [float(last_logits(AutoModelForSequenceClassification, path, rendered(path, one))) for one in DIALOGUES]
     assert opened(path).score(said).tolist() == pytest.approx(wanted, abs=1e-5)
-
-
-def test_responses_of_one_prompt_share_its_tokens(save: Save):
-    """Five conversations of two contexts: two prompts, also where a question follows each response."""
-    for options in ({"kind": "lm_head_row0"}, {"kind": "yes_no", "principle": "be brief"}):
-        judge = opened(save(AutoModelForCausalLM, tie_word_embeddings=False), **options)
-        sequences, order = judge.text.sequences(DIALOGUES)
-        assert len(sequences.prompts) == 2
-        assert order.tolist() == [0, 2, 4, 1, 3]
-        assert sequences.prompt_B.tolist() == [0, 0, 0, 1, 1]
-
-
-TAIL = toy.CHAT_TEMPLATE.replace("{{ eos_token }}{% endif %}", "{{ eos_token }} okay{% endif %}")
-"""As Qwen's, which writes a newline after the end of a turn."""
-
-
-def test_what_stands_after_the_end_of_turn(save: Save):
-    """A public checkpoint reads it, as its card does; one that was trained here ends where its training did."""
-    tokenizer = words()
-    tokenizer.chat_template = TAIL
-    whole, okay = [rendered_with(tokenizer, one) for one in DIALOGUES], tokenizer.get_vocab()["okay"]
-    assert all(ids[-1] == okay for ids in whole)
-    public = opened(save(AutoModelForSequenceClassification, tokenizer, num_labels=1, name="public"))
-    trained = opened(
-        save(
-            AutoModelForSequenceClassification, tokenizer, num_labels=1, own=Card("sequence_classification", loss="bt")
-        )
-    )
-    converted = opened(
-        save(
-            AutoModelForSequenceClassification,
-            tokenizer,
-            num_labels=1,
-            own=Card("sequence_classification"),
-            name="converted",
-        )
-    )
-    rows = lambda judge: rows_of(judge.text.sequences(DIALOGUES))  # noqa: E731
-    assert rows(public) == rows(converted) == whole
-    assert rows(trained) == [ids[:-1] for ids in whole]
-
-
-def rendered_with(tokenizer: Any, one: Dialogue) -> list[int]:
-    turns = [turn._asdict() for turn in (*one.context, Message("assistant", one.response))]
-    return tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
-
-
-def rows_of(found: tuple[Sequences, torch.Tensor]) -> list[list[int]]:
-    sequences, order = found
-    prompts, responses = sequences.prompts.lists(), sequences.responses.lists()
-    rows = [prompts[p] + r for p, r in zip(sequences.prompt_B.tolist(), responses, strict=True)]
-    return [rows[i] for i in order.argsort().tolist()]
-
-
-WHY = {
-    "same": ({}, None, None),
-    "card without template": ({}, Card("sequence_classification"), None),
-    "card with the run's template": ({}, Card("sequence_classification", chat_template=toy.CHAT_TEMPLATE), None),
-    "card with another template": (
-        {},
-        Card("sequence_classification", chat_template=TAIL),
-        "its chat template or date",
-    ),
-    "another date": ({"date": "1 May 2025"}, None, "its chat template or date"),
-    "question": ({"kind": "yes_no", "principle": "x"}, None, "it reads a question"),
-}
-
-
-@pytest.mark.parametrize("name", WHY)
-def test_who_reads_the_policys_ids(save: Save, name: str):
-    options, own, why = WHY[name]
-    path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
-    (read,) = checkpoint_format.head_specs(section(path, **options))
-    found = texts.text_reason(read, chat.load_tokenizer(path), Renderer(words()))
-    assert (found or "").startswith(why or "")
-    assert (found is None) == (why is None)
-
-
-def test_other_tokenizers_and_longer_templates_read_text(save: Save, byte_tokenizer: Path):
-    own = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
-    other = save(AutoModelForSequenceClassification, own, num_labels=1)
-    (read,) = checkpoint_format.head_specs(section(other))
-    assert texts.text_reason(read, chat.load_tokenizer(other), Renderer(words())) == "its tokenizer is not the policy's"
-    longer = words()
-    longer.chat_template = TAIL
-    assert "more after a response" in str(texts.text_reason(read, longer, Renderer(longer)))
-    named = replace(read, chat_template=TAIL)  # that the run has it too gives the policy no tokens after the end
-    assert "more after a response" in str(texts.text_reason(named, longer, Renderer(longer)))
-    assert texts.text_reason(replace(read, by_align=True), longer, Renderer(longer)) is None
-
-
-def test_the_recipe_overrides_the_cards_template(save: Save, tmp_path: Path):
-    own = Card("sequence_classification", chat_template="card", date="1 May 2025")
-    path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
-    (tmp_path / "own.jinja").write_text("recipe")
-    (by_card,) = checkpoint_format.head_specs(section(path))
-    (by_recipe,) = checkpoint_format.head_specs(
-        section(path, chat_template=str(tmp_path / "own.jinja"), date="2 May 2025")
-    )
-    assert (by_card.chat_template, by_card.date) == ("card", "1 May 2025")
-    assert (by_recipe.chat_template, by_recipe.date) == ("recipe", "2 May 2025")
 
 
 def test_a_conversation_without_positions_is_refused(save: Save):
@@ -363,31 +168,6 @@ def test_a_score_that_is_not_a_number_stays_so(save: Save):
     judge = opened(path)
     judge.engine.head.model.score.weight.data.fill_(math.nan)  # type: ignore[union-attr]
     assert judge.score(DIALOGUES).isnan().all()
-
-
-def test_kinds_are_told_by_card_and_config(save: Save):
-    kinds = {
-        "one": save(AutoModelForSequenceClassification, num_labels=1, name="one"),
-        "two": save(AutoModelForSequenceClassification, num_labels=2, name="two"),
-        "row": save(AutoModelForCausalLM, name="row", own=Card("lm_head_row0")),
-    }
-    options: dict[str, dict[str, Any]] = {"two": {"attributes": ["a", "b"], "weights": {"a": 1}}}
-    found = {
-        name: checkpoint_format.head_specs(section(path, **options.get(name, {})))[0].kind
-        for name, path in kinds.items()
-    }
-    assert found == {"one": "sequence_classification", "two": "attributes", "row": "lm_head_row0"}
-
-
-def test_names_come_from_recipe_card_or_config(save: Save):
-    labels = dict(enumerate(NAMES))
-    named = save(AutoModelForSequenceClassification, num_labels=5, name="named", id2label=labels)
-    nine = save(AutoModelForSequenceClassification, num_labels=9, name="nine")
-    (own,) = checkpoint_format.head_specs(section(named, weights={"coherence": 2.0}))
-    (nemo,) = checkpoint_format.head_specs(section(nine, attributes=["nemo"], weights={"helpfulness": 1.0}))
-    assert (own.names, own.weights) == (NAMES, (0, 0, 2.0, 0, 0))
-    assert nemo.names[:5] == ("quality", "toxicity", "humor", "creativity", "helpfulness")
-    assert nemo.weights == (0, 0, 0, 0, 1.0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -423,15 +203,6 @@ def test_a_member_without_a_score_takes_no_part_in_the_disagreement():
     assert judge.metrics() == {"disagreement": 1.5}  # (1 + 2) / 2, of the two responses that both scored
 
 
-def test_members_of_an_ensemble_have_what_is_theirs():
-    first = RewardConfig(path="a", revision="r", ensemble=EnsembleConfig(["b", "c"]), kind="lm_head_row0")
-    a, b, c = checkpoint_format.members(first)
-    assert [(one.path, one.revision, one.kind) for one in (a, b, c)] == [
-        ("a", "r", "lm_head_row0"), ("b", None, "lm_head_row0"), ("c", None, "lm_head_row0"),
-    ]  # fmt: skip
-    assert all(not one.ensemble.paths for one in (a, b, c))
-
-
 def test_what_a_judge_starts_from_is_told_apart(save: Save, tmp_path: Path):
     a = save(AutoModelForSequenceClassification, num_labels=1, name="a")
     b = save(AutoModelForSequenceClassification, num_labels=1, name="b", seed=1)
@@ -456,22 +227,3 @@ def test_a_head_is_never_made_up(save: Save):
     path = save(AutoModelForCausalLM, tie_word_embeddings=False)
     with pytest.raises(ModelError, match="no trained reward head"):
         build_scorer(section(path, kind="sequence_classification"), CPU)
-
-
-def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Workers, and jobs, may begin in another folder; hub ids and modules stay as they are."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    for name in ("judge.py", "t.jinja"):
-        (tmp_path / name).write_text("")
-    models = with_absolute_paths(
-        RewardConfig(path="a", ensemble=EnsembleConfig(["b", "org/model"]), chat_template="t.jinja")
-    )
-    assert isinstance(models, RewardConfig)
-    assert (models.path, models.ensemble.paths) == (str(tmp_path / "a"), [str(tmp_path / "b"), "org/model"])
-    assert models.chat_template == str(tmp_path / "t.jinja")
-    for given, full in (("judge.py:f", f"{tmp_path / 'judge.py'}:f"), ("judges.module:f", "judges.module:f")):
-        found = with_absolute_paths(RewardConfig(kind="function", function=given))
-        assert isinstance(found, RewardConfig)
-        assert (found.function, found.path) == (full, "")
