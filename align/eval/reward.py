@@ -21,7 +21,6 @@ from rich.console import Console
 from align.cluster import roles as cluster_roles
 from align.config import BenchmarkDataConfig, RecipeConfig, RewardConfig, RewardEvaluationConfig
 from align.config.eval import BenchmarkName
-from align.data import chat
 from align.data.chat import Dialogue
 from align.errors import ConfigError
 from align.eval import benchmarks, metrics, stored_scores
@@ -29,18 +28,19 @@ from align.eval import store as scoring
 from align.eval.items import Benchmark
 from align.eval.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
 from align.eval.stored_scores import Scored
-from align.models.load import check as check_model
 from align.prechecks import placement
 from align.prechecks.roles import with_absolute_paths
 from align.report import evaluation as report
-from align.rewards import checkpoint_format, genrm, texts
-from align.rewards import scorers as scorers
+from align.rewards import scorers
 from align.utils import disk
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
-SETTINGS = ("dtype", "principle", "question", "function")
-"""Fields of ``reward`` that change a score, beside those that say how a checkpoint is read."""
+SETTINGS = (
+    *("kind", "dtype", "attributes", "weights", "normalize", "principle", "question", "function"),
+    *("chat_template", "date"),
+)
+"""Fields of ``reward`` that change a score."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
@@ -95,20 +95,11 @@ def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
 
 
 def identity(reward: RewardConfig) -> str:
-    """sha256 over what a judge's scores depend on: its weights, how they are read, and how text is rendered. Raises
-    `AlignError` for a judge that cannot be opened, before anything is started."""
-    known: list[Any] = [scorers.fingerprint(reward, 0), reward.http.url, asdict(reward.ensemble)]
-    known += [getattr(reward, name) for name in SETTINGS]
-    if reward.kind == "generative":
-        known += [asdict(reward.generative), genrm.check_judge(reward.generative)]
-    for member, read in (
-        zip(checkpoint_format.members(reward), checkpoint_format.head_specs(reward), strict=True)
-        if reward.is_model
-        else ()
-    ):
-        tokenizer = chat.load_tokenizer(member.path, member.revision, member.trust_remote_code)
-        check_model(member, chat.vocab_size(tokenizer), "reward")
-        known += [asdict(read), texts.Text(tokenizer, read, member).renderer.fingerprint]
+    """sha256 over everything that scores depend on: weights, head, templates. Raises `AlignError` for a reward that
+    cannot be built, before anything starts."""
+    text_input = scorers.scorer_class(reward).check(reward, "reward", None)
+    known: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, reward.http.url]
+    known += [asdict(reward.ensemble), asdict(reward.generative), *(getattr(reward, name) for name in SETTINGS)]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

@@ -49,7 +49,7 @@ class RewardScorer(Protocol):
     """``text``: `score` is called with decoded conversations. ``ids``: `score_ids` is called with the policy's token
     ids unless `check` returns a `TextInput`; `score` must work as well, for evaluations and the reward service."""
     attribute_names: tuple[str, ...] = ()
-    """Names of the columns of `attributes`; empty for a scorer with one number."""
+    """Outputs of a head with several; empty for a scorer with one number."""
 
     def __init__(self, config: Any, device: torch.device, seed: int = 0):
         """``config`` is the recipe's reward section. ``seed`` feeds random weights (``init``) and sampled verdicts.
@@ -59,12 +59,12 @@ class RewardScorer(Protocol):
         ...
 
     @classmethod
-    def check(cls, config: Any, name: str, renderer: Renderer) -> TextInput | None:
-        """Check everything that a run needs of the scorer.
+    def check(cls, config: Any, name: str, renderer: Renderer | None) -> TextInput | None:
+        """Check everything that the scorer needs.
 
-        ``name`` is the section's key for messages, ``renderer`` the policy's tokenizer and template. A `TextInput`
-        makes a scorer that `wants` ids read text, and names the templates that render it. Raises `AlignError` with a
-        remedy.
+        ``name`` is the section's key for messages; ``renderer`` is the policy's tokenizer and template, None without
+        a policy. A `TextInput` makes a scorer that `wants` ids read text, and names the templates that render it.
+        Raises `AlignError` with a remedy.
         """
         return None
 
@@ -86,13 +86,9 @@ class RewardScorer(Protocol):
         """Scores of the policy's token ids, (B,) float32 on the CPU. Only called if `wants` is ``ids``."""
         raise TypeError(f"{type(self).__name__} scores text, not token ids")
 
-    def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        """All outputs of the head, (B, A), in the order of `attribute_names`."""
-        return torch.zeros(len(dialogues), 0)
-
     def score_attributes(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
-        """`score` and `attributes` of the same conversations, computed once."""
-        return self.score(dialogues), self.attributes(dialogues)
+        """Scores, (B,), and all outputs of the head, (B, A), in the order of `attribute_names`."""
+        return self.score(dialogues), torch.zeros(len(dialogues), 0)
 
     def metrics(self) -> dict[str, float]:
         """Counts and means since the last call; see `MEAN_METRICS`."""

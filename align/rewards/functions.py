@@ -82,7 +82,7 @@ class FunctionScorer(RewardScorer):
         )
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> None:
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> None:
         load(config.function)
 
     @classmethod

@@ -58,7 +58,7 @@ class GenerativeScorer(RewardScorer):
         self._agreed: list[bool] = []
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> TextInput:
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> TextInput:
         """Also raises `AlignError` if the template ignores the roles, or if the judge was trained on another form."""
         return TextInput(config.source, check_judge(config.generative))
 

@@ -45,7 +45,7 @@ class HttpScorer(RewardScorer):
         self._cache: OrderedDict[bytes, float] = OrderedDict()
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> None:
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> None:
         cls(config).close()
 
     def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:

@@ -31,16 +31,18 @@ class _Checkpoints(RewardScorer):
     wants: ClassVar[Literal["ids", "text"]] = "ids"
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer) -> TextInput | None:
+    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> TextInput | None:
         """The policy's ids can be read if every member would tokenize the same conversation to the same ids."""
         members = checkpoint_format.members(config)
         tokenizers = [chat.load_tokenizer(item.path, item.revision, item.trust_remote_code) for item in members]
         for member, tokenizer in zip(members, tokenizers, strict=True):
             load.check(member, chat.vocab_size(tokenizer), name)
         loaded = [*zip(members, tokenizers, checkpoint_format.head_specs(config), strict=True)]
-        reasons = {item.path: texts.text_reason(spec, tokenizer, renderer) for item, tokenizer, spec in loaded}
-        if not any(reasons.values()):
-            return None
+        reasons = {}
+        if renderer is not None:
+            reasons = {item.path: texts.text_reason(spec, tokenizer, renderer) for item, tokenizer, spec in loaded}
+            if not any(reasons.values()):
+                return None
         reason = "; ".join(f"{path}: {reason}" for path, reason in reasons.items() if reason)
         renderers = tuple(texts.Text(tokenizer, spec, config).renderer for _, tokenizer, spec in loaded)
         return TextInput(reason, " ".join(item.fingerprint for item in renderers), renderers)
@@ -88,11 +90,6 @@ class CheckpointScorer(_Checkpoints):
 
     def score_ids(self, sequences: Sequences) -> Tensor:
         return self._score(self.engine.infer(sequences))
-
-    def attributes(self, dialogues: Sequence[Dialogue]) -> Tensor:
-        if not self.attribute_names:
-            return torch.zeros(len(dialogues), 0)
-        return self._infer(dialogues)["attribute_BA"]
 
     def score_attributes(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
         outputs = self._infer(dialogues)

@@ -59,8 +59,8 @@ class RewardWorker(Worker):
     @answered
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Tensor:
         """The attributes ``names`` of conversations, (B, A), in the order of ``names``."""
-        columns = [self.scorer.attribute_names.index(name) for name in names]
-        return self.scorer.attributes(dialogues)[:, columns]
+        _, attribute_BA = self.scorer.score_attributes(dialogues)
+        return attribute_BA[:, [self.scorer.attribute_names.index(name) for name in names]]
 
 
 class TrainedRewardWorker(TrainedWorker):

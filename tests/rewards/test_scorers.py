@@ -82,7 +82,7 @@ def test_goodness_is_a_weighted_sum_of_what_the_head_says(save: Save):
     )
     by_card, named = opened(path), opened(path, weights={"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45})
     assert by_card.attribute_names == NAMES
-    assert torch.allclose(by_card.attributes(DIALOGUES), output_BA, atol=1e-5)
+    assert torch.allclose(by_card.score_attributes(DIALOGUES)[1], output_BA, atol=1e-5)
     assert torch.allclose(by_card.score(DIALOGUES), output_BA[:, 0] - 0.5 * output_BA[:, 4], atol=1e-5)
     wanted_B = 0.65 * output_BA[:, 0] + 0.8 * output_BA[:, 1] + 0.45 * output_BA[:, 2]
     assert torch.allclose(named.score(DIALOGUES), wanted_B, atol=1e-5)

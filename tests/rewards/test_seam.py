@@ -47,8 +47,9 @@ class WordScorer(RewardScorer):
         self.calls += 1
         return torch.tensor([float(len(dialogue.response.split())) for dialogue in dialogues])
 
-    def attributes(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
-        return self.score(dialogues)[:, None]
+    def score_attributes(self, dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor]:
+        score_B = self.score(dialogues)
+        return score_B, score_B[:, None]
 
     def metrics(self) -> dict[str, float]:
         return {"calls": float(self.calls)}
