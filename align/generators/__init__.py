@@ -1,1 +1,1 @@
-"""What answers conversations with text."""
+"""Generators of answers: local models, endpoints, functions."""

@@ -1,1 +1,1 @@
-"""Judges of responses: readers of reward checkpoints, services and functions. Importing this loads no torch."""
+"""Scorers of responses: checkpoints, ensembles, generative reward models, services, functions. Loads no torch."""

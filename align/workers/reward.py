@@ -19,7 +19,7 @@ from align.engines import optimizer_state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
 from align.models import exported_files, heads, load, readme
-from align.rewards import scorers as scorers
+from align.rewards import scorers
 from align.rewards.base import MEAN_METRICS
 from align.roles import Future, Metrics
 from align.types import Record, Sequences
