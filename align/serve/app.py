@@ -1,7 +1,7 @@
-"""The reward service without the processes around it: an ASGI application, and batches for a judge.
+"""The HTTP application of the reward service: routes, token, limits, errors and counters, on Starlette.
 
-The application is plain ASGI, so that it runs under any such server. It holds no model: what scores is a `Scorer`, here
-or in other processes.
+It holds no model: a `ScoringBackend` scores, in this process or in others. The protocol is
+`align.rewards.http_protocol`.
 """
 
 from __future__ import annotations
@@ -10,303 +10,179 @@ import asyncio
 import hashlib
 import hmac
 import json
-import queue
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
 
 from align.config import RewardServiceConfig
-from align.data.chat import Dialogue
-from align.errors import AlignError, ConversationError
 from align.rewards import http_protocol
-from align.rewards.base import RewardScorer
 from align.rewards.http_protocol import HTTPError
 from align.serve import openapi
-from align.serve.log_limit import LogLimit
+from align.serve.batcher import LOADING_S, ResponseScores, ScoringBackend, error_answer
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 DRAINED = 4
-"""A body that is too long is read up to this many times the limit, so that its sender hears why it is refused."""
+"""A body that is too long is read up to this many times the limit, so that its sender gets the reason."""
 BODIES = 16
-"""Bodies of the greatest length whose bytes are held at a time while they are read."""
+"""Bodies of the greatest length whose bytes are held while they are read."""
 BODY_S = 60.0
-"""Seconds for a body to come, where ``request_timeout_s`` is not less."""
-GONE = 499
-"""Status that is counted where the client went away before its answer."""
-LOADING_S = 5
-"""Seconds after which a client is to ask again that came before there was a replica."""
-ERRORS = LogLimit()
-"""What the service logs of scores that failed."""
+"""Seconds for a body to arrive, if ``request_timeout_s`` is not less."""
+CLIENT_GONE = 499
+"""Status that is counted if the client disconnects before its answer."""
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""Bounds of the histogram of latencies."""
+"""Bounds of the latency histogram."""
 
 
-class Scores(NamedTuple):
-    """What a judge says of conversations, in their order."""
+class RewardApp:
+    """An ASGI application with the routes of `align.rewards.http_protocol`."""
 
-    values: list[float]
-    names: tuple[str, ...]
-    """Of the attributes; none for a judge without."""
-    attributes: list[list[float]]
-
-    def slice(self, start: int, end: int) -> Scores:
-        """Those of some of the conversations."""
-        return Scores(self.values[start:end], self.names, self.attributes[start:end])
-
-
-class Scorer(Protocol):
-    """Where the application sends conversations."""
-
-    async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """Raises `HTTPError`."""
-        ...
-
-    async def replicas(self) -> int:
-        """How many replicas answer."""
-        ...
-
-
-class Loading:
-    """The `Scorer` of a service that has none yet."""
-
-    async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """Raises `HTTPError`."""
-        raise HTTPError(503, "the model is being loaded", retry_after_s=LOADING_S)
-
-    async def replicas(self) -> int:
-        """None."""
-        return 0
-
-
-def ask(scorer: RewardScorer, dialogues: Sequence[Dialogue]) -> Scores:
-    """Scores, with attributes if the head has several."""
-    if not scorer.attribute_names:
-        return Scores(scorer.score(dialogues).tolist(), (), [])
-    score_B, attribute_BA = scorer.score_attributes(dialogues)
-    return Scores(score_B.tolist(), scorer.attribute_names, attribute_BA.tolist())
-
-
-class Batcher:
-    """A judge that scores conversations of several requests at a time, in a thread of its own."""
-
-    def __init__(self, judge: RewardScorer, section: RewardServiceConfig):
-        self._judge, self._section = judge, section
-        self._queue: queue.SimpleQueue[tuple[list[Dialogue], Future[Scores]]] = queue.SimpleQueue()
-        self._since: float | None = None
-        self._thread = threading.Thread(target=self._work, name="reward-batches", daemon=True)
-        self._thread.start()
-
-    async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """See `Scorer`. A request that is cancelled before its batch begins costs nothing."""
-        future: Future[Scores] = Future()
-        self._queue.put((dialogues, future))
-        return await asyncio.wrap_future(future)
-
-    async def replicas(self) -> int:
-        """See `Scorer`."""
-        return int(self.stuck() is None)
-
-    def stuck(self) -> str | None:
-        """Why nothing more is to be expected of this judge."""
-        since = self._since
-        if since is not None and time.monotonic() - since > self._section.request_timeout_s:
-            return f"a batch takes longer than request_timeout_s ({self._section.request_timeout_s:g})"
-        return None if self._thread.is_alive() else "the thread that scores has ended"
-
-    def _work(self) -> None:
-        while True:
-            waiting = [one for one in self._gather() if one[1].set_running_or_notify_cancel()]
-            if waiting:
-                self._score(waiting)
-                self._since = None
-
-    def _gather(self) -> list[tuple[list[Dialogue], Future[Scores]]]:
-        """Requests until the batch is full, without those that were cancelled, or has waited for its time."""
-        batch = [self._queue.get()]
-        end = time.monotonic() + self._section.batch_wait_s
-        while sum(len(dialogues) for dialogues, one in batch if not one.cancelled()) < self._section.max_batch_size:
-            try:
-                batch.append(self._queue.get(timeout=max(0.0, end - time.monotonic())))
-            except queue.Empty:
-                break
-        return batch
-
-    def _score(self, batch: Sequence[tuple[list[Dialogue], Future[Scores]]]) -> None:
-        """Answer all requests of a batch. Where it fails, each is scored alone: one must not spoil the others."""
-        self._since = time.monotonic()
-        together = [dialogue for dialogues, _ in batch for dialogue in dialogues]
-        try:
-            scores = ask(self._judge, together)
-        except BaseException as error:  # SystemExit too: without this thread nothing more would be scored
-            if len(batch) == 1:
-                batch[0][1].set_exception(refusal(error))
-                return
-            for one in batch:
-                self._score([one])
-            return
-        ends = list(accumulate(len(dialogues) for dialogues, _ in batch))
-        for (dialogues, future), end in zip(batch, ends, strict=True):
-            future.set_result(scores.slice(end - len(dialogues), end))
-
-
-def refusal(error: BaseException) -> HTTPError:
-    """What the client is told of an error: of a conversation that cannot be read, why; of any other, the type alone.
-
-    The log gets the frames, without the text of the error, which may quote a conversation.
-    """
-    if isinstance(error, ConversationError) and error.public:
-        return HTTPError(400, error.public, "input")
-    while isinstance(error, AlignError) and error.__cause__ is not None:
-        error = error.__cause__  # what a function or a template raised
-    kind = type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    ERRORS.print(f"{kind} at {place}", f"scoring failed: {kind}\n{''.join(traceback.format_list(frames))}".rstrip())
-    return HTTPError(500, f"scoring failed: {kind}")
-
-
-class Application:
-    """The service's side of `align.rewards.http_protocol`, as an ASGI application."""
-
-    def __init__(self, scorer: Scorer, section: RewardServiceConfig, model: str, token: str = ""):
-        """``model`` is the name that the model is served by. Without a ``token`` none is asked for."""
-        self.scorer = scorer
-        """Who scores the requests to come; may be replaced."""
-        self._section, self._model = section, model
+    def __init__(self, backend: ScoringBackend, config: RewardServiceConfig, model: str, token: str = ""):
+        """``model`` is the name that the model is served under. An empty ``token`` lets everyone in."""
+        self.backend = backend
+        """Scores the requests to come; may be replaced."""
+        self._config, self._model = config, model
         self._token = _digest(token) if token else None
         self._pending = 0
         self._counts: Counter[str] = Counter()
-        self._seconds: list[int] = [0] * (len(SECONDS) + 1)
+        self._seconds = [0] * (len(SECONDS) + 1)
         self._seconds_sum = 0.0
         self._held_bytes = 0
-        self._handlers: dict[str, Callable[[dict[str, Any], Receive], Awaitable[bytes]]] = {
-            http_protocol.REWARDS: self._rewards,
-            http_protocol.HEALTH: self._health,
-            http_protocol.MODELS: self._models,
-            http_protocol.METRICS: self._metrics,
-            http_protocol.OPENAPI: self._openapi,
-        }
+        self._router = Router(
+            [
+                Route(http_protocol.REWARDS, self._rewards, methods=["POST"]),
+                Route(http_protocol.HEALTH, self._health),
+                Route(http_protocol.MODELS, self._models),
+                Route(http_protocol.METRICS, self._metrics),
+                Route(http_protocol.OPENAPI, self._openapi),
+            ],
+            redirect_slashes=False,
+        )
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """One request."""
-        headers = [(b"content-type", b"application/json")]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Every error becomes a JSON answer."""
+        path, started = scope["path"], False
+
+        async def counting_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if path == http_protocol.REWARDS:
+                    self._counts[f'requests_total{{status="{message["status"]}"}}'] += 1
+            await send(message)
+
+        scope["app"] = self  # so that the router raises HTTPException for an unknown path or method
         try:
-            status, body = 200, await self._route(scope, receive)
+            if path != http_protocol.HEALTH:
+                self._authenticate(Request(scope))
+            await self._router(scope, receive, counting_send)
         except (Exception, asyncio.CancelledError) as error:
-            refused = _refused(error)
-            status, body = refused.status, json.dumps(refused.body()).encode()
-            headers += [(b"retry-after", b"%d" % refused.retry_after_s)] if refused.retry_after_s is not None else []
-            headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
-            headers += [(b"allow", ", ".join(self._methods(scope["path"])).encode())] if status == 405 else []
-        if scope["path"] == http_protocol.METRICS and status == 200:
-            headers = [(b"content-type", b"text/plain; version=0.0.4")]
-        if scope["path"] == http_protocol.REWARDS:
-            self._counts[f'requests_total{{status="{status}"}}'] += 1
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
+            if started:
+                raise
+            await self._error(scope, error)(scope, receive, counting_send)
 
-    async def _route(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        path = scope["path"]
-        if path != http_protocol.HEALTH:
-            self._authenticate(scope)
-        if path not in self._handlers:
-            raise HTTPError(404, f"there is no {path[:100]}; paths: {', '.join(self._handlers)}")
-        if scope["method"] not in (methods := self._methods(path)):
-            raise HTTPError(405, f"{path} takes {' and '.join(methods)}, not {scope['method'][:20]}")
-        return await self._handlers[path](scope, receive)
+    def _error(self, scope: Scope, error: BaseException) -> Response:
+        headers = {}
+        if isinstance(error, asyncio.CancelledError):
+            error = HTTPError(503, "the service is shutting down", retry_after_s=LOADING_S)
+        elif isinstance(error, ClientDisconnect):
+            error = HTTPError(CLIENT_GONE, "the client disconnected")
+        elif isinstance(error, HTTPException) and error.status_code == 405:
+            methods = sorted((error.headers or {})["Allow"].split(", "))
+            headers["allow"] = ", ".join(methods)
+            error = HTTPError(405, f"{scope['path']} takes {' and '.join(methods)}, not {scope['method'][:20]}")
+        elif isinstance(error, HTTPException):
+            paths = ", ".join(route.path for route in self._router.routes if isinstance(route, Route))
+            error = HTTPError(404, f"there is no {scope['path'][:100]}; paths: {paths}")
+        elif not isinstance(error, HTTPError):
+            error = error_answer(error)
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return _json(error.body(), error.status, headers)
 
-    @staticmethod
-    def _methods(path: str) -> tuple[str, ...]:
-        return ("POST",) if path == http_protocol.REWARDS else ("GET", "HEAD")
-
-    def _authenticate(self, scope: dict[str, Any]) -> None:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = given[0].decode("latin-1").partition(" ") if len(given) == 1 else ("", "", "")
-        # The same length for all, and in time that tells nothing about where two differ.
+    def _authenticate(self, request: Request) -> None:
+        values = request.headers.getlist("authorization")
+        scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        # Digests have one length, and the time of the comparison does not depend on where they differ.
         equal = self._token is None or hmac.compare_digest(_digest(token.strip()), self._token)
         if not equal or (self._token is not None and scheme.lower() != "bearer"):
-            raise HTTPError(401, "this service asks for its token: Authorization: Bearer TOKEN")
+            raise HTTPError(401, "this service requires its token: Authorization: Bearer TOKEN")
 
-    async def _health(self, _: dict[str, Any], __: Receive) -> bytes:
-        replicas = await self.scorer.replicas()
+    async def _health(self, request: Request) -> Response:
+        replicas = await self.backend.replicas()
         if not replicas:
             raise HTTPError(503, "no replica answers", retry_after_s=LOADING_S)
-        return json.dumps({"status": "ok", "replicas": replicas}).encode()
+        return _json({"status": "ok", "replicas": replicas})
 
-    async def _models(self, _: dict[str, Any], __: Receive) -> bytes:
-        model = {"id": self._model, "object": "model", "owned_by": "align"}
-        return json.dumps({"object": "list", "data": [model]}).encode()
+    async def _models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [{"id": self._model, "object": "model", "owned_by": "align"}]})
 
-    async def _openapi(self, _: dict[str, Any], __: Receive) -> bytes:
-        return json.dumps(openapi.description(self._section, bool(self._token))).encode()
+    async def _openapi(self, request: Request) -> Response:
+        return _json(openapi.description(self._config, bool(self._token)))
 
-    async def _metrics(self, _: dict[str, Any], __: Receive) -> bytes:
-        """Prometheus' text format."""
-        counts = {**self._counts, "pending_conversations": self._pending, "replicas": await self.scorer.replicas()}
+    async def _metrics(self, request: Request) -> Response:
+        """Counters in the text format of Prometheus."""
+        counts = {**self._counts, "pending_conversations": self._pending, "replicas": await self.backend.replicas()}
         bounds = [*(f"{bound:g}" for bound in SECONDS), "+Inf"]
         for bound, number in zip(bounds, accumulate(self._seconds), strict=True):
             counts[f'seconds_bucket{{le="{bound}"}}'] = number
-        lines = [f"align_reward_{name} {value}" for name, value in counts.items()]
-        lines += [
-            f"align_reward_seconds_sum {self._seconds_sum:.6f}",
-            f"align_reward_seconds_count {sum(self._seconds)}",
-        ]
-        return ("\n".join(lines) + "\n").encode()
+        counts |= {"seconds_sum": f"{self._seconds_sum:.6f}", "seconds_count": sum(self._seconds)}
+        text = "".join(f"align_reward_{name} {value}\n" for name, value in counts.items())
+        return Response(text, headers={"content-type": "text/plain; version=0.0.4"})
 
-    async def _rewards(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        begun = time.perf_counter()
-        asked = http_protocol.read_request(await self._body(scope, receive), self._section.max_conversations)
-        if asked.model not in (None, self._model):
-            raise HTTPError(404, f"model {asked.model[:100]!r} is not served here, but {self._model!r}", "model")
-        number = len(asked.dialogues)
-        if self._pending + number > self._section.max_queue:
-            raise HTTPError(429, f"{self._pending} conversations are waited for, try again later", retry_after_s=1)
+    async def _rewards(self, request: Request) -> Response:
+        start = time.perf_counter()
+        parsed = http_protocol.read_request(await self._body(request), self._config.max_conversations)
+        if parsed.model not in (None, self._model):
+            raise HTTPError(404, f"model {parsed.model[:100]!r} is not served here, but {self._model!r}", "model")
+        number = len(parsed.dialogues)
+        if self._pending + number > self._config.max_queue:
+            raise HTTPError(429, f"{self._pending} conversations are waiting, try again later", retry_after_s=1)
         self._pending += number
         try:
-            scores = await self._while_connected(self.scorer.score(asked.dialogues), receive)
+            scores = await self._while_connected(self.backend.score(parsed.dialogues), request)
         finally:
             self._pending -= number
-        found = [dict(zip(scores.names, row, strict=True)) for row in scores.attributes]
-        reply = http_protocol.answer_body(self._model, scores.values, found)
+        attributes = [dict(zip(scores.attribute_names, row, strict=True)) for row in scores.attributes]
+        reply = http_protocol.answer_body(self._model, scores.values, attributes)
         self._counts["conversations_total"] += number
         self._counts["unscored_total"] += sum(item["score"] is None for item in reply["data"])
-        self._observe(time.perf_counter() - begun)
-        return json.dumps(reply).encode()
-
-    def _observe(self, seconds: float) -> None:
+        seconds = time.perf_counter() - start
         self._seconds[sum(seconds > bound for bound in SECONDS)] += 1
         self._seconds_sum += seconds
+        return _json(reply)
 
-    async def _body(self, scope: dict[str, Any], receive: Receive) -> bytes:
-        """Raises `HTTPError` for a body that is not JSON by its header, is too long or comes too slowly."""
-        _require_json(scope["headers"])
-        limit, seconds = self._section.max_request_bytes, min(BODY_S, self._section.request_timeout_s)
+    async def _body(self, request: Request) -> bytes:
+        """The body. Raises `HTTPError` if its header says that it is not JSON, if it is too long or too slow."""
+        for value in request.headers.getlist("content-type"):
+            kind = value.partition(";")[0].strip().lower()
+            # curl and urllib send application/x-www-form-urlencoded unless their user sets a type.
+            if kind not in ("application/json", "application/x-www-form-urlencoded"):
+                raise HTTPError(415, f"the body must be application/json, not {kind[:100]}")
+        limit, seconds = self._config.max_request_bytes, min(BODY_S, self._config.request_timeout_s)
         try:
             async with asyncio.timeout(seconds):
-                body, length = await self._read(receive, limit)
+                body, length = await self._read(request, limit)
         except TimeoutError:
-            raise HTTPError(408, f"no whole body in {seconds:g} s") from None
+            raise HTTPError(408, f"the body did not arrive within {seconds:g} s") from None
         if length > limit:
-            raise HTTPError(413, f"the body is longer than {limit} bytes: ask for fewer conversations in one request")
+            raise HTTPError(413, f"the body is longer than {limit} bytes: send fewer conversations in one request")
         return body
 
-    async def _read(self, receive: Receive, limit: int) -> tuple[bytes, int]:
-        """A body and its length; of one that is longer than ``limit``, no more than that is held, and of all bodies
-        that are being read no more than `BODIES` times that."""
-        parts, length, held, more = [], 0, 0, True
+    async def _read(self, request: Request, limit: int) -> tuple[bytes, int]:
+        """A body and its length. It holds at most ``limit`` bytes of this body, and `BODIES` times that of all bodies
+        that are being read."""
+        parts, length, held = [], 0, 0
         try:
-            while more and length <= DRAINED * limit:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise HTTPError(GONE, "the client went away")
-                chunk, more = message.get("body", b""), message.get("more_body", False)
+            async for chunk in request.stream():
                 length += len(chunk)
                 if length <= limit:
                     parts.append(chunk)
@@ -314,40 +190,30 @@ class Application:
                     self._held_bytes += len(chunk)
                     if self._held_bytes > BODIES * limit:
                         raise HTTPError(429, "too many bodies are being read, try again later", retry_after_s=1)
+                if length > DRAINED * limit:
+                    break
             return b"".join(parts), length
         finally:
             self._held_bytes -= held
 
-    async def _while_connected(self, coroutine: Awaitable[Scores], receive: Receive) -> Scores:
-        """A result, unless it takes too long or nobody waits for it any more."""
-        work, gone = asyncio.ensure_future(coroutine), asyncio.ensure_future(receive())
+    async def _while_connected(self, scoring: Awaitable[ResponseScores], request: Request) -> ResponseScores:
+        """The scores, unless they take too long or the client disconnects."""
+        work, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(request.receive())
         try:
-            seconds = self._section.request_timeout_s
+            seconds = self._config.request_timeout_s
             await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             if gone.done():
-                raise HTTPError(GONE, "the client went away")
+                raise ClientDisconnect
             raise HTTPError(504, f"not scored within {seconds:g} s", retry_after_s=1)
         finally:
             work.cancel()
             gone.cancel()
 
 
-def _refused(error: BaseException) -> HTTPError:
-    """The answer to a request that failed."""
-    if isinstance(error, asyncio.CancelledError):
-        return HTTPError(503, "the service ends", retry_after_s=LOADING_S)
-    return error if isinstance(error, HTTPError) else refusal(error)
-
-
-def _require_json(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Raise `HTTPError` for a body with another content type. ``application/x-www-form-urlencoded`` passes: it is the
-    default of curl and of Python's urllib."""
-    for name, value in headers:
-        kind = value.decode("latin-1").partition(";")[0].strip().lower()
-        if name == b"content-type" and kind not in ("application/json", "application/x-www-form-urlencoded"):
-            raise HTTPError(415, f"the body is application/json, not {kind[:100]}")
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, {**(headers or {}), "content-type": "application/json"})
 
 
 def _digest(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Judges in other processes, for a service: replicas by Ray Serve, or one whose weights are spread over workers."""
+"""Scorers in other processes: replicas by Ray Serve, or one model whose weights are sharded over workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
 import ray
 import torch
 from ray import serve
@@ -25,32 +24,33 @@ from torch import Tensor
 from align import errors
 from align.cluster import process
 from align.cluster.daemons import Daemons
+from align.cluster.serve_grpc import block_grpc_port
 from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, PlacementError, WorkerError
 from align.rewards.base import Groups, Ids, RewardScorer
 from align.rewards.http_protocol import HTTPError
 from align.rewards.scorers import build_scorer
-from align.serve.app import Batcher, Scores
+from align.serve.batcher import Batcher, ResponseScores
 from align.workers.reward import Reward
 
 T = TypeVar("T")
 NAME = "reward"
-"""Of the application in Ray Serve, and of its only deployment."""
-LOOK_S = 1.0
-"""Seconds for which it is known how many replicas there are."""
-FAULTS = (RayError, RayServeException)
-"""What Ray and Ray Serve raise; neither is the other's."""
+"""Name of the application in Ray Serve and of its only deployment."""
+STATUS_S = 1.0
+"""Seconds for which the number of replicas is cached."""
+RAY_ERRORS = (RayError, RayServeException)
+"""What Ray and Ray Serve raise; they have no common base class."""
 RESTARTING_S = 5
-"""Seconds after which a client is to ask again that met a replica which ended."""
+"""Retry-After of a request whose replica ended, in seconds."""
 
 
 def device() -> torch.device:
-    """Where a judge computes that has a process to itself."""
+    """The device of a scorer that has a process to itself."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Sharded(RewardScorer):
+class ShardedScorer(RewardScorer):
     """A reward model whose weights are sharded over workers."""
 
     def __init__(self, role: Reward):
@@ -64,63 +64,53 @@ class Sharded(RewardScorer):
             self._lost = error
             raise
 
-    def look(self) -> None:
-        """Raises the `WorkerError` after which workers were not brought up again."""
+    def check(self) -> None:
+        """Raise the `WorkerError` after which workers were not restarted."""
         if self._lost is not None:
             raise self._lost
 
 
-class Replica:
-    """The judge in a process of Ray Serve."""
+class ScoringReplica:
+    """The deployment of Ray Serve: one scorer in one process."""
 
-    def __init__(self, section: RewardServiceConfig, logs: Path):
+    def __init__(self, config: RewardServiceConfig, logs: Path):
         process.die_with_parent()
         process.open_log(logs / f"replica-{os.getpid()}.log")
-        _open_no_port()
-        self._batcher = Batcher(build_scorer(section.reward, device()), section)
+        block_grpc_port()
+        self._batcher = Batcher(build_scorer(config.reward, device()), config)
 
-    async def score(self, dialogues: list[Dialogue]) -> Scores | HTTPError:
-        """Scores, or why there are none: what is raised here would tell of a dead replica."""
+    async def score(self, dialogues: list[Dialogue]) -> ResponseScores | HTTPError:
+        """Scores, or the error as a value: Ray Serve would report a raised error as a dead replica."""
         try:
             return await self._batcher.score(dialogues)
-        except HTTPError as refused:
-            return refused
+        except HTTPError as error:
+            return error
 
     def check_health(self) -> None:
-        """Asked by Ray Serve every few seconds; what it raises has this replica replaced."""
+        """Called by Ray Serve every few seconds; it replaces a replica that raises."""
         if reason := self._batcher.stuck():
             raise RuntimeError(reason)
 
 
-def _open_no_port() -> None:
-    """Keep Ray Serve from listening in this process.
-
-    After the constructor of a deployment it opens a port on all interfaces, for calls that are made by gRPC instead of
-    by Ray. It asks nobody for a token and unpickles what it gets, so whoever reaches it can run code. Nothing here is
-    called that way.
-    """
-    grpc.aio._server.Server.add_insecure_port = lambda self, address: 0  # type: ignore[method-assign]
-
-
-class Replicated:
-    """All replicas, as `align.serve.app.Scorer`."""
+class ReplicaBackend:
+    """All replicas, as `align.serve.batcher.ScoringBackend`."""
 
     def __init__(self, handle: DeploymentHandle[Any]):
         self._handle = handle
-        self._running, self._looked = 0, -LOOK_S
+        self._running, self._status_time = 0, -STATUS_S
         self._lock = threading.Lock()
-        self.last = time.monotonic()
-        """When there was a replica."""
+        self.last_running = time.monotonic()
+        """When a replica was last running."""
 
-    async def score(self, dialogues: list[Dialogue]) -> Scores:
-        """See `Scorer`."""
+    async def score(self, dialogues: list[Dialogue]) -> ResponseScores:
+        """See `align.serve.batcher.ScoringBackend`."""
         response = self._handle.score.remote(dialogues)
         try:
             outcome = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except FAULTS as error:
+        except RAY_ERRORS as error:
             message = f"no replica answers, or it ended while it scored: {type(error).__name__}"
             raise HTTPError(503, message, retry_after_s=RESTARTING_S) from error
         if isinstance(outcome, HTTPError):
@@ -128,87 +118,87 @@ class Replicated:
         return outcome
 
     async def replicas(self) -> int:
-        """See `Scorer`."""
+        """See `align.serve.batcher.ScoringBackend`."""
         return await asyncio.to_thread(self.running)
 
     def running(self) -> int:
-        """Replicas that Ray Serve finds healthy, known for a second; none while it cannot say."""
+        """Replicas that Ray Serve calls healthy, cached for a second; 0 while it cannot say."""
         with self._lock:  # Ray Serve is asked once, however many clients ask for the health of the service
             now = time.monotonic()
-            if now - self._looked >= LOOK_S:
+            if now - self._status_time >= STATUS_S:
                 try:
                     states = serve.status().applications[NAME].deployments[NAME].replica_states
-                except (*FAULTS, KeyError):
+                except (*RAY_ERRORS, KeyError):
                     states = {}
-                self._running, self._looked = sum(n for state, n in states.items() if state == "RUNNING"), now
-                self.last = now if self._running else self.last
+                self._running, self._status_time = sum(n for state, n in states.items() if state == "RUNNING"), now
+                self.last_running = now if self._running else self.last_running
             return self._running
 
 
 @contextmanager
-def replicated(
-    section: RewardServiceConfig, stop: threading.Event, logs: Path
-) -> Iterator[tuple[Replicated, Callable[[], None]]]:
-    """Replicas by Ray Serve, on the Ray of this process, and a look at them that raises `WorkerError`."""
-    bound = _deployment(section).bind(section, logs)
+def start_replicas(
+    config: RewardServiceConfig, stop: threading.Event, logs: Path
+) -> Iterator[tuple[ReplicaBackend, Callable[[], None]]]:
+    """Replicas by Ray Serve, on the Ray of this process, and a check that raises `WorkerError` when they are gone."""
+    bound = _deployment(config).bind(config, logs)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    handle = _unless_asked(stop, section.start_timeout_s, lambda: serve.run(bound, name=NAME, route_prefix=None))
-    scorer = Replicated(handle)
+    handle = _unless_stopped(stop, config.start_timeout_s, lambda: serve.run(bound, name=NAME, route_prefix=None))
+    backend = ReplicaBackend(handle)
     daemons = Daemons({node["NodeID"]: "the service" for node in ray.nodes()})
 
-    def look() -> None:
-        if gone := daemons.dead():
-            raise WorkerError(f"{gone} has ended", remedy="start the service again")
-        if not scorer.running() and time.monotonic() - scorer.last > section.start_timeout_s:
+    def check() -> None:
+        if daemon := daemons.dead():
+            raise WorkerError(f"{daemon} has ended", remedy="start the service again")
+        if not backend.running() and time.monotonic() - backend.last_running > config.start_timeout_s:
             raise WorkerError(
-                f"no replica has answered for start_timeout_s ({section.start_timeout_s:g})",
+                f"no replica has answered for start_timeout_s ({config.start_timeout_s:g})",
                 where=f"{logs}",
-                remedy="see the logs there, and start the service again",
+                remedy="read the logs there, and start the service again",
             )
 
-    yield scorer, look
+    yield backend, check
 
 
-def _deployment(section: RewardServiceConfig) -> Any:
-    """The deployment of Ray Serve. Raises `PlacementError` where the machine has too little."""
-    replicas, there = section.replicas, ray.cluster_resources()
-    kind = "GPU" if there.get("GPU", 0) and replicas.gpus != 0 else "CPU"
-    each, wanted = replicas.gpus or 1.0, "GPU" if replicas.gpus else kind
-    room = int(1 / each) * int(there.get(wanted, 0))  # a replica has its part of one GPU, not of two
+def _deployment(config: RewardServiceConfig) -> Any:
+    """The deployment of Ray Serve. Raises `PlacementError` if the machine is too small."""
+    replicas, resources = config.replicas, ray.cluster_resources()
+    on_gpu = bool(replicas.gpus or (resources.get("GPU", 0) and replicas.gpus != 0))
+    kind, size = "GPU" if on_gpu else "CPU", replicas.gpus or 1.0
+    room = int(1 / size) * int(resources.get(kind, 0))  # a replica has a part of one GPU, not of two
     if replicas.max > room:
         raise PlacementError(
-            f"{replicas.max} replicas of {each:g} {'GPUs' if wanted == 'GPU' else 'CPU slots'} each, there is room for "
-            f"{room}: there are {there.get(wanted, 0):g}",
+            f"{replicas.max} replicas of {size:g} {'GPUs' if on_gpu else 'CPU slots'} each, but there is room for "
+            f"{room}: this machine has {resources.get(kind, 0):g}",
             remedy="lower replicas.max or replicas.gpus",
         )
     environment = process.worker_environment(os.cpu_count() or 1, replicas.max, loopback=True)
-    many = replicas.max > replicas.min
-    scaling = {
+    autoscaling = {
         "min_replicas": replicas.min,
         "max_replicas": replicas.max,
         "target_ongoing_requests": replicas.target_requests,
     }
+    fixed = replicas.max == replicas.min
     return serve.deployment(
-        Replica,
+        ScoringReplica,
         name=NAME,
         ray_actor_options={
-            "num_cpus": 1 if kind == "CPU" else 0,
-            "num_gpus": each if kind == "GPU" else 0,
+            "num_cpus": 0 if on_gpu else 1,
+            "num_gpus": size if on_gpu else 0,
             "runtime_env": {"env_vars": environment},
         },
-        max_ongoing_requests=section.max_queue,
-        graceful_shutdown_timeout_s=section.stop_timeout_s,
+        max_ongoing_requests=config.max_queue,
+        graceful_shutdown_timeout_s=config.stop_timeout_s,
         max_constructor_retry_count=1,
-        num_replicas=None if many else replicas.min,
-        autoscaling_config=scaling if many else None,
+        num_replicas=replicas.min if fixed else None,
+        autoscaling_config=None if fixed else autoscaling,
     )
 
 
-def _unless_asked(stop: threading.Event, seconds: float, start: Callable[[], T]) -> T:
-    """What ``start`` returns, unless it takes too long or the service is asked to stop: Ray Serve would wait on.
+def _unless_stopped(stop: threading.Event, seconds: float, start: Callable[[], T]) -> T:
+    """The result of ``start``, unless it takes too long or the service is asked to stop: Ray Serve would keep waiting.
 
-    Raises the `AlignError` that a replica raised as it loaded.
+    Raises the `AlignError` that a replica raised while it loaded.
     """
     outcome: list[Any] = []
 
@@ -224,18 +214,18 @@ def _unless_asked(stop: threading.Event, seconds: float, start: Callable[[], T])
     while thread.is_alive() and time.monotonic() < deadline and not stop.is_set():
         thread.join(0.1)
     if stop.is_set():
-        raise KeyboardInterrupt(0)  # the status of a service that was asked to stop
+        raise KeyboardInterrupt(0)  # the exit status of a service that was asked to stop
     if not outcome:
         raise WorkerError(
-            f"the replicas were not up within start_timeout_s ({seconds:g})", remedy="raise it, or see the logs"
+            f"the replicas did not start within start_timeout_s ({seconds:g})", remedy="raise it, or read the logs"
         )
     if isinstance(outcome[0], Exception):
-        raise _cause(outcome[0]) from outcome[0]
+        raise _replica_error(outcome[0]) from outcome[0]
     return outcome[0]
 
 
-def _cause(error: Exception) -> AlignError:
-    """The error of a replica, out of the text in which Ray Serve tells of it."""
+def _replica_error(error: Exception) -> AlignError:
+    """The error that a replica raised, parsed from the text of Ray Serve's error."""
     for name, message in re.findall(r"^align\.errors\.(\w+): (.*)$", str(error), re.MULTILINE):
         return getattr(errors, name, WorkerError)(message)
-    return WorkerError(f"Ray Serve cannot bring the replicas up: {error}", remedy="see the message, and run again")
+    return WorkerError(f"Ray Serve cannot start the replicas: {error}", remedy="read the message, and run again")

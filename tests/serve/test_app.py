@@ -28,9 +28,10 @@ from align.rewards.base import RewardScorer
 from align.rewards.functions import FunctionScorer
 from align.rewards.http import HttpScorer
 from align.rewards.http_protocol import HTTPError
-from align.serve import app
-from align.serve.app import Application, Batcher, Loading
+from align.serve import batcher as batching
+from align.serve.batcher import Batcher, LoadingBackend
 
+RewardApp = pytest.importorskip("align.serve.app", reason="needs the extra 'serve'").RewardApp
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
 
 SECTION = RewardServiceConfig(
@@ -70,7 +71,7 @@ def serving_with(judge: Any = None, token: str = "", **settings: Any) -> Iterato
     """HOST:PORT of a service."""
     section = replace(SECTION, **settings)
     scorer = judge if hasattr(judge, "replicas") else Batcher(judge or Lengths(), section)
-    with service.Front(section, Application(scorer, section, "m", token)) as front:
+    with service.HTTPServer(section, RewardApp(scorer, section, "m", token)) as front:
         yield front.url.removeprefix("http://")
 
 
@@ -269,7 +270,7 @@ def test_requests_that_wait_are_scored_together_and_each_gets_its_own():
 
 def test_one_request_that_cannot_be_scored_does_not_spoil_the_others(capfd: pytest.CaptureFixture[str]):
     """Of a fault behind the service the client gets the type alone, the log that and the frames, once a minute."""
-    app.ERRORS._kinds.clear()
+    batching.ERRORS._kinds.clear()
     texts = ["good", "refused", "template", "model", f"bug {TOKEN}", f"bug {TOKEN}", "exit"]
     with serving_with(batch_wait_s=1.0, max_batch_size=7) as address:
         replies = in_threads(*(lambda t=t: ask(address, {"input": [conversation(t)]}) for t in texts))
@@ -286,7 +287,7 @@ def test_one_request_that_cannot_be_scored_does_not_spoil_the_others(capfd: pyte
 
 
 def test_a_function_that_raises_is_asked_again_and_then_named_by_its_type(tmp_path: Path, capfd):
-    app.ERRORS._kinds.clear()
+    batching.ERRORS._kinds.clear()
     file = tmp_path / "scores.py"
     file.write_text(
         "def score(completions):\n"
@@ -319,7 +320,7 @@ def test_each_request_of_a_failed_batch_has_the_time_of_a_batch(monkeypatch: pyt
                 stuck.append(batcher.stuck())
             return super().score(dialogues)
 
-    monkeypatch.setattr(app, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     batcher = Batcher(Slow(), replace(SECTION, request_timeout_s=10.0, batch_wait_s=5.0, max_batch_size=3))
 
     async def all_of(*texts: str) -> list[Any]:
@@ -418,14 +419,14 @@ def test_a_replica_that_ends_is_told_as_an_error_that_passes():
 
 
 def test_while_the_model_is_loaded_a_client_is_told_to_ask_again():
-    application = Application(Loading(), SECTION, "m", TOKEN)
-    with service.Front(SECTION, application) as front:
+    application = RewardApp(LoadingBackend(), SECTION, "m", TOKEN)
+    with service.HTTPServer(SECTION, application) as front:
         address, header = front.url.removeprefix("http://"), {"Authorization": f"Bearer {TOKEN}"}
         status, reply = ask(address, {"input": [conversation()]}, **header)
         assert (status, reply["error"]["message"]) == (503, "the model is being loaded")
         assert ask(address, {"input": [conversation()]})[0] == 401
         assert ask(address, path=http_protocol.HEALTH)[0] == 503
-        application.scorer = Batcher(Lengths(), SECTION)
+        application.backend = Batcher(Lengths(), SECTION)
         assert ask(address, {"input": [conversation()]}, **header)[0] == 200
         assert ask(address, path=http_protocol.HEALTH)[0] == 200
 
@@ -433,7 +434,7 @@ def test_while_the_model_is_loaded_a_client_is_told_to_ask_again():
 def test_a_front_that_ends_otherwise_waits_for_no_request():
     judge, section = Lengths(), replace(SECTION, stop_timeout_s=60.0)
     judge.go.clear()
-    front = service.Front(section, Application(Batcher(judge, section), section, "m"))
+    front = service.HTTPServer(section, RewardApp(Batcher(judge, section), section, "m"))
     with front, closing(HTTPConnection(front.url.removeprefix("http://"))) as connection:
         connection.request("POST", http_protocol.REWARDS, json.dumps({"input": [conversation()]}).encode())
         wait_until(lambda: bool(judge.batches))
@@ -441,7 +442,10 @@ def test_a_front_that_ends_otherwise_waits_for_no_request():
         front.__exit__()
         assert time.monotonic() - begun < 30  # the judge waits for 60
         response = connection.getresponse()
-        assert (response.status, json.loads(response.read())["error"]["message"]) == (503, "the service ends")
+        assert (response.status, json.loads(response.read())["error"]["message"]) == (
+            503,
+            "the service is shutting down",
+        )
         judge.go.set()
 
 
@@ -449,12 +453,12 @@ def test_requests_under_way_are_answered_before_the_end():
     judge = Lengths()
     judge.go.clear()
     section = replace(SECTION, stop_timeout_s=10.0)
-    with service.Front(section, Application(Batcher(judge, section), section, "m")) as front:
+    with service.HTTPServer(section, RewardApp(Batcher(judge, section), section, "m")) as front:
         address, replies = front.url.removeprefix("http://"), []
         asking = threading.Thread(target=lambda: replies.append(ask(address, {"input": [conversation("last")]})))
         asking.start()
         wait_until(lambda: bool(judge.batches))
-        ending = threading.Thread(target=front.finish)
+        ending = threading.Thread(target=front.drain)
         ending.start()
         judge.go.set()
         ending.join(10)

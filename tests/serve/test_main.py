@@ -29,8 +29,9 @@ from align.errors import ConfigError, PlacementError
 from align.rewards import http_protocol
 from align.rewards.http import HttpScorer
 from align.rewards.scorers import build_scorer
-from align.serve.app import Application, Loading
+from align.serve.batcher import LoadingBackend
 
+app = pytest.importorskip("align.serve.app", reason="needs the extra 'serve'")
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
 replicas = pytest.importorskip("align.serve.replicas", reason="needs the extra 'serve'")
 
@@ -54,7 +55,7 @@ def recipe(tmp_path: Path, tiny_reward: Path) -> Path:
         (["host=0.0.0.0", 'token_env=""'], "host 0.0.0.0 can be reached from elsewhere: it needs token_env=NAME"),
         (["host='::'", 'token_env=""'], "it needs token_env=NAME"),
         (["token_env=OTHER_TOKEN"], "the environment variable OTHER_TOKEN is not set"),
-        (["token_env=SHORT_TOKEN"], "holds no token of 16"),
+        (["token_env=SHORT_TOKEN"], "is not a token of at least 16"),
         (['reward.path=""'], "reward.path is missing"),
         (["reward.path=nowhere"], "reward.path=nowhere: is no folder here, and the cache of the hub"),
         (["reward.kind=http", 'reward.path=""', "reward.http.url=http://h"], "is a service already"),
@@ -92,7 +93,7 @@ def test_a_check_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def front(port: int = 0) -> Any:
     section = RewardServiceConfig(reward=RewardConfig(path="m"), port=port)
-    return service.Front(section, Application(Loading(), section, "m"))
+    return service.HTTPServer(section, app.RewardApp(LoadingBackend(), section, "m"))
 
 
 def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(
@@ -100,14 +101,14 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(
 ):
     """The other service has its port from its first moment, when its own model is not loaded either."""
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
-    monkeypatch.setattr(service, "_up", lambda *_: pytest.fail("loads the model"))
+    monkeypatch.setattr(service, "_start_backend", lambda *_: pytest.fail("loads the model"))
     with front() as first:
         port = int(first.url.rpartition(":")[2])
         assert cli.main(["serve", "reward", str(recipe), f"port={port}"]) == 78
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
         with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}"), front(port):
             pass
-        first.look()
+        first.check()
     with front(port) as again:
         assert status_of(again.url) == 503
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError), front(taken.getsockname()[1]):
@@ -144,8 +145,8 @@ def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypat
     heard: list[int] = []
     fronts: list[Any] = []
 
-    class Front(service.Front):
-        def __enter__(self) -> Front:
+    class RecordedServer(service.HTTPServer):
+        def __enter__(self) -> RecordedServer:
             fronts.append(self)
             return super().__enter__()
 
@@ -159,13 +160,13 @@ def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypat
 
         def look() -> None:
             heard.append(status_of(fronts[0].url))
-            stop.asked.set()
+            stop.requested.set()
 
         yield Scorer(), look
 
-    monkeypatch.setattr(service, "Front", Front)
-    monkeypatch.setattr(service, "_up", up)
-    monkeypatch.setattr(service, "LOOK_S", 0.001)
+    monkeypatch.setattr(service, "HTTPServer", RecordedServer)
+    monkeypatch.setattr(service, "_start_backend", up)
+    monkeypatch.setattr(service, "CHECK_S", 0.001)
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
     assert cli.main(["serve", "reward", str(recipe)]) == 0
     assert heard == [503, 200]
@@ -188,7 +189,7 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
     monkeypatch.setattr(service, "start_reward", start_reward)
     section = RewardServiceConfig(reward=RewardConfig(path="m", zero_stage=3), replicas=ReplicasConfig(shards=2))
     assert section.reward.failed == "fail"
-    with service._up(section, service.Stop()) as (scorer, _):
+    with service._start_backend(section, service.StopSignal()) as (scorer, _):
         values = asyncio.run(scorer.score(DIALOGUES[:2])).values
     assert values[0] == 1.0 and math.isnan(values[1])
 
@@ -210,11 +211,11 @@ def test_while_ray_serve_cannot_say_there_is_no_replica(error: Exception, monkey
         return SimpleNamespace(applications={"reward": SimpleNamespace(deployments={"reward": deployment})})
 
     monkeypatch.setattr(replicas.serve, "status", status)
-    monkeypatch.setattr(replicas, "LOOK_S", 0.0)
-    scorer, broken = replicas.Replicated(None), False
+    monkeypatch.setattr(replicas, "STATUS_S", 0.0)
+    scorer, broken = replicas.ReplicaBackend(None), False
     assert asyncio.run(scorer.replicas()) == 2
-    last, broken = scorer.last, True
-    assert asyncio.run(scorer.replicas()) == 0 and scorer.last == last
+    last, broken = scorer.last_running, True
+    assert asyncio.run(scorer.replicas()) == 0 and scorer.last_running == last
 
 
 def test_faults_of_ray_and_of_ray_serve_are_503():
@@ -227,7 +228,7 @@ def test_faults_of_ray_and_of_ray_serve_are_503():
 
         handle = SimpleNamespace(score=SimpleNamespace(remote=remote))
         with pytest.raises(http_protocol.HTTPError) as refused:
-            asyncio.run(replicas.Replicated(handle).score(DIALOGUES))  # type: ignore[arg-type]
+            asyncio.run(replicas.ReplicaBackend(handle).score(DIALOGUES))  # type: ignore[arg-type]
         assert (refused.value.status, refused.value.retry_after_s) == (503, replicas.RESTARTING_S)
         assert type(error).__name__ in refused.value.message
 
@@ -269,7 +270,7 @@ def test_how_many_replicas_there_is_room_for(
 
 def test_names_of_models(tmp_path: Path):
     def name(**reward: Any) -> str:
-        return service.name_of(RewardServiceConfig(reward=RewardConfig(**reward)))
+        return service.model_name(RewardServiceConfig(reward=RewardConfig(**reward)))
 
     (tmp_path / "my-model").mkdir()
     assert name(path=f"{tmp_path}/my-model/") == "my-model"

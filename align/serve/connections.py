@@ -1,8 +1,8 @@
-"""HTTP connections of a service that a client cannot use up, before its token is checked.
+"""HTTP connections with deadlines and limits, so that a client cannot use them up before its token is checked.
 
-uvicorn bounds neither the time that a client takes for the headers of a request nor the number of connections that wait
-for them. Here each step has a deadline, and where there are too many connections the one that has waited longest for
-its client is ended. A request that is being answered is never ended for another one.
+uvicorn bounds neither the time that a client takes to send headers nor the number of connections that wait for them.
+Here each step has a deadline. Beyond the limit of connections, the one that has waited longest for its client is
+closed. A request that is being answered is never closed for another one.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEADER_BYTES = 32768
-"""Length of the headers of a request, and of the line before a chunk of a body."""
+"""Greatest length of the headers of a request, and of the line before a chunk of a body."""
 HEADER_S = 10.0
-"""Seconds from the first moment of a connection, or the first byte of a further request, to the end of its headers."""
+"""Seconds for headers, from the start of a connection or from the first byte of a further request."""
 REFUSED_S = 1.0
-"""Seconds in which a client whose request cannot be read may hear so; what else it sends is thrown away."""
+"""Seconds for a client to receive the answer to a malformed request; what else it sends is discarded."""
 ANSWER_S = 60.0
-"""Seconds beyond ``request_timeout_s`` and the time of a body for a client to take its answer."""
+"""Seconds for a client to receive its answer, beyond ``request_timeout_s`` and the time of its body."""
 BACKLOG = 128
-"""Connections that wait until they are accepted, and that are accepted at a time."""
+"""Connections that wait to be accepted, and that are accepted at once."""
 MAX_CONNECTIONS = 1024
-"""Connections at a time, where the process may open as many files."""
+"""Open connections, if the process may open as many files."""
 MIN_CONNECTIONS = 8
 SPARE_FILES = 64
-"""Files that the process may open beside its connections."""
+"""Files that the process may open besides its connections."""
 
 
 def max_connections() -> int:
-    """How many connections there may be at a time, within the limit of open files."""
+    """Number of connections within the limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
@@ -42,31 +42,31 @@ def max_connections() -> int:
     return max(MIN_CONNECTIONS, min(MAX_CONNECTIONS, free - SPARE_FILES - BACKLOG))
 
 
-class Connection(H11Protocol):
-    """One connection. ``request_s`` bounds a request from the end of its headers until its answer is taken."""
+class LimitedConnection(H11Protocol):
+    """A connection. ``request_s`` bounds a request from the end of its headers until its answer is received."""
 
     limit, request_s = MAX_CONNECTIONS, 0.0
     _deadline: asyncio.TimerHandle | None = None
     _refused = False
     since = 0.0
-    """When the client was last waited for anew, by the loop's clock."""
+    """When the current wait for the client began, by the clock of the event loop."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers, in the place of a connection that has waited longer where there are too many."""
+        """Wait for headers. Beyond the limit, close the connection that has waited longest for its client."""
         super().connection_made(transport)
         self._wait(HEADER_S)
         if len(self.connections) > self.limit:
-            waiting = [one for one in self.connections if isinstance(one, Connection) and one.waits and one is not self]
+            others = [other for other in self.connections if isinstance(other, LimitedConnection) and other is not self]
+            waiting = [other for other in others if other.waits]
             if waiting:
-                min(waiting, key=lambda one: one.since).end()
+                min(waiting, key=lambda other: other.since).end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        self._forget()
+        self._cancel_deadline()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a client; further ones of a request that was refused are thrown away."""
+        """Read bytes of the client; what follows a malformed request is discarded."""
         if self._refused:
             return
         before = self.cycle
@@ -77,12 +77,12 @@ class Connection(H11Protocol):
             if self.cycle is not before:
                 self._wait(self.request_s)
         elif self._deadline is None:
-            self._wait(HEADER_S)  # the first bytes of a further request; more of them do not lengthen it
+            self._wait(HEADER_S)  # first bytes of a further request; later ones do not extend it
 
     def on_response_complete(self) -> None:
-        """The client may ask again; what is pipelined begins here."""
+        """Wait for the next request; a pipelined one begins here."""
         before = self.cycle
-        self._forget()
+        self._cancel_deadline()
         self.since = self.loop.time()
         super().on_response_complete()
         if self.transport.is_closing() or self._refused:
@@ -93,7 +93,7 @@ class Connection(H11Protocol):
             self._wait(HEADER_S)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or headers without end (431)."""
+        """Refuse malformed HTTP (400), or headers that are too long (431)."""
         self._refused = True
         self._unset_keepalive_if_required()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun
@@ -111,27 +111,27 @@ class Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether it is the client's turn: for headers, a body, or taking the answer."""
+        """Whether the service waits for the client: for headers, a body, or its receiving the answer."""
         cycle = self.cycle
         return cycle is None or cycle.response_started or cycle.more_body
 
     def end(self) -> None:
-        """Close at once, and count no more."""
-        self._forget()
+        """Close at once and leave the count of connections."""
+        self._cancel_deadline()
         self.connections.discard(self)
         self.transport.abort()
 
     def _wait(self, seconds: float) -> None:
-        self._forget()
+        self._cancel_deadline()
         self.since = self.loop.time()
         self._deadline = self.loop.call_later(seconds, self.end)
 
-    def _forget(self) -> None:
+    def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
 
 def protocol(request_s: float, limit: int) -> Any:
-    """The class of connections, ``limit`` of them, whose requests take ``request_s`` seconds at most."""
-    return type("Connection", (Connection,), {"limit": limit, "request_s": request_s + ANSWER_S})
+    """A connection class for at most ``limit`` connections whose requests take at most ``request_s`` seconds."""
+    return type("LimitedConnection", (LimitedConnection,), {"limit": limit, "request_s": request_s + ANSWER_S})

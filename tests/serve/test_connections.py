@@ -21,10 +21,11 @@ from align.config import RewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue
 from align.rewards import http_protocol
 from align.rewards.base import RewardScorer
-from align.serve.app import Application, Batcher
+from align.serve.batcher import Batcher
 
+app = pytest.importorskip("align.serve.app", reason="needs the extra 'serve'")
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
-connections = pytest.importorskip("align.cluster.connections", reason="needs the extra 'serve'")
+connections = pytest.importorskip("align.serve.connections", reason="needs the extra 'serve'")
 
 SECTION = RewardServiceConfig(reward=RewardConfig(path="m"), port=0, stop_timeout_s=1.0, max_request_bytes=10_000)
 GOOD = {"input": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]}]}
@@ -44,7 +45,7 @@ class Lengths(RewardScorer):
 def front(**settings: Any) -> Iterator[tuple[str, int]]:
     """Host and port of a service."""
     section = replace(SECTION, **settings)
-    with service.Front(section, Application(Batcher(Lengths(), section), section, "m")) as up:
+    with service.HTTPServer(section, app.RewardApp(Batcher(Lengths(), section), section, "m")) as up:
         host, _, port = up.url.removeprefix("http://").partition(":")
         yield host, int(port)
 
@@ -221,7 +222,7 @@ def test_a_body_above_the_limit_is_refused_as_it_comes(chunked: bool):
 
 
 def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(service.app, "BODIES", 1)
+    monkeypatch.setattr(app, "BODIES", 1)
     with front() as address:
         held = [socket.create_connection(address, timeout=3) for _ in range(2)]
         for connection in held:
