@@ -8,7 +8,7 @@ RECIPES := recipes/quickstart
 # Which recipe of $(RECIPES) the quickstart aligns with.
 ALGORITHM ?= rloo
 
-.PHONY: install quickstart family test test-long test-faults test-slurm check format clean
+.PHONY: install docs quickstart family test test-long test-faults test-slurm check format clean
 
 install: $(STAMP)
 
@@ -66,6 +66,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(PYTEST) -m "not slow"
+
+# docs/recipes.md, from the docstrings of the schemas.
+docs: $(STAMP)
+	$(BIN)/python -m align.config.docs docs/recipes.md
 
 format: $(STAMP)
 	$(BIN)/ruff format .

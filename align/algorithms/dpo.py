@@ -50,10 +50,12 @@ class Config(RecipeConfig):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     reference: ReferenceConfig = field(default_factory=lambda: ReferenceFromPolicyConfig())
-    """The frozen policy in d; by default the policy's start. Absent with ``reference_cache`` or a loss without it."""
+    """The frozen policy in d; by default the policy's starting weights. Absent with ``reference_cache``, which
+    needs the policy's own ``path``, ``revision`` and ``dtype`` here, and with ``loss.kind: simpo``."""
     reference_cache: str = ""
     """Folder that caches the starting policy's log-probabilities under the fingerprints of model and pairs; they are
-    computed once, before the first step. Empty: reference workers compute them in each step."""
+    computed once, before the first step, and read and written by the driver. Empty: reference workers compute them in
+    each step."""
     reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
     """A reward model for ``gold: reward`` and for held-out evaluation; absent unless ``path`` is given."""
     eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
@@ -67,7 +69,7 @@ class Config(RecipeConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation during training."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How held-out prompts are answered beside the greedy answers."""
+    """How held-out prompts are answered, beside the greedy answers. ``num_samples`` is not used."""
 
     def __post_init__(self) -> None:
         if not self.reward.path and (self.gold == "reward" or self.evaluation.every):

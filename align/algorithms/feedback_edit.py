@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(rloo.Config):
-    """Recipe of the edit model's RLOO."""
+    """Recipe of RLOO for an edit model."""
 
     editing: EditingConfig = field(default_factory=EditingConfig)
     """What the edit model reads, and which feedback of the data counts."""
     copy_penalty: float | None = 0.0
-    """Subtracted from the lowest score of the other edits for one that only copies, in units of the score; null leaves
-    copies to the reward model. 0: a copy counts as the worst edit of its group. Ours."""
+    """An edit that only copies the response gets the lowest score of the other edits minus this, in units of the score;
+    null leaves copies to the reward model. 0: a copy counts as the worst edit of its group. Ours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

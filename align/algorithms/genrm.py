@@ -42,11 +42,11 @@ class Config(grpo.Config):
     """Recipe of a generative reward model."""
 
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
-    """What the judge is asked, and how it answers."""
+    """Prompt and answer format of the judge."""
     reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """Absent: the reward is the distance from the labels."""
+    """Must be absent: the reward is the distance from the labels."""
     format_penalty: float = 10.0
-    """C1, what an answer costs that holds no verdict. 10: Nemotron 3 Nano; NeMo-Gym's newer server takes 100."""
+    """C1, the penalty of an answer without a verdict. 10: Nemotron 3 Nano; NeMo-Gym's newer server takes 100."""
     score_weight: float = 1.0
     """c, weight of the distance of each score. 1: Nemotron 3 Nano."""
     ranking_weight: float = 1.0

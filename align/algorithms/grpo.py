@@ -50,16 +50,17 @@ class Config(PolicyGradientConfig):
     kl_reduction: Literal["mean", "sum"] = "sum"
     """KL of a response where it is in the reward: of all its tokens or of the mean one. Not read with ``loss``."""
     truncated: Literal["mask", "keep", "penalize"] = "keep"
-    """``keep``: DeepSeekMath. DAPO shapes by length or excludes (its overlong filtering)."""
+    """``keep``: DeepSeekMath. DAPO shapes by length or masks (its overlong filtering)."""
     loss: PolicyLossConfig = field(
         default_factory=lambda: PolicyLossConfig(kind="clipped", aggregation="sequence_mean_token_mean")
     )
-    """The policy's loss."""
+    """The policy's loss. GRPO's defaults. GSPO: ``kind: sequence_mean_clipped``. Dr. GRPO: ``aggregation: constant``.
+    DAPO: ``aggregation: token_mean``."""
     normalize: bool = True
     """Divide by the group's standard deviation; false is Dr. GRPO."""
     max_attempts: int = 1
     """Batches of prompts that a step may sample to find ``prompts_per_step`` groups with spread; 1 takes the first
-    batch as it is (DAPO's dynamic sampling above that)."""
+    batch as it is (DAPO's dynamic sampling above that). Above 1 only with ``max_off_policy_steps: 0``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ class Config(PolicyGradientConfig):
     minibatches: int = 8
     """Optimizer steps of a pass; each sees a part of the prompts. 8: NeMo-Aligner, 512 rollouts by 64."""
     loss: PolicyLossConfig = field(default_factory=lambda: PolicyLossConfig(kind="clipped"))
-    """The policy's loss."""
+    """The policy's loss. ``clipped``: PPO. ``sequence_*`` kinds are refused: each token has its own advantage."""
     truncated: Literal["mask", "keep", "penalize"] = "keep"
     """``keep``: InstructGPT and NeMo-Aligner's PPO."""
     gamma: float = 1.0

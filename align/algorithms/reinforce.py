@@ -41,11 +41,13 @@ class Config(PolicyGradientConfig):
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     """Estimate at a token. k1: REINFORCE++, equation 4; its variant with a baseline takes k2 in the loss."""
     truncated: Literal["mask", "keep", "penalize"] = "keep"
-    """``keep``: the papers do not treat responses that are cut off."""
+    """``keep``: the papers do not treat truncated responses."""
     loss: PolicyLossConfig = field(default_factory=lambda: PolicyLossConfig(kind="clipped"))
-    """The policy's loss. ``clipped``: REINFORCE++."""
+    """The policy's loss. ``clipped``: REINFORCE++. ``sequence_*`` kinds are refused: each token has its own
+    advantage."""
     baseline: Literal["none", "group", "greedy"] = "none"
-    """What is subtracted from a response's score."""
+    """Subtracted from a response's score: nothing (REINFORCE++), the mean of the prompt's K samples (``group``, its
+    variant with a baseline, K at least 2), or the score of the greedy response (``greedy``, ReMax)."""
     whiten: bool = True
     """Bring advantages of all tokens of the batch to mean 0 and variance 1."""
     gamma: float = 1.0

@@ -50,19 +50,19 @@ class Config(RecipeConfig):
     reward: TrainedRewardConfig = field(default_factory=TrainedRewardConfig)
     """The model that learns, from a causal language model or a sequence classifier."""
     loss: Kind = "scaled"
-    """Scaled is the best of those from pairs in HelpSteer2-Preference, table 3; ``regression`` reads ratings, and needs
-    ``reward.attributes``."""
+    """``bt``: plain Bradley-Terry; ``margin`` and ``scaled`` use the strength of the preference; ``scaled`` is the best
+    of the three in HelpSteer2-Preference, table 3. ``regression`` reads ratings and needs ``reward.attributes``."""
     center_coef: float = 0.0
     """Weight of the centering term of a pair (Eisenstein et al. 2023, arXiv 2312.09244); TRL recommends 0.01."""
     weights: dict[str, float] = field(default_factory=dict)
     """Goodness: weight of each attribute in the score, ``regression`` only; stored with the model. Attributes that are
-    not named count 0; empty is helpfulness alone."""
+    not named count 0; empty means helpfulness alone."""
     batch_size: int = 64
     """Pairs of an optimizer step, or responses with ``regression``. 64 pairs: HelpSteer2-Preference."""
     validate_every: int = 20
     """Optimizer steps between two measurements on the validation split; 0 measures only at the end."""
     benchmarks: dict[str, str] = field(default_factory=dict)
-    """Public benchmarks that the model is judged on after training, each with the folder of its data."""
+    """Public benchmarks on which the model is evaluated after training, each with the folder of its data."""
 
     def __post_init__(self) -> None:
         names, regression = resolve(self.reward.attributes), self.loss == "regression"

@@ -40,14 +40,14 @@ class Config(RecipeConfig):
     batch_size: int = 128
     """Demonstrations of an optimizer step. 128: HelpSteer2's first stage of SFT (arXiv 2406.08673)."""
     demonstrates: Literal["answers", "verdicts", "feedback", "edits"] = "answers"
-    """What the model learns to write: answers to a conversation; verdicts on two answers, with the reasons that people
-    gave, as a start for ``genrm``; feedback on an answer; or a better answer by feedback."""
+    """What the model learns to write: ``answers`` to a conversation; ``verdicts`` on two answers, with the annotators'
+    reasons, as a start for ``genrm``; ``feedback`` on an answer; or ``edits``, better answers by feedback."""
     responses: Literal["preferred", "all"] = "preferred"
-    """Imitate the preferred response of each row, or both. Of answers alone."""
+    """Imitate the preferred response of each row, or both. Only with ``answers``."""
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
-    """What a judge is asked and how it answers. Read where verdicts are demonstrated."""
+    """Prompt and answer format of a judge. Used with ``verdicts``."""
     editing: EditingConfig = field(default_factory=EditingConfig)
-    """How feedback and edits are asked for. Read where these are demonstrated."""
+    """Prompts of feedback and edit models. Used with ``feedback`` and ``edits``."""
 
     def __post_init__(self) -> None:
         if self.responses == "all" and self.demonstrates != "answers":

@@ -50,7 +50,8 @@ class Config(RecipeConfig):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """The attribute model: a frozen regression model that labels responses and scores held-out answers."""
+    """The attribute model: a frozen regression model that labels responses and scores held-out answers. Refused with
+    ``labels: data``, one round and no evaluation, which do not use it."""
     eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
     """A second reward model that scores held-out answers."""
     steering: SteeringConfig = field(default_factory=SteeringConfig)
@@ -60,15 +61,15 @@ class Config(RecipeConfig):
     batch_size: int = 128
     """Responses of an optimizer step. 128: NeMo-Aligner's guide to SteerLM."""
     rounds: int = 1
-    """Times that ``run.steps`` are run. Each later round starts from the policy of the one before (its best with
+    """How often ``run.steps`` are run. Each later round starts from the policy of the previous one (its best with
     ``evaluation.keep_best``) and bootstraps."""
     bootstrap_prompts: int = 0
-    """Training prompts that a later round answers, others in each; 0 for all of them."""
+    """Training prompts that a later round answers, different ones in each round; 0 for all of them."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.9))
     """How training prompts are answered in bootstrapping, ``num_samples`` times each, and held-out ones beside the
     greedy answers. 0.7 and 0.9: HelpSteer2 (arXiv 2406.08673)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out evaluation during training, of answers that ask for ``steering.values``."""
+    """Held-out evaluation during training, of answers for ``steering.values``."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.rounds < 1 or self.bootstrap_prompts < 0:

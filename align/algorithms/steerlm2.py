@@ -47,17 +47,19 @@ class Config(OnPolicyConfig):
     """The frozen policy Q' that samples. With its own slots and ``max_off_policy_steps`` it samples while the policy
     learns; the result is the same."""
     base: PriorPolicyConfig = field(default_factory=PriorPolicyConfig)
-    """The model of P(y|x). HelpSteer2's is the supervised model that its SteerLM model started from."""
+    """The model of P(y|x): its prompts hold no attributes, and it stays the same in all rounds. HelpSteer2's is the
+    supervised model that its SteerLM model started from."""
     steering: SteeringConfig = field(default_factory=SteeringConfig)
-    """Which attributes the policy is told, and where: as its SteerLM model learned it."""
+    """Which attributes the prompt shows the policy, and where: as in the training of its SteerLM model."""
     labels: Literal["reward", "data"] = "reward"
-    """Who gives the labels that are asked for, those of the data's responses: the attribute model, or people."""
+    """Who labels the responses of the data, whose labels are requested: the attribute model (``reward``), or the human
+    annotators (``data``)."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=10, temperature=0.7, top_p=0.9))
     """n samples, at least 2. 10 at temperature 0.7 and top-p 0.9: HelpSteer2."""
     prompts_per_step: int = 128
     """Groups of a step. 128: HelpSteer2's batch."""
     rounds: int = 2
-    """Times that ``run.steps`` are run; each later round starts from the policy of the one before. 2: HelpSteer2."""
+    """How often ``run.steps`` are run; each later round starts from the policy of the previous one. 2: HelpSteer2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,10 +35,10 @@ RowKind = Literal[
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One of several data sources; its keys are as those of ``data``."""
+    """One of several data sources. Its keys have the meaning of those of ``data``."""
 
     path: str = ""
-    """File, folder or hub id."""
+    """File, folder or hub id. Required."""
     format: DataFormat = "auto"
     """What the rows look like."""
     revision: str | None = None
@@ -46,8 +46,8 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Names of columns."""
     weight: float = 1.0
-    """Part of the rows of its training split that are learned from, above 0 and at most 1: of n rows the nearest whole
-    number to ``weight`` times n, at least 1, chosen by the hash of their prompts. No row is repeated."""
+    """Fraction of the rows of its training split that are used, above 0 and at most 1: ``weight`` times n of n rows,
+    rounded to the nearest whole number, at least 1, chosen by the hash of their prompts. No row is repeated."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -60,47 +60,46 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned from: files of one's own, or data of the HelpSteer family."""
+    """Training data: your files, or a data set of the HelpSteer family."""
 
     path: str = MISSING
     """A file (JSON lines, Parquet, CSV), a folder of such files, a folder that ``datasets`` wrote with
-    ``save_to_disk``, or a hub id (``nvidia/HelpSteer3``)."""
+    ``save_to_disk``, or a hub id (``nvidia/HelpSteer3``). Required unless ``data.sources`` is given."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """In place of ``path``: several sources by a name of their own, ``{ours: {path: FILE, weight: 0.5}}``."""
+    """Replaces ``path``: several named sources, ``{ours: {path: FILE, weight: 0.5}}``."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns that have another name than the format gives them: ``{prompt: question, chosen: answer_a}``."""
+    """Names of columns where they differ from those of the format: ``{prompt: question, chosen: answer_a}``."""
     validation: float = 0.05
-    """Part of the prompts that are held out where the source has no validation split: those with the lowest hash, so
-    that a row's split depends on its prompt alone."""
+    """Fraction of the prompts that are held out if the source has no validation split: those with the lowest hash, so
+    that a row's split depends only on its prompt."""
     system_prompt: str = ""
-    """System turn of conversations that have none; empty adds none."""
+    """System turn added to conversations without one; empty adds none."""
     format: DataFormat = "auto"
-    """``auto`` finds it by the names of files and columns. ``trl``: what TRL's trainers take. ``helpsteer3``:
-    HelpSteer3-Preference, ``preference/train.jsonl.gz`` and ``preference/validation.jsonl.gz``. ``helpsteer2``:
-    ``train.jsonl.gz`` and ``validation.jsonl.gz`` of ``nvidia/HelpSteer2``; two rows in succession become a pair by
-    their helpfulness. ``helpsteer2_preference``: its ``preference/preference.jsonl.gz``. The others are in
-    docs/data.md."""
+    """Layout of the data. ``auto`` detects it from the names of files and columns. docs/data.md lists the files of each
+    format and what a row becomes."""
     max_spread: int | None = 2
-    """Drop rows whose annotators lie further apart than this; None keeps all. Strengths with format
-    ``helpsteer2_preference``, helpfulness with ``helpsteer2_disagreements``; others do not say. 2:
-    HelpSteer2-Preference (arXiv 2410.01257)."""
+    """Drop rows whose annotators differ by more than this; null keeps all. Compared are strengths with format
+    ``helpsteer2_preference`` and helpfulness with ``helpsteer2_disagreements``; the other formats hold no single
+    annotations. 2: HelpSteer2-Preference (arXiv 2410.01257)."""
     streaming: bool = False
-    """Read a hub id row by row while it is downloaded, and keep no copy. A folder is always read line by line."""
+    """Read a hub id row by row during the download, without a copy on disk. Folders are always read line by line."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_rows: int | None = None
-    """Read only the first rows of each split; None reads all."""
+    """Read only the first rows of each split; null reads all. Must be even with format ``helpsteer2``, where two rows
+    make a pair."""
     domains: list[str] = field(default_factory=list)
-    """Keep these values of ``domain`` (general, stem, code, multilingual); empty keeps all."""
+    """Keep these values of ``domain`` (general, stem, code, multilingual); empty keeps all. Only the formats
+    ``helpsteer3``, ``helpsteer3_edit_quality``, ``openai`` and ``trl`` have a domain."""
     max_prompt_tokens: int = 2048
     """Longer prompts are dropped and counted, never cut."""
     max_response_tokens: int = 2048
     """Longer responses (pairs, demonstrations) are dropped and counted, never cut."""
     bad_rows: Literal["stop", "skip"] = "stop"
-    """A row that breaks the schema, or that the chat template refuses, stops the run with file, line and field, or is
-    skipped and counted."""
+    """What happens to a row that breaks the schema or that the chat template refuses: ``stop`` ends the run with file,
+    line and field, ``skip`` drops and counts it."""
     repeat_within_batch: bool = False
-    """Allow a batch of more rows than the data has, which then holds rows several times. Otherwise it is refused."""
+    """Allow a batch of more rows than the data has; it then holds some rows several times. False refuses it."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
     date: str | None = None
@@ -127,40 +126,40 @@ class ClusterConfig:
     """Where Ray runs. Not read by ``executor: local``."""
 
     address: str | None = None
-    """``host:port`` of a running Ray cluster; None starts one on 127.0.0.1 for this run and stops it at the end."""
+    """``host:port`` of a running Ray cluster; null starts one on 127.0.0.1 for this run and stops it at the end."""
     slots_per_core: int = 2
-    """Worker processes that one CPU core offers on a cluster without GPUs that this run starts. Threads are shared out,
-    so more slots than cores cost memory rather than speed while only some roles are busy."""
+    """Slots (worker processes) for each CPU core, on a cluster without GPUs that this run starts. Workers divide the
+    threads among them, so more slots than cores cost memory rather than speed as long as some roles are idle."""
     start_timeout_s: float = 180.0
     """Seconds for slots to be granted and for each role to come up."""
     call_timeout_s: float = 3600.0
     """Seconds that one call to a role may take before the run stops, dumps the stacks of all workers and names the
     slowest."""
     phase_timeout_s: dict[str, float] = field(default_factory=dict)
-    """The same for single phases, by the name they have under ``seconds/`` in ``metrics.jsonl``: ``{generate: 600}``.
-    Phases that are not named have ``call_timeout_s``."""
+    """Limits of single phases, by their name under ``seconds/`` in ``metrics.jsonl``: ``{generate: 600}``. The other
+    phases have ``call_timeout_s``."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Snapshots, from which a run goes on after it was stopped or killed."""
+    """Checkpoints, from which a run resumes after it was stopped or killed (docs/resume.md)."""
 
     every: int = 20
-    """Steps between two snapshots. One is always written when the run is asked to stop and at the end of a round; 0
+    """Steps between two checkpoints. One is always written when the run is asked to stop and at the end of a round; 0
     writes only those."""
     keep_latest: int = 2
-    """The last snapshots that are kept, at least 1. Older ones are deleted when the new one is complete."""
+    """How many of the newest checkpoints are kept, at least 1. Older ones are deleted after a new one is complete."""
     keep_best: int = 0
-    """Keep as many more: those whose step did best by ``best_by``."""
+    """How many more are kept: those of the best steps by ``best_by``."""
     best_by: str = "heldout/greedy/reward"
-    """Metric that ``keep_best`` goes by; steps without it are no candidates."""
+    """Metric by which ``keep_best`` compares steps; steps without it are not candidates."""
     best_is: Literal["highest", "lowest"] = "highest"
     """Which values of ``best_by`` are better."""
     keep_every: int = 0
-    """Keep for ever the snapshots of steps that this number divides; 0 keeps none so."""
+    """Keep the checkpoints of steps that this number divides forever; 0 turns this off."""
     overlap: bool = True
-    """Copy the state in memory, and write and publish the snapshot while the next step runs. Needs host memory for the
-    copy: 12 bytes for each weight that learns, over all ranks."""
+    """Copy the state in memory, and write and publish the checkpoint during the next step. Needs host memory for the
+    copy: 12 bytes for each trained weight, over all ranks."""
 
     def __post_init__(self) -> None:
         if min(self.every, self.keep_best, self.keep_every) < 0:
@@ -172,36 +171,39 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run folder, what is written there, and when the run ends or goes on."""
+    """The run folder, what is written there, and when the run ends or resumes."""
 
     dir: str = MISSING
     """Folder of this run."""
     resume: str = "auto"
-    """``auto`` goes on from the newest sound snapshot of ``dir``, or starts where there is no run yet. ``never`` wants
-    ``dir`` new or empty. A path is a snapshot to go on from: the newest one of ``dir``, or, with a new ``dir``, one of
-    another run."""
+    """``auto`` resumes from the newest valid checkpoint of ``dir``, or starts if there is no run yet. ``never``
+    requires ``dir`` to be new or empty. A path is the checkpoint to resume from: the newest of ``dir``, or, with a new
+    ``dir``, one of another run."""
     allow_change: list[str] = field(default_factory=list)
-    """Keys of the recipe, sections included, that may differ from those of the snapshot beside the harmless ones; the
-    run is then no longer what one run would have given. ``data`` and ``model`` allow others of these."""
+    """Keys or sections of the recipe that may differ from those of the checkpoint, beside the harmless ones; the result
+    then differs from that of one uninterrupted run. ``data`` and ``model`` allow other data and other weights."""
     max_time: str | None = None
-    """Save and stop with status 75 in time for this, as ``3h50m``, ``45m`` or ``90s``, counted from the start of the
-    Slurm job where there is one, else of the process. Allows for the slowest step and save so far."""
+    """Time limit, as ``3h50m``, ``45m`` or ``90s``, counted from the start of the Slurm job if there is one, else of
+    the process. The run saves and stops with status 75 before it, allowing for the slowest step and save so far."""
     max_restarts: int = 2
-    """How often a run that lost workers brings up all roles again by itself and goes on from its last snapshot. Frozen
-    roles, which have no state, are first brought up again alone, as often."""
+    """How often a run that lost workers restarts all roles and resumes from its last checkpoint. Frozen roles, which
+    have no state, are first restarted alone, as often."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What follows a loss or a gradient that is not finite, before any weight changes: ``stop`` ends the run with a
-    bundle for ``align replay``, ``skip`` leaves the optimizer step out and counts it."""
+    """What happens on a loss or gradient that is not finite, before any weight changes: ``stop`` ends the run with a
+    bundle for ``align replay``, ``skip`` skips the optimizer step and counts it."""
     max_non_finite: int = 5
-    """With ``skip``: optimizer steps left out in a row that end the run all the same."""
+    """With ``skip``: number of consecutive skipped optimizer steps that ends the run."""
     bundle_steps: list[int] = field(default_factory=list)
-    """Steps of which a bundle for ``align replay`` is written though nothing went wrong."""
+    """Steps for which a bundle for ``align replay`` is written even without a fault."""
     steps: int = MISSING
     """Steps of the algorithm's loop: optimizer steps, or rollout batches where responses are sampled (``epochs`` times
-    ``minibatches`` optimizer steps each)."""
+    ``minibatches`` optimizer steps each). Required unless ``run.epochs`` is given. Learning-rate schedules count
+    optimizer steps: ``run.steps`` times ``epochs`` times ``minibatches``, restarted in each of ``rounds``. Skipped
+    steps (``critic_warmup_steps``, ``target_kl``, nothing to learn from) are not subtracted, so a schedule may not
+    reach its end."""
     epochs: float = 0.0
-    """In place of ``steps``: passes over the data, which may be a fraction. ``steps`` is then ``epochs`` times the rows
-    of the training split, divided by those of a step and rounded up; in each round the same."""
+    """Replaces ``steps``: passes over the data, which may be a fraction. ``steps`` is then ``epochs`` times the rows of
+    the training split, divided by the rows of a step and rounded up; the same in each round."""
     seed: int = 0
     """Seed of data order, weight initialization and sampling."""
     logged_samples: int = 4
@@ -209,8 +211,8 @@ class RunConfig:
     tensorboard: bool = True
     """Write event files to ``tensorboard/``."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere. ``none``
-    shows neither steps nor what is being loaded; errors are printed all the same."""
+    """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere. ``none`` hides
+    steps and loading; errors are always printed."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, int) and (self.epochs < 0 or (self.steps > 0) == (self.epochs > 0)):
@@ -234,18 +236,18 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """What every recipe has; the ``Config`` of an algorithm extends it."""
+    """Keys of every recipe; the ``Config`` of each algorithm extends them."""
 
     algorithm: str = MISSING
-    """Module of ``align.algorithms``."""
+    """Name of the algorithm, a module of ``align.algorithms``."""
     run: RunConfig = field(default_factory=RunConfig)
     """The run folder."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Snapshots to go on from."""
+    """Checkpoints to resume from."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data source."""
     executor: Literal["ray", "local"] = "ray"
-    """``ray``: each role in worker processes of its own. ``local``: every role in this process, for debugging."""
+    """``ray``: each role in separate worker processes. ``local``: every role in this process, for debugging."""
     placement: dict[str, str] = field(default_factory=dict)
     """Slots of each role, as ``0``, ``0-3`` or ``0,2``. A slot is a GPU, or a worker process on a CPU cluster. Roles
     that share a slot share its device."""

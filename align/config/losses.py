@@ -1,4 +1,4 @@
-"""Sections that choose a loss."""
+"""Schemas of losses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ class PolicyLossConfig:
     """The policy's loss over response tokens; equations in `align.ops.policy_losses`."""
 
     kind: Literal["reinforce", "clipped", "sequence_clipped", "sequence_mean_clipped"] = "reinforce"
-    """``reinforce``: -A log pi. ``clipped``: PPO's ratio of each token. ``sequence_clipped``: the ratio of whole
-    responses (TRL's RLOO). ``sequence_mean_clipped``: its geometric mean over tokens (GSPO, arXiv 2507.18071)."""
+    """``reinforce``: -A log pi, for one update per rollout batch. ``clipped``: PPO's ratio of each token.
+    ``sequence_clipped``: the ratio of whole responses (TRL's RLOO). ``sequence_mean_clipped``: its geometric mean over
+    tokens (GSPO, arXiv 2507.18071). Both ``sequence_*`` kinds need ``aggregation: sequence_mean_token_mean`` and one
+    advantage per response, so PPO and REINFORCE refuse them."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - this. 0.2: PPO (arXiv 1707.06347)."""
     clip_high: float = 0.2
@@ -20,13 +22,13 @@ class PolicyLossConfig:
     dual_clip: float | None = None
     """Bound c on the ratio where the advantage is negative, above 1 (arXiv 1912.09729); ``clipped`` only."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_mean_token_mean", "constant"] = "token_mean"
-    """What the sum over tokens is divided by, over the whole optimizer step: tokens; responses; first each response's
-    tokens, then responses; or responses times ``sampling.max_tokens`` (Dr. GRPO)."""
+    """Denominator of the sum over tokens, over the whole optimizer step: the number of tokens; of responses; of each
+    response's tokens, then of responses; or responses times ``sampling.max_tokens`` (Dr. GRPO)."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus, nats a token."""
+    """Weight of the entropy bonus, nats per token."""
     importance_cap: float = 2.0
-    """Bound C on the importance weight min(pi_old / pi_rollout, C) of a token that older weights sampled
-    (``max_off_policy_steps``). On-policy, the weight is 1."""
+    """Bound C on the importance weight min(pi_old / pi_rollout, C) of a token sampled by older weights
+    (``max_off_policy_steps``). On-policy the weight is 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:
@@ -41,7 +43,7 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class PreferenceLossConfig:
-    """The loss of preference pairs; equations in `align.ops.preference_losses`.
+    """The loss of preference pairs, of ``dpo`` and ``online_dpo``; equations in `align.ops.preference_losses`.
 
     d is the difference between preferred and rejected response of the sum over tokens of log pi - log pi_ref.
     """
@@ -59,7 +61,7 @@ class PreferenceLossConfig:
         "rpo_bwd_kl",
         "simpo",
     ] = "dpo"
-    """Which function of d; ``simpo`` reads no reference."""
+    """Which function of d; ``simpo`` needs no reference (docs/algorithms/dpo.md)."""
     beta: float = 0.1
     """Weight of d. 0.1: DPO (arXiv 2305.18290) and TRL; HelpSteer2 takes 1e-3."""
     smoothing: float = 0.0
@@ -69,7 +71,7 @@ class PreferenceLossConfig:
     gamma: float = 0.5
     """Margin of ``simpo``, subtracted from beta d. 0.5: TRL."""
     average: bool = True
-    """``ipo`` takes d from token means, as TRL does, or with false from sums, as its paper does."""
+    """Whether ``ipo`` computes d from token means (TRL) or, with false, from sums (its paper)."""
     sft_coef: float = 0.0
     """Weight of an added supervised term: the mean over the preferred responses' tokens of -log pi, over the whole
     optimizer step. 0 leaves it out."""

@@ -14,17 +14,18 @@ from align.config.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out prompts that the policy answers during training: greedily, and sampled with the same noise each time."""
+    """Held-out prompts that the policy answers during training: greedily, and sampled with the same noise each time
+    (docs/algorithms/common.md)."""
 
     every: int = 0
     """Steps between two measurements; the policy is also measured before the first step and after the last. 0 turns
-    them off."""
+    them off. In ``dpo`` measurements need ``reward``."""
     prompts: int = 64
-    """Prompts, the first of the validation split."""
+    """How many prompts, the first of the validation split."""
     keep_best: bool = False
     """Write the policy to ``best/`` each time the mean reward of its answers is the highest so far."""
     best_by: Literal["greedy", "sampled"] = "greedy"
-    """Which answers ``keep_best`` goes by."""
+    """Which answers ``keep_best`` compares."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 1:
@@ -43,11 +44,12 @@ class RewardShapingConfig:
     std: float = 1.0
     """Divides the score. HelpSteer2's PPO: the standard deviation of the scores of its data."""
     running: bool = False
-    """Take mean and standard deviation of all scores so far instead, those of this step included."""
+    """Use the mean and standard deviation of all scores so far, those of this step included. Not together with ``mean``
+    or ``std``."""
     scale: float = 1.0
     """Factor after normalization."""
     clip: float | None = None
-    """Bound on the size of the normalized and scaled score; None for none."""
+    """Bound on the absolute value of the normalized and scaled score; null for no bound."""
     overlong_buffer: int = 0
     """Tokens before ``sampling.max_tokens`` over which a penalty rises linearly (DAPO, arXiv 2503.14476, equation 13);
     0 for none."""
@@ -63,16 +65,18 @@ class RewardShapingConfig:
 
 @dataclass(frozen=True)
 class OnPolicyConfig(RecipeConfig):
-    """What recipes have whose policy samples."""
+    """Keys of recipes whose policy samples."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The reward model. It must read the policy's token ids."""
+    """The reward model that the policy is trained against: a checkpoint, a service, or a function. A reward model with
+    another tokenizer or chat template scores decoded text."""
     eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
-    """A reward model that judges every rollout and every held-out answer beside the first, and is not learned from."""
+    """A second reward model that scores every rollout and held-out answer and is never trained against: a gain that it
+    does not share is an error of the first."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig())
-    """Samples in the policy's place when ``placement.sampler`` is given."""
+    """Separate processes that sample for the policy, if ``placement.sampler`` is given."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn; ``num_samples`` is K."""
     prompts_per_step: int = 64
@@ -81,19 +85,20 @@ class OnPolicyConfig(RecipeConfig):
     """Responses cut off at the limit: not compared and not learned from (NeMo-Aligner's intent), like any other, or
     penalized."""
     truncation_penalty: float = 1.0
-    """Subtracted from the reward of an unfinished response when they are penalized, in units of the shaped reward."""
+    """Subtracted from the reward of a truncated response with ``truncated: penalize``, in units of the shaped
+    reward."""
     epochs: int = 1
     """Passes over a rollout batch."""
     minibatches: int = 1
     """Optimizer steps of a pass; each sees a part of the prompts."""
     max_off_policy_steps: int = 0
-    """Steps by which rollouts are older than the policy that learns from them: those of step s + n are
-    sampled while step s trains, where the sampler has slots of its own. 0 is on-policy."""
+    """How many steps older than the trained policy a rollout may be: with n, the rollouts of step s + n are sampled
+    while step s trains, if the sampler has separate slots. 0 is on-policy (docs/architecture.md)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation during training."""
     rounds: int = 1
-    """Times that ``run.steps`` are run. Each later round starts anew from the best policy of the one before (the last
-    one without ``evaluation.keep_best``), which also becomes the reference (HelpSteer2-Preference's PPO: 2)."""
+    """How often ``run.steps`` are run. Each later round starts from the best policy of the previous round (its last
+    policy without ``evaluation.keep_best``), which also becomes the reference. HelpSteer2-Preference's PPO: 2."""
 
     def __post_init__(self) -> None:
         if not self.reward.present and not isinstance(self.reward, OptionalRewardConfig):
@@ -144,29 +149,31 @@ class OnPolicyConfig(RecipeConfig):
 
 @dataclass(frozen=True)
 class PolicyGradientConfig(OnPolicyConfig):
-    """What recipes of policy gradients have: rewards, KL to a reference, and how often a rollout is learned from."""
+    """Keys of recipes of policy gradients (docs/algorithms/common.md)."""
 
     reference: ReferenceConfig = field(default_factory=lambda: ReferenceFromPolicyConfig())
-    """The frozen policy that KL is measured to; by default what the policy starts from."""
+    """The frozen policy to which KL is measured; by default the policy's starting weights."""
     kl_coef: float = 0.01
-    """Weight of the KL divergence. In the reward its unit follows ``kl_reduction`` where there is such a key, else it
-    is that of the sum; in the loss it follows ``loss.aggregation``. 0.01: NeMo-Aligner."""
+    """Weight of the KL divergence. In the reward its unit follows ``kl_reduction`` (``rloo``, ``grpo``), and is that of
+    the sum in algorithms without that key; in the loss it follows ``loss.aggregation``. 0.01: NeMo-Aligner."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "abs"
     """Estimate at a token, see `align.ops.kl`. ``abs``: NeMo-Aligner; TRL takes k1."""
     kl_placement: Literal["reward", "loss"] = "reward"
-    """``reward``: subtracted from the reward, without gradient. ``loss``: added to the loss at each token."""
+    """``reward``: subtracted from the reward, without gradient. ``loss``: added to the loss at each token; refused with
+    ``k1``, whose gradient ignores the reference."""
     kl_target: float | None = None
     """KL of a response (sum over tokens, nats) that the coefficient is steered to (Ziegler et al. 2019, arXiv
-    1909.08593, section 2.2); None keeps the coefficient."""
+    1909.08593, section 2.2); null keeps the coefficient constant."""
     kl_horizon: int = 10000
-    """Responses over which the controller acts: a larger number steers more slowly. 10000: Ziegler et al."""
+    """Responses over which the controller acts: a larger number reacts more slowly. At least the responses of a step.
+    10000: Ziegler et al."""
     shaping: RewardShapingConfig = field(default_factory=RewardShapingConfig)
     """From scores to rewards."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """The policy's loss."""
     target_kl: float | None = None
-    """KL of a token to the policy before the step (nats) above which the rest of the step's policy updates is left out;
-    None never stops."""
+    """KL of a token to the policy before the step (nats) above which the remaining policy updates of the step are
+    skipped; null never skips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""How text is sampled."""
+"""Schema of sampling."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn. Order of the filters: temperature, top-k, top-p, min-p (as in transformers)."""
+    """Sampling parameters. Filters apply in the order temperature, top-k, top-p, min-p (as in transformers)."""
 
     num_samples: int = 1
     """K, responses per prompt."""
     max_tokens: int = 1024
-    """T, longest response in tokens; a response that reaches it without an end token is unfinished."""
+    """T, longest response in tokens; a response that reaches it without an end token is truncated."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
     top_k: int = 0

@@ -59,7 +59,7 @@ def resolved(data: DataConfig) -> DataConfig:
     try:
         return replace(data, format=form or _by_columns(data, rows))
     except ValueError as error:
-        raise ConfigError(f"data: {error}", remedy="see data in docs/recipes.md") from error
+        raise ConfigError(f"data: {error}", remedy="see DataConfig in docs/recipes.md") from error
 
 
 def alone(data: DataConfig, name: str) -> DataConfig:
