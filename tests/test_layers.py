@@ -14,7 +14,7 @@ ROWS = [
     {"ops", "data", "roles", "prechecks"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers", "cluster"},
-    {"prepare", "launch", "replay", "eval", "scale", "serve", "report", "cli"},
+    {"prepare", "launch", "replay", "eval", "scale", "serve", "report", "commands", "cli"},
 ]
 """A unit (a module or package directly below align) may import its own unit and those of rows above it."""
 
@@ -31,6 +31,7 @@ BESIDE = {
     ("generators", "models"),
     ("generators", "engines"),
     ("launch", "prepare"),
+    ("cli", "commands"),
     ("replay", "launch"),
     ("replay", "prepare"),
     ("eval", "report"),
@@ -43,7 +44,7 @@ BESIDE = {
 ONLY = {"deepspeed": {"engines"}, "ray": {"cluster", "serve"}, "peft": {"models"}}
 """Who may name a library."""
 
-TORCH_FREE = {"config", "config.load", "errors", "utils", "roles", "prechecks", "algorithms", "cli"} | {
+TORCH_FREE = {"config", "config.load", "errors", "utils", "roles", "prechecks", "algorithms", "commands", "cli"} | {
     f"utils.{path.stem}" for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"
 }
 """Units that load no torch when imported."""

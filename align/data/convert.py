@@ -153,7 +153,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     if kind not in TARGETS[arguments.to].objects:
         raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
     if arguments.attributes and kind is Preference:
-        raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --as ratings")
+        raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --rows ratings")
     _require_new(arguments.out)
     source = dataset.load(data, reads)
     splits: dict[str, Any] = {"train": source.train, "validation": source.validation}

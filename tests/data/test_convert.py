@@ -10,7 +10,8 @@ from typing import Any
 import layouts
 import pytest
 
-from align.cli import _parser, main
+from align.cli import main
+from align.commands import build_parser
 from align.config import DataConfig
 from align.data import convert, dataset
 from align.data.chat import Message
@@ -167,7 +168,7 @@ class TestCommand:
 
     def test_helpfulness_alone_for_nemo(self, helpsteer2: Path, tmp_path: Path):
         out = tmp_path / "out"
-        arguments = ["--from", "helpsteer2", "--to", "nemo_text", "--as", "ratings", "--attributes", "helpfulness"]
+        arguments = ["--from", "helpsteer2", "--to", "nemo_text", "--rows", "ratings", "--attributes", "helpfulness"]
         assert self.run(helpsteer2, out, *arguments) == 0
         lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
         assert [line["label"] for line in lines] == [
@@ -177,10 +178,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--to", "helpsteer3", "--as", "ratings"], "--to helpsteer3 holds no ratings"),
+            (["--to", "helpsteer3", "--rows", "ratings"], "--to helpsteer3 holds no ratings"),
             (["--to", "openai", "--attributes", "humor"], "--attributes is for ratings"),
             (["--to", "openai", "--max-rows", "3"], "max_rows is even with format helpsteer2"),
-            (["--to", "openai", "--as", "ratings", "--attributes", "humor"], "no rows of train can be written"),
+            (["--to", "openai", "--rows", "ratings", "--attributes", "humor"], "no rows of train can be written"),
         ],
     )
     def test_refused(self, helpsteer2: Path, tmp_path: Path, capsys, arguments: list[str], message: str):
@@ -190,7 +191,7 @@ class TestCommand:
 
     def test_bad_rows_are_told(self, helpsteer2: Path, tmp_path: Path, capsys):
         layouts.put(helpsteer2 / "train.jsonl.gz", [layouts.rated("a"), b"{", b"["])
-        arguments = ["--from", "helpsteer2", "--to", "openai", "--as", "ratings"]
+        arguments = ["--from", "helpsteer2", "--to", "openai", "--rows", "ratings"]
         assert self.run(helpsteer2, tmp_path / "out", *arguments) == 78
         assert "train.jsonl.gz:2: row is not JSON" in capsys.readouterr().err
         assert self.run(helpsteer2, tmp_path / "out", *arguments, "--bad-rows", "skip") == 0
@@ -198,6 +199,6 @@ class TestCommand:
 
     def test_every_target_is_a_choice(self):
         given = ["data", "convert", "a", "b", "--from", "openai", "--to"]
-        assert [_parser().parse_args([*given, to]).to for to in convert.TARGETS] == list(convert.TARGETS)
+        assert [build_parser().parse_args([*given, to]).to for to in convert.TARGETS] == list(convert.TARGETS)
         with pytest.raises(SystemExit):
-            _parser().parse_args([*given, "parquet"])
+            build_parser().parse_args([*given, "parquet"])

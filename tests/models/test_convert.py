@@ -19,7 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from align.cli import _parser, _run
+from align.cli import _run
+from align.commands import build_parser
 from align.config import RewardConfig
 from align.data import collate, toy
 from align.errors import ModelError
@@ -62,7 +63,7 @@ def by_reader(section: RewardConfig, head: Any) -> torch.Tensor:
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("row0")
     source = saved(root / "source")
-    arguments = _parser().parse_args(["convert", "row0", str(source), str(root / "out")])
+    arguments = build_parser().parse_args(["convert", "row0", str(source), str(root / "out")])
     assert _run(arguments, Console(quiet=True)) == 0
     return source, root / "out"
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from align import __version__
-from align.cli import _parser, _run
+from align.cli import _run
+from align.commands import build_parser
 from align.data import toy
 from align.errors import AlignError, ModelError
 from align.models import merge
@@ -147,7 +148,7 @@ def test_the_command_carries_the_card_over_without_its_moments(ends: tuple[Path,
     given = Card("sequence_classification", moments=Moments(1.0, 2.0, 3), data="d", loss="scaled")
     (strong / card.NAME).write_text(given.dumps())
     console = Console(record=True, width=500)
-    arguments = _parser().parse_args(["merge", "expo", str(ends[0]), str(strong), str(tmp_path / "out")])
+    arguments = build_parser().parse_args(["merge", "expo", str(ends[0]), str(strong), str(tmp_path / "out")])
     assert arguments.alpha == 1.52
     assert _run(arguments, console) == 0
     assert card.read(tmp_path / "out") == Card("sequence_classification", data="d", loss="scaled")

@@ -45,7 +45,7 @@ class TestStatus:
         ("arguments", "message"),
         [
             ([], "no file of a training split"),
-            (["--format", "helpsteer2_preference", "--as", "ratings"], "holds preferences, not ratings"),
+            (["--format", "helpsteer2_preference", "--rows", "ratings"], "holds preferences, not ratings"),
             (["--format", "helpsteer2", "--max-rows", "3"], "max_rows is even"),
             (["--date", "1 May 2025"], "need a tokenizer"),
             (["--tokenizer", "nowhere"], "no tokenizer could be loaded"),

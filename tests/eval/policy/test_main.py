@@ -11,7 +11,7 @@ import fake_judge
 import pytest
 from question_rows import arena_answer, arena_row, lines, mt_row, reference_row, wild_row
 
-from align import cli
+from align import cli, commands
 from align.config import PolicyEvaluationConfig, SamplingConfig, VerdictConfig
 from align.config.load import build_config
 from align.data import toy
@@ -274,7 +274,7 @@ def test_the_judge_is_asked_in_other_words(arena: tuple[Path, Path], tmp_path: P
 
 
 def configured(*words: object) -> PolicyEvaluationConfig:
-    return arguments.policy(cli._parser().parse_args(["eval", "policy", *map(str, words)])).config
+    return arguments.policy(commands.build_parser().parse_args(["eval", "policy", *map(str, words)])).config
 
 
 class TestOptions:
