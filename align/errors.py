@@ -6,9 +6,9 @@ from __future__ import annotations
 class AlignError(Exception):
     """Base of every error that is shown as a message, without a traceback of ours.
 
-    ``exit_status`` tells a batch script what to do: 75 saved with more to do (run it again), 76 a fault of the
-    infrastructure (the last snapshot is good, a retry may help), 77 another process owns the run (leave it alone), 78 a
-    fault of configuration or data (a retry cannot help), 79 training that diverged. 75, 76 and 78 follow sysexits(3).
+    ``exit_status`` tells a batch script what to do. 75: saved, with more to do; run it again. 76: a fault of the
+    infrastructure; the last checkpoint is good, and a retry may help. 77: another process owns the run; leave it alone.
+    78: a fault of configuration or data; a retry cannot help. 79: training diverged. 75, 76 and 78 follow sysexits(3).
     """
 
     exit_status = 1
@@ -76,7 +76,7 @@ class LoadError(WorkerError):
 
 
 class SaveError(AlignError):
-    """A snapshot that could not be written; the ones before are untouched."""
+    """A checkpoint that could not be written; the ones before are untouched."""
 
     exit_status = 76
 

@@ -106,7 +106,7 @@ def start_training_roles(
         announce=silent if config.run.progress == "none" else to_stdout,
         report=run.report,
         max_restarts=config.run.max_restarts,
-        interrupt=run.leave_if_told,
+        interrupt=run.stop_at_once,
         ray_started=run.stopping.install,  # Ray has set signal handlers of its own
     )
     absent = dict.fromkeys(config.absent())

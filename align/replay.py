@@ -24,7 +24,7 @@ def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:
     with tempfile.TemporaryDirectory(prefix="align-replay-") as temporary:
         replay_overrides = [
             f"run.dir={temporary}/run",
-            f"run.resume={recorded.snapshot or 'auto'}",
+            f"run.resume={recorded.checkpoint or 'auto'}",
             "run.bundle_steps=[]",
             "run.max_restarts=0",
             "run.max_time=null",

@@ -116,10 +116,10 @@ class StatefulRole(Protocol):
         ...
 
     def counters(self) -> dict[str, Any]:
-        """What the driver's side counts, for a snapshot; JSON."""
+        """What the driver's side counts, for a checkpoint; JSON."""
         ...
 
-    def go_on(self, counters: Mapping[str, Any]) -> None:
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Count on from what `counters` gave."""
         ...
 

@@ -27,10 +27,10 @@ def train_command(recipe: Path, overrides: Sequence[str]) -> list[str]:
 def resume_again(run: RunConfig) -> list[str]:
     """What ``run.resume`` must become where a run is started for the second time.
 
-    ``never`` would find a folder that is not empty, and a snapshot that is named may be older than the run's own.
+    ``never`` would find a folder that is not empty, and a checkpoint that is named may be older than the run's own.
     """
-    has_snapshot = any((Path(run.dir).expanduser() / "checkpoints").glob("step-*"))
-    outdated = run.resume == "never" or (run.resume != "auto" and has_snapshot)
+    has_checkpoint = any((Path(run.dir).expanduser() / "checkpoints").glob("step-*"))
+    outdated = run.resume == "never" or (run.resume != "auto" and has_checkpoint)
     return ["run.resume=auto"] if outdated else []
 
 

@@ -4,7 +4,7 @@
     python launchers/local.py recipes/quickstart/rloo.yaml --retries 3 run.steps=200
 
 Status 76 (a worker, a disk, a node failed) and a process that somebody killed are tried again, up to --retries times;
-the run goes on from its last snapshot. Every other status is passed on, 75 (saved, has more to do) too: somebody asked
+the run resumes from its last checkpoint. Every other status is passed on, 75 (saved, more to do) too: somebody asked
 for it. Signals go to the run, and after the first nothing is started again.
 """
 

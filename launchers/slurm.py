@@ -215,7 +215,7 @@ def render(given: argparse.Namespace, runs: Sequence[Checked], name: str) -> str
             "cpus": _ray_cpus(given, runs[0]),
             "gpus": given.gpus_per_node,
             "start_seconds": int(runs[0].config.cluster.start_timeout_s),
-            "resume": resume if resume in ("auto", "never") else "snapshot",
+            "resume": resume if resume in ("auto", "never") else "checkpoint",
         }
     template = (ROOT / "slurm" / ("reward_service.sbatch" if given.service else "train.sbatch")).read_text()
     lines = "\n".join(f"#SBATCH --{key}={value}" for key, value in values.items())

@@ -1,4 +1,4 @@
-"""Files of a snapshot: hashed while they are written, and on the disk before anything names them.
+"""Files of a checkpoint: hashed while they are written, and on the disk before anything names them.
 
 Tensors go to the safetensors format, which can carry no code: 8 bytes with the length of a JSON header, the header
 with dtype, shape and offsets of each tensor, then the tensors themselves, little-endian and without gaps.
@@ -35,7 +35,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written. ``name`` is a POSIX path relative to the snapshot's folder, ``size`` is in bytes."""
+    """A file as it was written. ``name`` is a POSIX path relative to the checkpoint's folder, ``size`` is in bytes."""
 
     name: str
     size: int
@@ -50,7 +50,7 @@ def is_plain(name: str) -> bool:
 
 
 def write_bytes(folder: Path, name: str, content: bytes) -> FileRecord:
-    """Write ``content`` to the new file ``name`` of a snapshot that `Snapshots.begin` has begun.
+    """Write ``content`` to the new file ``name`` of a checkpoint that `CheckpointStore.begin` has begun.
 
     Raises `SaveError` where the system refuses, ValueError for a name that leaves the folder or is the manifest's.
     """
@@ -99,7 +99,7 @@ def _file(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryvi
 
 def _write(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> FileRecord:
     if not is_plain(name):
-        raise ValueError(f"{name!r} is no name for a file of a snapshot")
+        raise ValueError(f"{name!r} is no name for a file of a checkpoint")
     path = folder / name
     with saving(path):
         step = re.search(r"step-([0-9]+)", folder.name)

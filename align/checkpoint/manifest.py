@@ -1,4 +1,4 @@
-"""The manifest of a snapshot, and the proof that a folder is what its manifest says.
+"""The manifest of a checkpoint, and the proof that a folder is what its manifest says.
 
 ``manifest.json`` is the one file without a record. It carries the sha256 of its own content, and is read only in the
 exact text in which it was written, so that no change to it goes unseen.
@@ -19,8 +19,11 @@ from typing import Any, BinaryIO
 from align.checkpoint.files import MANIFEST, FileRecord, is_plain
 from align.errors import ConfigError
 
-SCHEMA = 1
-"""Version of the manifest and of what a snapshot holds."""
+SCHEMA = 2
+"""Version of the manifest and of what a checkpoint holds.
+
+2: recipe keys and model fingerprints were renamed and changed.
+"""
 KEYS = {"schema": int, "step": int, "round": int, "epoch": int, "files": list, "facts": dict, "metrics": dict}
 RECORD_KEYS = {"name": str, "size": int, "sha256": str}
 READERS = 4
@@ -28,7 +31,7 @@ READERS = 4
 
 
 class UnsoundError(Exception):
-    """A folder that is not what a snapshot must be: which file, and why."""
+    """A folder that is not what a checkpoint must be: which file, and why."""
 
     def __init__(self, file: str, reason: str):
         super().__init__(f"{file}: {reason}")
@@ -37,7 +40,7 @@ class UnsoundError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot holds, and of when it is."""
+    """What a checkpoint holds, and of when it is."""
 
     schema: int
     """`SCHEMA` of the version that wrote it."""
@@ -68,7 +71,8 @@ class Manifest:
         content = unsealed(text)
         if content.get("schema") != SCHEMA:
             message = f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}"
-            raise ConfigError(message, where=str(where), remedy="go on with the version of align that wrote it")
+            remedy = "resume with the version of align that wrote it, or start in a new run.dir"
+            raise ConfigError(message, where=str(where), remedy=remedy)
         if content.keys() != KEYS.keys():
             raise ValueError(f"has the keys {', '.join(content)}, not {', '.join(KEYS)}")
         if wrong := [key for key, kind in KEYS.items() if type(content[key]) is not kind]:
@@ -113,7 +117,7 @@ def _record(entry: Any) -> FileRecord:
     if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != RECORD_KEYS:
         raise ValueError(f"has a file without name, size and sha256: {entry!r}")
     if not is_plain(entry["name"]):
-        raise ValueError(f"names a file outside the snapshot: {entry['name']!r}")
+        raise ValueError(f"names a file outside the checkpoint: {entry['name']!r}")
     return FileRecord(**entry)
 
 
@@ -122,7 +126,7 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def survey(folder: Path) -> tuple[dict[str, int], list[Path]]:
+def scan(folder: Path) -> tuple[dict[str, int], list[Path]]:
     """Sizes of all files below ``folder`` by name, and all folders, the deepest first.
 
     Raises `UnsoundError` for symbolic links, what is neither file nor folder, and what another user owns or may write.
@@ -176,11 +180,11 @@ def compare(manifest: Manifest, sizes: Mapping[str, int]) -> None:
 
 
 def inspect(folder: Path) -> Manifest:
-    """The manifest of a published snapshot whose files are there in their sizes. Raises `UnsoundError`.
+    """The manifest of a published checkpoint whose files are there in their sizes. Raises `UnsoundError`.
 
     A manifest that is whole but of another version is no damage: `ConfigError`.
     """
-    sizes, _ = survey(folder)
+    sizes, _ = scan(folder)
     if sizes.pop(MANIFEST, None) is None:
         raise UnsoundError(MANIFEST, "is missing")
     try:
@@ -205,8 +209,10 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_file(folder: Path, name: str) -> bytes:
-    """The content of a file of a published snapshot, compared with its sha256; the other files are not read. Raises as
-    `inspect` does."""
+    """The content of one file of a published checkpoint, after its sha256 was compared. Reads no other file.
+
+    Raises as `inspect` does.
+    """
     record = next((record for record in inspect(folder).files if record.name == name), None)
     if record is None:
         raise UnsoundError(name, "is not in the manifest")

@@ -15,11 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from align.checkpoint.files import FileRecord
-from align.checkpoint.manifest import READERS, SCHEMA, UnsoundError, read_records, sealed, sha256_of, unsealed
+from align.checkpoint.manifest import READERS, UnsoundError, read_records, sealed, sha256_of, unsealed
 from align.errors import AlignError, ModelError
 from align.utils.disk import new_folder, open_file, sync_folder, write_new
 
 RESULT_MANIFEST = "align_manifest.json"
+RESULT_SCHEMA = 1
+"""Version of this manifest."""
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def _seal(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(READERS) as pool:
         records = list(pool.map(lambda name: _synced(folder, name), names))
-    content = {"schema": SCHEMA, "files": [asdict(record) for record in records]}
+    content = {"schema": RESULT_SCHEMA, "files": [asdict(record) for record in records]}
     write_new(folder / RESULT_MANIFEST, [sealed(content).encode()], 0o666)
     for place in sorted({folder, *((folder / name).parent for name in names)}):
         sync_folder(place)
@@ -54,8 +56,8 @@ def require_sound(folder: Path) -> None:
     try:
         with open_file(folder / RESULT_MANIFEST) as file:
             content = unsealed(file.read())
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}")
+        if content.get("schema") != RESULT_SCHEMA:
+            raise ValueError(f"has schema {content.get('schema')!r}, and this version of align reads {RESULT_SCHEMA}")
         records = read_records(content.get("files"))
     except (AlignError, ValueError) as error:
         reason = error.message if isinstance(error, AlignError) else str(error)

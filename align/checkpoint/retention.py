@@ -1,4 +1,4 @@
-"""Which snapshots are kept."""
+"""Which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from align.config import CheckpointConfig
 
 
 def kept(metrics: Mapping[int, Mapping[str, float]], pinned: Set[int], section: CheckpointConfig) -> set[int]:
-    """Steps whose snapshots stay, of those with these metrics.
+    """Steps whose checkpoints stay, of those with these metrics.
 
     The latest ``keep_latest``, the best ``keep_best`` of all by ``best_by``, the multiples of ``keep_every``, and the
     pinned ones. A step whose metric is missing or not finite is no candidate for the best; of equals the later counts

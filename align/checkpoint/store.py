@@ -1,14 +1,14 @@
-"""The snapshots of a run: one folder for each step that was saved, there as a whole or not at all.
+"""The checkpoints of a run: one folder for each step that was saved, there as a whole or not at all.
 
     checkpoints/
       step-000040/                          published: manifest.json and the files that it names
-      step-000040.pinned                    keeps that snapshot for ever
+      step-000040.pinned                    keeps that checkpoint for ever
       step-000020.bad/                      was damaged; the file ``why`` says how
       latest                                name of the newest, for people and scripts; never read here
       partial-step-000060.<epoch>.<nonce>/  being written, or a torso
       old-step-000010.<epoch>.<nonce>/      being deleted
 
-A snapshot is published by one rename, after everything in it is on the disk. ``epoch`` is the number of the owner of
+A checkpoint is published by one rename, after everything in it is on the disk. ``epoch`` is the number of the owner of
 the run folder, and ``fence`` raises `LockError` when another process owns it: asked before each rename and deletion.
 """
 
@@ -25,22 +25,22 @@ from pathlib import Path
 
 from align.checkpoint import retention
 from align.checkpoint.files import MANIFEST
-from align.checkpoint.manifest import Manifest, UnsoundError, check_owner, compare, inspect, name_of, survey, verify
+from align.checkpoint.manifest import Manifest, UnsoundError, check_owner, compare, inspect, name_of, scan, verify
 from align.config import CheckpointConfig
 from align.errors import ConfigError, SaveError
 from align.utils import fault_injection
 from align.utils.disk import saving, sync_folder, write_new
 
 SPARE_BYTES = 2**20
-"""Free beside what a snapshot takes, for manifest, pointer and folders."""
+"""Free beside what a checkpoint takes, for manifest, pointer and folders."""
 SPARE_FRACTION = 0.02
 """The same by size, for what a file system adds to its files."""
 SPARE_INODES = 256
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A published snapshot whose files were found sound."""
+class SavedCheckpoint:
+    """A published checkpoint whose files were found sound."""
 
     folder: Path
     manifest: Manifest
@@ -48,8 +48,8 @@ class Snapshot:
     def path(self, name: str) -> Path:
         """A file of the manifest. Raises `ConfigError` where it names none so."""
         if name not in {record.name for record in self.manifest.files}:
-            remedy = "go on with the recipe and the version of align that wrote the snapshot"
-            raise ConfigError(f"the snapshot has no file {name}", where=str(self.folder), remedy=remedy)
+            remedy = "go on with the recipe and the version of align that wrote the checkpoint"
+            raise ConfigError(f"the checkpoint has no file {name}", where=str(self.folder), remedy=remedy)
         return self.folder / name
 
 
@@ -63,7 +63,7 @@ def listed(folder: Path) -> list[Path]:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(folder)) from error
 
 
-class Snapshots:
+class CheckpointStore:
     """The folder ``checkpoints`` of one run."""
 
     def __init__(
@@ -79,13 +79,13 @@ class Snapshots:
         self.fence, self.report = fence, report
 
     def begin(self, step: int, num_bytes: int) -> Path:
-        """A new folder for the files of a snapshot; ``num_bytes`` is an estimate of what will be written.
+        """A new folder for the files of a checkpoint; ``num_bytes`` is an estimate of what will be written.
 
         Raises `SaveError` where space or inodes do not suffice or the system refuses, `ConfigError` where other users
         may write to ``folder``.
         """
         with saving(self.folder):
-            fault_injection.maybe_inject("driver", 0, "snapshot", step)
+            fault_injection.maybe_inject("driver", 0, "checkpoint", step)
             if not self.folder.is_dir():
                 self.folder.mkdir(mode=0o700)
                 sync_folder(self.folder.parent)
@@ -95,12 +95,12 @@ class Snapshots:
             partial.mkdir(mode=0o700)
         return partial
 
-    def publish(self, partial: Path, manifest: Manifest) -> Snapshot:
-        """Make the files in ``partial`` the snapshot of ``manifest.step``; then delete what need not be kept.
+    def publish(self, partial: Path, manifest: Manifest) -> SavedCheckpoint:
+        """Make the files in ``partial`` the checkpoint of ``manifest.step``; then delete what need not be kept.
 
         A step that is published already with the same files, round and facts stays, and ``partial`` is dropped. Raises
         `SaveError` where it is published with others, where ``partial`` is not what the manifest says, or where the
-        system refuses. What fails after the snapshot is on the disk (pointer, deletion) is reported, not raised.
+        system refuses. What fails after the checkpoint is on the disk (pointer, deletion) is reported, not raised.
         """
         final = self.folder / name_of(manifest.step)
         manifest = Manifest.read(manifest.text().encode(), final / MANIFEST)  # what cannot be read is not published
@@ -116,7 +116,7 @@ class Snapshots:
         self.abandon(partial)
         self._point(manifest.step)
         self.retain()
-        return Snapshot(final, there or manifest)
+        return SavedCheckpoint(final, there or manifest)
 
     def abandon(self, partial: Path) -> None:
         """Remove what was begun and will not be published. Never raises; what stays is removed by `clean`."""
@@ -130,34 +130,34 @@ class Snapshots:
                 self.fence()
                 self._remove(path)
 
-    def newest(self) -> Snapshot | None:
-        """The newest snapshot that is sound; None where there is none at all.
+    def newest(self) -> SavedCheckpoint | None:
+        """The newest checkpoint that is sound; None where there is none at all.
 
         Damaged ones on the way are reported and renamed. Raises `ConfigError` where there are some and none is sound:
-        a run never starts afresh because its snapshots are damaged.
+        a run never starts afresh because its checkpoints are damaged.
         """
         steps = self.steps()
         if steps:
             self._check_own()
         for step in reversed(steps):
             try:
-                return Snapshot(self.folder / name_of(step), verify(self.folder / name_of(step)))
+                return SavedCheckpoint(self.folder / name_of(step), verify(self.folder / name_of(step)))
             except UnsoundError as error:
                 self._set_aside(step, error)
         if any(path.name.startswith("step-") for path in listed(self.folder)):  # those set aside before as well
             remedy = "mend one (the file `why` in each .bad folder names the damage), or start in a new run.dir"
-            raise ConfigError("there are snapshots, and none is sound", where=str(self.folder), remedy=remedy)
+            raise ConfigError("there are checkpoints, and none is sound", where=str(self.folder), remedy=remedy)
         return None
 
-    def open(self, path: Path) -> Snapshot:
-        """The snapshot in the folder ``path``. Raises `ConfigError` that says what is wrong with it."""
+    def open(self, path: Path) -> SavedCheckpoint:
+        """The checkpoint in the folder ``path``. Raises `ConfigError` that says what is wrong with it."""
         path = path.absolute()
         try:
-            return Snapshot(path, verify(path))
+            return SavedCheckpoint(path, verify(path))
         except UnsoundError as error:
-            sound = Snapshots(path.parent, self.section)._newest_sound(other_than=path)
+            sound = CheckpointStore(path.parent, self.section)._newest_sound(other_than=path)
             remedy = f"the newest sound one there is {sound}" if sound else "there is no sound one beside it"
-            raise ConfigError(f"not a sound snapshot: {error}", where=str(path), remedy=remedy) from error
+            raise ConfigError(f"not a sound checkpoint: {error}", where=str(path), remedy=remedy) from error
 
     def steps(self) -> list[int]:
         """Published steps in order, sound or not."""
@@ -165,7 +165,7 @@ class Snapshots:
         return sorted(int(match[1]) for match in found if match)
 
     def pin(self, step: int) -> None:
-        """Keep the snapshot of ``step`` whatever comes. Raises `SaveError`."""
+        """Keep the checkpoint of ``step`` whatever comes. Raises `SaveError`."""
         with saving(self.folder / name_of(step)):
             (self.folder / name_of(step)).stat()
             self.fence()
@@ -173,7 +173,7 @@ class Snapshots:
             sync_folder(self.folder)
 
     def retain(self) -> None:
-        """Delete the snapshots that need not be kept (`retention.kept`).
+        """Delete the checkpoints that need not be kept (`retention.kept`).
 
         Only those whose files are there in their sizes count, and only they are deleted. What cannot be deleted is
         reported.
@@ -214,20 +214,20 @@ class Snapshots:
         needed = num_bytes + int(SPARE_FRACTION * num_bytes) + SPARE_BYTES
         short = None
         if free < needed:
-            short = f"a snapshot needs {needed} bytes here, {free} are free"
+            short = f"a checkpoint needs {needed} bytes here, {free} are free"
         elif system.f_files and system.f_favail < SPARE_INODES:  # some file systems count none
-            short = f"a snapshot needs {SPARE_INODES} inodes here, {system.f_favail} are free"
+            short = f"a checkpoint needs {SPARE_INODES} inodes here, {system.f_favail} are free"
         if short:
-            remedy = "free space there, or keep fewer snapshots (checkpoint.keep_latest, keep_best, keep_every)"
+            remedy = "free space there, or keep fewer checkpoints (checkpoint.keep_latest, keep_best, keep_every)"
             raise SaveError(short, where=str(self.folder), remedy=remedy)
 
     def _seal(self, partial: Path, manifest: Manifest) -> None:
         """Compare the files with the manifest, write it, and bring all folders to the disk."""
         try:
-            sizes, folders = survey(partial)
+            sizes, folders = scan(partial)
             compare(manifest, sizes)
         except UnsoundError as error:
-            remedy = "look for what else writes there; snapshots published before are untouched"
+            remedy = "look for what else writes there; checkpoints published before are untouched"
             raise SaveError(error.reason, where=str(partial / error.file), remedy=remedy) from error
         with saving(partial / MANIFEST):
             fault_injection.maybe_inject("driver", 0, "manifest", manifest.step)
@@ -237,7 +237,7 @@ class Snapshots:
             sync_folder(folder)
 
     def _found_there(self, final: Path, manifest: Manifest) -> Manifest | None:
-        """The same snapshot, where it is published already. Raises `SaveError` where another one is."""
+        """The same checkpoint, where it is published already. Raises `SaveError` where another one is."""
         if not os.path.lexists(final):
             return None
         try:
@@ -247,12 +247,12 @@ class Snapshots:
             return None
         same = replace(manifest, epoch=found.epoch, metrics=found.metrics)
         if same.text() != found.text():
-            remedy = "go on in a new run.dir, or move that snapshot away"
+            remedy = "go on in a new run.dir, or move that checkpoint away"
             raise SaveError("is published already, with other content", where=str(final), remedy=remedy)
         return found
 
     def _point(self, step: int) -> None:
-        """Write ``latest``. A failure is reported: the snapshot counts without it."""
+        """Write ``latest``. A failure is reported: the checkpoint counts without it."""
         temporary = self._aside("partial", "latest")
         try:
             fault_injection.maybe_inject("driver", 0, "publish", step)
@@ -266,7 +266,7 @@ class Snapshots:
             self.report(f"{self.folder / 'latest'}: cannot be written: {error.strerror}")
 
     def _set_aside(self, step: int, error: UnsoundError) -> None:
-        """Rename a damaged snapshot and leave the reason in it."""
+        """Rename a damaged checkpoint and leave the reason in it."""
         path = self.folder / name_of(step)
         taken = {other.name for other in listed(self.folder)}
         names = (f"{path.name}.bad{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, len(taken) + 3))))
@@ -281,7 +281,7 @@ class Snapshots:
             self.report(f"{aside}: cannot be written: {refusal.strerror}")
 
     def _newest_sound(self, other_than: Path) -> Path | None:
-        """The newest sound snapshot but one, for an offer: nothing is renamed."""
+        """The newest sound checkpoint but one, for an offer: nothing is renamed."""
         for path in (self.folder / name_of(step) for step in reversed(self.steps())):
             if path == other_than:
                 continue

@@ -35,7 +35,7 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names that torch's AdamW has for its averages."""
 KINDS = (WEIGHT, *MOMENTS)
-REMEDY = "go on with the recipe that wrote the snapshot: its model, LoRA rank and targets"
+REMEDY = "go on with the recipe that wrote the checkpoint: its model, LoRA rank and targets"
 
 
 def tensors_file(rank: int) -> str:
@@ -68,12 +68,12 @@ class Piece:
 
 def _present(path: Path) -> Path:
     if not path.is_file():
-        raise ModelError("the snapshot lacks this file", where=str(path), remedy="go on from another snapshot")
+        raise ModelError("the checkpoint lacks this file", where=str(path), remedy="go on from another checkpoint")
     return path
 
 
 class Stored:
-    """The pieces of all ranks in the folder of a role, whose hashes the snapshot's manifest has proved."""
+    """The pieces of all ranks in the folder of a role, whose hashes the checkpoint's manifest has proved."""
 
     def __init__(self, folder: Path):
         """Raises `ModelError` for a rank's file that is missing."""
@@ -94,7 +94,7 @@ class Stored:
         for other, what in ((sizes.keys() - names, "lacks"), (names - sizes.keys(), "has, and the model does not,")):
             if other:
                 listed = ", ".join(sorted(other)[:3])
-                raise ModelError(f"the snapshot {what} {len(other)} parameters: {listed}", where=where, remedy=REMEDY)
+                raise ModelError(f"the checkpoint {what} {len(other)} parameters: {listed}", where=where, remedy=REMEDY)
         for name, size in sizes.items():
             for kind in KINDS:
                 reached = 0

@@ -174,9 +174,9 @@ def _not_on_hub(source: Source) -> str | None:
 def _in_cache(root: Path, source: Source) -> bool:
     revision = source.revision or "main"
     reference = root / "refs" / revision
-    snapshot = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    checkpoint = root / "checkpoints" / (reference.read_text().strip() if reference.is_file() else revision)
     wanted = "*.safetensors" if source.kind == "model" and source.weights else "*"
-    return snapshot.is_dir() and any(snapshot.glob(wanted))
+    return checkpoint.is_dir() and any(checkpoint.glob(wanted))
 
 
 def _in_datasets_cache(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run: its folder, its numbers, its display, its snapshots, and how it stops and goes on."""
+"""A run: its folder, its numbers, its display, its checkpoints, and how it stops and goes on."""
 
 from align.run import bundle
 from align.run.clock import Clock

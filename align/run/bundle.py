@@ -1,11 +1,11 @@
 """Replay bundles: what it takes to run one step again.
 
     bundles/step-000012/
-      bundle.json            step, reason, the snapshot before it, the metrics that the step gave
+      bundle.json            step, reason, the checkpoint before it, the metrics that the step gave
       config.yaml            the recipe
       rollouts.safetensors   what the step learned from, where its policy samples
 
-The state of every rank's generators is in the snapshot, which retention leaves alone. Steps between it and the one in
+The state of every rank's generators is in the checkpoint, which retention leaves alone. Steps between it and the one in
 question are run again too.
 """
 
@@ -29,7 +29,7 @@ from align.run.folder import Folder
 from align.types import Rollouts
 from align.utils.disk import saving, write_whole
 
-SCHEMA = 1
+SCHEMA = 2
 CLOCK = re.compile("seconds/|tokens_per_second/|[a-z_]+/service/")
 """How metrics begin that no two runs share."""
 
@@ -41,8 +41,8 @@ class Bundle:
     folder: Path
     step: int
     reason: str
-    snapshot: Path | None
-    """Where to begin; None where the step came before the first snapshot."""
+    checkpoint: Path | None
+    """Where to begin; None where the step came before the first checkpoint."""
     metrics: dict[str, Any] | None
     """What the step gave; None where it gave nothing."""
     rollouts: Rollouts | None
@@ -56,14 +56,14 @@ def write(
     metrics: Mapping[str, float] | None,
     rollouts: Rollouts | None,
 ) -> Path:
-    """Write the bundle of a step and keep the snapshot before it; returns its folder. Raises `SaveError`."""
+    """Write the bundle of a step and keep the checkpoint before it; returns its folder. Raises `SaveError`."""
     folder = disk.path / "bundles" / f"step-{step:06d}"
     with saving(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    before = [at for at in disk.snapshots.steps() if at < step]
+    before = [at for at in disk.checkpoints.steps() if at < step]
     if before:
-        disk.snapshots.pin(before[-1])
+        disk.checkpoints.pin(before[-1])
     write_config(recipe, folder / "config.yaml")
     if rollouts is not None:
         write_rollouts(folder, "rollouts.safetensors", rollouts)
@@ -71,7 +71,7 @@ def write(
         "schema": SCHEMA,
         "step": step,
         "reason": reason,
-        "snapshot": f"../../checkpoints/step-{before[-1]:06d}" if before else None,
+        "checkpoint": f"../../checkpoints/step-{before[-1]:06d}" if before else None,
         "metrics": None if metrics is None else dict(metrics),
     }
     write_whole(folder / "bundle.json", json.dumps(content, indent=2) + "\n")
@@ -86,12 +86,12 @@ def read(folder: Path) -> Bundle:
         raise ConfigError(f"is no bundle: {error}", where=str(folder)) from error
     if content.get("schema") != SCHEMA:
         raise ConfigError(f"bundle.schema is {content.get('schema')}, not {SCHEMA}", where=str(folder))
-    file, snapshot = folder / "rollouts.safetensors", content["snapshot"]
+    file, checkpoint = folder / "rollouts.safetensors", content["checkpoint"]
     return Bundle(
         folder,
         content["step"],
         content["reason"],
-        None if snapshot is None else (folder / snapshot).resolve(),
+        None if checkpoint is None else (folder / checkpoint).resolve(),
         content["metrics"],
         read_rollouts(file) if file.exists() else None,
     )

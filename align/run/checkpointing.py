@@ -1,9 +1,9 @@
-"""What a run keeps in a snapshot beside the weights, and how a snapshot is taken while the next step runs.
+"""What a run keeps in a checkpoint beside the weights, and how a checkpoint is taken while the next step runs.
 
     begin(step)    every role copies its state and begins to write; the driver writes its own
-    settle()       waits for the writers, then publishes; called before the next snapshot, the export, and a stop
+    settle()       waits for the writers, then publishes; called before the next checkpoint, the export, and a stop
 
-A snapshot is taken between two steps, so there is no half-used rollout batch and no position within its minibatches.
+A checkpoint is taken between two steps, so there is no half-used rollout batch and no position within its minibatches.
 Rollouts that were sampled ahead (``max_off_policy_steps``) are part of it.
 """
 
@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.checkpoint import SCHEMA, FileRecord, Manifest, Snapshot, Snapshots, write_json, write_tensors
+from align.checkpoint import SCHEMA, CheckpointStore, FileRecord, Manifest, SavedCheckpoint, write_json, write_tensors
 from align.errors import ConfigError, SaveError
 from align.roles import StatefulRole, wait_for_all
 from align.types import Packed, Rollouts, Sequences
 
 FAILURES = 3
-"""Snapshots in a row that may fail before the run stops: it could not go on from anywhere near."""
+"""Checkpoints in a row that may fail before the run stops: it could not go on from anywhere near."""
 SMALL = 1 << 20
 """Bytes of what the driver writes beside tensors, generously."""
 
@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Content:
-    """The driver's part of a snapshot."""
+    """The driver's part of a checkpoint."""
 
     progress: Progress
     tensors: Mapping[str, Tensor]
@@ -101,39 +101,39 @@ def read_rollouts(path: Path) -> Rollouts:
     )
 
 
-def read_content(snapshot: Snapshot) -> Content:
-    """The driver's part of a snapshot whose hashes have been verified."""
-    progress = Progress(**json.loads(snapshot.path("driver.json").read_text()))
+def read_content(checkpoint: SavedCheckpoint) -> Content:
+    """The driver's part of a checkpoint whose hashes have been verified."""
+    progress = Progress(**json.loads(checkpoint.path("driver.json").read_text()))
     return Content(
         progress,
-        load_file(snapshot.path("driver.safetensors")),
-        [read_rollouts(snapshot.path(f"rollouts-{i}.safetensors")) for i in range(progress.waiting)],
+        load_file(checkpoint.path("driver.safetensors")),
+        [read_rollouts(checkpoint.path(f"rollouts-{i}.safetensors")) for i in range(progress.waiting)],
     )
 
 
 class Saver:
-    """Takes snapshots of the roles that have state, and brings these back."""
+    """Takes checkpoints of the roles that have state, and brings these back."""
 
-    def __init__(self, snapshots: Snapshots, facts: Mapping[str, Any], overlap: bool):
+    def __init__(self, checkpoints: CheckpointStore, facts: Mapping[str, Any], overlap: bool):
         """``facts`` is what every manifest says beside its files."""
-        self.snapshots, self.facts, self.overlap = snapshots, facts, overlap
+        self.checkpoints, self.facts, self.overlap = checkpoints, facts, overlap
         self.roles: dict[str, StatefulRole] = {}
         self._pending: tuple[Path, Content, list[FileRecord], dict[str, float], bool] | None = None
         self._failures = 0
 
     def begin(self, content: Content, metrics: Mapping[str, float], must: bool) -> None:
-        """Take a snapshot after ``content.progress.step``; ``metrics`` are that step's, for retention.
+        """Take a checkpoint after ``content.progress.step``; ``metrics`` are that step's, for retention.
 
         Where the disk does not take it, the run goes on and says so; raises `SaveError` when it ``must`` be taken, or
         after three failures in a row.
         """
-        self.settle()
+        self.wait_for_save()
         step, partial = content.progress.step, None
         try:
             size = sum(wait_for_all(*(role.state_bytes() for role in self.roles.values())))
             size += sum(x.nbytes for x in content.tensors.values())
             size += sum(x.nbytes for rollouts in content.waiting for x in _as_tensors(rollouts).values())
-            partial = self.snapshots.begin(step, size + SMALL)
+            partial = self.checkpoints.begin(step, size + SMALL)
             asked = [role.save(partial, self.overlap) for role in self.roles.values()]
             records = [
                 write_json(partial, "driver.json", asdict(content.progress)),
@@ -146,7 +146,7 @@ class Saver:
             return
         self._pending = partial, content, records, dict(metrics), must
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Publish what was begun. Errors as in `begin`."""
         if self._pending is None:
             return
@@ -158,9 +158,9 @@ class Saver:
                 records = records + [record for written in found for record in written]
             progress = content.progress
             manifest = Manifest(
-                SCHEMA, progress.step, progress.round, self.snapshots.epoch, tuple(records), dict(self.facts), metrics
+                SCHEMA, progress.step, progress.round, self.checkpoints.epoch, tuple(records), dict(self.facts), metrics
             )
-            self.snapshots.publish(partial, manifest)
+            self.checkpoints.publish(partial, manifest)
         except SaveError as error:
             self.failed(error, must, partial)
             return
@@ -169,24 +169,24 @@ class Saver:
     def abandon(self) -> None:
         """Drop what was begun: a role that writes it is gone."""
         if self._pending is not None:
-            self.snapshots.abandon(self._pending[0])
+            self.checkpoints.abandon(self._pending[0])
             self._pending = None
 
     def failed(self, error: SaveError, must: bool, partial: Path | None = None) -> None:
-        """A snapshot could not be taken: say so and go on, or raise ``error``; see `begin`."""
+        """A checkpoint could not be taken: say so and go on, or raise ``error``; see `begin`."""
         if partial is not None:
             for role in self.roles.values():
                 with suppress(SaveError):
                     role.saved().result()  # no one may write there any more
-            self.snapshots.abandon(partial)
+            self.checkpoints.abandon(partial)
         self._failures += 1
         if must or self._failures == FAILURES:
             raise error
-        self.snapshots.report(f"no snapshot was taken: {error}; the run goes on, the last snapshot is untouched")
+        self.checkpoints.report(f"no checkpoint was taken: {error}; the run goes on, the last checkpoint is untouched")
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Bring every role with state back to a snapshot."""
-        roles = snapshot.manifest.facts["roles"]
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
+        """Bring every role with state back to a checkpoint."""
+        roles = checkpoint.manifest.facts["roles"]
         if missing := sorted(self.roles.keys() - roles):
-            raise ConfigError(f"the snapshot has no {', '.join(missing)}", where=str(snapshot.folder))
-        wait_for_all(*(role.restore(snapshot.folder) for role in self.roles.values()))
+            raise ConfigError(f"the checkpoint has no {', '.join(missing)}", where=str(checkpoint.folder))
+        wait_for_all(*(role.restore(checkpoint.folder) for role in self.roles.values()))

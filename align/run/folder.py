@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from align.checkpoint import Snapshot, Snapshots, UnsoundError, listed, read_file, require_sound
+from align.checkpoint import CheckpointStore, SavedCheckpoint, UnsoundError, listed, read_file, require_sound
 from align.config import RecipeConfig
 from align.config.load import format_config
 from align.errors import ConfigError
@@ -24,7 +24,7 @@ from align.prechecks.folders import BEFORE_A_RUN, check_run_folder
 from align.run.checkpointing import Progress
 from align.run.environment import environment, versions
 from align.run.identity import MOST_LISTED, Identity
-from align.run.jsonl import Lines, copy_tree
+from align.run.jsonl import JsonLines, copy_tree
 from align.run.lock import Lock
 from align.utils.disk import open_file, saving, write_whole
 from align.utils.redact import redact
@@ -37,14 +37,14 @@ class Folder:
         self.recipe, self.section, self.identity = recipe, recipe.run, identity
         self.path = Path(self.section.dir).expanduser().absolute()
         self.metrics, self.samples, self.evaluations = (
-            Lines(self.path / f"{name}.jsonl", self.report, lambda: self.lock.check())
+            JsonLines(self.path / f"{name}.jsonl", self.report, lambda: self.lock.check())
             for name in ("metrics", "samples", "evaluations")
         )
         self._board: SummaryWriter | None = None
         self._bests: dict[int, set[Path]] = {}
-        """Best models by snapshot: what is published does not change."""
-        self.found: Snapshot | None = None
-        """The snapshot that the run goes on from."""
+        """Best models by checkpoint: what is published does not change."""
+        self.checkpoint: SavedCheckpoint | None = None
+        """The checkpoint that the run goes on from."""
 
     def report(self, line: str) -> None:
         """Tell the user something at once."""
@@ -54,7 +54,7 @@ class Folder:
     # Ownership
 
     def open(self) -> None:
-        """Take the folder, find the snapshot to go on from, and write what is known before the start.
+        """Take the folder, find the checkpoint to go on from, and write what is known before the start.
 
         Raises `ConfigError` for a folder that holds something else or another run, `LockError` for one that is owned.
         """
@@ -75,31 +75,31 @@ class Folder:
     def _open_owned(self) -> None:
         if self.lock.took_over:
             self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
-        self.snapshots = Snapshots(
+        self.checkpoints = CheckpointStore(
             self.path / "checkpoints", self.recipe.checkpoint, self.lock.epoch, self.lock.check, self.report
         )
-        self.snapshots.clean()
+        self.checkpoints.clean()
         for left in self.path.glob(".*.partial"):  # by an owner that was killed
             left.unlink()
         self.search()
         self._write_start()
 
     def search(self) -> None:
-        """Find the newest sound snapshot, of this folder or else the one that ``run.resume`` names."""
-        own, named = self.snapshots.newest(), Path(self.section.resume).expanduser().absolute()
+        """Find the newest sound checkpoint, of this folder or else the one that ``run.resume`` names."""
+        own, named = self.checkpoints.newest(), Path(self.section.resume).expanduser().absolute()
         if self.section.resume in ("auto", "never") or (own and named.parent != own.folder.parent):
-            self.found = own  # another run's snapshot was the beginning, and may be gone by now
+            self.checkpoint = own  # another run's checkpoint was the beginning, and may be gone by now
         else:
-            self.found = self.snapshots.open(named)
+            self.checkpoint = self.checkpoints.open(named)
             if own and named != own.folder:
                 remedy = f"give a new run.dir to go on from there beside it, or move {own.folder} away"
-                raise ConfigError(f"run.resume={named} is not the newest snapshot of this run", remedy=remedy)
-        if self.found is not None:
-            self._require(self.found.manifest.facts, self.found.folder)
+                raise ConfigError(f"run.resume={named} is not the newest checkpoint of this run", remedy=remedy)
+        if self.checkpoint is not None:
+            self._require(self.checkpoint.manifest.facts, self.checkpoint.folder)
         elif os.path.lexists(self.path / "checkpoints" / "latest"):
             remedy = "bring them back, or begin in a new run.dir"
-            where = str(self.snapshots.folder)
-            raise ConfigError("there were snapshots, and they are gone", where=where, remedy=remedy)
+            where = str(self.checkpoints.folder)
+            raise ConfigError("there were checkpoints, and they are gone", where=where, remedy=remedy)
         elif self._known:
             self._begin_again()
 
@@ -114,7 +114,7 @@ class Folder:
         else:
             if not differences:
                 if not os.path.lexists(self.path / "final"):
-                    self.report(f"{self.path} holds a run without a snapshot: it begins at its first step")
+                    self.report(f"{self.path} holds a run without a checkpoint: it begins at its first step")
                 return
             keys = list(dict.fromkeys(key.split(":")[0] for key, _ in differences))
             more = f", and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else ""
@@ -142,28 +142,28 @@ class Folder:
             os.rename(log, aside / "logs" / log.name)
         self._known = False
 
-    def search_again(self) -> None:
-        """Find the newest sound snapshot of this process's own run, or the one it began with."""
-        self.found = self.snapshots.newest() or self.found
+    def find_checkpoint_again(self) -> None:
+        """Find the newest sound checkpoint of this process's own run, or the one it began with."""
+        self.checkpoint = self.checkpoints.newest() or self.checkpoint
 
     def _require(self, facts: Mapping[str, Any], where: Path) -> None:
         self.identity.require(facts, self.section.allow_change, str(where))
 
     @property
     def source(self) -> Path:
-        """The folder of the run that is gone on with; another one where a snapshot of it was given."""
-        return self.path if self.found is None else self.found.folder.parent.parent
+        """The folder of the run that is gone on with; another one where a checkpoint of it was given."""
+        return self.path if self.checkpoint is None else self.checkpoint.folder.parent.parent
 
     @property
     def finished(self) -> bool:
         """Whether the final model of all steps is there."""
         total = self.section.steps * self.recipe.num_rounds()
-        done = self.found is None or self.found.manifest.step >= total
+        done = self.checkpoint is None or self.checkpoint.manifest.step >= total
         final = self.path / "final"
         if not (self._known and done and os.path.lexists(final)):
             return False
         damage = damage_of(final)
-        if damage and self.found is None:
+        if damage and self.checkpoint is None:
             remedy = "restore it, or move it away to train again from the first step"
             raise ConfigError(f"is damaged, and no checkpoint is there: {damage}", where=str(final), remedy=remedy)
         return damage is None
@@ -178,7 +178,7 @@ class Folder:
         self.write_text("config.yaml", redact(format_config(self.recipe)))
         now = environment()
         self.write_text("environment.json", redact(json.dumps(now, indent=2)) + "\n")
-        start = {"epoch": self.lock.epoch, "from_step": self.found.manifest.step if self.found else 0, **now}
+        start = {"epoch": self.lock.epoch, "from_step": self.checkpoint.manifest.step if self.checkpoint else 0, **now}
         starts, before = self.path / "starts.jsonl", b""
         if os.path.lexists(starts):
             with open_file(starts) as file:
@@ -204,7 +204,7 @@ class Folder:
         """Write a file, whole or not at all. Raises as `write_whole` does."""
         write_whole(self.path / name, text)
 
-    def cut_back(self, progress: Progress) -> None:
+    def truncate_to_step(self, progress: Progress) -> None:
         """Let the files end where ``progress`` was written down, and drop models of later steps. Into a new folder they
         are copied from the run that is gone on with."""
         for lines in (self.metrics, self.samples, self.evaluations):
@@ -254,13 +254,13 @@ class Folder:
             damage = damage_of(folder)
             if damage is not None:
                 remedy = "restore it, or begin in a new run.dir"
-                if any(saved <= step for saved in self.snapshots.steps()):
+                if any(saved <= step for saved in self.checkpoints.steps()):
                     remedy = f"restore it, or move away the checkpoints after step {step}: the run then writes it again"
                 raise ConfigError(f"is damaged: {damage}", where=str(folder), remedy=remedy)
 
     def _drop_best(self, progress: Progress) -> None:
-        """Remove the best models of this round and later ones that no snapshot speaks of: their steps come again."""
-        known = self.best_of_snapshots() | self._best(progress.round, progress.state)
+        """Remove the best models of this round and later ones that no checkpoint speaks of: their steps come again."""
+        known = self.best_of_checkpoints() | self._best(progress.round, progress.state)
         for number in range(progress.round, self.recipe.num_rounds() + 1):
             for folder in self._models(number).glob("best/step-*"):
                 if folder not in known:
@@ -278,7 +278,7 @@ class Folder:
                 for name, value in line.items():
                     self._board.add_scalar(name, value, step)
 
-    def set_aside(self, folder: Path, why: str) -> None:
+    def rename_final(self, folder: Path, why: str) -> None:
         """Give a model another name, and say why."""
         names = (f"{folder.name}.before-{number}" for number in count(1))
         other = folder.with_name(next(name for name in names if not os.path.lexists(folder.with_name(name))))
@@ -286,14 +286,14 @@ class Folder:
             os.rename(folder, other)
         self.report(f"{folder} is now {other.name}: {why}")
 
-    def best_of_snapshots(self) -> set[Path]:
-        """The best models that kept snapshots speak of."""
-        return set().union(*map(self._best_of, self.snapshots.steps()))
+    def best_of_checkpoints(self) -> set[Path]:
+        """The best models that kept checkpoints speak of."""
+        return set().union(*map(self._best_of_checkpoint, self.checkpoints.steps()))
 
-    def _best_of(self, step: int) -> set[Path]:
-        """The same of one snapshot; none for one that is damaged, from which no run goes on."""
+    def _best_of_checkpoint(self, step: int) -> set[Path]:
+        """The same of one checkpoint; none for one that is damaged, from which no run goes on."""
         if step not in self._bests:
-            folder = self.snapshots.folder / f"step-{step:06d}"
+            folder = self.checkpoints.folder / f"step-{step:06d}"
             try:
                 progress = json.loads(read_file(folder, "driver.json"))
                 self._bests[step] = self._best(progress["round"], progress["state"])

@@ -1,4 +1,4 @@
-"""What a run is, so that a snapshot is only gone on from by the run that it belongs to."""
+"""What a run is, so that a checkpoint is only gone on from by the run that it belongs to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HARMLESS = re.compile("|".join(f"(?:{pattern})" for pattern in HARMLESS))
 
 @dataclass(frozen=True)
 class Identity:
-    """What a snapshot must agree with."""
+    """What a checkpoint must agree with."""
 
     recipe: dict[str, Any]
     """Values by dotted key, harmless ones left out."""
@@ -52,7 +52,7 @@ class Identity:
         return cls(_plain(kept), dict(data), dict(models))
 
     def differences(self, facts: Mapping[str, Any], allowed: list[str]) -> list[tuple[str, str]]:
-        """Key and line of each difference to what a snapshot's manifest says, but for the ``allowed`` keys."""
+        """Key and line of each difference to what a checkpoint's manifest says, but for the ``allowed`` keys."""
         differences = [
             *_differences(facts["recipe"], self.recipe, ""),
             *_differences(facts["data"], self.data, "data: "),
@@ -61,7 +61,7 @@ class Identity:
         return [(key, line) for key, line in differences if not _allowed(key, allowed)]
 
     def require(self, facts: Mapping[str, Any], allowed: list[str], where: str) -> None:
-        """Raises `ConfigError` with the first differences to what a snapshot's manifest says; for a run of another
+        """Raises `ConfigError` with the first differences to what a checkpoint's manifest says; for a run of another
         algorithm, in one line."""
         refused = self.differences(facts, allowed)
         if not refused:
@@ -69,7 +69,7 @@ class Identity:
         remedy = "undo the change, or choose another run.dir"
         if any(key == "algorithm" for key, _ in refused):
             then, now = facts["recipe"].get("algorithm"), self.recipe["algorithm"]
-            problem = f"the snapshot belongs to a run of algorithm {then}, and this recipe is {now}"
+            problem = f"the checkpoint belongs to a run of algorithm {then}, and this recipe is {now}"
             raise ConfigError(problem, where=where, remedy="choose another run.dir")
         lines = [f"\n    {line}" for _, line in refused[:MOST_LISTED]]
         if len(refused) > MOST_LISTED:
@@ -78,7 +78,7 @@ class Identity:
             keys = ",".join(dict.fromkeys(key.split(":")[0] for key, _ in refused))
             remedy += f", or allow it: run.allow_change=[{keys}]"
         raise ConfigError(
-            f"this is not the run that the snapshot belongs to:{''.join(lines)}", where=where, remedy=remedy
+            f"this is not the run that the checkpoint belongs to:{''.join(lines)}", where=where, remedy=remedy
         )
 
 
@@ -97,7 +97,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -
         old, new = then.get(key, absent), now.get(key, absent)
         if old != new:
             short = (str(old)[:12], str(new)[:12]) if prefix else (repr(old), repr(new))
-            found.append((f"{prefix}{key}", f"{prefix}{key}: {short[0]} in the snapshot, {short[1]} now"))
+            found.append((f"{prefix}{key}", f"{prefix}{key}: {short[0]} in the checkpoint, {short[1]} now"))
     return found
 
 

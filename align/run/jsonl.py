@@ -1,4 +1,4 @@
-"""Files that grow by a line at a time, and that a resumed run cuts back to where its snapshot was taken."""
+"""Files that grow by a line at a time, and that a resumed run cuts back to where its checkpoint was taken."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from align.utils.disk import open_file, saving
 CHUNK = 1 << 20
 
 
-class Lines:
+class JsonLines:
     """One JSON object a line, appended whole or not at all.
 
     A line that the disk does not take stays in memory and is tried again with the next one, so that a full disk costs
-    no line while the run lives; `sync`, which a snapshot needs, raises.
+    no line while the run lives; `sync`, which a checkpoint needs, raises.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None], fence: Callable[[], None] = lambda: None):
@@ -53,7 +53,7 @@ class Lines:
                 with open_file(source) as old:
                     _copy(old, new, end)
             if new.tell() < end:
-                self._report(f"{source} is shorter than it was at the snapshot; its last lines are lost")
+                self._report(f"{source} is shorter than it was at the checkpoint; its last lines are lost")
                 new.seek(0)
                 new.truncate(new.read().rfind(b"\n") + 1)
             new.flush()

@@ -31,9 +31,9 @@ from align.utils.disk import saving
 class Run:
     """One training run. Use as a context manager; an algorithm iterates over `steps` and calls `log` in each.
 
-    Between two steps it takes snapshots and looks whether it was asked to stop. What an algorithm does before its first
-    step happens on the weights that the round starts from, in a resumed run too: the roles are brought back to the
-    snapshot when the first step is asked for.
+    Between two steps it saves checkpoints and checks for requests to stop. What an algorithm does before its first step
+    uses the weights that the round starts from, in a resumed run too: the roles load the checkpoint when `steps` is
+    first iterated.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Run:
         self.tensors: dict[str, Tensor] = {}
         """Tensors that an algorithm carries from step to step, as `state` does with numbers."""
         self.stop_after: int | None = None
-        """A step after which the run ends at once, without a snapshot: the end of a replay."""
+        """A step after which the run ends at once, without a checkpoint: the end of a replay."""
         self._roles: dict[str, StatefulRole] = {}
         self._counting: dict[str, MeteredRole] = {}
         self._waiting: deque[Future[Rollouts]] = deque()
@@ -101,7 +101,7 @@ class Run:
 
     def keep_best(self, step: int, policy: PolicyRole, extra: Mapping[str, str] | None = None) -> None:
         """Write the policy as the best one so far, with the ``extra`` files, text by name. Those before go when no
-        snapshot speaks of them any more."""
+        checkpoint speaks of them any more."""
         folder = self._best_at(step)
         with saving(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +150,14 @@ class Run:
         return self.disk.finished
 
     def _rewind(self) -> None:
-        """Stand where the snapshot to go on from was taken, or at the beginning."""
-        self.saver = Saver(self.disk.snapshots, self.disk.facts, self.recipe.checkpoint.overlap)
-        snapshot = self.disk.found
-        content = Content(Progress(), {}, []) if snapshot is None else read_content(snapshot)
+        """Stand where the checkpoint to go on from was taken, or at the beginning."""
+        self.saver = Saver(self.disk.checkpoints, self.disk.facts, self.recipe.checkpoint.overlap)
+        checkpoint = self.disk.checkpoint
+        content = Content(Progress(), {}, []) if checkpoint is None else read_content(checkpoint)
         self.progress, self.tensors = content.progress, dict(content.tensors)
         self._waiting = deque(CompletedFuture(rollouts) for rollouts in content.waiting)
         self.clock.step = self.progress.step
-        self.disk.cut_back(self.progress)
+        self.disk.truncate_to_step(self.progress)
 
     def start_of(self, number: int) -> Path | None:
         """The model that a round starts from: the best of the one before, or its last; None for the recipe's own."""
@@ -185,7 +185,7 @@ class Run:
             if damage is None:
                 return False
             why = f"it is damaged ({damage}), and is written again from the last checkpoint"
-        self.disk.set_aside(self.final, why)
+        self.disk.rename_final(self.final, why)
         return True
 
     def rounds(self) -> Iterator[RecipeConfig]:
@@ -204,15 +204,15 @@ class Run:
         self.saver.facts = {**self.disk.facts, "roles": {name: dict(worlds[name]) for name in self._roles}}
 
     def recover(self, error: AlignError, attempt: int) -> None:
-        """Go back to the last snapshot after workers were lost, or raise ``error`` when that was done too often."""
+        """Go back to the last checkpoint after workers were lost, or raise ``error`` when that was done too often."""
         self.saver.abandon()
         if attempt > self.section.max_restarts:
             raise error
-        self.report(f"{error}\nrestart {attempt} of {self.section.max_restarts}, from the last snapshot")
-        self.disk.search_again()
+        self.report(f"{error}\nrestart {attempt} of {self.section.max_restarts}, from the last checkpoint")
+        self.disk.find_checkpoint_again()
         self._rewind()
 
-    def leave_if_told(self) -> None:
+    def stop_at_once(self) -> None:
         """Raises `KeyboardInterrupt` after a second signal; asked between steps, and by whoever waits for workers."""
         if self.stopping.now:
             raise KeyboardInterrupt(self.stopping.status)
@@ -229,7 +229,7 @@ class Run:
         return step == self.round * self.section.steps
 
     def steps(self) -> Iterator[int]:
-        """1, 2, ..., ``run.steps``; in a later round on from there, in a resumed run on from its snapshot.
+        """1, 2, ..., ``run.steps``; in a later round on from there, in a resumed run on from its checkpoint.
 
         Raises `StoppedError` between two steps when the run was asked to stop and has saved.
         """
@@ -243,17 +243,17 @@ class Run:
             yield step
             self.stopping.note_step(time.monotonic() - begun)
             self._between(step)
-        self.saver.settle()
+        self.saver.wait_for_save()
         self._prune_best()
         self.disk.lock.check()  # the algorithm exports next
 
     def _restore(self) -> None:
-        snapshot = self.disk.found
-        if snapshot is None or snapshot.manifest.round != self.round:
+        checkpoint = self.disk.checkpoint
+        if checkpoint is None or checkpoint.manifest.round != self.round:
             return
-        self.saver.restore(snapshot)
+        self.saver.restore(checkpoint)
         for name, counters in self.progress.roles.items():
-            self._roles[name].go_on(counters)
+            self._roles[name].load_counters(counters)
 
     def stop_if_asked(self) -> None:
         """Raise `StoppedError` where the run was asked to stop; for where there is nothing to save."""
@@ -264,12 +264,12 @@ class Run:
             raise StoppedError(f"stopped by {reason} at step {self.progress.step}", remedy="run it again to go on")
 
     def _between(self, step: int) -> None:
-        """After a step: publish what was begun before, take a snapshot where one is due, stop where that is asked."""
-        self.leave_if_told()
+        """After a step: publish what was begun before, take a checkpoint where one is due, stop where that is asked."""
+        self.stop_at_once()
         self.progress.step = step
         if step == self.stop_after:
             raise StoppedError(f"replayed to step {step}")
-        self.saver.settle()
+        self.saver.wait_for_save()
         self._prune_best()
         if step in self.section.bundle_steps:
             self._bundle(step, "asked for by run.bundle_steps", self.metrics)
@@ -279,7 +279,7 @@ class Run:
             begun = time.monotonic()
             self._save(must)
             if asked:
-                self.saver.settle()
+                self.saver.wait_for_save()
             self.stopping.note_save(time.monotonic() - begun)
         if not (self.is_last(step) and self.round == self.recipe.num_rounds()):
             self._stop(asked)
@@ -297,7 +297,7 @@ class Run:
         self.saver.begin(Content(replace(self.progress), dict(self.tensors), waiting), self.metrics, must)
 
     def _prune_best(self) -> None:
-        spoken_of = {self.folder / start for start in self.progress.starts.values()} | self.disk.best_of_snapshots()
+        spoken_of = {self.folder / start for start in self.progress.starts.values()} | self.disk.best_of_checkpoints()
         for folder in (*self.folder.glob("best/step-*"), *self.folder.glob("round-*/best/step-*")):
             if folder != self.best and folder not in spoken_of:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -308,7 +308,7 @@ class Run:
 
     def diverged(self, error: DivergedError) -> DivergedError:
         """The error of the step under way, with a bundle to replay it."""
-        self.saver.settle()
+        self.saver.wait_for_save()
         try:
             folder = self._bundle(self.clock.step, error.message, None)
         except SaveError as refused:

@@ -101,7 +101,7 @@ class Stopping:
         self._slowest_step = max(self._slowest_step, seconds)
 
     def note_save(self, seconds: float) -> None:
-        """Writing a snapshot took so long."""
+        """Writing a checkpoint took so long."""
         self._slowest_save = max(self._slowest_save or 0.0, seconds)
 
     def asked(self) -> str | None:

@@ -50,9 +50,9 @@ def refused(error: BaseException, path: Path | None) -> AlignError:
     """What the system refused at ``path``, as an error with a remedy: `ConfigError` where something else lies there,
     else `SaveError`."""
     number, kind = error_number(error), SaveError
-    remedy = "check the file system; snapshots published before are untouched"
+    remedy = "check the file system; checkpoints published before are untouched"
     if number in FULL:
-        remedy = "free space or inodes there, or keep fewer snapshots (checkpoint.keep_latest, keep_best, keep_every)"
+        remedy = "free space or inodes there, or keep fewer checkpoints (checkpoint.keep_latest, keep_best, keep_every)"
     elif number == errno.EFBIG:
         remedy = "raise the limit on the size of a file (ulimit -f), or write to another file system"
     elif number in PROTECTED:

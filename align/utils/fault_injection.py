@@ -38,8 +38,8 @@ NUMBERS = {"nan": float("nan"), "inf": float("inf")}
 SPOILT = tuple(f"{number}_{what}" for number in NUMBERS for what in ("loss", "gradient", "answer"))
 OTHERS = ("exit", "error", "oom", "hang", "spin", "gil", "slow")
 KINDS = (*SIGNALS, *REFUSALS, *SPOILT, *OTHERS)
-POINTS = ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain")
-"""Points of the driver's own work: a step begins; a line is appended to a file of numbers; a snapshot is begun, a
+POINTS = ("step", "metrics", "checkpoint", "shard", "manifest", "publish", "retain")
+"""Points of the driver's own work: a step begins; a line is appended to a file of numbers; a checkpoint is begun, a
 file of it is written and the manifest is; it is published; old ones are deleted. ``publish`` has several fits in a row,
 so that ``at`` picks each system call of the commit."""
 SLOW_SECONDS = 5.0

@@ -325,10 +325,10 @@ class TrainedRole(Role):
         return self.ranks.call("save", TrainedWorker.state_bytes, self.ranks.everywhere(), sum)
 
     def counters(self) -> dict[str, Any]:
-        """What the driver's side counts, for a snapshot; JSON."""
+        """What the driver's side counts, for a checkpoint; JSON."""
         return {}
 
-    def go_on(self, counters: Mapping[str, Any]) -> None:
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Count on from what `counters` gave."""
 
     def export(self, folder: Path, extra: Mapping[str, str] | None = None) -> Future[None]:

@@ -218,7 +218,7 @@ class Policy(TrainedRole, Reference):
         ahead = {step: version for step, version in self._version_at.items() if step > newest - MOST_LAG}
         return {"version": self._version, "version_at": {str(step): version for step, version in ahead.items()}}
 
-    def go_on(self, counters: Mapping[str, Any]) -> None:
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
         """See `counters`. A sampler gets the weights anew."""
         self._version, self._sent = counters["version"], -1
         self._version_at = {int(step): version for step, version in counters["version_at"].items()}

@@ -1,4 +1,4 @@
-"""A small snapshot with every kind of file, whose content is a function of the step."""
+"""A small checkpoint with every kind of file, whose content is a function of the step."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def manifest(step: int, files: tuple[checkpoint.FileRecord, ...], **changes) -> 
     return checkpoint.Manifest(checkpoint.SCHEMA, step, files=files, **fields)
 
 
-def save(store: checkpoint.Snapshots, step: int, **changes) -> checkpoint.Snapshot:
-    """Take a snapshot; as the driver does, abandon it where that fails."""
+def save(store: checkpoint.CheckpointStore, step: int, **changes) -> checkpoint.SavedCheckpoint:
+    """Take a checkpoint; as the driver does, abandon it where that fails."""
     partial = store.begin(step, 0)
     try:
         return store.publish(partial, manifest(step, write(partial, step), epoch=store.epoch, **changes))
@@ -58,22 +58,22 @@ def save(store: checkpoint.Snapshots, step: int, **changes) -> checkpoint.Snapsh
         raise
 
 
-def check_whole(snapshot: checkpoint.Snapshot) -> None:
-    """Every file is that of the snapshot's step."""
-    step = snapshot.manifest.step
-    assert snapshot.folder.name == f"step-{step:06d}"
+def check_whole(checkpoint: checkpoint.SavedCheckpoint) -> None:
+    """Every file is that of the checkpoint's step."""
+    step = checkpoint.manifest.step
+    assert checkpoint.folder.name == f"step-{step:06d}"
     for name in SHARDS:
-        found, wanted = load_file(snapshot.path(name)), tensors(step, name)
+        found, wanted = load_file(checkpoint.path(name)), tensors(step, name)
         assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     for name in TEXTS:
-        assert json.loads(snapshot.path(name).read_text()) == numbers(step, name)
+        assert json.loads(checkpoint.path(name).read_text()) == numbers(step, name)
 
 
-def make_store(folder: Path, **settings) -> checkpoint.Snapshots:
+def make_store(folder: Path, **settings) -> checkpoint.CheckpointStore:
     """A store whose reports are kept in ``notes``."""
     passed = {name: settings.pop(name) for name in ("epoch", "fence") if name in settings}
     notes: list[str] = []
-    store = checkpoint.Snapshots(folder, CheckpointConfig(**settings), report=notes.append, **passed)
+    store = checkpoint.CheckpointStore(folder, CheckpointConfig(**settings), report=notes.append, **passed)
     store.notes = notes  # type: ignore[attr-defined]
     return store
 

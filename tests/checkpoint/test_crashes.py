@@ -1,4 +1,4 @@
-"""A process that is killed anywhere in a save leaves the old snapshot or the new one, whole, and never a mixture."""
+"""A process that is killed anywhere in a save leaves the old checkpoint or the new one, whole, and never a mixture."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from align.utils import fault_injection
 
 pytestmark = pytest.mark.usefixtures("without_fsync")
 STEPS = (10, 20, 30)
-POINTS = ("snapshot", "shard", "manifest", "publish", "retain")
+POINTS = ("checkpoint", "shard", "manifest", "publish", "retain")
 CALLS = ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 """Through which the store and the library change folders."""
 
@@ -35,7 +35,7 @@ def save_all(small, folder, keep_latest: int) -> None:
 
 
 def check_and_go_on(small, folder, keep_latest: int) -> int:
-    """What the next owner of the run finds: the step of the newest snapshot, 0 for none."""
+    """What the next owner of the run finds: the step of the newest checkpoint, 0 for none."""
     store = small.make_store(folder, keep_latest=keep_latest, epoch=1)
     store.clean()
     assert not folder.exists() or small.torsos(folder) == []
@@ -76,7 +76,13 @@ def test_there_are_points_enough(tmp_path, small, monkeypatch, keep_latest):
     save_all(small, tmp_path / "checkpoints", keep_latest)
     # for each step 8 files; 4 folders, rename, parent, pointer, its rename; two for the one deletion
     steps = keep_latest + 1
-    assert Counter(met) == {"snapshot": steps, "shard": 8 * steps, "manifest": steps, "publish": 8 * steps, "retain": 2}
+    assert Counter(met) == {
+        "checkpoint": steps,
+        "shard": 8 * steps,
+        "manifest": steps,
+        "publish": 8 * steps,
+        "retain": 2,
+    }
     assert len(met) >= 30
 
 
@@ -91,7 +97,7 @@ def test_killed_before_each_point(tmp_path, small, point, keep_latest):
     steps = STEPS[: keep_latest + 1]
     before = (0, *steps[:-1])
     wanted = {
-        "snapshot": list(before),
+        "checkpoint": list(before),
         "shard": [step for step in before for _ in range(8)],
         "manifest": list(before),
         # 4 folders and the rename, which has happened from the sixth on

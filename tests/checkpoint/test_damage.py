@@ -1,4 +1,4 @@
-"""Whatever was changed in a snapshot after it was published, it is refused with the file's name."""
+"""Whatever was changed in a checkpoint after it was published, it is refused with the file's name."""
 
 import os
 import random
@@ -24,13 +24,13 @@ FILES = (
 )
 ANOTHER = {name: "policy/rank-00001.safetensors" if name.endswith("safetensors") else "driver.json" for name in FILES}
 ANOTHER["driver.json"] = "policy/engine.json"
-"""What a file is exchanged with in its own snapshot: as long, but for the manifest."""
+"""What a file is exchanged with in its own checkpoint: as long, but for the manifest."""
 NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory, small) -> Path:
-    """Sound snapshots of steps 10, 20 and 30."""
+    """Sound checkpoints of steps 10, 20 and 30."""
     store = small.make_store(tmp_path_factory.mktemp("run") / "checkpoints", keep_latest=3)
     for step in (10, 20, 30):
         small.save(store, step)
@@ -118,7 +118,7 @@ def test_the_matrix_is_complete():
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("file", FILES)
-def test_damage_is_named_and_an_older_snapshot_is_taken(store, small, file, change):
+def test_damage_is_named_and_an_older_checkpoint_is_taken(store, small, file, change):
     CHANGES[change](store.folder / name_of(30) / file, file)
     possible = {file, ANOTHER[file]} if change == "swapped with another rank" else {file}
     last = 10 if change == "swapped with another step" else 20  # which damages step 20 as well
@@ -178,12 +178,12 @@ def rename(folder: Path) -> str:
 @pytest.mark.parametrize("change", [add_file, add_link, add_pipe, open_file, open_folder, open_all, rename])
 def test_a_folder_that_others_may_have_changed_is_refused(store, change):
     file = change(store.folder / name_of(30))
-    with pytest.raises(ConfigError, match=f"sound snapshot: {file}: "):
+    with pytest.raises(ConfigError, match=f"sound checkpoint: {file}: "):
         store.open(store.folder / name_of(30))
     assert store.newest().manifest.step == 20
 
 
-def test_a_snapshot_that_is_a_link_or_a_file_is_set_aside(store, tmp_path):
+def test_a_checkpoint_that_is_a_link_or_a_file_is_set_aside(store, tmp_path):
     (store.folder / name_of(30)).rename(tmp_path / name_of(30))
     (store.folder / name_of(30)).symlink_to(tmp_path / name_of(30))
     (store.folder / name_of(40)).write_text("")
@@ -192,7 +192,7 @@ def test_a_snapshot_that_is_a_link_or_a_file_is_set_aside(store, tmp_path):
     assert not (tmp_path / name_of(30) / "why").exists()
 
 
-def test_the_folder_of_snapshots_is_refused_where_others_may_write(store):
+def test_the_folder_of_checkpoints_is_refused_where_others_may_write(store):
     store.folder.chmod(0o777)
     for call in (store.newest, lambda: store.begin(40, 0)):
         with pytest.raises(ConfigError, match=r"checkpoints: may be written by other users \(mode 0777\)"):
@@ -208,7 +208,7 @@ def test_it_may_lie_elsewhere_behind_a_link(store, tmp_path, small):
     assert (tmp_path / "scratch" / name_of(40) / "manifest.json").is_file()
 
 
-def test_no_snapshot_is_a_fresh_start_and_damaged_ones_are_not(store, tmp_path, small):
+def test_no_checkpoint_is_a_fresh_start_and_damaged_ones_are_not(store, tmp_path, small):
     assert small.make_store(tmp_path / "nowhere").newest() is None
     (tmp_path / "empty").mkdir(mode=0o700)
     assert small.make_store(tmp_path / "empty").newest() is None
@@ -221,7 +221,7 @@ def test_no_snapshot_is_a_fresh_start_and_damaged_ones_are_not(store, tmp_path, 
     assert len(store.notes) == 3 and store.steps() == []
 
 
-def test_each_damaged_snapshot_of_a_step_is_kept(store, small):
+def test_each_damaged_checkpoint_of_a_step_is_kept(store, small):
     for _ in range(3):
         (store.folder / name_of(30) / "driver.json").unlink()
         assert store.newest().manifest.step == 20
@@ -242,11 +242,11 @@ def test_only_a_published_name_is_opened(store, name):
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_given_out(store):
-    snapshot = store.newest()
-    assert snapshot.path("driver.json") == store.folder / name_of(30) / "driver.json"
+    checkpoint = store.newest()
+    assert checkpoint.path("driver.json") == store.folder / name_of(30) / "driver.json"
     for name in ("judge/engine.json", "../step-000010/driver.json", "manifest.json"):
-        with pytest.raises(ConfigError, match="the snapshot has no file"):
-            snapshot.path(name)
+        with pytest.raises(ConfigError, match="the checkpoint has no file"):
+            checkpoint.path(name)
 
 
 # The pointer
@@ -340,7 +340,7 @@ def test_a_replaced_writer_deletes_nothing(tmp_path, small):
     assert tree(store.folder) == before
 
 
-def test_a_writer_that_is_replaced_after_its_rename_leaves_pointer_and_old_snapshots(store, small):
+def test_a_writer_that_is_replaced_after_its_rename_leaves_pointer_and_old_checkpoints(store, small):
     asked = iter([None, LockError("the run folder was taken over")])
 
     def fence() -> None:
@@ -372,22 +372,22 @@ def test_torsos_of_a_later_owner_are_left_alone(tmp_path, small):
 # The same step twice
 
 
-def test_the_same_snapshot_again_is_dropped(store, small):
+def test_the_same_checkpoint_again_is_dropped(store, small):
     before = tree(store.folder)
     later = small.make_store(store.folder, keep_latest=3, epoch=5)
-    snapshot = small.save(later, 30, metrics={"seconds": 1.0})
-    assert snapshot.folder.name == name_of(30) and snapshot.manifest.epoch == 0
+    checkpoint = small.save(later, 30, metrics={"seconds": 1.0})
+    assert checkpoint.folder.name == name_of(30) and checkpoint.manifest.epoch == 0
     assert tree(store.folder) == before
 
 
-def test_another_snapshot_of_the_same_step_is_refused(store, small):
+def test_another_checkpoint_of_the_same_step_is_refused(store, small):
     before = tree(store.folder)
     with pytest.raises(SaveError, match=r"step-000030: is published already, with other content"):
         small.save(store, 30, round=2)
     assert tree(store.folder) == before
 
 
-def test_a_damaged_snapshot_of_the_same_step_is_replaced(store, small):
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(store, small):
     (store.folder / name_of(30) / "driver.json").unlink()
     small.save(store, 30)
     small.check_whole(store.newest())

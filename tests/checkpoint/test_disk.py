@@ -1,4 +1,4 @@
-"""A disk that is full, protected, broken or gone costs the snapshot that was being taken, and nothing else."""
+"""A disk that is full, protected, broken or gone costs the checkpoint that was being taken, and nothing else."""
 
 import errno
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align import checkpoint
-from align.checkpoint import store as snapshots
+from align.checkpoint import store as checkpoints
 from align.errors import SaveError
 from align.utils import fault_injection
 
@@ -115,7 +115,7 @@ def test_disk_full_at_the_pointer_costs_the_pointer_alone(disk, store, small):
 
 def test_a_save_that_will_not_fit_is_refused_before_it_begins(disk, store, small):
     free = os.statvfs(disk).f_bavail * PAGE
-    fits = int((free - snapshots.SPARE_BYTES) / (1 + snapshots.SPARE_FRACTION))
+    fits = int((free - checkpoints.SPARE_BYTES) / (1 + checkpoints.SPARE_FRACTION))
     store.abandon(store.begin(20, fits))
     with pytest.raises(SaveError) as refused:
         store.begin(20, fits + 3)
@@ -172,7 +172,7 @@ def test_a_disk_that_becomes_read_only(disk, store, small):
     check_untouched(store, small)
 
 
-def test_a_damaged_snapshot_on_a_read_only_disk_is_passed_over(disk, small):
+def test_a_damaged_checkpoint_on_a_read_only_disk_is_passed_over(disk, small):
     store = small.make_store(disk / "checkpoints", keep_latest=2)
     for step in (10, 20):
         small.save(store, step)
@@ -199,7 +199,7 @@ def attempt(store, small, number: int) -> tuple[int, int]:
 
 
 def check_mended(store, small) -> None:
-    """The newest snapshot is sound, nothing half-written stays, and saving works again."""
+    """The newest checkpoint is sound, nothing half-written stays, and saving works again."""
     small.check_whole(store.newest())
     assert not any(name.startswith("partial-") for name in small.torsos(store.folder))
     small.save(store, 20)
@@ -216,7 +216,7 @@ def prepared(tmp_path, small, at: int):
 
 @pytest.mark.usefixtures("without_fsync")
 @pytest.mark.parametrize("kind", fault_injection.REFUSALS)
-@pytest.mark.parametrize("point", ["snapshot", "shard", "manifest", "publish", "retain"])
+@pytest.mark.parametrize("point", ["checkpoint", "shard", "manifest", "publish", "retain"])
 def test_every_point_refused(tmp_path, small, point, kind):
     found = []
     for at in range(1, 100):
@@ -228,7 +228,7 @@ def test_every_point_refused(tmp_path, small, point, kind):
             break
         check_mended(store, small)
     # 8 files; of publish 4 folders, the rename and the parent are refused, the pointer and its rename noted
-    raised, noted = {"snapshot": (1, 0), "shard": (8, 0), "manifest": (1, 0), "publish": (6, 2), "retain": (0, 2)}[
+    raised, noted = {"checkpoint": (1, 0), "shard": (8, 0), "manifest": (1, 0), "publish": (6, 2), "retain": (0, 2)}[
         point
     ]
     assert found == [(1, 0)] * raised + [(0, 1)] * noted + [(0, 0)]
@@ -255,7 +255,7 @@ def test_every_fsync_refused(tmp_path, small, monkeypatch):
     assert found == [(1, 0)] * 14 + [(0, 1)] * 2 + [(0, 0)]
 
 
-def test_the_folder_of_snapshots_is_on_the_disk_before_its_first_snapshot(tmp_path, small, monkeypatch):
+def test_the_folder_of_checkpoints_is_on_the_disk_before_its_first_checkpoint(tmp_path, small, monkeypatch):
     def refusing(descriptor: int) -> None:
         raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} in {os.readlink(f'/proc/self/fd/{descriptor}')}")
 

@@ -1,4 +1,4 @@
-"""Which snapshots stay: cases worked out by hand."""
+"""Which checkpoints stay: cases worked out by hand."""
 
 import math
 
@@ -49,7 +49,7 @@ def published(store):
     return [path.name for path in sorted(store.folder.iterdir()) if path.is_dir()]
 
 
-def test_a_run_keeps_its_latest_best_and_pinned_snapshots(tmp_path, small):
+def test_a_run_keeps_its_latest_best_and_pinned_checkpoints(tmp_path, small):
     store = small.make_store(tmp_path / "checkpoints", keep_latest=1, keep_best=1, best_by="score", keep_every=40)
     seen = []
     for step, score in ((10, 1.0), (20, 9.0), (30, 2.0), (40, 3.0), (50, 4.0), (60, 5.0)):
@@ -64,7 +64,7 @@ def test_a_run_keeps_its_latest_best_and_pinned_snapshots(tmp_path, small):
     assert store.notes == [] and small.torsos(store.folder) == []
 
 
-def test_a_pin_needs_a_snapshot(tmp_path, small):
+def test_a_pin_needs_a_checkpoint(tmp_path, small):
     store = small.make_store(tmp_path / "checkpoints")
     small.save(store, 10)
     with pytest.raises(SaveError, match="step-000020"):
@@ -72,7 +72,7 @@ def test_a_pin_needs_a_snapshot(tmp_path, small):
     assert not (store.folder / "step-000020.pinned").exists()
 
 
-def test_a_damaged_snapshot_neither_counts_nor_is_deleted(tmp_path, small):
+def test_a_damaged_checkpoint_neither_counts_nor_is_deleted(tmp_path, small):
     store = small.make_store(tmp_path / "checkpoints", keep_latest=2)
     for step in (10, 20):
         small.save(store, step)

@@ -93,7 +93,7 @@ def gone(pid: int) -> bool:
     return state(pid) in ("", "Z")
 
 
-def settle(asked: RayFuture) -> None:
+def wait_for_save(asked: RayFuture) -> None:
     """Let all ranks come to an end of a call that failed; collective calls do by their timeout."""
     references = asked._call.references
     assert len(ray.wait(references, num_returns=len(references), timeout=60.0)[0]) == len(references)
@@ -138,7 +138,7 @@ def test_a_hang_is_named_with_stacks_of_all(company: Company, step: int, tmp_pat
     for log, size in sizes.items():
         written = log.read_text()[size:]
         assert "(most recent call first)" in written or log.name == f"{role}-1.log", log.name
-    settle(asked)
+    wait_for_save(asked)
     company.ask(role, "regroup", f"{tmp_path}-after").result()
 
 
@@ -182,7 +182,7 @@ def test_who_raised_is_named_while_its_peer_waits(company: Company, step: int, t
         if how == "diverged"
         else f"policy-1 failed in update, step {step}: ArithmeticError: seven is not eight"
     )
-    settle(asked)
+    wait_for_save(asked)
     company.ask("policy", "regroup", f"{tmp_path}-after").result()
 
 
@@ -201,7 +201,7 @@ def test_who_looks_now_and_then_hears_of_a_failure_while_its_peer_waits(company:
     assert looked_at(asked) < GROUP_TIMEOUT_S / 2
     with pytest.raises(WorkerError, match=f"policy-1 failed in update, step {step}: ArithmeticError"):
         asked.result()
-    settle(asked)
+    wait_for_save(asked)
     company.ask("policy", "regroup", f"{tmp_path}-after").result()
 
 
@@ -212,7 +212,7 @@ def test_who_looks_now_and_then_hears_of_a_deadline_which_runs_from_the_first_lo
     with pytest.raises(WorkerError, match=f"critic-0, critic-1: no answer to late within 1 s, step {step}"):
         asked.result()
     assert time.monotonic() - begun < LATE_S
-    settle(asked)
+    wait_for_save(asked)
 
 
 def test_who_looks_now_and_then_hears_that_ray_is_gone(company: Company, monkeypatch: pytest.MonkeyPatch):
@@ -222,7 +222,7 @@ def test_who_looks_now_and_then_hears_that_ray_is_gone(company: Company, monkeyp
     with pytest.raises(WorkerError, match="the raylet at here:1, is gone"):
         asked.result()
     company.cluster.watch.broken = False
-    settle(asked)
+    wait_for_save(asked)
 
 
 @pytest.mark.parametrize(("kind", "number"), [("nan_answer", "nan"), ("inf_answer", "inf")])

@@ -74,7 +74,7 @@ def test_a_run_keeps_its_format_on_another_machine(
     facts = vars(Identity.of(begun.config, {}, {}))
     monkeypatch.setattr(precision, "automatic", lambda: Precision("bfloat16", "this GPU has bfloat16 units"))
     assert load_recipe(tmp_path / "config.yaml").config == begun.config
-    with pytest.raises(ConfigError, match=r"policy\.dtype: 'float32' in the snapshot, 'bfloat16' now"):
+    with pytest.raises(ConfigError, match=r"policy\.dtype: 'float32' in the checkpoint, 'bfloat16' now"):
         Identity.of(load_recipe(RECIPE, AUTO).config, {}, {}).require(facts, [], "x")
 
 

@@ -194,7 +194,7 @@ def test_from_the_hub_cached_or_streamed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_fingerprints_are_pinned(tmp_path: Path):
-    """A snapshot says which rows it learned from: no version may call the same rows otherwise."""
+    """A checkpoint says which rows it learned from: no version may call the same rows otherwise."""
     layouts.write(
         tmp_path, "helpsteer3", [layouts.preference("a"), layouts.preference("b", 0)], [layouts.preference("v")]
     )

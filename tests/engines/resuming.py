@@ -163,7 +163,7 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]
 
 
 def seed_everything(seed: int) -> None:
-    """All generators that a snapshot holds."""
+    """All generators that a checkpoint holds."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -173,8 +173,8 @@ def seed_everything(seed: int) -> None:
 
 
 def resumed(case: Case, folder: Path) -> dict[str, list[str]]:
-    """A step, a snapshot, another step: on, from the snapshot in a fresh worker, and back to it in one that went on.
-    What differs from a run without a snapshot."""
+    """What differs from a run without a checkpoint: a step, a checkpoint, then another step without a pause, in a fresh
+    worker, and in one that trained past the checkpoint."""
     first, second = batches(case.kind, 0, 2)
     seed_everything(5 + dist.get_rank())
     straight = trainee(case)
@@ -241,7 +241,7 @@ def leave(case: Case, folder: Path) -> None:
     for batch in batches(case.kind, 0, 2):
         worker.learn(batch)
     save(worker, folder / "at")
-    go_on(worker, folder)
+    load_counters(worker, folder)
 
 
 def take_up(case: Case, source: Path, folder: Path) -> None:
@@ -249,7 +249,7 @@ def take_up(case: Case, source: Path, folder: Path) -> None:
     worker = trainee(case)
     worker.restore(source / "at")
     save(worker, folder / "at")
-    go_on(worker, folder)
+    load_counters(worker, folder)
 
 
 def take_up_all(folder: Path, crossings: list[tuple[Case, int, Case, int]]) -> None:
@@ -260,7 +260,7 @@ def take_up_all(folder: Path, crossings: list[tuple[Case, int, Case, int]]) -> N
             take_up(other, folder / left / case.name, folder / taken / f"{there}-{case.name}" / other.name)
 
 
-def go_on(worker: Trainee, folder: Path) -> None:
+def load_counters(worker: Trainee, folder: Path) -> None:
     """Two more steps, and a save to ``after``. Not in bfloat16, where ranks round the gradients of their own
     micro-batches."""
     if worker.spec.section.dtype == "float32":

@@ -167,7 +167,7 @@ def test_minus_zero_is_kept(tmp_path):
     assert all(torch.signbit(x[0]) and x[0] == 0 for x in found.values())
 
 
-def test_a_snapshot_before_the_first_step_brings_a_stepped_engine_back_to_it(tmp_path):
+def test_a_checkpoint_before_the_first_step_brings_a_stepped_engine_back_to_it(tmp_path):
     straight = [suite.trainee(ODD).learn(batch) for batch in suite.batches("critic", 0, 1)]
     worker = suite.trainee(ODD)
     worker.save(tmp_path, False)
@@ -265,7 +265,7 @@ def test_a_missing_file_is_named(name, tmp_path):
     worker = suite.trainee(ODD)
     worker.save(tmp_path, False)
     (tmp_path / "critic" / name).unlink()
-    with pytest.raises(ModelError, match=f"critic/{name}: the snapshot lacks this file"):
+    with pytest.raises(ModelError, match=f"critic/{name}: the checkpoint lacks this file"):
         worker.restore(tmp_path)
 
 

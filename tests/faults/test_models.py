@@ -346,6 +346,6 @@ def test_a_run_does_not_go_on_with_another_template(command: Command, capsys):
     assert command("run.steps=2", "run.allow_change=[run.steps]") == 78
     said = capsys.readouterr().err
     assert "data: renderer" in said
-    assert "in the snapshot" in said
+    assert "in the checkpoint" in said
     assert " now" in said
     assert (command.run / "metrics.jsonl").read_bytes() == before

@@ -250,17 +250,17 @@ def test_faults_are_counted_over_the_starts_of_a_job(run, stand_ins):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("resume", "snapshot", "added"),
+    ("resume", "checkpoint", "added"),
     [
         ("auto", True, []),
         ("never", False, ["run.resume=auto"]),
         ("never", True, ["run.resume=auto"]),
-        ("snapshot", False, []),
-        ("snapshot", True, ["run.resume=auto"]),
+        ("checkpoint", False, []),
+        ("checkpoint", True, ["run.resume=auto"]),
     ],
 )
-def test_a_second_start_goes_on_from_the_newest_snapshot_of_the_run(run, stand_ins, resume, snapshot, added):
-    if snapshot:
+def test_a_second_start_goes_on_from_the_newest_checkpoint_of_the_run(run, stand_ins, resume, checkpoint, added):
+    if checkpoint:
         (run / "checkpoints" / "step-000002").mkdir(parents=True)
     for more in ([], added):
         finish(start(run, stand_ins, "exit 75", f"resume={resume}"))

@@ -74,7 +74,7 @@ def test_only_faults_are_tried_again(recipe: Path, tmp_path: Path, plan: str, st
 
 
 @pytest.mark.parametrize(
-    ("resume", "has_snapshot", "again"),
+    ("resume", "has_checkpoint", "again"),
     [
         ("auto", False, []),
         ("auto", True, []),
@@ -84,10 +84,10 @@ def test_only_faults_are_tried_again(recipe: Path, tmp_path: Path, plan: str, st
         ("old/checkpoints/step-000003", True, ["run.resume=auto"]),
     ],
 )
-def test_a_second_start_goes_on_from_the_newest_snapshot_of_the_run(
-    tmp_path: Path, resume: str, has_snapshot: bool, again: list[str]
+def test_a_second_start_goes_on_from_the_newest_checkpoint_of_the_run(
+    tmp_path: Path, resume: str, has_checkpoint: bool, again: list[str]
 ):
-    if has_snapshot:
+    if has_checkpoint:
         (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
     assert common.resume_again(RunConfig(dir=str(tmp_path), steps=1, resume=resume)) == again
 

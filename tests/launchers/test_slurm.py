@@ -267,9 +267,9 @@ def test_relative_paths_become_full_and_hub_names_stay(tmp_path: Path, sbatch: P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "old" / "step-000003").mkdir(parents=True)
-    snapshot = tmp_path / "hub" / "models--nvidia--some-model" / "snapshots" / "main"
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").touch()
+    checkpoint = tmp_path / "hub" / "models--nvidia--some-model" / "checkpoints" / "main"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run="here/run", folder="models"))
     assert submit(Path("recipe.yaml"), "reward.path=nvidia/some-model", "run.resume=old/step-000003") == 0
@@ -278,7 +278,7 @@ def test_relative_paths_become_full_and_hub_names_stay(tmp_path: Path, sbatch: P
     assert written.policy.path == written.data.path == written.reference.path == str(tmp_path / "models")
     assert written.reward.path == "nvidia/some-model"
     assert written.run.resume == str(tmp_path / "old/step-000003")
-    assert settings((tmp_path / "here/run/launch/job.sbatch").read_text())["resume"] == "snapshot"
+    assert settings((tmp_path / "here/run/launch/job.sbatch").read_text())["resume"] == "checkpoint"
 
 
 def test_a_chain_is_jobs_that_wait_for_one_another(recipe: Path, sbatch: Path, tmp_path: Path):

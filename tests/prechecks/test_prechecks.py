@@ -36,9 +36,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "hub" / f"models--org--{name}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("abc")
-        (folder / "snapshots" / "abc").mkdir(parents=True)
+        (folder / "checkpoints" / "abc").mkdir(parents=True)
         for file in files:
-            (folder / "snapshots" / "abc" / file).touch()
+            (folder / "checkpoints" / "abc" / file).touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)

@@ -83,12 +83,12 @@ def steps_done(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def snapshots(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit())
 
 
-def _driver(snapshot: Path) -> dict:
-    driver = json.loads((snapshot / "driver.json").read_text())
+def _driver(checkpoint: Path) -> dict:
+    driver = json.loads((checkpoint / "driver.json").read_text())
     driver["totals"] = {key: value for key, value in driver["totals"].items() if not key.startswith(CLOCK)}
     del driver["ends"]["metrics.jsonl"]  # seconds have more digits or fewer
     return driver
@@ -104,7 +104,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert models
     for model in models:
         assert (one / model).read_bytes() == (other / model).read_bytes(), model
-    a, b = snapshots(one)[-1], snapshots(other)[-1]
+    a, b = checkpoints(one)[-1], checkpoints(other)[-1]
     assert a.name == b.name
     assert _driver(a) == _driver(b)
     files, others = ({record["name"]: record["sha256"] for record in _files(one)} for one in (a, b))
@@ -116,15 +116,15 @@ def assert_same(one: Path, other: Path) -> None:
 def killed_at_random(runs: Runs, recipe: str, folder: Path, *, kills: int, seed: int) -> None:
     """Kill a run ``kills`` times at random moments and compare it with one that nobody disturbed.
 
-    Each cycle lives until it has published a snapshot: a run that is killed ever faster would never end.
+    Each cycle lives until it has published a checkpoint: a run that is killed ever faster would never end.
     """
     options = (f"run.steps={2 * kills + 10}", "checkpoint.every=1", f"evaluation.every={kills}")
     assert runs.run("train", recipe, f"run.dir={folder / 'whole'}", *options) == 0, runs.text()
     train, chance = ("train", recipe, f"run.dir={folder / 'run'}", *options), random.Random(seed)
     for _ in range(kills):
-        before = snapshots(folder / "run")[-1:]
+        before = checkpoints(folder / "run")[-1:]
         pid = runs.start(*train)
-        assert until(lambda: snapshots(folder / "run")[-1:] != before), runs.text()  # noqa: B023
+        assert until(lambda: checkpoints(folder / "run")[-1:] != before), runs.text()  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.1))
         runs.kill(pid)
         assert runs.wait(pid) == -signal.SIGKILL, runs.text()
@@ -132,8 +132,8 @@ def killed_at_random(runs: Runs, recipe: str, folder: Path, *, kills: int, seed:
     assert_same(folder / "run", folder / "whole")
 
 
-def _files(snapshot: Path) -> list[dict]:
-    text = json.loads((snapshot / "manifest.json").read_text())
+def _files(checkpoint: Path) -> list[dict]:
+    text = json.loads((checkpoint / "manifest.json").read_text())
     return text["files"] if "files" in text else text["manifest"]["files"]
 
 

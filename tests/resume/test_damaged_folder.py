@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import metrics, snapshots
+from harness import checkpoints, metrics
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -139,7 +139,7 @@ def half(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("half") / "run"
     status, errors = train(recipe, folder, fault="role=driver,phase=step,step=4,kind=error")
     assert status == 1, errors
-    assert [path.name for path in snapshots(folder)] == ["step-000001", "step-000002"]
+    assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"]
     return folder
 
 
@@ -275,7 +275,7 @@ def test_another_algorithm_begins_where_no_step_was_taken(untouched, recipe, toy
     assert not (folder / "best").exists()
     status, errors = train(recipe, folder)
     assert status == 78
-    assert "the snapshot belongs to a run of algorithm sft, and this recipe is rloo" in errors
+    assert "the checkpoint belongs to a run of algorithm sft, and this recipe is rloo" in errors
     assert str(folder) in errors and "choose another run.dir" in errors
     assert len(errors.splitlines()) == 2
 

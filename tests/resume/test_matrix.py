@@ -9,7 +9,7 @@ import re
 import signal
 
 import pytest
-from harness import assert_same, killed_at_random, metrics, snapshots
+from harness import assert_same, checkpoints, killed_at_random, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -29,7 +29,7 @@ WORKERS = [
     *(("dpo", "policy", rank, phase) for rank in (0, 1) for phase in TRAINED if phase != "generate"),
     *((name, role, 0, phase) for name in WORKED for role, phases in FROZEN.items() for phase in phases),
 ]
-DRIVER = ("step", "metrics", "snapshot", "shard", "manifest", "publish", "retain")
+DRIVER = ("step", "metrics", "checkpoint", "shard", "manifest", "publish", "retain")
 SIGNALS = ("sigusr1", "sigusr2", "sigterm", "sigint", "sighup")
 
 
@@ -86,7 +86,7 @@ def test_the_driver_is_killed(name, phase, at, reference, runs, tmp_path):
     ],
 )
 def test_a_signal_in_a_phase(name, role, phase, reference, runs, tmp_path):
-    """Status 75 with a snapshot of the step under way, or 0 where nothing was left to do; then the same result."""
+    """Status 75 with a checkpoint of the step under way, or 0 where nothing was left to do; then the same result."""
     train, whole = reference("ppo")
     log = f"signal {name} {role} {phase}"
     at = 1 if phase in ("start", "export") else 2
@@ -110,12 +110,12 @@ def test_fifty_kills(name, runs, write_recipe, tmp_path):
 @pytest.mark.parametrize("times", [1, 5])
 @pytest.mark.parametrize("name", ["rloo", "ppo", "dpo"])
 def test_numbers_that_are_not_finite(name, times, what, kind, runs, write_recipe, tmp_path):
-    """One is left out and counted; five in a row end the run, and no snapshot holds such a number."""
+    """One is left out and counted; five in a row end the run, and no checkpoint holds such a number."""
     log = f"{name} {kind} {what} {times}"
     skip = ("train", write_recipe(name), f"run.dir={tmp_path / 'run'}", "run.non_finite=skip", "run.max_non_finite=5")
     fault = f"role=policy,phase=update,at=2,times={times},kind={kind}_{what}"
     status = runs.run(*skip, fault=fault, log=log)
     assert status == (79 if times == 5 else 0), runs.text(log)
     assert sum(line.get("non_finite", 0.0) for line in metrics(tmp_path / "run")) == times
-    for snapshot in snapshots(tmp_path / "run"):
-        assert "NaN" not in json.dumps(json.loads((snapshot / "driver.json").read_text()))
+    for checkpoint in checkpoints(tmp_path / "run"):
+        assert "NaN" not in json.dumps(json.loads((checkpoint / "driver.json").read_text()))

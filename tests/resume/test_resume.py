@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import alive, assert_same, metrics, snapshots, steps_done, until
+from harness import alive, assert_same, checkpoints, metrics, steps_done, until
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +29,11 @@ def whole(runs, rloo, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(runs, rloo, tmp_path_factory) -> Path:
-    """A run that was killed before its fifth step: snapshots of 2 and 4, and four lines of metrics."""
+    """A run that was killed before its fifth step: checkpoints of 2 and 4, and four lines of metrics."""
     folder = tmp_path_factory.mktemp("half") / "run"
     status = runs.run("train", rloo, f"run.dir={folder}", fault="role=driver,phase=step,step=6,kind=sigkill")
     assert status == -signal.SIGKILL
-    assert [path.name for path in snapshots(folder)] == ["step-000002", "step-000004"]
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000004"]
     assert steps_done(folder) == 5
     return folder
 
@@ -51,17 +51,17 @@ def folder(half, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("change", "says", "allow"),
     [
-        ("policy.optimizer.lr=3e-3", "policy.optimizer.lr: 0.002 in the snapshot, 0.003 now", "policy.optimizer.lr"),
-        ("run.seed=2", "run.seed: 1 in the snapshot, 2 now", None),
+        ("policy.optimizer.lr=3e-3", "policy.optimizer.lr: 0.002 in the checkpoint, 0.003 now", "policy.optimizer.lr"),
+        ("run.seed=2", "run.seed: 1 in the checkpoint, 2 now", None),
         pytest.param(
-            *("prompts_per_step=8", "prompts_per_step: 7 in the snapshot, 8 now", "prompts_per_step"),
+            *("prompts_per_step=8", "prompts_per_step: 7 in the checkpoint, 8 now", "prompts_per_step"),
             marks=pytest.mark.full,
         ),
-        pytest.param("kl_coef=0.2", "kl_coef: 0.1 in the snapshot, 0.2 now", "kl_coef", marks=pytest.mark.full),
-        ("run.steps=7", "run.steps: 6 in the snapshot, 7 now", "run.steps"),
+        pytest.param("kl_coef=0.2", "kl_coef: 0.1 in the checkpoint, 0.2 now", "kl_coef", marks=pytest.mark.full),
+        ("run.steps=7", "run.steps: 6 in the checkpoint, 7 now", "run.steps"),
         ("data.max_rows=50", "data: rows: ", "[data,data.max_rows]"),
-        ("policy.lora.rank=4", "policy.lora.rank: 2 in the snapshot, 4 now", None),
-        ("evaluation.every=2", "evaluation.every: 3 in the snapshot, 2 now", "evaluation"),
+        ("policy.lora.rank=4", "policy.lora.rank: 2 in the checkpoint, 4 now", None),
+        ("evaluation.every=2", "evaluation.every: 3 in the checkpoint, 2 now", "evaluation"),
     ],
 )
 def test_another_recipe_is_refused_with_the_difference_and_may_be_allowed(change, says, allow, runs, rloo, folder):
@@ -149,7 +149,7 @@ def flip(path: Path) -> None:
         *(pytest.param(name, marks=pytest.mark.full) for name in ("driver.json", "manifest.json")),
     ],
 )
-def test_a_flipped_bit_is_named_and_the_snapshot_before_is_taken(name, runs, rloo, folder, whole):
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(name, runs, rloo, folder, whole):
     flip(folder / "checkpoints" / "step-000004" / name)
     assert runs.run("train", rloo, f"run.dir={folder}", log=f"flip {name}") == 0, runs.text(f"flip {name}")
     message = runs.text(f"flip {name}")
@@ -159,23 +159,23 @@ def test_a_flipped_bit_is_named_and_the_snapshot_before_is_taken(name, runs, rlo
     assert_same(folder, whole)
 
 
-def test_without_a_sound_snapshot_it_never_starts_afresh(runs, rloo, folder):
-    for snapshot in snapshots(folder):
-        flip(snapshot / "policy" / "rank-00000.safetensors")
+def test_without_a_sound_checkpoint_it_never_starts_afresh(runs, rloo, folder):
+    for checkpoint in checkpoints(folder):
+        flip(checkpoint / "policy" / "rank-00000.safetensors")
     for _ in range(2):
         assert runs.run("train", rloo, f"run.dir={folder}", log="none sound") == 78
     assert "none is sound" in runs.text("none sound")
     assert steps_done(folder) == 5
 
 
-def test_snapshots_that_are_gone_are_missed(runs, rloo, folder):
-    for snapshot in snapshots(folder):
-        shutil.rmtree(snapshot)
+def test_checkpoints_that_are_gone_are_missed(runs, rloo, folder):
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
     assert runs.run("train", rloo, f"run.dir={folder}", log="gone") == 78
     assert "they are gone" in runs.text("gone")
 
 
-def test_a_damaged_snapshot_that_was_named_is_refused_and_a_sound_one_offered(runs, rloo, folder, tmp_path):
+def test_a_damaged_checkpoint_that_was_named_is_refused_and_a_sound_one_offered(runs, rloo, folder, tmp_path):
     newest = folder / "checkpoints" / "step-000004"
     flip(newest / "policy" / "rank-00000.safetensors")
     new = ("train", rloo, f"run.dir={tmp_path / 'new'}", f"run.resume={newest}")
@@ -184,21 +184,21 @@ def test_a_damaged_snapshot_that_was_named_is_refused_and_a_sound_one_offered(ru
     assert str(folder / "checkpoints" / "step-000002") in runs.text("named")
 
 
-def test_another_run_goes_on_from_a_snapshot(runs, rloo, folder, whole, tmp_path):
+def test_another_run_goes_on_from_a_checkpoint(runs, rloo, folder, whole, tmp_path):
     """The whole history comes along, and the run it was taken from stays as it was."""
     before = sorted(path for path in folder.rglob("*"))
-    snapshot = folder / "checkpoints" / "step-000002"
-    train = ("train", rloo, f"run.dir={tmp_path / 'fork'}", f"run.resume={snapshot}")
+    checkpoint = folder / "checkpoints" / "step-000002"
+    train = ("train", rloo, f"run.dir={tmp_path / 'fork'}", f"run.resume={checkpoint}")
     assert runs.run(*train, fault="role=driver,phase=step,step=6,kind=sigkill") == -signal.SIGKILL
     assert runs.run(*train, log="fork") == 0, runs.text("fork")
-    assert "resuming after step 4" in runs.text("fork")  # its own snapshot is newer
+    assert "resuming after step 4" in runs.text("fork")  # its own checkpoint is newer
     assert_same(tmp_path / "fork", whole)
     assert sorted(path for path in folder.rglob("*")) == before
     gone = (*train[:-1], f"run.resume={tmp_path / 'gone' / 'checkpoints' / 'step-000002'}")
     assert runs.run(*gone, log="gone") == 0, runs.text("gone")  # where it began is not asked for any more
-    old = ("train", rloo, f"run.dir={folder}", f"run.resume={snapshot}")
+    old = ("train", rloo, f"run.dir={folder}", f"run.resume={checkpoint}")
     assert runs.run(*old, log="older") == 78
-    assert "not the newest snapshot" in runs.text("older")
+    assert "not the newest checkpoint" in runs.text("older")
 
 
 # Stopping
@@ -215,7 +215,7 @@ def test_a_signal_saves_and_ends_with_75(name, runs, rloo, whole, tmp_path):
     train = ("train", rloo, f"run.dir={tmp_path / 'run'}", "checkpoint.every=0")
     assert runs.run(*train, fault=f"role=driver,phase=step,step=3,kind={name}", log=name) == 75
     assert f"stopped by {name.upper()} at step 3" in runs.text(name)
-    assert [path.name for path in snapshots(tmp_path / "run")] == ["step-000003"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000003"]
     assert runs.run(*train) == 0, runs.text()
     assert_same(tmp_path / "run", whole)
 
@@ -254,12 +254,12 @@ def test_a_second_signal_leaves_without_saving(runs, rloo, whole, tmp_path):
         runs.kill(pid, signal.SIGTERM)
     assert runs.wait(pid) == 128 + signal.SIGTERM
     assert "leaving at once without saving" in runs.text("second signal")
-    assert snapshots(tmp_path / "run")[-1].name == "step-000002"
+    assert checkpoints(tmp_path / "run")[-1].name == "step-000002"
     assert runs.run(*train) == 0, runs.text()
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_third_signal_kills_and_the_last_snapshot_is_sound(runs, rloo, whole, tmp_path):
+def test_a_third_signal_kills_and_the_last_checkpoint_is_sound(runs, rloo, whole, tmp_path):
     """In one process the driver computes itself and hears nothing until the step ends."""
     train = ("train", rloo, f"run.dir={tmp_path / 'run'}")
     pid = runs.start(*train, fault="role=policy,phase=update,step=5,kind=hang", log="third")
@@ -276,8 +276,8 @@ def test_a_third_signal_kills_and_the_last_snapshot_is_sound(runs, rloo, whole, 
 # The disk
 
 
-def test_a_full_disk_costs_no_line_and_no_snapshot_that_was_there(runs, rloo, whole, tmp_path):
-    """A snapshot that does not fit is left out with a warning; the third in a row ends the run with 76."""
+def test_a_full_disk_costs_no_line_and_no_checkpoint_that_was_there(runs, rloo, whole, tmp_path):
+    """A checkpoint that does not fit is left out with a warning; the third in a row ends the run with 76."""
     disk = tmp_path / "disk"
     disk.mkdir(mode=0o700)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=700", "none", disk], check=False).returncode:
@@ -291,10 +291,10 @@ def test_a_full_disk_costs_no_line_and_no_snapshot_that_was_there(runs, rloo, wh
                 pass
         assert runs.wait(pid) == 76, runs.text("full")
         text = runs.text("full")
-        assert text.count("no snapshot was taken") == 2
+        assert text.count("no checkpoint was taken") == 2
         assert "bytes" in text
         (disk / "filler").unlink()
-        assert [path.name for path in snapshots(disk / "run")]
+        assert [path.name for path in checkpoints(disk / "run")]
         assert runs.run(*train, log="room again") == 0, runs.text("room again")
         assert_same(disk / "run", whole)
     finally:
@@ -312,7 +312,7 @@ def test_a_number_that_is_not_finite_ends_with_79_and_a_bundle_that_replays(kind
     bundle = tmp_path / "run" / "bundles" / "step-000005"
     assert str(bundle) in runs.text(kind)
     assert "no weight was changed" in runs.text(kind)
-    assert json.loads((bundle / "bundle.json").read_text())["snapshot"].endswith("step-000004")
+    assert json.loads((bundle / "bundle.json").read_text())["checkpoint"].endswith("step-000004")
     assert steps_done(tmp_path / "run") == 4
     assert runs.run("replay", str(bundle), log=f"healthy {kind}") == 1  # without the fault it goes another way
     assert "outcome" in runs.text(f"healthy {kind}")
@@ -344,7 +344,10 @@ def test_a_step_that_went_well_replays_number_by_number(runs, rloo, whole, tmp_p
     assert runs.run(*train) == 0, runs.text()
     assert metrics(tmp_path / "run") == metrics(whole)
     bundle = tmp_path / "run" / "bundles" / "step-000004"
-    assert [path.name for path in snapshots(tmp_path / "run")] == ["step-000003", "step-000006"]  # the first is pinned
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [
+        "step-000003",
+        "step-000006",
+    ]  # the first is pinned
     assert runs.run("replay", str(bundle), log="same") == 0, runs.text("same")
     assert runs.run("replay", str(bundle), "sampling.temperature=0.5", "run.allow_change=[sampling]", log="other") == 1
     assert "sampled tokens differ" in runs.text("other")

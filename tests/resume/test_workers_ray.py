@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_same, metrics, snapshots, until
+from harness import assert_same, checkpoints, metrics, until
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -20,17 +20,17 @@ def test_a_worker_without_state_then_the_driver_then_a_worker_with_state(on_ray,
     train, whole = on_ray("ppo")
     train = (*train, f"run.dir={tmp_path / 'run'}", "run.max_restarts=1")
     pid = runs.start(*train, fault="role=reward,phase=score,step=2,kind=sigkill", log="first")
-    assert until(lambda: snapshots(tmp_path / "run"), 300.0), runs.text("first")
+    assert until(lambda: checkpoints(tmp_path / "run"), 300.0), runs.text("first")
     runs.kill(pid)
     assert runs.wait(pid) == -signal.SIGKILL, runs.text("first")
     assert "reward-0 died in score" in runs.text("first")
-    assert "from the last snapshot" not in runs.text("first")
+    assert "from the last checkpoint" not in runs.text("first")
     fault = "role=policy,rank=1,phase=update,step=5,kind=sigkill"
     assert runs.run(*train, fault=fault, log="second") == 0, runs.text("second")
     text = runs.text("second")
     assert "resuming after step" in text.partition("policy-1 died in update")[0]
     assert re.search(r"policy-1 died in update", text), text
-    assert "restart 1 of 1, from the last snapshot" in text
+    assert "restart 1 of 1, from the last checkpoint" in text
     assert_same(tmp_path / "run", whole)
 
 
@@ -50,7 +50,7 @@ def test_a_killed_worker_with_state_is_never_replaced_and_the_run_goes_on_by_its
     )
     text = runs.text(log)
     assert re.search(rf"{role}-{rank} died in {phase}", text), text
-    assert "restart 1 of 1, from the last snapshot" in text
+    assert "restart 1 of 1, from the last checkpoint" in text
     assert_same(tmp_path / "run", whole)
 
 
@@ -65,7 +65,7 @@ def test_a_killed_worker_without_state_is_replaced_in_place(role, on_ray, runs, 
         log
     )
     assert f"{role}-0 died in {phase}" in runs.text(log)
-    assert "from the last snapshot" not in runs.text(log)
+    assert "from the last checkpoint" not in runs.text(log)
     assert_same(tmp_path / "run", whole)
 
 
@@ -111,6 +111,6 @@ def test_on_one_two_and_one_processes_and_from_zero_2_to_3(on_ray, runs, tmp_pat
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6, msg=name)
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
     worlds = {
-        path.name: json.loads((path / "manifest.json").read_text())["facts"]["roles"] for path in snapshots(whole)
+        path.name: json.loads((path / "manifest.json").read_text())["facts"]["roles"] for path in checkpoints(whole)
     }
     assert all(found["policy"] == {"world_size": 2, "zero_stage": 2} for found in worlds.values())

@@ -58,7 +58,7 @@ class Disk:
 
 def save(saver: Saver, step: int) -> None:
     saver.begin(Content(Progress(step=step), {}, []), {}, must=False)
-    saver.settle()
+    saver.wait_for_save()
 
 
 def test_a_checkpoint_that_was_taken_makes_earlier_failures_forgotten(tmp_path: Path):

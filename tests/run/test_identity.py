@@ -1,4 +1,4 @@
-"""Which changes a snapshot refuses, key by key."""
+"""Which changes a checkpoint refuses, key by key."""
 
 import dataclasses
 from pathlib import Path
@@ -55,10 +55,10 @@ def test_what_may_change(change: str):
 )
 def test_what_may_not(change: str, key: str):
     with pytest.raises(ConfigError) as caught:
-        identity(change).require(BEGUN, [], "the snapshot's place")
+        identity(change).require(BEGUN, [], "the checkpoint's place")
     assert f"    {key}: " in str(caught.value)
     assert f"run.allow_change=[{key}]" in str(caught.value)
-    assert str(caught.value).startswith("the snapshot's place: ")
+    assert str(caught.value).startswith("the checkpoint's place: ")
     identity(change).require(BEGUN, [key], "x")
     identity(change).require(BEGUN, [key.split(".")[0]], "x")  # a section stands for its keys
     with pytest.raises(ConfigError):
@@ -66,19 +66,19 @@ def test_what_may_not(change: str, key: str):
 
 
 def test_rows_and_models_are_compared_by_content():
-    with pytest.raises(ConfigError, match=r"data: rows: r in the snapshot, s now"):
+    with pytest.raises(ConfigError, match=r"data: rows: r in the checkpoint, s now"):
         identity(rows="s").require(BEGUN, [], "x")
-    with pytest.raises(ConfigError, match=r"model: policy: p in the snapshot, q now(?s:.*)allow_change=\[model\]"):
+    with pytest.raises(ConfigError, match=r"model: policy: p in the checkpoint, q now(?s:.*)allow_change=\[model\]"):
         identity(policy="q").require(BEGUN, [], "x")
     identity(rows="s", policy="q").require(BEGUN, ["data", "model"], "x")
 
 
 def test_a_key_that_is_new_or_gone_is_a_difference():
     older = {**BEGUN, "recipe": {**BEGUN["recipe"], "old_key": 1}}
-    with pytest.raises(ConfigError, match=r"old_key: 1 in the snapshot, '\(not there\)' now"):
+    with pytest.raises(ConfigError, match=r"old_key: 1 in the checkpoint, '\(not there\)' now"):
         identity().require(older, [], "x")
     del older["recipe"]["gamma"], older["recipe"]["old_key"]
-    with pytest.raises(ConfigError, match=r"gamma: '\(not there\)' in the snapshot, 1.0 now"):
+    with pytest.raises(ConfigError, match=r"gamma: '\(not there\)' in the checkpoint, 1.0 now"):
         identity().require(older, [], "x")
 
 
@@ -96,7 +96,7 @@ def test_another_algorithm_and_many_differences_are_told_in_a_few_lines():
     with pytest.raises(ConfigError) as caught:
         Identity.of(other, {"rows": "r"}, {"policy": "p"}).require(BEGUN, [], "runs/x/checkpoints/step-000004")
     assert str(caught.value) == (
-        "runs/x/checkpoints/step-000004: the snapshot belongs to a run of algorithm ppo, and this recipe is dpo\n"
+        "runs/x/checkpoints/step-000004: the checkpoint belongs to a run of algorithm ppo, and this recipe is dpo\n"
         "  remedy: choose another run.dir"
     )
     changes = [f"{key}=0.123" for key in ("kl_coef", "gamma", "gae_lambda", "sampling.top_p", "policy.optimizer.lr")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import LockError, SaveError
-from align.run.jsonl import Lines, copy_tree
+from align.run.jsonl import JsonLines, copy_tree
 from align.utils import fault_injection
 
 
@@ -20,7 +20,7 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def lines(tmp_path: Path, notes: list[str]):
-    made = Lines(tmp_path / "metrics.jsonl", notes.append)
+    made = JsonLines(tmp_path / "metrics.jsonl", notes.append)
     made.open()
     yield made
     made.close()
@@ -31,19 +31,19 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_line_is_there_when_append_returns(lines: Lines):
+def test_a_line_is_there_when_append_returns(lines: JsonLines):
     for step in (1, 2, 3):
         lines.append({"step": step}, step)
         assert steps(lines.path) == list(range(1, step + 1))
 
 
-def test_numbers_that_json_does_not_know_are_words_also_inside(lines: Lines):
+def test_numbers_that_json_does_not_know_are_words_also_inside(lines: JsonLines):
     lines.append({"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": "ü", "e": 1.5}, 1)
     assert json.loads(lines.path.read_text()) == {"a": "nan", "b": ["inf", {"c": "-inf"}], "d": "ü", "e": 1.5}
 
 
 @pytest.mark.parametrize("kind", ["enospc", "eio", "erofs"])
-def test_what_the_disk_refuses_comes_with_the_next_line(kind: str, lines: Lines, notes: list[str]):
+def test_what_the_disk_refuses_comes_with_the_next_line(kind: str, lines: JsonLines, notes: list[str]):
     fault_injection.arm(f"role=driver,phase=metrics,step=2,kind={kind}")
     for step in (1, 2):
         lines.append({"step": step}, step)
@@ -70,7 +70,7 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_half_a_line_never_stays(lines: Lines):
+def test_half_a_line_never_stays(lines: JsonLines):
     lines.append({"step": 1}, 1)
     lines._file = full = Full(lines._file, room=5)
     lines.append({"step": 2}, 2)
@@ -82,7 +82,7 @@ def test_half_a_line_never_stays(lines: Lines):
     assert steps(lines.path) == [1, 2]
 
 
-def test_cut_back_to_a_length_that_was_noted(lines: Lines):
+def test_cut_back_to_a_length_that_was_noted(lines: JsonLines):
     lines.append({"step": 1}, 1)
     end = lines.sync()
     lines.append({"step": 2}, 2)
@@ -93,9 +93,9 @@ def test_cut_back_to_a_length_that_was_noted(lines: Lines):
     assert "again" in lines.path.read_text()
 
 
-def test_an_old_writer_cannot_spoil_the_new_file(tmp_path: Path, lines: Lines):
+def test_an_old_writer_cannot_spoil_the_new_file(tmp_path: Path, lines: JsonLines):
     lines.append({"step": 1}, 1)
-    new = Lines(lines.path, print)
+    new = JsonLines(lines.path, print)
     new.open(lines.sync())
     lines.append({"step": 99}, 99)  # into a file that has no name any more
     new.append({"step": 2}, 2)
@@ -103,15 +103,15 @@ def test_an_old_writer_cannot_spoil_the_new_file(tmp_path: Path, lines: Lines):
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_a_file_that_is_shorter_than_noted_is_said_to_be(lines: Lines, notes: list[str]):
+def test_a_file_that_is_shorter_than_noted_is_said_to_be(lines: JsonLines, notes: list[str]):
     lines.append({"step": 1}, 1)
     lines.close()
     lines.open(1000)
-    assert "is shorter than it was at the snapshot" in notes[0]
+    assert "is shorter than it was at the checkpoint" in notes[0]
     assert steps(lines.path) == [1]
 
 
-def test_lines_of_another_run_are_copied_up_to_there(tmp_path: Path, lines: Lines):
+def test_lines_of_another_run_are_copied_up_to_there(tmp_path: Path, lines: JsonLines):
     source = tmp_path / "other.jsonl"
     source.write_text('{"step": 1}\n{"step": 2}\n')
     lines.close()
@@ -136,7 +136,7 @@ def test_a_file_that_was_taken_over_gets_no_line(tmp_path: Path):
     def fence() -> None:
         raise LockError("taken over")
 
-    lines = Lines(tmp_path / "metrics.jsonl", print, fence)
+    lines = JsonLines(tmp_path / "metrics.jsonl", print, fence)
     lines.open()
     with pytest.raises(LockError):
         lines.append({"step": 1}, 1)

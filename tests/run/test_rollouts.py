@@ -154,16 +154,16 @@ class Writer:
         return CompletedFuture(None)
 
 
-def test_a_better_policy_replaces_the_one_before_when_no_snapshot_speaks_of_it(tmp_path: Path):
+def test_a_better_policy_replaces_the_one_before_when_no_checkpoint_speaks_of_it(tmp_path: Path):
     policy = Writer()
     with started(tmp_path, steps=40) as run:
         assert run.best is None
         for step in run.steps():
-            if step in (10, 15, 25, 30):  # snapshots are taken after 20 and 40
+            if step in (10, 15, 25, 30):  # checkpoints are taken after 20 and 40
                 run.keep_best(step, policy)  # type: ignore[arg-type]
                 assert run.best == tmp_path / "best" / f"step-{step:06d}"
                 assert (run.best / "model.safetensors").is_file()
-    # The snapshot after 20 speaks of 15 and is published before 25 comes; nothing speaks of 10, 25 any more.
+    # The checkpoint after 20 speaks of 15 and is published before 25 comes; nothing speaks of 10, 25 any more.
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["step-000015", "step-000030"]
     assert policy.beside[-1] == ["step-000015", "step-000025"]  # the one before was there while this was written
 

@@ -1,10 +1,10 @@
-"""Seconds to write and to verify the tensors of a snapshot, beside what the libraries take to write and read them.
+"""Seconds to write and to verify the tensors of a checkpoint, beside what the libraries take to write and read them.
 
-    python benchmarks/snapshots.py FOLDER [--megabytes 500] [--repeats 5] [--json FILE]
+    python benchmarks/checkpoints.py FOLDER [--megabytes 500] [--repeats 5] [--json FILE]
 
 Writes float32 tensors of 8 MB (one in ten is small) to FOLDER, on the disk that is meant, in turns: ours, which hashes
 and syncs; `safetensors.torch.save_file` and `torch.save`, which do neither, and the same with a sync after. Then reads
-them, from the page cache: our verification of a published snapshot in 4 files, `safetensors.torch.load_file`,
+them, from the page cache: our verification of a published checkpoint in 4 files, `safetensors.torch.load_file`,
 `torch.load`. Reports medians, and ratios to ours within each turn.
 """
 
@@ -27,7 +27,7 @@ from align import checkpoint
 from align.config import CheckpointConfig
 
 FILES = 4
-"""Of the snapshot that is verified, as of four ranks."""
+"""Of the checkpoint that is verified, as of four ranks."""
 
 
 def tensors(megabytes: int) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def written(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
 
 def read(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
     """Seconds of each way to read."""
-    store = checkpoint.Snapshots(folder / "checkpoints", CheckpointConfig())
+    store = checkpoint.CheckpointStore(folder / "checkpoints", CheckpointConfig())
     partial = store.begin(1, sum(tensor.nbytes for tensor in numbers.values()))
     names = list(numbers)
     shares = [{name: numbers[name] for name in names[rank::FILES]} for rank in range(FILES)]
