@@ -1,4 +1,4 @@
-"""What the launchers share: arguments, the command, going on again, errors. Loads neither torch nor Ray."""
+"""What the launchers share: arguments, the command, resuming, errors. Loads neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from align.errors import AlignError
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Recipe and overrides; a launcher adds its own."""
+    """A parser with the recipe and overrides; each launcher adds its options."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("recipe", type=Path, help="YAML file, such as recipes/quickstart/rloo.yaml")
-    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    arguments.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, as recipes/quickstart/rloo.yaml")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the recipe")
     return arguments
 
 
@@ -24,18 +24,19 @@ def train_command(recipe: Path, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "align.cli", "train", str(recipe), *overrides]
 
 
-def resume_again(run: RunConfig) -> list[str]:
-    """What ``run.resume`` must become where a run is started for the second time.
+def resume_overrides(run: RunConfig) -> list[str]:
+    """Overrides of ``run.resume`` for the second start of a run.
 
-    ``never`` would find a folder that is not empty, and a checkpoint that is named may be older than the run's own.
+    ``never`` would refuse the folder, which is not empty any more, and a checkpoint that the recipe names may be older
+    than the run's own.
     """
     has_checkpoint = any((Path(run.dir).expanduser() / "checkpoints").glob("step-*"))
     outdated = run.resume == "never" or (run.resume != "auto" and has_checkpoint)
     return ["run.resume=auto"] if outdated else []
 
 
-def finish(main: Callable[[], int]) -> None:
-    """Leave with the status of a launcher's ``main``, or with that of an error a user can act on, which is printed."""
+def exit_with(main: Callable[[], int]) -> None:
+    """Exit with the status of ``main``, or print an `AlignError` and exit with its status."""
     try:
         status = main()
     except AlignError as error:

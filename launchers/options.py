@@ -1,4 +1,4 @@
-"""What differs between clusters: options of sbatch, memory, the environment of a job, and containers."""
+"""Options that depend on the site: sbatch, memory, the environment of a job, and containers."""
 
 from __future__ import annotations
 
@@ -13,44 +13,52 @@ from typing import Any
 from align.config.load import flatten_config
 from align.errors import ConfigError
 
-PASSED_ON = ("partition", "account", "qos", "mem", "constraint", "reservation")
-"""Options of sbatch that the launcher has by the same name. All others are given as ``--sbatch=--name=value``."""
-OWN = {
-    **{name: f"give --{name}" for name in (*PASSED_ON, "nodes", "time", "cpus-per-task", "gpus-per-node")},
+SBATCH_OPTIONS = ("partition", "account", "qos", "mem", "constraint", "reservation")
+"""Options of sbatch that the launcher has under the same name. All others are given as ``--sbatch=--name=value``."""
+RESERVED_OPTIONS = {
+    **{name: f"give --{name}" for name in (*SBATCH_OPTIONS, "nodes", "time", "cpus-per-task", "gpus-per-node")},
     **{name: f"give --{name}" for name in ("array", "dependency", "export")},
     "signal": "give --signal-before SECONDS",
     "no-requeue": "give --max-restarts 0",
     **dict.fromkeys(("output", "error"), "the log is in <run.dir>/logs/slurm/"),
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "requeue", "open-mode", "chdir", "parsable", "wrap"), "leave it out"),
+    **dict.fromkeys(
+        ("ntasks", "ntasks-per-node", "requeue", "open-mode", "chdir", "parsable", "wrap"), "leave this option out"
+    ),
     "test-only": "give --dry-run, and run `sbatch --test-only` on the script that it prints",
 }
 """Options of sbatch that the launcher sets, with what to do instead."""
 GPU_REQUESTS = ("gres", "gpus", "gpus-per-task")
-"""Options that ask for GPUs in place of ``--gpus-per-node``."""
+"""Options that request GPUs instead of ``--gpus-per-node``."""
 MEMORY_REQUESTS = ("mem-per-cpu", "mem-per-gpu")
-"""Options that ask for memory in place of ``--mem``."""
+"""Options that request memory instead of ``--mem``."""
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 """Variables that name caches of models and data."""
 DEFAULT_CACHE = "~/.cache/huggingface"
 
 
 def add_options(arguments: argparse.ArgumentParser) -> None:
-    """Options of the command line that a site needs."""
+    """Add the options that depend on the site."""
     add = arguments.add_argument
-    for name in PASSED_ON:
-        default = " (0: all of a node; `site` leaves it out)" if name == "mem" else ""
-        add(f"--{name}", default="0" if name == "mem" else None, help=f"as of sbatch{default}")
-    add("--dependency", help="as of sbatch; of the first job of a chain")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, as --sbatch=--exclusive")
-    add("--export", help="as of sbatch: ALL, NONE or names of variables (SBATCH_EXPORT, else ALL)")
-    add("--setup", type=Path, metavar="FILE", help="bash that each step reads first: modules, conda, HF_HOME, ...")
-    add("--container", metavar="IMAGE", help="image in which the steps run")
-    add("--container-runtime", choices=("pyxis", "apptainer"), help="(apptainer for an image *.sif, else pyxis)")
-    add("--container-mounts", metavar="LIST", help="further mounts, SOURCE:TARGET[:ro], separated by commas")
+    for name in SBATCH_OPTIONS:
+        default = " (0: all memory of a node; site: no --mem)" if name == "mem" else ""
+        add(f"--{name}", default="0" if name == "mem" else None, help=f"as for sbatch{default}")
+    add("--dependency", help="as for sbatch, for the first job of a chain")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as --sbatch=--exclusive",
+    )
+    add("--export", help="as for sbatch: ALL, NONE or variables (SBATCH_EXPORT, else ALL)")
+    add("--setup", type=Path, metavar="FILE", help="bash that each step sources first: modules, conda, HF_HOME")
+    add("--container", metavar="IMAGE", help="run the steps in this image")
+    add("--container-runtime", choices=("pyxis", "apptainer"), help="default: apptainer for *.sif, else pyxis")
+    add("--container-mounts", metavar="LIST", help="more mounts, SOURCE:TARGET[:ro],...")
 
 
 def sbatch_options(given: argparse.Namespace) -> list[str]:
-    """Options that stand on the command line of sbatch, where any value is one argument. Raises `ConfigError`."""
+    """Options for the command line of sbatch, each one argument. Raises `ConfigError`."""
     for option in given.sbatch:
         name = _name(option)
         if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", option, re.ASCII | re.DOTALL):
@@ -58,8 +66,8 @@ def sbatch_options(given: argparse.Namespace) -> list[str]:
                 f"--sbatch={option} is not a long option of sbatch",
                 remedy="write it with two dashes and its value after =, as --sbatch=--mail-type=END",
             )
-        if name in OWN:
-            raise ConfigError(f"--sbatch={option}: the launcher sets --{name} itself", remedy=OWN[name])
+        if name in RESERVED_OPTIONS:
+            raise ConfigError(f"--sbatch={option}: the launcher sets --{name} itself", remedy=RESERVED_OPTIONS[name])
     return [*given.sbatch, *([f"--export={given.export}"] if given.export is not None else [])]
 
 
@@ -68,12 +76,12 @@ def _name(option: str) -> str:
 
 
 def directives(given: argparse.Namespace) -> dict[str, Any]:
-    """Directives of the job script that ask for GPUs and memory or are passed on."""
+    """Directives of the job script for GPUs, memory and `SBATCH_OPTIONS`."""
     names = {_name(option) for option in given.sbatch}
     values: dict[str, Any] = {}
     if given.gpus_per_node and not names.intersection(GPU_REQUESTS):
         values["gpus-per-node"] = given.gpus_per_node
-    for name in PASSED_ON:
+    for name in SBATCH_OPTIONS:
         value = getattr(given, name)
         replaced = name == "mem" and (value == "site" or names.intersection(MEMORY_REQUESTS))
         if value is not None and not replaced:
@@ -81,14 +89,14 @@ def directives(given: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def require_exported(given: argparse.Namespace, configurations: Iterable[Any]) -> None:
-    """Refuse a job that lacks a variable which its configuration names, such as that of a token."""
+def require_exported(given: argparse.Namespace, configs: Iterable[Any]) -> None:
+    """Refuse a job that would lack a variable which its config names, such as that of a token."""
     chosen = given.export if given.export is not None else os.environ.get("SBATCH_EXPORT", "ALL")
     exported = [part.partition("=")[0] for part in chosen.split(",")]
     if "ALL" in exported:
         return
-    for found in configurations:
-        for key, name in flatten_config(found).items():
+    for config in configs:
+        for key, name in flatten_config(config).items():
             if key.endswith("_env") and name and name not in exported:
                 names = ",".join([*(part for part in chosen.split(",") if part != "NONE"), str(name)])
                 raise ConfigError(
@@ -98,7 +106,7 @@ def require_exported(given: argparse.Namespace, configurations: Iterable[Any]) -
 
 
 def read_setup(file: Path | None) -> str | None:
-    """The text of ``--setup``. Raises `ConfigError` for a file that cannot be read or that bash cannot parse."""
+    """The text of ``--setup``. Raises `ConfigError` if the file cannot be read or parsed by bash."""
     if file is None:
         return None
     try:
@@ -111,24 +119,24 @@ def read_setup(file: Path | None) -> str | None:
     return text
 
 
-def container_arguments(given: argparse.Namespace, folders: Sequence[Path], found: Sequence[Any]) -> list[str]:
+def container_arguments(given: argparse.Namespace, folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
     """Arguments of the job script after LAUNCH and PYTHON: options of srun, then ``--`` and a command before each
-    step's own.
+    step's command.
 
-    The container sees ``folders``, `/tmp`, and what the configurations ``found`` name: models, data, templates,
-    functions; and the caches of the Hugging Face hub.
+    The container mounts ``folders``, `/tmp`, what the configs name (models, data, templates, functions), and the caches
+    of the Hugging Face hub.
     """
     if not given.container:
         for name in ("container_runtime", "container_mounts"):
             if getattr(given, name):
-                raise ConfigError(f"--{name.replace('_', '-')} needs --container", remedy="name the image")
+                raise ConfigError(f"--{name.replace('_', '-')} requires --container", remedy="give --container=IMAGE")
         return []
     mounted = {Path("/tmp"), *folders, *_caches(os.environ)}
-    for configuration in found:
-        mounted |= _named_in(configuration)
+    for config in configs:
+        mounted |= _folders_of(config)
     mounts = [f"{path}:{path}" for path in sorted(mounted)]
     if bad := [path for path in mounted if set(":,") & set(str(path))]:
-        raise ConfigError(f"{bad[0]} cannot be mounted: the name has a colon or a comma", remedy="name it otherwise")
+        raise ConfigError(f"{bad[0]} cannot be mounted: its name has a colon or a comma", remedy="rename it")
     mounts += list(filter(None, [given.container_mounts]))
     runtime = given.container_runtime or ("apptainer" if given.container.endswith(".sif") else "pyxis")
     image = Path(given.container).expanduser()
@@ -146,10 +154,10 @@ def _caches(environment: Mapping[str, str]) -> set[Path]:
     return {path.absolute() for path in (Path(name).expanduser() for name in named) if path.is_dir()}
 
 
-def _named_in(configuration: Any) -> set[Path]:
-    """Folders of what a configuration names in full, and those that links in these folders point to."""
+def _folders_of(config: Any) -> set[Path]:
+    """Folders of the absolute paths in a config, and folders that links in them point to."""
     folders = set()
-    for value in flatten_config(configuration).values():
+    for value in flatten_config(config).values():
         for text in value if isinstance(value, list) else [value]:
             path = Path(str(text).partition(".py:")[0] + ".py" if ".py:" in str(text) else str(text))
             if path.is_absolute() and path.exists():

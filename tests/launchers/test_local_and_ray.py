@@ -84,12 +84,12 @@ def test_only_faults_are_tried_again(recipe: Path, tmp_path: Path, plan: str, st
         ("old/checkpoints/step-000003", True, ["run.resume=auto"]),
     ],
 )
-def test_a_second_start_goes_on_from_the_newest_checkpoint_of_the_run(
+def test_a_second_start_resumes_from_the_newest_checkpoint_of_the_run(
     tmp_path: Path, resume: str, has_checkpoint: bool, again: list[str]
 ):
     if has_checkpoint:
         (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
-    assert common.resume_again(RunConfig(dir=str(tmp_path), steps=1, resume=resume)) == again
+    assert common.resume_overrides(RunConfig(dir=str(tmp_path), steps=1, resume=resume)) == again
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

@@ -150,11 +150,11 @@ def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, c
 @pytest.mark.parametrize(
     ("arguments", "nodes", "gpus", "error", "message"),
     [
-        ([], 2, 3, ConfigError, "one node and no array, --nodes=2"),
-        (["--array=port=1,2"], 1, 3, ConfigError, "no array, --array=port=1,2"),
-        ([], 1, 2, PlacementError, "the replicas ask for 3 GPUs, the job has 2"),
-        (["--cpus-per-task=1"], 1, 0, PlacementError, "ask for 3 slots of CPUs, the job has 2"),
-        (["replicas.shards=4", "replicas.max=1", "reward.zero_stage=3"], 1, 3, PlacementError, "ask for 4 GPUs"),
+        ([], 2, 3, ConfigError, "one node and no array. Got --nodes=2"),
+        (["--array=port=1,2"], 1, 3, ConfigError, "no array. Got --array=port=1,2"),
+        ([], 1, 2, PlacementError, "the replicas require 3 GPUs, the job has 2"),
+        (["--cpus-per-task=1"], 1, 0, PlacementError, "require 3 slots of CPUs, the job has 2"),
+        (["replicas.shards=4", "replicas.max=1", "reward.zero_stage=3"], 1, 3, PlacementError, "require 4 GPUs"),
         (["host=0.0.0.0"], 1, 3, ConfigError, "it needs token_env"),
         (['reward.path=""'], 1, 3, ConfigError, "reward.path is missing"),
         (["run.dir=x"], 1, 3, ConfigError, "unknown key"),
@@ -196,7 +196,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
         (
             ["placement.reward=0-4"],
             PlacementError,
-            r"asks for 5 slots, the job has 4 \(2 nodes .* 2 GPUs each\), 1 are",
+            r"requires 5 slots, the job has 4 \(2 nodes .* 2 GPUs each\), 1 are",
         ),
         (["placement.actor=0"], ConfigError, "no role is called actor"),
         (["--time=tomorrow"], ConfigError, "--time='tomorrow'"),
@@ -206,7 +206,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
         (["--array=run.seed"], ConfigError, "is not key=value,value"),
         (["--array=run.seed=1"], ConfigError, "is not key=value,value"),
         (["--array=run.seed=1,x"], ConfigError, "expected a whole number"),
-        (["--array=run.seed=1,2", "--chain=2"], ConfigError, "do not go together"),
+        (["--array=run.seed=1,2", "--chain=2"], ConfigError, "cannot be combined"),
         (["--sbatch=--nodes=3"], ConfigError, "--sbatch=--nodes=3: the launcher sets --nodes itself"),
         (["--sbatch=--no-requeue"], ConfigError, "give --max-restarts 0"),
         (["--sbatch=-x"], ConfigError, "not a long option"),
@@ -214,7 +214,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
         (["--setup=nowhere.sh"], ConfigError, "--setup=nowhere.sh cannot be read"),
         (["--setup=/proc/self/status"], ConfigError, "is not bash"),
         (["--container=nowhere.sif"], ConfigError, "there is no such image"),
-        (["--container-runtime=apptainer"], ConfigError, "--container-runtime needs --container"),
+        (["--container-runtime=apptainer"], ConfigError, "--container-runtime requires --container"),
         (['run.dir="a\\nb"'], ConfigError, "has characters"),
     ],
 )
@@ -236,7 +236,7 @@ def test_without_gpus_slots_are_the_cpus_of_all_nodes(recipe: Path, sbatch: Path
     if fits:
         assert submit(recipe, *arguments, gpus=0) == 0
     else:
-        with pytest.raises(PlacementError, match="asks for 4 slots, the job has 2"):
+        with pytest.raises(PlacementError, match="requires 4 slots, the job has 2"):
             submit(recipe, *arguments, gpus=0)
 
 
@@ -475,4 +475,4 @@ def test_the_script_itself_runs_and_returns_the_status_of_an_error(recipe: Path,
     command = [sys.executable, str(script), str(recipe), "--nodes=1", "--gpus-per-node=1", "--time=60"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, check=False)
     assert done.returncode == 78
-    assert "slurm.py: " in done.stderr and "asks for 4 slots, the job has 1" in done.stderr
+    assert "slurm.py: " in done.stderr and "requires 4 slots, the job has 1" in done.stderr
