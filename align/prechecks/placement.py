@@ -1,4 +1,4 @@
-"""From the ``placement`` of a recipe to slots, without touching a cluster."""
+"""Slots of roles from the ``placement`` of a recipe, without connecting to a cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.errors import ConfigError, PlacementError
 
 
 def parse_slots(role: str, text: str) -> tuple[int, ...]:
-    """``"0"``, ``"0-3"`` or ``"0,2-4"`` as slot numbers, in order and without repeats."""
+    """The slot numbers of ``"0"``, ``"0-3"`` or ``"0,2-4"``, in order. Raises `ConfigError`."""
     slots: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -27,7 +27,7 @@ def parse_slots(role: str, text: str) -> tuple[int, ...]:
 
 
 def resolve(placement: Mapping[str, str], roles: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Slots of every role; a role that is not named gets slot 0. Names of no role are refused."""
+    """Slots of every role; slot 0 if ``placement`` does not name it. Raises `ConfigError` for unknown roles."""
     roles = list(roles)
     if unknown := sorted(placement.keys() - set(roles)):
         raise ConfigError(
@@ -37,33 +37,35 @@ def resolve(placement: Mapping[str, str], roles: Iterable[str]) -> dict[str, tup
 
 
 def machine_gpus() -> int:
-    """NVIDIA GPUs of this machine that a Ray of our own would count; 0 where there are none, or others."""
+    """NVIDIA GPUs of this machine that Ray would count; 0 without GPUs or with those of another vendor."""
     devices = len([*Path("/dev").glob("nvidia[0-9]*")])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return devices if visible is None else min(devices, len([name for name in visible.split(",") if name.strip()]))
 
 
 def require_machine(num_slots: int, cluster: ClusterConfig) -> None:
-    """Raise `PlacementError` where a Ray that is started on this machine cannot have ``num_slots``. Where
-    ``cluster.address`` names another, nothing is known before it is reached."""
+    """Raise `PlacementError` if Ray on this machine cannot have ``num_slots``. The slots of a cluster that
+    ``cluster.address`` names are only known once it is reached."""
     if cluster.address is not None:
         return
     cores, gpus = os.cpu_count() or 1, machine_gpus()
     slots = min(gpus or num_slots, cores * cluster.slots_per_core)  # a slot on a GPU needs a CPU of Ray as well
     if num_slots > slots:
-        offer = f"{gpus} GPUs" if gpus and gpus == slots else f"{cores} cores with {cluster.slots_per_core} slots each"
+        available = f"{cores} cores with {cluster.slots_per_core} slots each"
+        if gpus and gpus == slots:
+            available = f"{gpus} GPUs"
         raise PlacementError(
-            f"placement asks for {num_slots} slots, this machine offers {slots} ({offer})",
-            remedy="let roles share slots, as in placement.reward=0; name a cluster by cluster.address=HOST:PORT, or "
-            "submit by launchers/slurm.py" + ("" if gpus else "; on CPU raise cluster.slots_per_core"),
+            f"placement requires {num_slots} slots, but this machine has {slots} ({available})",
+            remedy="let roles share slots, as placement.reward=0; give a cluster, cluster.address=HOST:PORT; or submit "
+            "with launchers/slurm.py" + ("" if gpus else "; on CPU raise cluster.slots_per_core"),
         )
 
 
-def idle(slots: Mapping[str, tuple[int, ...]], there: int) -> str | None:
-    """Which of the ``there`` slots no role uses, as a sentence; None where each has one."""
+def idle(slots: Mapping[str, tuple[int, ...]], total: int) -> str | None:
+    """A sentence on slots, of ``total``, that no role uses; None if there are none."""
     used = sorted({slot for role in slots.values() for slot in role})
-    left = there - len(used)
-    return None if left <= 0 else f"placement uses {ranges(used)} only: {left} of {there} stay idle"
+    unused = total - len(used)
+    return None if unused <= 0 else f"placement uses {ranges(used)} only: {unused} of {total} stay idle"
 
 
 def ranges(used: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Whether what a recipe reads is there: folders and files of this machine, and ids in the hub's cache or on the hub."""
+"""Whether the models, data and files that a config names exist: on this machine, in the hub's cache, or on the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,50 +20,44 @@ from align.config import (
     DataConfig,
     GeneratorConfig,
     ModelConfig,
-    PolicyEvaluationConfig,
     QuestionDataConfig,
     RecipeConfig,
     RewardConfig,
-    RewardEvaluationConfig,
-    RewardServiceConfig,
-    ScaleConfig,
     ScalePromptsConfig,
 )
 from align.errors import ConfigError
 
 SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".jsonl", ".parquet", ".py", ".safetensors", ".txt", ".yaml", ".yml"}
-"""A name that ends so is a file: no hub id does."""
+"""Suffixes of files; no hub id ends with one."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 HUB_S = 5.0
-"""Seconds for the hub to say whether it has an id."""
-
-Configuration = RecipeConfig | RewardEvaluationConfig | PolicyEvaluationConfig | ScaleConfig | RewardServiceConfig
+"""Timeout of a request to the hub, in seconds."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that a key names to be read."""
+    """A model, data or file that a key names."""
 
     key: str
     text: str
     kind: Literal["model", "rows", "local"]
-    """``model``: a folder or a hub id. ``rows``: the same of data, or a file. ``local``: what only this machine can
-    have."""
+    """``model``: a folder or hub id. ``rows``: data, as a file, folder or hub id. ``local``: a path of this machine."""
     revision: str | None = None
     weights: bool = True
-    """Whether weights are read, of a model."""
+    """For a model: whether its weights are read."""
 
 
 def sources(config: Any, absent: set[str] = frozenset()) -> Iterator[Source]:  # type: ignore[assignment]
-    """What a configuration reads, section by section, without the sections called ``absent``."""
+    """The sources of a config, without those of its ``absent`` fields."""
     for name, value in vars(config).items():
         if name not in absent:
             yield from _of_field(name, value)
     if isinstance(config, RecipeConfig):
         for name, path in config.evaluations().items():
             yield Source(f"benchmarks.{name}", path, "rows")
-        begun = any(Path(config.run.dir).expanduser().glob("checkpoints/step-*"))  # these count, and it may be gone
-        if config.run.resume not in ("auto", "never") and not begun:
+        # A run with checkpoints resumes from its own; the checkpoint that run.resume names may have been deleted.
+        has_checkpoint = any(Path(config.run.dir).expanduser().glob("checkpoints/step-*"))
+        if config.run.resume not in ("auto", "never") and not has_checkpoint:
             yield Source("run.resume", config.run.resume, "local")
     for key in ("answers", "judge_prompt", "scores", "compare"):
         yield Source(key, getattr(config, key, ""), "local")
@@ -89,51 +83,52 @@ def _of_field(key: str, value: Any) -> Iterator[Source]:
         yield Source(f"{key}.references", value.references, "local")
 
 
-def missing(found: Iterator[Source], places: Mapping[str, str]) -> list[ConfigError]:
-    """An error for each source that is not there, its place taken from ``places``. A source that several keys name is
-    reported once, under the first."""
-    distinct = {(one.kind, one.text, one.revision): one for one in reversed([*found]) if one.text}
-    faults = []
+def missing(sources: Iterable[Source], places: Mapping[str, str]) -> list[ConfigError]:
+    """An error for each source that does not exist, its place taken from ``places``. A source that several keys name is
+    reported once, under the first key."""
+    distinct = {(item.kind, item.text, item.revision): item for item in reversed([*sources]) if item.text}
+    errors = []
     for source in reversed(distinct.values()):
         if (problem := _problem(source)) is not None:
-            what, remedy = problem
+            message, remedy = problem
             where = places.get(source.key.partition("[")[0])
-            faults.append(ConfigError(f"{source.key}={source.text}: {what}", where=where, remedy=remedy))
-    return faults
+            errors.append(ConfigError(f"{source.key}={source.text}: {message}", where=where, remedy=remedy))
+    return errors
 
 
 def require(key: str, text: str, kind: Literal["model", "rows", "local"], revision: str | None = None) -> None:
-    """Raises `ConfigError` for a source of the command line that is not there."""
-    for fault in missing(iter([Source(key, text, kind, revision)]), {key: "command line"}):
-        raise fault
+    """Raise `ConfigError` if a source of the command line does not exist."""
+    for error in missing([Source(key, text, kind, revision)], {key: "command line"}):
+        raise error
 
 
 def _problem(source: Source) -> tuple[str, str] | None:
-    """What is wrong with a source, and the remedy."""
+    """The problem of a source and its remedy; None if it exists."""
     path = Path(source.text).expanduser()
     if path.is_file() and source.kind == "model":
-        return "is a file, and a folder is read here", f"give the folder: {source.key}={path.parent}"
+        return "is a file, but must be a folder", f"give the folder: {source.key}={path.parent}"
     if path.exists():
         return None
     is_id = HUB_ID.fullmatch(source.text) and (source.kind == "model" or "/" in source.text)
     close = near(source.text)
-    suggestion = f"did you mean {close}? Else " if close else ""
+    suggestion = f"did you mean {close}? Otherwise " if close else ""
     if source.kind == "local" or looks_local(source.text) or not is_id:
         kinds = {"model": "a folder or a hub id (ORG/NAME)", "rows": "a file, a folder or a hub id (ORG/NAME)"}
         kinds["local"] = "a path that exists"
         return f"there is no such file or folder (from {Path.cwd()})", f"{suggestion}give {kinds[source.kind]}"
-    return None if (what := _not_on_hub(source)) is None else (what, suggestion + _download(source))
+    problem = _not_on_hub(source)
+    return None if problem is None else (problem, suggestion + _download(source))
 
 
 def looks_local(text: str) -> bool:
-    """Whether a text that names a source can only mean a path of this machine."""
+    """Whether a text can only be a path of this machine, and not a hub id."""
     first, slash, _ = text.partition("/")
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1
     return is_path or Path(text).suffix.lower() in SUFFIXES or (bool(slash) and Path(first).is_dir())
 
 
 def near(text: str) -> str | None:
-    """An existing path whose parts are spelled like those of ``text``."""
+    """An existing path that is spelled like ``text``."""
     path = Path(text).expanduser()
     here = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
@@ -157,16 +152,16 @@ def _download(source: Source) -> str:
 
 
 def _not_on_hub(source: Source) -> str | None:
-    """Why a hub id cannot be read: it is not in the cache, and no download can be made; None where it can be read."""
+    """Why a hub id cannot be read: it is neither cached nor downloadable. None if it can be read."""
     kind = "model" if source.kind == "model" else "dataset"
     root = Path(constants.HF_HUB_CACHE) / f"{kind}s--{source.text.replace('/', '--')}"
     if _in_cache(root, source) or (kind == "dataset" and _in_datasets_cache(source.text)):
         return None
-    here = f"is no folder here, and the cache of the hub ({constants.HF_HUB_CACHE}) does not hold it"
+    here = f"is not a folder here, and is not in the hub's cache ({constants.HF_HUB_CACHE})"
     if root.is_dir():
-        here = f"is no folder here, and the cache of the hub ({root}) holds it without all that is needed"
+        here = f"is not a folder here, and is incomplete in the hub's cache ({root})"
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "") in ("1", "true", "ON", "YES"):
-        return f"{here}; HF_HUB_OFFLINE forbids a download"
+        return f"{here}; HF_HUB_OFFLINE forbids downloads"
     answer = _ask_hub(kind, source.text, source.revision)
     return None if answer is None else f"{here}; {answer}"
 
@@ -174,13 +169,13 @@ def _not_on_hub(source: Source) -> str | None:
 def _in_cache(root: Path, source: Source) -> bool:
     revision = source.revision or "main"
     reference = root / "refs" / revision
-    checkpoint = root / "checkpoints" / (reference.read_text().strip() if reference.is_file() else revision)
-    wanted = "*.safetensors" if source.kind == "model" and source.weights else "*"
-    return checkpoint.is_dir() and any(checkpoint.glob(wanted))
+    snapshot = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    pattern = "*.safetensors" if source.kind == "model" and source.weights else "*"
+    return snapshot.is_dir() and any(snapshot.glob(pattern))
 
 
 def _in_datasets_cache(name: str) -> bool:
-    """Whether `datasets` has prepared a data set, in a folder that it calls ``org___data_set`` for ``org/DataSet``."""
+    """Whether `datasets` has cached a data set, in a folder that it calls ``org___data_set`` for ``org/DataSet``."""
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     letters = _letters(name)
     return folder.is_dir() and any(_letters(item.name) == letters for item in folder.iterdir())
@@ -192,7 +187,7 @@ def _letters(name: str) -> str:
 
 @cache
 def _ask_hub(kind: str, name: str, revision: str | None) -> str | None:
-    """Why the hub does not give an id; None where it has it, or does not say."""
+    """Why the hub does not give an id; None if it does, or if the answer is unclear."""
     if _unreachable():
         return _unreachable()
     branch = f"/revision/{revision}" if revision else ""
@@ -203,8 +198,8 @@ def _ask_hub(kind: str, name: str, revision: str | None) -> str | None:
         urllib.request.urlopen(request, timeout=HUB_S).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
-            what = f"has no such {kind}" + (f" of revision {revision}" if revision else "")
-            return f"{constants.ENDPOINT} {what}, or gives it only to a token that may read it (status {error.code})"
+            name = f"{kind} of revision {revision}" if revision else kind
+            return f"{constants.ENDPOINT} has no such {name}, or your token may not read it (status {error.code})"
     except OSError as error:
         return f"{constants.ENDPOINT} cannot be reached: {getattr(error, 'reason', error)}"
     return None
@@ -212,7 +207,7 @@ def _ask_hub(kind: str, name: str, revision: str | None) -> str | None:
 
 @cache
 def _unreachable() -> str | None:
-    """Why the hub does not answer at all, looked for once."""
+    """Why the hub does not answer at all, tried once per process."""
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_S).close()
     except urllib.error.HTTPError:

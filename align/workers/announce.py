@@ -1,4 +1,4 @@
-"""Lines that say what is being brought up: which role, from where, how large, and when it is ready."""
+"""Lines that say which role is being loaded, from where, how large it is, and when it is ready."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align.config import GeneratorConfig, ModelConfig, RewardConfig
 from align.utils.redact import redact
 
 Announce = Callable[[str], None]
-"""Called with one line at a time."""
+"""Gets one line per call."""
 
 
 def to_stdout(line: str) -> None:
@@ -23,18 +23,18 @@ def silent(line: str) -> None:
     """An `Announce` that prints nothing."""
 
 
-def loading(section: ModelConfig) -> str:
-    """What a role does before it can answer: ``loading ./model (269 MB)``."""
-    if isinstance(section, (RewardConfig, GeneratorConfig)) and section.kind in ("http", "endpoint", "function"):
-        source = section.source if isinstance(section, RewardConfig) else section.function or section.endpoint.url
+def loading(config: ModelConfig) -> str:
+    """What a role does before it can answer, as ``loading ./model (269 MB)``."""
+    if isinstance(config, (RewardConfig, GeneratorConfig)) and config.kind in ("http", "endpoint", "function"):
+        source = config.source if isinstance(config, RewardConfig) else config.function or config.endpoint.url
         return f"opening {source}"
-    if isinstance(section, RewardConfig) and section.kind == "generative":
-        return loading(section.generative.judge)
-    if section.init:
+    if isinstance(config, RewardConfig) and config.kind == "generative":
+        return loading(config.generative.judge)
+    if config.init:
         return "making random weights"
-    folder = Path(section.path).expanduser()
+    folder = Path(config.path).expanduser()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return f"loading {section.path}" + (f" ({_bytes(size)})" if size else "")
+    return f"loading {config.path}" + (f" ({_bytes(size)})" if size else "")
 
 
 def _bytes(size: float) -> str:
@@ -46,9 +46,9 @@ def _bytes(size: float) -> str:
 
 
 @contextmanager
-def announced(announce: Announce, name: str, section: ModelConfig, place: str) -> Iterator[None]:
-    """Announce the start of a role, and after the context its end with the seconds that it took."""
-    announce(f"{name}: {loading(section)} {place}")
-    begun = time.monotonic()
+def announced(announce: Announce, name: str, config: ModelConfig, place: str) -> Iterator[None]:
+    """Announce that a role is being loaded, and after the context how many seconds it took."""
+    announce(f"{name}: {loading(config)} {place}")
+    start = time.monotonic()
     yield
-    announce(f"{name}: ready in {time.monotonic() - begun:.1f} s")
+    announce(f"{name}: ready in {time.monotonic() - start:.1f} s")

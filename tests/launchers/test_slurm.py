@@ -267,9 +267,9 @@ def test_relative_paths_become_full_and_hub_names_stay(tmp_path: Path, sbatch: P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "old" / "step-000003").mkdir(parents=True)
-    checkpoint = tmp_path / "hub" / "models--nvidia--some-model" / "checkpoints" / "main"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").touch()
+    snapshot = tmp_path / "hub" / "models--nvidia--some-model" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run="here/run", folder="models"))
     assert submit(Path("recipe.yaml"), "reward.path=nvidia/some-model", "run.resume=old/step-000003") == 0

@@ -36,9 +36,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "hub" / f"models--org--{name}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("abc")
-        (folder / "checkpoints" / "abc").mkdir(parents=True)
+        (folder / "snapshots" / "abc").mkdir(parents=True)
         for file in files:
-            (folder / "checkpoints" / "abc" / file).touch()
+            (folder / "snapshots" / "abc" / file).touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -74,10 +74,10 @@ def test_what_may_be_a_hub_id(root: Path, text: str):
         ("policy.path=./modle", "policy.path=./modle: there is no such file or folder"),
         ("policy.path=modle", "did you mean model?"),
         ("policy.path=model/final", "there is no such file or folder"),
-        ("policy.path=recipe.yaml", "is a file, and a folder is read here"),
+        ("policy.path=recipe.yaml", "is a file, but must be a folder"),
         ("policy.path='no id'", "there is no such file or folder"),
-        ("policy.path=org/absent", "does not hold it; HF_HUB_OFFLINE forbids a download\n  remedy: run `hf download"),
-        ("policy.path=org/part", "holds it without all that is needed"),
+        ("policy.path=org/absent", "HF_HUB_OFFLINE forbids downloads\n  remedy: run `hf download"),
+        ("policy.path=org/part", "is incomplete in the hub"),
         ("reward.ensemble.paths=[./other]", "reward.ensemble.paths[0]=./other: there is no such"),
         ("policy={init: {model_type: llama}, path: ./none}", "policy.path=./none: there is no such"),
         ("data.path=dta", "did you mean data?"),
@@ -87,7 +87,7 @@ def test_what_may_be_a_hub_id(root: Path, text: str):
         ("run.resume=run/checkpoints/step-000001", "run.resume=run/checkpoints/step-000001: there is no such"),
         ("eval_reward.path=./none", "eval_reward.path=./none: there is no such"),
         ("run.dir=recipe.yaml/run", "cannot be made: "),
-        ("run.dir=data", "what lies there is no run"),
+        ("run.dir=data", "does not hold a run"),
         ("placement={policy: 3-1}", "placement.policy: cannot read '3-1' as slots"),
         ("placement={critic: 0}", "no role is called critic"),
     ],
@@ -168,10 +168,10 @@ def test_slots_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(placement, "machine_gpus", lambda: 0)
     placement.require_machine(4, ClusterConfig())
     placement.require_machine(5, ClusterConfig(address="host:1"))
-    with pytest.raises(PlacementError, match=r"5 slots, this machine offers 4 \(2 cores with 2 slots each\)"):
+    with pytest.raises(PlacementError, match=r"5 slots, but this machine has 4 \(2 cores with 2 slots each\)"):
         placement.require_machine(5, ClusterConfig())
     monkeypatch.setattr(placement, "machine_gpus", lambda: 3)
-    with pytest.raises(PlacementError, match=r"4 slots, this machine offers 3 \(3 GPUs\)"):
+    with pytest.raises(PlacementError, match=r"4 slots, but this machine has 3 \(3 GPUs\)"):
         placement.require_machine(4, ClusterConfig())
 
 

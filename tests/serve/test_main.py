@@ -57,7 +57,7 @@ def recipe(tmp_path: Path, tiny_reward: Path) -> Path:
         (["token_env=OTHER_TOKEN"], "the environment variable OTHER_TOKEN is not set"),
         (["token_env=SHORT_TOKEN"], "is not a token of at least 16"),
         (['reward.path=""'], "reward.path is missing"),
-        (["reward.path=nowhere"], "reward.path=nowhere: is no folder here, and the cache of the hub"),
+        (["reward.path=nowhere"], "reward.path=nowhere: is not a folder here, and is not in the hub"),
         (["reward.kind=http", 'reward.path=""', "reward.http.url=http://h"], "is a service already"),
         (["reward.kind=function", 'reward.path=""', "reward.function=os:nothing"], "has no function nothing"),
         (["replicas.min=3"], "max at least min: 3, 1"),

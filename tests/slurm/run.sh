@@ -107,7 +107,7 @@ case_refused() {
   (($? == 78)) || fail "a wrong key was not refused" || return
   submit refused placement.reward=40
   (($? == 78)) || fail "a placement on slot 40 was not refused" || return
-  grep -q "asks for 41 slots, the job has 4" "$folder/submit.err" || fail "$(cat "$folder/submit.err")" || return
+  grep -q "requires 41 slots, the job has 4" "$folder/submit.err" || fail "$(cat "$folder/submit.err")" || return
   after=$(squeue -h | wc -l)
   [[ $before == "$after" && ! -e $run ]] || fail "something was submitted or written"
 }
