@@ -60,6 +60,14 @@ def test_links_point_to_files_and_headings(page: Path):
             assert anchor in map(slug, re.findall(r"^#+ (.*)$", prose(file), flags=re.M)), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_a_page_imports_what_exists(page: Path):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "align":
+                exec(ast.unparse(node), {})
+
+
 def expand_braces(text: str) -> list[str]:
     """``a/{b,c}.yaml`` as a/b.yaml and a/c.yaml."""
     parts = [part.split(",") for part in re.split(r"[{}]", text)]
