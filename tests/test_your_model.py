@@ -1,4 +1,4 @@
-"""docs/your_model.md, from the first command to the last, on a tiny model with a template like Qwen's."""
+"""Every command of docs/your_model.md, in order, on a tiny model with a template like Qwen's."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SMALLER = {
     "rloo": ["executor=local", "policy.path=model", "run.steps=2", "prompts_per_step=4", *SAMPLING],
     "policy": ["sampling.max_tokens=8"],
 }
-"""What fits a recipe of the page to a tiny model, by the folder that it lies in, and `align eval policy`."""
+"""Overrides that fit a recipe to the tiny model, by the folder of the recipe; `policy` is `align eval policy`."""
 
 
 @pytest.fixture
-def place(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the recipes, pairs and questions of one's own, a judge, and the model."""
+def workspace(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with recipes, pairs, questions, a judge, and the model."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -60,7 +60,7 @@ def commands() -> list[str]:
 
 
 def status(command: str) -> int:
-    """Of a command of the page, in this process, on the tiny model and with smaller numbers."""
+    """The exit status of a command of the page, in this process, on the tiny model and with smaller numbers."""
     for name, replacement in REPLACED.items():
         command = command.replace(name, replacement)
     program, *words = shlex.split(command)
@@ -71,16 +71,16 @@ def status(command: str) -> int:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_in_its_order(place: Path, capsys: pytest.CaptureFixture[str]):
-    printed = {}
+def test_every_command_of_the_page_in_order(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    output_of = {}
     for command in commands():
         assert status(command) == 0, command + "\n" + "\n".join(capsys.readouterr())
-        printed[command] = capsys.readouterr().out
-    assert len(printed) == 8  # the run of RLOO stands there twice, and the second time it is over
-    outputs = list(printed.values())
-    assert "done before" in next(text for command, text in printed.items() if "run.dir=runs/rloo/mine" in command)
-    heldout = next(text for command, text in printed.items() if "--benchmark heldout" in command)
-    assert "100.0" in heldout, heldout  # a response of question marks is told apart
+        output_of[command] = capsys.readouterr().out
+    assert len(output_of) == 8  # the RLOO run occurs twice, and the second time it is complete
+    outputs = list(output_of.values())
+    assert "done before" in next(text for command, text in output_of.items() if "run.dir=runs/rloo/mine" in command)
+    heldout = next(text for command, text in output_of.items() if "--benchmark heldout" in command)
+    assert "100.0" in heldout, heldout  # the reward model recognizes responses of question marks
     assert "#SBATCH --gpus-per-node=1" in outputs[-1]
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(compile(snippet, "docs/your_model.md", "exec"), {})

@@ -76,11 +76,11 @@ def own_fields(schema: type) -> list[dataclasses.Field[Any]]:
 
 def bases(schema: type) -> list[type]:
     """The schemas that a schema extends, but for those without a key."""
-    found = []
+    parents = []
     for base in schema.__bases__:
         if is_dataclass(base):
-            found += [base] if own_fields(base) else bases(base)
-    return found
+            parents += [base] if own_fields(base) else bases(base)
+    return parents
 
 
 def sections_of(hint: Any) -> list[type]:
