@@ -1,46 +1,45 @@
 #!/bin/bash
-# Functions of the jobs in this folder. A job sources this file; a step on a node runs one function of it:
+# Functions of the jobs in this folder. A job script sources this file; a step on a node runs one function:
 #   srun ... bash common.sh FUNCTION ARGUMENT...
-# Values travel as arguments, never inside a command line that a shell reads again.
+# Values are passed as arguments, never inside a command line that a shell parses again.
 
 log() { echo "$(date +%FT%T) [${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}] $*"; }
 
-# An IPv4 address of this machine that other machines reach: that of its name (argument 1), else its first one.
+# An IPv4 address of this machine that other machines can reach: that of its name (argument 1), else its first.
 ip_of() {
   { getent ahostsv4 "$1"; getent ahostsv4 "$(hostname)"; hostname -I | tr ' ' '\n'; } 2>/dev/null |
     awk '$1 ~ /^[0-9]+(\.[0-9]+)+$/ && $1 !~ /^127\./ {print $1; exit}'
 }
 
-# The network interface that has an address; nothing where `ip` cannot tell.
+# The network interface of an address; empty if `ip` does not know it.
 interface_of() {
   ip -o -4 addr show to "$1" 2>/dev/null | awk '{print $2; exit}'
 }
 
-listens() { # ADDRESS PORT
+tcp_open() { # ADDRESS PORT
   (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null
 }
 
-# A port for Ray's head on this machine (its address is argument 1). Jobs that run at the same time and restarts of a
-# job begin to look at different numbers; one that something listens on is passed over. 20000 to 31999 lie below the
-# ports that Linux picks by itself.
+# A free port for Ray's head on this machine (address: argument 1). Concurrent jobs and restarts of a job start their
+# search at different numbers. The range 20000 to 31999 is below the ports that Linux assigns to connections.
 port_for() {
   local try port
   for ((try = 0; try < 1200; try++)); do
     port=$((20000 + ((SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0} + try) % 1200) * 10))
-    listens "$1" "$port" || { echo "$port"; return; }
+    tcp_open "$1" "$port" || { echo "$port"; return; }
   done
   return 1
 }
 
-# A folder of our own below the one that all users share; Ray opens what it makes itself to everybody.
-own_folder() {
+# Make a private folder below one that all users share. Ray makes its own folders readable for everybody.
+make_private_folder() {
   mkdir -m 1777 "$(dirname "$1")" 2>/dev/null
-  [[ -O $1 && ! -L $1 ]] && rm -rf "$1" # left by a machine that went down
+  [[ -O $1 && ! -L $1 ]] && rm -rf "$1" # left from before a crash of the machine
   mkdir -m 700 "$1"
 }
 
-# Bytes of Ray's object store: three tenths of the job's memory on this node, as Ray takes by itself of all of it, but
-# not more than half of what is free in /dev/shm, beyond which Ray would leave it for a disk.
+# Size of Ray's object store in bytes: 30 % of the job's memory on this node (Ray's default is 30 % of all memory), but
+# at most half of the free space in /dev/shm, because Ray falls back to a disk when /dev/shm is too small.
 object_store_bytes() {
   local memory shared
   memory=$(awk '/^MemTotal:/ {printf "%.0f", $2 * 1024}' /proc/meminfo)
@@ -49,10 +48,10 @@ object_store_bytes() {
   echo $((memory * 3 / 10 < shared / 2 ? memory * 3 / 10 : shared / 2))
 }
 
-# Until Ray answers. In the background, because a trap only runs when a command is over or while `wait` waits.
+# Wait until Ray answers. The check runs in the background, because a trap only runs between commands or during `wait`.
 wait_for_ray() { # ADDRESS:PORT PYTHON SECONDS
   local end=$((SECONDS + $3))
-  until listens "${1%:*}" "${1##*:}"; do
+  until tcp_open "${1%:*}" "${1##*:}"; do
     ((SECONDS < end)) || { echo "nothing listens on $1 after $3 s"; return 76; }
     sleep 0.5
   done
@@ -62,19 +61,19 @@ wait_for_ray() { # ADDRESS:PORT PYTHON SECONDS
   done
 }
 
-# Step: Ray on one node until it ends, then nothing of the step is left.
-# TEMP PYTHON ADDRESS:PORT SECONDS ARGUMENT... ; ADDRESS:PORT is "head" on the head, which gets its port as an argument
+# Step: run Ray on one node until it ends, then remove everything of the step.
+# TEMP PYTHON ADDRESS:PORT SECONDS ARGUMENT... ; on the head, ADDRESS:PORT is "head", and its port is an argument
 ray_node() {
   local temp=$1 python=$2 address=$3 seconds=$4 own pid=
   shift 4
-  # Ray takes half a minute to leave on SIGTERM, and what comes from Slurm leaves less. There is nothing to lose.
+  # Ray takes 30 s to end after SIGTERM, and Slurm gives less. Ray has no state to save, so kill it.
   trap '[[ $pid ]] || { rm -rf "$temp"; exit 143; }; kill -KILL "$pid" 2>/dev/null' TERM
   trap '' USR1 USR2
-  reap earlier
+  kill_processes earlier
   rm -rf "${temp%.*}".*
-  own_folder "$temp" || { echo "$temp belongs to somebody else"; return 1; }
+  make_private_folder "$temp" || { echo "$temp belongs to another user"; return 1; }
   own=$(ip_of "${SLURMD_NODENAME:-}")
-  # Collective operations over sockets listen on the address of the host's name, which may be a loopback address.
+  # gloo listens on the address of the host's name by default, which may be a loopback address.
   GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$(interface_of "$own")}
   if [[ $GLOO_SOCKET_IFNAME ]]; then export GLOO_SOCKET_IFNAME; else unset GLOO_SOCKET_IFNAME; fi
   if [[ $address == head ]]; then
@@ -88,25 +87,25 @@ ray_node() {
   pid=$!
   wait_until_gone "$pid"
   local status=$?
-  reap step
+  kill_processes step
   rm -rf "$temp"
   return "$status"
 }
 
-# Step: the driver, when Ray answers.
-drive() { # ADDRESS:PORT PYTHON SECONDS ARGUMENT...
+# Step: run the driver as soon as Ray answers.
+run_driver() { # ADDRESS:PORT PYTHON SECONDS ARGUMENT...
   local address=$1 python=$2 seconds=$3
   shift 3
   wait_for_ray "$address" "$python" "$seconds" || return
-  exec "$python" -m align.cli "$@" # in the folder of the code: the first place where Python, and Ray's workers, look
+  exec "$python" -m align.cli "$@" # started in the folder of the code, where Python and Ray's workers look first
 }
 
-# Step: the reward model as a service.
+# Step: run the reward service.
 serve() { # PYTHON CONFIG
   exec "$1" -m align.cli serve reward "$2"
 }
 
-# `wait` comes back when a trap has run: wait again.
+# Wait for a process. `wait` also returns after a trap, so repeat it.
 wait_until_gone() {
   local status
   while :; do
@@ -116,9 +115,10 @@ wait_until_gone() {
   done
 }
 
-# Set `pids`: processes of this job on this machine that carry a step's number; the job script and srun carry none.
-#   step     those of this step          job      those of all other steps
-#   earlier  those of the job before it was requeued
+# Set `pids` to processes of this job's steps on this machine (the job script and srun have no step number):
+#   step     processes of this step
+#   job      processes of all other steps
+#   earlier  processes from before the job was requeued
 find_processes() {
   local file files
   mapfile -t files < <(grep -lzxs -- "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ)
@@ -135,9 +135,9 @@ find_processes() {
   done
 }
 
-# End what `find_processes` names, by the job's number, never by name. At once: what has state has saved it by then, and
-# between SIGTERM and the end of this script Slurm may leave a few seconds.
-reap() { # SCOPE
+# Kill the processes that `find_processes` finds by job number, never by name. SIGKILL, because state is saved by then,
+# and Slurm may leave only seconds between SIGTERM and the end of this script.
+kill_processes() { # SCOPE
   [[ $1 == earlier && -z ${SLURM_RESTART_COUNT:-} ]] && return
   local try pid
   find_processes "$1"
@@ -158,36 +158,35 @@ any_lives() { # PID...
   return 1
 }
 
-# Step: the end of a job on one node.
-sweep() { # TEMP
-  reap job
+# Step: clean up one node at the end of a job.
+clean_node() { # TEMP
+  kill_processes job
   rm -rf "$1"
 }
 
-# Run a step on every node of the job at the end, where Slurm still lets us; else only here.
-everywhere() { # FUNCTION ARGUMENT...
+# Run a step on every node at the end of the job; only on this node if Slurm refuses.
+on_all_nodes() { # FUNCTION ARGUMENT...
   timeout --kill-after=5 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     --ntasks-per-node=1 bash "$common" "$@" || SLURM_STEP_ID=batch bash "$common" "$@"
 }
 
-# Whether Slurm has told this job to make room. Of that only the steps may hear.
+# Whether this job is being preempted. Slurm may signal that to the steps only.
 preempted() {
   scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
 }
 
-# Put the job back into the queue, unless Slurm has decided already: after scancel, scontrol requeue and node failure
-# it is no longer RUNNING.
+# Requeue the job if it is still RUNNING. It is not after scancel, scontrol requeue or a node failure.
 requeue() {
   local state
   state=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null | head -n 1)
   log "requeue: the job is ${state:-unknown to Slurm}, restarts so far ${SLURM_RESTART_COUNT:-0} of $max_restarts"
   if [[ $state == RUNNING ]] && ((${SLURM_RESTART_COUNT:-0} < max_restarts)); then
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script; until then it must not leave by itself
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this script, which must not exit before
   fi
 }
 
-# The arguments of a job script after LAUNCH and PYTHON: options of srun, then -- and a command before each step's own.
+# Parse a job script's arguments after LAUNCH and PYTHON: options of srun, then -- and a prefix of each step's command.
 read_step_arguments() {
   step_options=() step_command=()
   for ((; $#; )); do
@@ -197,7 +196,7 @@ read_step_arguments() {
   done
 }
 
-# What the site needs before anything runs: modules, conda, variables. Its own arguments must not reach it.
+# Source the site's setup file: modules, conda, variables. It must not see the arguments of this script.
 load_setup() {
   local file=$1
   shift
@@ -206,7 +205,7 @@ load_setup() {
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   setup=${0%/code/slurm/common.sh}/setup.sh
-  if [[ $1 != sweep && -e $setup ]]; then
+  if [[ $1 != clean_node && -e $setup ]]; then
     load_setup "$setup" || { echo "$setup ended with status $?"; exit 78; }
   fi
   "$@"

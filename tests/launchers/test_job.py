@@ -342,7 +342,7 @@ def test_what_is_ended_carries_the_number_of_the_job(scope: str, killed: list[st
     }
     processes = {name: subprocess.Popen(["sleep", "60"], env={**os.environ, **own}) for name, own in victims.items()}
     try:
-        function("reap", scope, SLURM_JOB_ID=JOB, SLURM_STEP_ID="3", SLURM_RESTART_COUNT="1")
+        function("kill_processes", scope, SLURM_JOB_ID=JOB, SLURM_STEP_ID="3", SLURM_RESTART_COUNT="1")
         time.sleep(0.1)
         assert [name for name, process in processes.items() if process.poll() is not None] == killed
     finally:
@@ -375,16 +375,16 @@ def test_the_address_of_this_machine_is_not_loopback():
 
 def test_a_folder_is_private_made_anew_and_never_through_a_link(tmp_path: Path):
     folder = tmp_path / "shared" / "own"
-    function("own_folder", str(folder))
+    function("make_private_folder", str(folder))
     (folder / "left").touch()
-    function("own_folder", str(folder))
+    function("make_private_folder", str(folder))
     assert not list(folder.iterdir())
     assert folder.stat().st_mode & 0o777 == 0o700
     assert folder.parent.stat().st_mode & 0o7777 == 0o1777
     link = tmp_path / "shared" / "link"
     link.symlink_to(tmp_path)
     with pytest.raises(subprocess.CalledProcessError):
-        function("own_folder", str(link))
+        function("make_private_folder", str(link))
     assert (tmp_path / "shared").is_dir()
 
 

@@ -3,8 +3,8 @@
 #   tests/slurm/run.sh [case ...]
 # ALIGN_SLURM_CLUSTER is a script that manages the cluster: `up 2`, `crash NODE`, `boot NODE`, `in NODE COMMAND...`. Its
 # partitions are `main`, which is preempted by requeueing, and `urgent`. ALIGN_SLURM_FOLDER is a folder that all nodes
-# see under the same path. One line a case; the status is that of the worst. Where Slurm cannot be had, it says why and
-# leaves with 0. Every case ends with the same numbers as a run without Slurm that nothing happened to.
+# see under the same path. It prints one line per case and exits with 1 if one fails. Without Slurm it says so and
+# exits with 0. Every case must end with the same numbers as an undisturbed run without Slurm.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 cluster=${ALIGN_SLURM_CLUSTER:-../shared/slurm-test-cluster/setup.sh}
@@ -23,7 +23,7 @@ folder=$(mktemp -d "${ALIGN_SLURM_FOLDER:-/tmp}/align-slurm-XXXXXX")
 echo "in $folder"
 "$python" tests/slurm/make_models.py "$folder" >"$folder/make.log" 2>&1 || { cat "$folder/make.log"; exit 1; }
 
-# Every step of the driver lasts five seconds longer, so that there is time to disturb it.
+# Make every step of the driver five seconds longer, so that there is time to disturb it.
 slow=(env ALIGN_FAULT=role=driver,phase=step,kind=slow,times=1000)
 
 fail() { echo "  $*"; return 1; }
@@ -62,39 +62,39 @@ ended_as() { # JOB STATE EXIT
 }
 
 same() { # RUN REFERENCE
-  local found
-  found=$("$python" tests/slurm/compare.py "$1" "$2") || fail "$1 is not $2: $found"
+  local differences
+  differences=$("$python" tests/slurm/compare.py "$1" "$2") || fail "$1 is not $2: $differences"
 }
 
-# No process and no file of a job is left on any node, and no token.
-left_of() { # JOB
-  local node found
+# Processes and files of a job that are left on the nodes, and tokens.
+leftovers_of() { # JOB
+  local node lines
   for node in "${nodes[@]}"; do
-    found=$("$cluster" in "$node" bash -c '
+    lines=$("$cluster" in "$node" bash -c '
       grep -lzxs "SLURM_JOB_ID=$0" /proc/[0-9]*/environ | while read -r f; do
         tr "\0" " " <"${f%environ}cmdline" | cut -c 1-100; echo; done
       ls -d /tmp/ray/j"$0".* /dev/shm/* 2>/dev/null' "$1")
-    [[ $found ]] && echo "$node: $found"
+    [[ $lines ]] && echo "$node: $lines"
   done
   ls "$run"*/launch/token-* 2>/dev/null
 }
-nothing_left() { [[ -z $(left_of "$1") ]]; }
+nothing_left() { [[ -z $(leftovers_of "$1") ]]; }
 clean() { # JOB
-  until_true 30 nothing_left "$1" || { left_of "$1"; return 1; }
+  until_true 30 nothing_left "$1" || { leftovers_of "$1"; return 1; }
 }
 
-reference() { # NAME STEPS: a run of one machine, without Slurm
+reference() { # NAME STEPS: run on one machine, without Slurm
   [[ -e $folder/$1/final ]] && return
   "$python" -m align.cli train "$folder/recipe.yaml" run.dir="$folder/$1" run.steps="$2" cluster.slots_per_core=4 \
     >"$folder/$1.log" 2>&1 || { tail "$folder/$1.log"; return 1; }
 }
 
-finish() { # REFERENCE: the job completes, is the same as it, and leaves nothing
+finish() { # REFERENCE: the job completes with the numbers of this run and leaves nothing
   ended_as "$job" COMPLETED 0:0 && same "$run" "$folder/$1" && clean "$job"
 }
 
-# A slow run in its third step or later
-under_way() { # NAME [argument ...]
+# Start a slow run and wait for its third step.
+start_slow() { # NAME [argument ...]
   prefix=("${slow[@]}")
   submit "$@" && until_true 400 has_steps "$run" 3
 }
@@ -114,7 +114,7 @@ case_refused() {
 
 case_across() {
   prefix=()
-  # A site that hands no environment to a job, and has a file of its own to make one.
+  # A site that passes no environment to a job, and makes one with a setup file.
   printf 'export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 SITE=here\n' >"$folder/site.sh"
   submit across --export=NONE --setup "$folder/site.sh" --sbatch=--comment="a 'site' of two nodes" &&
     until_true 400 has_steps "$run" 1 || return
@@ -122,7 +122,7 @@ case_across() {
   finish ten
 }
 
-# Slots that are GPUs in Slurm's and Ray's books; the cluster's are not real, so the work is done on CPUs.
+# Slots that Slurm and Ray count as GPUs. The cluster's GPUs are not real, so the work runs on CPUs.
 case_gpus() {
   sinfo -h -o %G | grep -q gpu: || { echo "this cluster counts no GPUs"; return 0; }
   prefix=()
@@ -139,7 +139,7 @@ case_timelimit() {
 }
 
 case_preempted() {
-  under_way preempted || return
+  start_slow preempted || return
   local urgent
   urgent=$(sbatch --parsable --partition urgent --nodes 2 --exclusive --time 2 --output /dev/null --wrap "srun hostname")
   until_true 240 has_restarted "$job" 1 || return
@@ -147,18 +147,18 @@ case_preempted() {
 }
 
 case_requeued() {
-  under_way requeued && scontrol requeue "$job" && until_true 60 has_restarted "$job" 1 && finish ten
+  start_slow requeued && scontrol requeue "$job" && until_true 60 has_restarted "$job" 1 && finish ten
 }
 
 case_crashed() {
-  under_way crashed && "$cluster" crash node2 || return
+  start_slow crashed && "$cluster" crash node2 || return
   until_true 240 has_restarted "$job" 1
   local restarted=$?
   "$cluster" boot node2 && ((restarted == 0)) && finish ten
 }
 
 case_killed() {
-  under_way killed || return
+  start_slow killed || return
   local driver
   driver=$("$cluster" in node1 pgrep -f -- "^[^ ]*python.* -m align.cli train $run/launch" | head -n 1)
   "$cluster" in node1 kill -KILL "$driver" && until_true 240 has_restarted "$job" 1 && finish ten || return
@@ -166,14 +166,14 @@ case_killed() {
 }
 
 case_cancelled() {
-  under_way cancelled && scancel "$job" && until_true 60 has_ended "$job" && clean "$job" || return
+  start_slow cancelled && scancel "$job" && until_true 60 has_ended "$job" && clean "$job" || return
   [[ $(state_of "$job") == CANCELLED ]] || fail "job $job: $(state_of "$job")" || return
   prefix=()
-  submit cancelled && finish ten # the same line goes on with the run
+  submit cancelled && finish ten # the same command line resumes the run
 }
 
 case_stopped() {
-  under_way stopped && touch "$run/STOP" && ended_as "$job" FAILED 75:0 && clean "$job" || return
+  start_slow stopped && touch "$run/STOP" && ended_as "$job" FAILED 75:0 && clean "$job" || return
   (($(restarts_of "$job") == 0)) || fail "it was requeued" || return
   prefix=()
   submit stopped
@@ -188,11 +188,11 @@ case_two_at_once() {
   local overlap
   overlap=$(cat "$first_run/logs/slurm/job-$one.log" "$second_run/logs/slurm/job-$two.log" | sort | head -n 2 |
     grep -c "start on")
-  ((overlap == 2)) || fail "one began after the other had ended"
+  ((overlap == 2)) || fail "the jobs did not overlap"
 }
 
 case_chain() {
-  under_way chain --chain 3 && scancel --signal=USR1 --batch "$first_job" && ended_as "$first_job" FAILED 75:0 || return
+  start_slow chain --chain 3 && scancel --signal=USR1 --batch "$first_job" && ended_as "$first_job" FAILED 75:0 || return
   finish ten || return
   grep -q "ended before, with status 0" "$run/logs/slurm/job-$job.log" || fail "the third job did not stop at once"
 }
@@ -210,13 +210,13 @@ case_array() {
 reference ten 10 || { echo "FAIL reference"; exit 1; }
 worst=0
 for name in "${@:-${all_cases[@]}}"; do
-  begun=$SECONDS
+  start=$SECONDS
   prefix=() job='' run=
   if "case_$name" >"$folder/$name.out" 2>&1; then
-    echo "PASS $name $((SECONDS - begun)) s"
+    echo "PASS $name $((SECONDS - start)) s"
   else
     worst=1
-    echo "FAIL $name $((SECONDS - begun)) s"
+    echo "FAIL $name $((SECONDS - start)) s"
     sed 's/^/  /' "$folder/$name.out" "$folder/submit.err" | tail -n 20
     [[ $job ]] && scancel "$job" ${first_job:+"$first_job"} 2>/dev/null
   fi
