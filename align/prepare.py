@@ -15,6 +15,7 @@ from align.config import (
     PolicyConfig,
     RecipeConfig,
     RewardConfig,
+    RoleConfig,
     SamplerConfig,
     TrainedModelConfig,
     TrainedRewardConfig,
@@ -110,7 +111,11 @@ def prepare(loaded: LoadedConfig) -> Prepared:
 
 def load_renderer(config: RecipeConfig) -> Renderer:
     """Tokenizer and template of the run. All roles but frozen reward models must read the same token ids."""
-    roles = {name: role for name, role in role_configs(config).items() if not isinstance(role, RewardConfig)}
+    roles = {
+        name: role
+        for name, role in role_configs(config).items()
+        if isinstance(role, ModelConfig) and not isinstance(role, RewardConfig)
+    }
     tokenizers = {name: _load_tokenizer(role) for name, role in roles.items()}
     (first, tokenizer), *others = tokenizers.items()
     for name, other in others:
@@ -152,7 +157,7 @@ def text_inputs(config: RecipeConfig, renderer: Renderer) -> dict[str, TextInput
 
 
 def _require_positions(
-    config: Any, roles: Mapping[str, ModelConfig], train_data: Any, inputs: Mapping[str, TextInput]
+    config: Any, roles: Mapping[str, RoleConfig], train_data: Any, inputs: Mapping[str, TextInput]
 ) -> None:
     """Raise `DataError` for a role that reads token ids and has fewer positions than the longest sequence.
 
@@ -163,7 +168,7 @@ def _require_positions(
     for part, length in positions.longest(train_data, sampling.max_tokens if sampling else 0):
         longest[part] = max(length, longest.get(part, length))
     for name, role in roles.items():
-        if name not in inputs:
+        if name not in inputs and isinstance(role, ModelConfig):
             positions.check(role, name, longest, scores_data=getattr(config, "gold", None) == "reward")
 
 

@@ -37,7 +37,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from align.config import DataConfig, RewardConfig
+from align.config import CheckpointRewardConfig, DataConfig
 from align.data import dataset
 from align.data.chat import Dialogue
 from align.rewards.scorers import build_scorer
@@ -141,7 +141,7 @@ def check_scores(folder: Path, data: Path) -> dict[str, Any]:
     """Scores of the responses of two pairs, by align and by everyone else."""
     rows = dataset.load(DataConfig(path=str(data), bad_rows="skip")).validation[:2]
     dialogues = [Dialogue(row.context, text) for row in rows for text in (row.response1, row.response2)]
-    judge: Any = build_scorer(RewardConfig(path=str(folder), dtype="float32"), torch.device("cpu"))
+    judge: Any = build_scorer(CheckpointRewardConfig(path=str(folder), dtype="float32"), torch.device("cpu"))
     expected = judge.score(dialogues).tolist()
     turns = lambda one: [{"role": turn.role, "content": turn.content} for turn in one.context]  # noqa: E731
     messages = [[*turns(one), {"role": "assistant", "content": one.response}] for one in dialogues]

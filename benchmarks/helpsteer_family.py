@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 import torch
 
 from align.cli import main as align
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import ModelGeneratorConfig, SamplingConfig
 from align.data import steerlm as steering
 from align.data import toy, toy_family
 from align.data.chat import Message
@@ -90,7 +90,9 @@ def held_out(out: Path) -> list[str]:
 def steered(model: Path, instructions: list[str], values: Mapping[str, int], seed: int) -> tuple[float, float]:
     """Mean ground truth and words of sampled answers that ask for ``values``."""
     form = steering.read(model / steering.NAME).asking(values)
-    generator = ModelGenerator(GeneratorConfig(path=str(model), dtype="float32"), distributed.initialize_alone(), seed)
+    generator = ModelGenerator(
+        ModelGeneratorConfig(path=str(model), dtype="float32"), distributed.initialize_alone(), seed
+    )
     requests = []
     for text in instructions:
         messages, opening = form.steered((Message("user", text),))
@@ -128,7 +130,7 @@ def genrm(seed: Seed) -> Numbers:
         for key in VERDICTS:
             found[f"judge {when} GRPO: {key}"] = line[f"heldout/{key}"]
     base = seed.shared("family_sft")
-    aligned = seed.train("rloo_genrm", f"policy.path={base}", f"reward.generative.judge.path={trained / 'final'}")
+    aligned = seed.train("rloo_genrm", f"policy.path={base}", f"reward.judge.path={trained / 'final'}")
     measured = lines(aligned, "evaluations.jsonl")
     for when, line in (("before", measured[0]), ("after", measured[-1])):
         found[f"policy {when} RLOO against the judge: ground truth"] = line["heldout/sampled/ground_truth"]

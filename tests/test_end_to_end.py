@@ -190,7 +190,7 @@ def test_a_causal_model_is_no_reward_model(tmp_path, toy_data, tiny_policy, caps
     """transformers would fill the head with noise and only warn."""
     path = recipe(tmp_path, RLOO, run=tmp_path / "r", data=toy_data, policy=tiny_policy, reward=tiny_policy)
     assert main(["train", str(path), "executor=local"]) == 78
-    assert "reward.kind=lm_head_row0" in capsys.readouterr().err
+    assert "reward.head=lm_head_row0" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, toy_data, tiny_policy, tiny_reward, capsys):

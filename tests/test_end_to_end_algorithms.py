@@ -186,7 +186,7 @@ def test_a_critic_starts_from_the_reward_model(run, tmp_path, tiny_policy, tiny_
     config = json.loads((row / "config.json").read_text())
     (row / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     changes = ["executor=local", "critic.optimizer.lr=1e-3", "run.steps=1", "minibatches=1", f"reward.path={row}"]
-    from_row = run("row0", "ppo", *changes, "reward.kind=lm_head_row0")
+    from_row = run("row0", "ppo", *changes, "reward.head=lm_head_row0")
     for name in ("reward", "critic/value", "critic/loss", "critic/grad_norm", "explained_variance"):
         assert metrics(from_row)[0][name] == pytest.approx(metrics(plain)[0][name], rel=1e-4, abs=1e-6), name
 

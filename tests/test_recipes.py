@@ -56,7 +56,7 @@ def test_recipe_is_complete(path: Path, tmp_path: Path):
     loaded = load(path)
     slots = check_roles(loaded.config)
     assert set(slots) == set(role_configs(loaded.config))
-    assert all(type(section) in ROLES for section in role_configs(loaded.config).values())
+    assert all(set(type(section).__mro__) & ROLES.keys() for section in role_configs(loaded.config).values())
     write_config(loaded.config, tmp_path / "config.yaml")
     assert load_recipe(tmp_path / "config.yaml").config == loaded.config
 

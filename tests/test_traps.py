@@ -33,7 +33,7 @@ from transformers import (
 
 from align import ops
 from align.algorithms import _policy_loss, _rewards, _rollout, rloo
-from align.config import OptimizerConfig, PolicyConfig, PolicyLossConfig, RewardConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, OptimizerConfig, PolicyConfig, PolicyLossConfig, SamplingConfig
 from align.data import chat, collate, toy
 from align.data.chat import Message, Renderer
 from align.engines import decoder, distributed
@@ -118,7 +118,9 @@ def seen_of(rollouts: Rollouts, score_B: Tensor, reference_BT: Tensor | None = N
 
 
 def recipe(K: int = 3, **changes: Any) -> rloo.Config:
-    return rloo.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=K, max_tokens=8), **changes)
+    return rloo.Config(
+        reward=CheckpointRewardConfig(path="r"), sampling=SamplingConfig(num_samples=K, max_tokens=8), **changes
+    )
 
 
 # value at t computed after token t
@@ -335,7 +337,7 @@ ODD = [[3, 3, 4], [0, 7, 1, 7], [6, 2, 9, 9, 1]]
 
 def the_reward_model_gets_the_ids_that_were_sampled() -> None:
     rows = Sequences(Packed.from_lists([[5, 6]]), Packed.from_lists(ODD), torch.tensor([0, 0, 0]))
-    section = RewardConfig(path="unused")
+    section = CheckpointRewardConfig(path="unused")
     asked = Asked(2, lambda sequences, *_: Scored(torch.zeros(len(sequences)), {}))
     cast: Any = type("Cast", (), {})()
     cast.reward, cast.eval_reward = Reward(asked, section), Reward(other := Asked(1, asked.answer), section)

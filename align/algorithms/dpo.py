@@ -22,9 +22,8 @@ from align import data, ops
 from align.algorithms import _evaluation, _preference_loss
 from align.algorithms._evaluation import Evaluator
 from align.config import (
-    EvalRewardConfig,
+    AnyRewardConfig,
     EvaluationConfig,
-    OptionalRewardConfig,
     PolicyConfig,
     PreferenceLossConfig,
     RecipeConfig,
@@ -56,9 +55,9 @@ class Config(RecipeConfig):
     """Folder that caches the starting policy's log-probabilities under the fingerprints of model and pairs; they are
     computed once, before the first step, and read and written by the driver. Empty: reference workers compute them in
     each step."""
-    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """A reward model for ``gold: reward`` and for held-out evaluation; absent unless ``path`` is given."""
-    eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
+    reward: AnyRewardConfig | None = None
+    """A reward model for ``gold: reward`` and for held-out evaluation; null without."""
+    eval_reward: AnyRewardConfig | None = None
     """A second reward model that scores held-out answers."""
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     """The loss of a pair."""
@@ -72,12 +71,12 @@ class Config(RecipeConfig):
     """How held-out prompts are answered, beside the greedy answers. ``num_samples`` is not used."""
 
     def __post_init__(self) -> None:
-        if not self.reward.path and (self.gold == "reward" or self.evaluation.every):
+        if not self.reward and (self.gold == "reward" or self.evaluation.every):
             raise ValueError("gold: reward and evaluation.every need a reward model: give reward.path")
-        if self.reward.path and self.gold != "reward" and not self.evaluation.every:
-            raise ValueError("reward.path is read with gold reward or evaluation.every only")
-        if self.eval_reward.path and not self.evaluation.every:
-            raise ValueError("eval_reward.path judges held-out answers: set evaluation.every")
+        if self.reward and self.gold != "reward" and not self.evaluation.every:
+            raise ValueError("reward is read with gold reward or evaluation.every only")
+        if self.eval_reward and not self.evaluation.every:
+            raise ValueError("eval_reward scores held-out answers: set evaluation.every")
         if self.gold == "reward" and not self.loss.reads_gold:
             raise ValueError(f"gold: reward is a target of loss.kind rpo_*, not of {self.loss.kind}")
         if self.reference_cache and not self.loss.needs_reference:
@@ -88,7 +87,7 @@ class Config(RecipeConfig):
                 "reference_cache holds log-probabilities of the starting policy: reference.path, its revision and "
                 f"dtype must be those of policy.path, or give no cache ({own}, {start})"
             )
-        if self.gold == "reward" and self.reward.failed == "drop":
+        if self.gold == "reward" and self.reward and self.reward.failed == "drop":
             raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")
 
     def absent(self) -> set[str]:

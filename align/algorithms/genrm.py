@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from align import data, ops
 from align.algorithms import _genrm_evaluation, _policy_loss, _rewards, _rollout, grpo
-from align.config import OptionalRewardConfig, RowKind, VerdictConfig
+from align.config import RowKind, VerdictConfig
 from align.rewards import genrm_card
 from align.roles import CompletedFuture, PolicyRole, ReferenceRole, RewardRole
 
@@ -43,8 +43,10 @@ class Config(grpo.Config):
 
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
     """Prompt and answer format of the judge."""
-    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """Must be absent: the reward is the distance from the labels."""
+    reward: None = None  # type: ignore[assignment] - no key of a reward model can be given
+    """Always null: the reward is the distance from the labels."""
+    eval_reward: None = None  # type: ignore[assignment]
+    """Always null."""
     format_penalty: float = 10.0
     """C1, the penalty of an answer without a verdict. 10: Nemotron 3 Nano; NeMo-Gym's newer server takes 100."""
     score_weight: float = 1.0
@@ -54,11 +56,6 @@ class Config(grpo.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward.present or self.eval_reward.present:
-            raise ValueError(
-                f"genrm learns from labels and asks no reward model: reward.path {self.reward.path!r}, reward.kind "
-                f"{self.reward.kind}, eval_reward.path {self.eval_reward.path!r}"
-            )
         weights = self.format_penalty, self.score_weight, self.ranking_weight
         if min(weights) < 0:
             raise ValueError(

@@ -22,9 +22,8 @@ from align.algorithms import _steerlm
 from align.algorithms._evaluation import Evaluator
 from align.algorithms.sft import loss
 from align.config import (
-    EvalRewardConfig,
+    AnyRewardConfig,
     EvaluationConfig,
-    OptionalRewardConfig,
     PolicyConfig,
     RecipeConfig,
     SamplingConfig,
@@ -49,10 +48,10 @@ class Config(RecipeConfig):
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
-    reward: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
+    reward: AnyRewardConfig | None = None
     """The attribute model: a frozen regression model that labels responses and scores held-out answers. Refused with
     ``labels: data``, one round and no evaluation, which do not use it."""
-    eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
+    eval_reward: AnyRewardConfig | None = None
     """A second reward model that scores held-out answers."""
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     """Which attributes the prompt shows the policy, and where."""
@@ -76,15 +75,15 @@ class Config(RecipeConfig):
             numbers = f"{self.batch_size}, {self.rounds}, {self.bootstrap_prompts}"
             raise ValueError(f"batch_size and rounds must be positive, bootstrap_prompts not negative: {numbers}")
         used = self.rates or bool(self.evaluation.every)
-        if used and not self.reward.present:
+        if used and not self.reward:
             raise ValueError(
-                f"reward.path is missing: labels {self.labels}, rounds {self.rounds} and evaluation.every "
+                f"reward is null: labels {self.labels}, rounds {self.rounds} and evaluation.every "
                 f"{self.evaluation.every} need an attribute model; labels data without the others needs none"
             )
-        if self.reward.present and not used:
-            raise ValueError(f"reward.path {self.reward.path!r} is not read: labels data, rounds 1, evaluation.every 0")
-        if self.eval_reward.present and not self.evaluation.every:
-            raise ValueError("eval_reward.path judges held-out answers: set evaluation.every")
+        if self.reward and not used:
+            raise ValueError("reward is not read with labels data, rounds 1 and evaluation.every 0: leave it out")
+        if self.eval_reward and not self.evaluation.every:
+            raise ValueError("eval_reward scores held-out answers: set evaluation.every")
 
     @property
     def rates(self) -> bool:

@@ -12,15 +12,13 @@ from align.cluster.pool import RayCluster
 from align.config import (
     ClusterConfig,
     CriticConfig,
-    EvalRewardConfig,
     GeneratorConfig,
-    ModelConfig,
-    OptionalRewardConfig,
     PolicyConfig,
     PreviousPolicyConfig,
     PriorPolicyConfig,
     ReferenceConfig,
     RewardConfig,
+    RoleConfig,
     SamplerConfig,
     TrainedRewardConfig,
 )
@@ -30,7 +28,7 @@ from align.workers import critic, generator, local, policy, reward
 from align.workers.announce import Announce, to_stdout
 from align.workers.base import Ranks, Role, Spec
 
-ROLES: dict[type[ModelConfig], type[Role]] = {
+ROLES: dict[type[RoleConfig], type[Role]] = {
     PolicyConfig: policy.Policy,
     SamplerConfig: policy.Sampler,
     CriticConfig: critic.Critic,
@@ -38,8 +36,6 @@ ROLES: dict[type[ModelConfig], type[Role]] = {
     PriorPolicyConfig: policy.Base,
     PreviousPolicyConfig: policy.Previous,
     RewardConfig: reward.Reward,
-    OptionalRewardConfig: reward.Reward,
-    EvalRewardConfig: reward.SecondReward,
     TrainedRewardConfig: reward.TrainedReward,
     GeneratorConfig: generator.Generator,
 }
@@ -72,7 +68,7 @@ class StartOptions:
 
 @contextmanager
 def start_roles(
-    configs: Mapping[str, ModelConfig],
+    configs: Mapping[str, RoleConfig],
     executor: Literal["ray", "local"],
     slots: Mapping[str, tuple[int, ...]],
     cluster: ClusterConfig,
@@ -81,7 +77,7 @@ def start_roles(
 ) -> Iterator[dict[str, Any]]:
     """Roles by name for the time of the context: with a worker process on each of their ``slots``, or with the executor
     ``local`` in this process. ``logs`` is the folder of the workers' logs."""
-    classes = {name: _role_class(config) for name, config in configs.items()}
+    classes = {name: _role_class(name, config) for name, config in configs.items()}
     specs = {}
     for name, config in configs.items():
         size = len(slots[name]) if executor == "ray" else 1
@@ -107,7 +103,9 @@ def start_roles(
         yield attached(ray.bring_up(workers, logs.absolute(), options.clock))
 
 
-def _role_class(config: ModelConfig) -> type[Role]:
+def _role_class(name: str, config: RoleConfig) -> type[Role]:
+    if name == "eval_reward":
+        return reward.EvalReward
     return next(ROLES[base] for base in type(config).__mro__ if base in ROLES)
 
 

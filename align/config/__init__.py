@@ -18,7 +18,14 @@ from align.config.base import (
 from align.config.editing import EditingConfig
 from align.config.eval import BenchmarkDataConfig, RewardEvaluationConfig
 from align.config.eval_policy import PolicyEvaluationConfig, QuestionDataConfig
-from align.config.generators import EndpointConfig, GeneratorConfig, HttpClientConfig
+from align.config.generators import (
+    AnyGeneratorConfig,
+    EndpointGeneratorConfig,
+    FunctionGeneratorConfig,
+    GeneratorConfig,
+    HttpClientConfig,
+    ModelGeneratorConfig,
+)
 from align.config.genrm import GenerativeConfig, JudgeSamplingConfig
 from align.config.losses import PolicyLossConfig, PreferenceLossConfig
 from align.config.models import (
@@ -29,18 +36,21 @@ from align.config.models import (
     PolicyConfig,
     ReferenceConfig,
     ReferenceFromPolicyConfig,
+    RoleConfig,
     SamplerConfig,
     TrainedModelConfig,
 )
 from align.config.rewards import (
+    AnyRewardConfig,
+    CheckpointRewardConfig,
     CriticConfig,
     CriticFromRewardConfig,
-    EnsembleConfig,
-    EvalRewardConfig,
-    HttpConfig,
-    OptionalRewardConfig,
+    EnsembleRewardConfig,
+    FunctionRewardConfig,
+    GenerativeRewardConfig,
+    HttpRewardConfig,
     RewardConfig,
-    RewardKind,
+    RewardHead,
     TrainedRewardConfig,
 )
 from align.config.rl import EvaluationConfig, OnPolicyConfig, PolicyGradientConfig, RewardShapingConfig
@@ -51,8 +61,11 @@ from align.config.steerlm import PreviousPolicyConfig, PriorPolicyConfig, Steeri
 from align.config.verdicts import VerdictConfig
 
 __all__ = [
+    "AnyGeneratorConfig",
+    "AnyRewardConfig",
     "BenchmarkDataConfig",
     "CheckpointConfig",
+    "CheckpointRewardConfig",
     "ClusterConfig",
     "CriticConfig",
     "CriticFromRewardConfig",
@@ -60,20 +73,22 @@ __all__ = [
     "DataConfig",
     "DataFormat",
     "EditingConfig",
-    "EndpointConfig",
-    "EnsembleConfig",
-    "EvalRewardConfig",
+    "EndpointGeneratorConfig",
+    "EnsembleRewardConfig",
     "EvaluationConfig",
+    "FunctionGeneratorConfig",
+    "FunctionRewardConfig",
     "GenerativeConfig",
+    "GenerativeRewardConfig",
     "GeneratorConfig",
     "HttpClientConfig",
-    "HttpConfig",
+    "HttpRewardConfig",
     "JudgeSamplingConfig",
     "LoraConfig",
     "ModelConfig",
+    "ModelGeneratorConfig",
     "OnPolicyConfig",
     "OptimizerConfig",
-    "OptionalRewardConfig",
     "PolicyConfig",
     "PolicyEvaluationConfig",
     "PolicyGradientConfig",
@@ -88,9 +103,10 @@ __all__ = [
     "ReplicasConfig",
     "RewardConfig",
     "RewardEvaluationConfig",
-    "RewardKind",
+    "RewardHead",
     "RewardServiceConfig",
     "RewardShapingConfig",
+    "RoleConfig",
     "RowKind",
     "RunConfig",
     "SamplerConfig",

@@ -11,9 +11,6 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from align.config.models import ModelConfig, SamplerConfig
-from align.config.rewards import OptionalRewardConfig
-
 DataFormat = Literal[
     "auto",
     "helpsteer3",
@@ -256,11 +253,7 @@ class RecipeConfig:
 
     def absent(self) -> set[str]:
         """Names of role sections that this recipe does without; no worker is started for them."""
-        found = {name: section for name, section in vars(self).items() if isinstance(section, ModelConfig)}
-        unnamed = {name for name, one in found.items() if isinstance(one, OptionalRewardConfig) and not one.present}
-        return unnamed | {
-            name for name, one in found.items() if isinstance(one, SamplerConfig) and name not in self.placement
-        }
+        return set()
 
     def updates_per_step(self) -> int:
         """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""

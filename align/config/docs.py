@@ -99,7 +99,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def common_base(variants: list[type]) -> type | None:
     """The nearest schema with keys that all variants of a union extend."""
     for base in variants[0].__mro__[1:]:
-        if is_dataclass(base) and own_fields(base) and all(issubclass(variant, base) for variant in variants):
+        if is_dataclass(base) and own_fields(base) and all(base in variant.__mro__ for variant in variants):
             return base
     return None
 

@@ -8,7 +8,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from align.config.base import ClusterConfig, DataFormat
-from align.config.rewards import RewardConfig
+from align.config.rewards import AnyRewardConfig
 
 BenchmarkName = Literal["rm-bench", "judgebench", "rewardbench", "rewardbench2", "heldout"]
 
@@ -52,8 +52,8 @@ class RewardEvaluationConfig:
     ``heldout``: pairs of the HelpSteer family."""
     data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
     """The items."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    """The judge. Not read with ``scores``."""
+    reward: AnyRewardConfig | None = None
+    """The reward model; null with ``scores``."""
     scores: str = ""
     """File with scores that were given before, which are judged instead of a model's."""
     out: str = ""
@@ -78,12 +78,8 @@ class RewardEvaluationConfig:
     """Where Ray runs."""
 
     def __post_init__(self) -> None:
-        if not self.scores and not self.reward.present:
-            raise ValueError(
-                f"benchmark {self.benchmark} needs reward.path or scores: {self.reward.path!r}, {self.scores!r}"
-            )
-        if self.scores and self.reward.present:
-            raise ValueError(f"give one of reward.path and scores: {self.reward.path!r}, {self.scores!r}")
+        if bool(self.scores) == (self.reward is not None):
+            raise ValueError(f"benchmark {self.benchmark} needs either reward.path or scores: scores {self.scores!r}")
         if self.benchmark == "heldout" and not self.data.path and not self.scores:
             raise ValueError(f"benchmark heldout has no hub id and needs data.path: {self.data.path!r}")
         if self.benchmark == "heldout" and self.data.split not in ("", "train", "validation"):

@@ -9,7 +9,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from align.config.base import ClusterConfig
-from align.config.generators import GeneratorConfig
+from align.config.generators import AnyGeneratorConfig, ModelGeneratorConfig
 from align.config.sampling import SamplingConfig
 
 PolicyBenchmarkName = Literal["arena-hard", "mt-bench", "wildbench", "prompts"]
@@ -49,8 +49,8 @@ class PolicyEvaluationConfig:
     ``prompts``: your own, in pairs where there is a baseline, else with marks."""
     data: QuestionDataConfig = field(default_factory=QuestionDataConfig)
     """The questions."""
-    policy: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """What answers. Not read with ``answers``."""
+    policy: AnyGeneratorConfig | None = None
+    """The generator that answers; null with ``answers``."""
     answers: str = ""
     """File with answers that were given before, which are judged instead: ``answers.jsonl`` of another evaluation, or
     a file in the layout of Arena-Hard, FastChat or WildBench."""
@@ -58,18 +58,18 @@ class PolicyEvaluationConfig:
     """How the policy, and a baseline that is asked, draw their answers. Greedy up to 4,096 tokens, as in Arena-Hard."""
     temperatures: dict[str, float] = field(default_factory=dict)
     """Temperature by category, in place of ``sampling.temperature``."""
-    baseline: GeneratorConfig = field(default_factory=GeneratorConfig)
+    baseline: AnyGeneratorConfig | None = None
     """What the policy is compared with (``arena-hard``, ``prompts``)."""
     baseline_answers: dict[str, str] = field(default_factory=dict)
     """Files with the answers of the baseline, as ``answers``, by category; ``default`` is for all categories that are
     not named."""
-    judge: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """What judges."""
+    judge: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
+    """The LLM-as-judge."""
     judge_form: Literal["benchmark", "helpsteer3", "json"] = "benchmark"
     """``benchmark``: asked in words for the verdicts of the benchmark. ``helpsteer3``, ``json``: a generative reward
-    model with this form of verdict, as ``reward.generative.form`` of a recipe."""
+    model with this form of verdict, as ``reward.form`` of a recipe."""
     judge_custom_roles: bool = False
-    """With ``helpsteer3`` and ``json``, as ``reward.generative.custom_roles`` of a recipe."""
+    """With ``helpsteer3`` and ``json``, as ``reward.custom_roles`` of a recipe."""
     judge_prompt: str = ""
     """YAML file with other words for the judge than align's (``judge_form`` ``benchmark``): by kind of question
     ``user``, and ``system`` where there is one. Kinds and placeholders: docs/evaluation_policy.md."""
@@ -98,21 +98,16 @@ class PolicyEvaluationConfig:
     """Where Ray runs."""
 
     def __post_init__(self) -> None:
-        if self.policy.present == bool(self.answers):
-            raise ValueError(
-                f"give one of policy (policy.path, policy.kind) and answers: {self.policy.path!r}, {self.answers!r}"
-            )
-        if not self.judge.present:
-            raise ValueError(
-                f"benchmark {self.benchmark} needs judge.path or judge.kind: {self.judge.path!r}, {self.judge.kind}"
-            )
-        if self.baseline.present and self.baseline_answers:
-            raise ValueError(f"give one of baseline (baseline.path {self.baseline.path!r}) and baseline_answers")
+        if (self.policy is not None) == bool(self.answers):
+            raise ValueError(f"give either policy (policy.path, policy.kind) or answers: answers {self.answers!r}")
+        if self.baseline and self.baseline_answers:
+            raise ValueError(f"give either baseline or baseline_answers, not both: {self.baseline_answers}")
         if self.benchmark == "arena-hard" and not self.pairwise:
-            raise ValueError(f"benchmark arena-hard needs baseline_answers or baseline.path: {self.baseline.path!r}")
+            raise ValueError("benchmark arena-hard needs baseline_answers or baseline.path")
         if self.benchmark in ("mt-bench", "wildbench") and self.pairwise:
-            given = f"{self.baseline.path!r}, {self.baseline_answers}"
-            raise ValueError(f"benchmark {self.benchmark} has no baseline.path, no baseline_answers: {given}")
+            raise ValueError(
+                f"benchmark {self.benchmark} has no baseline.path, no baseline_answers: {self.baseline_answers}"
+            )
         if self.benchmark == "prompts" and not self.data.path:
             raise ValueError(f"benchmark prompts has no hub id and needs data.path: {self.data.path!r}")
         if self.benchmark != "mt-bench" and self.data.references:
@@ -132,4 +127,4 @@ class PolicyEvaluationConfig:
     @property
     def pairwise(self) -> bool:
         """Answers are compared with those of a baseline."""
-        return self.baseline.present or bool(self.baseline_answers)
+        return self.baseline is not None or bool(self.baseline_answers)

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from align.config.models import ModelConfig
+from omegaconf import MISSING
+
+from align.config.models import ModelConfig, RoleConfig
 
 
 def is_address(url: str) -> bool:
@@ -49,16 +51,53 @@ class HttpClientConfig:
 
 
 @dataclass(frozen=True)
-class EndpointConfig(HttpClientConfig):
-    """A server with OpenAI's chat-completions protocol: OpenAI itself, vLLM, SGLang, TensorRT-LLM, NIM."""
+class GeneratorConfig(RoleConfig):
+    """A role that answers conversations with text; one of the kinds below."""
 
-    url: str = ""
+    kind: str = MISSING
+    """Which of them."""
+
+    @property
+    def source(self) -> str:
+        """Folder, hub id, model and address, or function."""
+        return self.path
+
+
+@dataclass(frozen=True)
+class ModelGeneratorConfig(GeneratorConfig, ModelConfig):
+    """``kind: model``: a checkpoint in the role's own processes."""
+
+    kind: Literal["model"] = "model"
+    """The default kind."""
+    max_num_seqs: int = 64
+    """Rows of the key-value cache on one rank."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the checkpoint's own."""
+    date: str | None = None
+    """Text passed to that template as ``date_string``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError(f"path must be a folder or a hub id: {self.path!r}")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be positive: {self.max_num_seqs}")
+
+
+@dataclass(frozen=True)
+class EndpointGeneratorConfig(GeneratorConfig, HttpClientConfig):
+    """``kind: endpoint``: a server with OpenAI's chat-completions protocol (OpenAI itself, vLLM, SGLang, TensorRT-LLM,
+    NIM)."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    """Selects this kind."""
+    url: str = MISSING
     """Address up to the version, as ``https://api.openai.com/v1`` or ``http://127.0.0.1:8000/v1``; requests go to
     ``/chat/completions`` below it."""
+    model: str = MISSING
+    """Name of the model on the server."""
     timeout_s: float = 600.0
     """Seconds that one attempt may take, from connecting to the last byte."""
-    model: str = ""
-    """Name of the model as the server knows it."""
     key_env: str = ""
     """Name of the environment variable that holds the key, sent as a bearer token; empty sends none. The key itself is
     never written anywhere."""
@@ -68,49 +107,34 @@ class EndpointConfig(HttpClientConfig):
     """Further fields of each request, as ``{reasoning_effort: low}``. They replace the fields that align sends, and
     null removes a field: ``{max_tokens: null, max_completion_tokens: 4096}``."""
 
-
-@dataclass(frozen=True)
-class GeneratorConfig(ModelConfig):
-    """Answers conversations with text."""
-
-    path: str = ""
-    """Folder in Hugging Face layout, or a hub id. Given but with kind ``endpoint`` or ``function``."""
-    kind: Literal["model", "endpoint", "function"] = "model"
-    """``model``: a checkpoint in the role's own processes. ``endpoint``: a server with OpenAI's protocol.
-    ``function``: Python, for tests and for rules."""
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """The server (kind ``endpoint``)."""
-    function: str = ""
-    """``module:function`` or ``path/file.py:function`` (kind ``function``): it is called with the messages, a list of
-    ``{role, content}``, and the number of the sample, and returns the answer."""
-    max_num_seqs: int = 64
-    """Rows of the key-value cache on one rank (kind ``model``)."""
-    chat_template: str | None = None
-    """File with a Jinja chat template in place of the checkpoint's own (kind ``model``)."""
-    date: str | None = None
-    """Text passed to that template as ``date_string``."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "endpoint" and not (self.endpoint.url and self.endpoint.model):
-            raise ValueError(
-                f"kind endpoint needs endpoint.url and endpoint.model: {self.endpoint.url!r}, {self.endpoint.model!r}"
-            )
-        if self.kind == "function" and not is_function(self.function):
-            raise ValueError(f"kind function needs function=module:name or file.py:name: {self.function!r}")
-        if self.kind != "function" and self.function:
-            raise ValueError(f"kind {self.kind} calls no function: {self.function!r}")
-        if self.kind != "endpoint" and self.endpoint.url:
-            raise ValueError(f"kind {self.kind} asks no server: endpoint.url {self.endpoint.url!r}")
-        if self.kind != "model" and (self.path or self.init or self.chat_template or self.date):
-            raise ValueError(
-                f"kind {self.kind} reads no checkpoint: path {self.path!r}, init {self.init}, chat_template "
-                f"{self.chat_template}, date {self.date}"
-            )
-        if self.max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs must be positive: {self.max_num_seqs}")
+        if not self.url or not self.model:
+            raise ValueError(f"kind endpoint needs url and model: {self.url!r}, {self.model!r}")
 
     @property
-    def present(self) -> bool:
-        """Whether the recipe names anything that answers."""
-        return bool(self.path) or self.kind != "model"
+    def source(self) -> str:
+        return f"{self.model} at {self.url}"
+
+
+@dataclass(frozen=True)
+class FunctionGeneratorConfig(GeneratorConfig):
+    """``kind: function``: a Python function, for rules and tests."""
+
+    kind: Literal["function"] = "function"
+    """Selects this kind."""
+    function: str = MISSING
+    """``module:function`` or ``path/file.py:function``. It is called with the messages, a list of ``{role, content}``,
+    and the number of the sample, and returns the answer."""
+
+    def __post_init__(self) -> None:
+        if not is_function(self.function):
+            raise ValueError(f"kind function needs function=module:name or file.py:name: {self.function!r}")
+
+    @property
+    def source(self) -> str:
+        return self.function
+
+
+AnyGeneratorConfig = ModelGeneratorConfig | EndpointGeneratorConfig | FunctionGeneratorConfig
+"""One of the kinds of generator; the key ``kind`` selects it."""

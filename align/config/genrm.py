@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.config.generators import GeneratorConfig
+from align.config.generators import AnyGeneratorConfig, ModelGeneratorConfig
 from align.config.sampling import SamplingConfig
 
 WEIGHTS = ("reasoning_bonus", "answer_bonus", "reasoning_length_coef", "answer_length_coef", "style_coef")
@@ -28,8 +28,8 @@ class JudgeSamplingConfig(SamplingConfig):
 class GenerativeConfig:
     """A judge that writes, and how its verdicts become one number for each response: docs/genrm.md."""
 
-    judge: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """Who writes: a model in the role's own processes, an endpoint, or a function."""
+    judge: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
+    """The generator that writes verdicts: a model in the role's own processes, an endpoint, or a function."""
     form: Literal["helpsteer3", "json", "principle"] = "helpsteer3"
     """``helpsteer3``: boxed scores and ranking. ``json``: an object with the same. ``principle``: Yes or No to the
     question whether a response satisfies ``principle``; each response is judged alone."""
@@ -46,7 +46,7 @@ class GenerativeConfig:
     """Ask about each pair in both orders and take the mean, so that a judge that favours a place does no harm."""
     votes: int = 1
     """Verdicts on each pair in each order, whose mean counts."""
-    retries: int = 3
+    verdict_retries: int = 3
     """How often a verdict that cannot be read is asked for again. 3: NeMo-Gym. What is left counts as no opinion."""
     sampling: JudgeSamplingConfig = field(default_factory=JudgeSamplingConfig)
     """How verdicts are drawn."""
@@ -75,8 +75,10 @@ class GenerativeConfig:
             raise ValueError(f"form principle needs a principle: {self.principle!r}")
         if self.form == "principle" and self.custom_roles:
             raise ValueError("form principle asks by a turn of the user: custom_roles must be false")
-        if self.votes < 1 or self.retries < 0:
-            raise ValueError(f"votes must be positive and retries not negative: {self.votes}, {self.retries}")
+        if self.votes < 1 or self.verdict_retries < 0:
+            raise ValueError(
+                f"votes must be positive and verdict_retries not negative: {self.votes}, {self.verdict_retries}"
+            )
         if self.votes > 1 and self.sampling.temperature == 0:
             raise ValueError(f"votes {self.votes} are all alike with sampling.temperature 0")
         if self.sampling.num_samples != 1:

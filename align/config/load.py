@@ -25,7 +25,7 @@ import inspect
 import pkgutil
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ from align.config.yaml_reader import (
     describe_node,
     field_types,
     is_section,
+    sections_in,
     shorten,
     to_node,
     to_yaml,
@@ -76,6 +77,8 @@ class LoadedConfig:
     """The file, as it was named."""
     automatic: tuple[str, ...] = ()
     """Dotted keys whose ``auto`` a section replaced by a value for this machine."""
+    changed: frozenset[str] = frozenset()
+    """Dotted keys whose value was given and differs from the default."""
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -138,8 +141,8 @@ def describe_schema(schema: type) -> dict[str, str]:
     docs = {}
     for name, hint in field_types(schema).items():
         docs[name] = own.get(name, "")
-        if is_section(hint):
-            docs |= {f"{name}.{key}": doc for key, doc in describe_schema(hint).items()}
+        for section in sections_in(hint):
+            docs |= {f"{name}.{key}": doc for key, doc in describe_schema(section).items()}
     return docs
 
 
@@ -163,14 +166,14 @@ def _find_schema(recipe: Path, root: yaml.MappingNode, pairs: list[tuple[str, ya
 
 def _build(schema: type, recipe: Path, root: yaml.Node, pairs: list[tuple[str, yaml.Node]]) -> LoadedConfig:
     reader = SchemaReader(recipe, lambda node, key: DEFAULT)
-    tree: Any = OmegaConf.create(reader.section(to_node(_defaults(schema)), schema))
+    overrides = [(key, _nested(key, node)) for key, node in pairs]
+    reader.choose(schema, [root, *(node for _, node in overrides)])
+    tree: Any = OmegaConf.create(reader.section(to_node(_defaults(schema, reader)), schema))
+    defaults = flatten_config(OmegaConf.to_container(tree))
     reader.where = lambda node, key: f"{recipe}:{node.start_mark.line + 1}"
     layers = [("", reader.section(root, schema))]
     reader.where = lambda node, key: COMMAND_LINE
-    for key, node in pairs:
-        for name in reversed(key.split(".")):
-            node = yaml.MappingNode(f"{TAG}map", [(yaml.ScalarNode(f"{TAG}str", name), node)])
-        layers.append((key, reader.section(node, schema)))
+    layers += [(key, reader.section(node, schema)) for key, node in overrides]
     reader.stop()
     for key, layer in layers:
         try:
@@ -187,7 +190,16 @@ def _build(schema: type, recipe: Path, root: yaml.Node, pairs: list[tuple[str, y
     reader.stop()
     leaves, written = flatten_config(config), flatten_config(values)
     automatic = tuple(key for key, value in leaves.items() if written.get(key) == "auto" != value)
-    return LoadedConfig(config, {key: reader.origin(key) for key in leaves}, recipe, automatic)
+    changed = frozenset(
+        key for key, value in leaves.items() if reader.origin(key) != DEFAULT and value != defaults.get(key)
+    )
+    return LoadedConfig(config, {key: reader.origin(key) for key in leaves}, recipe, automatic, changed)
+
+
+def _nested(key: str, node: yaml.Node) -> yaml.Node:
+    for name in reversed(key.split(".")):
+        node = yaml.MappingNode(f"{TAG}map", [(yaml.ScalarNode(f"{TAG}str", name), node)])
+    return node
 
 
 def _children(value: Any) -> dict[str, Any]:
@@ -196,19 +208,37 @@ def _children(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _defaults(schema: type) -> dict[str, Any]:
+def _defaults(schema: type, reader: SchemaReader, prefix: str = "") -> dict[str, Any]:
     """Defaults as nested dicts. A section is taken from its class, so that no ``__post_init__`` runs."""
     values = {}
     for item in dataclasses.fields(schema):
-        value: Any = MISSING if item.default is dataclasses.MISSING else item.default
-        if is_section(item.default_factory):
-            value = _defaults(item.default_factory)
-        elif item.default_factory is not dataclasses.MISSING:
-            value = item.default_factory()
+        key = f"{prefix}{item.name}"
+        section = reader.chosen.get(key, item.default_factory)
+        if is_section(section):
+            values[item.name] = _defaults(section, reader, f"{key}.")
+            continue
+        value: Any = item.default
+        if section is not dataclasses.MISSING:
+            value = None if section is None else item.default_factory()  # type: ignore[misc] - it is a function
         if is_dataclass(value) and not isinstance(value, type):  # made by a function
-            value = dataclasses.asdict(value)
-        values[item.name] = value
+            made = dataclasses.asdict(value)
+            value = {name: _reachable(type(value), name, child, reader) for name, child in made.items()}
+        else:
+            value = _reachable(schema, item.name, value, reader)
+        values[item.name] = MISSING if value is dataclasses.MISSING else value
     return values
+
+
+def _reachable(schema: type, name: str, value: Any, reader: SchemaReader) -> Any:
+    """A default that refers to a key of another section; that of the base class where this recipe's section has no such
+    key, as ``${reward.path}`` of a critic beside a reward service."""
+    reference = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    section, _, key = reference[1].rpartition(".") if reference else ("", "", "")
+    member = reader.chosen.get(section)
+    if section not in reader.chosen or (member is not None and key in field_types(member)):
+        return value
+    item = next(item for base in schema.__mro__[1:] for item in dataclasses.fields(base) if item.name == name)
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _resolve(tree: DictConfig, reader: SchemaReader) -> Any:
@@ -312,10 +342,16 @@ def _bound(written: dict[str, Any], tree: Any, reader: SchemaReader) -> None:
     reader.stop()
 
 
+def _is_given(key: str, prefix: str, words: Container[str], reader: SchemaReader) -> bool:
+    """Whether a message names the section of a key, one that may be absent, and the recipe gives the key."""
+    section = key.removeprefix(prefix).partition(".")[0]
+    return section in words and f"{prefix}{section}" in reader.optional and reader.origin(key) != DEFAULT
+
+
 def _construct(schema: type, values: dict[str, Any], reader: SchemaReader, prefix: str = "") -> Any:
     """Instantiate sections from the inside out. A ValueError from ``__post_init__`` is a fault."""
     before, ready = len(reader.faults), dict(values)
-    for name, hint in field_types(schema).items():
+    for name, hint in reader.types(schema, prefix.removesuffix(".")).items():
         if is_section(hint):
             ready[name] = _construct(hint, values[name], reader, f"{prefix}{name}.")
         elif isinstance(values.get(name), dict) and is_section(get_args(hint)[-1] if get_args(hint) else None):
@@ -330,7 +366,9 @@ def _construct(schema: type, values: dict[str, Any], reader: SchemaReader, prefi
     except ValueError as error:
         words = re.findall(r"\w+(?:\.\w+)*", str(error))
         named = {
-            key: value for key, value in flatten_config(ready, prefix).items() if key.removeprefix(prefix) in words
+            key: value
+            for key, value in flatten_config(ready, prefix).items()
+            if key.removeprefix(prefix) in words or _is_given(key, prefix, words, reader)
         }
         places = {key: reader.origin(key) for key in named}
         where = next((place for place in places.values() if place != DEFAULT), f"{reader.recipe}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -16,10 +17,10 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). ``rank: 0`` trains all weights."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: int = 0
-    """Rank of each update; 0 turns adapters off."""
+    rank: int = MISSING
+    """Rank of each update."""
     alpha: float = 16.0
     """Scale of the update is alpha / rank (peft's convention)."""
     dropout: float = 0.0
@@ -29,12 +30,8 @@ class LoraConfig:
     layer but the head). Each must match a module, and none may share its weight with another (docs/lora.md)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank must not be negative: {self.rank}")
-        if not self.rank and self.targets != ["all-linear"]:
-            raise ValueError(
-                f"targets are given, and rank is 0, which trains all weights without adapters: {self.targets}"
-            )
+        if self.rank < 1:
+            raise ValueError(f"rank must be positive: {self.rank}; lora: null trains all weights")
         if not self.targets:
             raise ValueError("targets is empty: name modules, or all-linear")
 
@@ -68,7 +65,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class RoleConfig:
+    """A field of this type becomes a role: its own processes, placed by ``placement``. The class attributes describe a
+    role without a checkpoint (a service, a function); `ModelConfig` turns them into keys."""
+
+    # Without annotations, so that they are no fields: a dataclass would inherit them over those of `ModelConfig`.
+    path = ""
+    revision = None
+    init = MappingProxyType({})
+    dtype = "float32"
+    zero_stage = 0
+    trust_remote_code = False
+
+
+@dataclass(frozen=True)
+class ModelConfig(RoleConfig):
     """Where a role's weights come from and how they are held."""
 
     path: str = MISSING
@@ -123,8 +134,8 @@ class TrainedModelConfig(ModelConfig):
     """Keep the optimizer state in host memory (ZeRO 1 to 3)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and schedule."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank adapters; off by default."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters; null trains all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     dropout: float = 0.0
@@ -151,8 +162,8 @@ class PolicyConfig(TrainedModelConfig):
 
 @dataclass(frozen=True)
 class SamplerConfig(ModelConfig):
-    """Processes that sample for the policy on slots of their own, from a copy of its weights that is renewed before
-    each rollout. There when ``placement`` names slots for it; it needs whole weights on each slot."""
+    """Processes that sample for the policy on their own slots, from a copy of its weights that is renewed before each
+    rollout. Each slot holds the whole model."""
 
     path: str = "${policy.path}"
     """Follows the policy, as do the next four. What is loaded gives way to the weights that are sent."""

@@ -8,7 +8,7 @@ from typing import Literal
 from align.config.base import RecipeConfig, RowKind
 from align.config.losses import PolicyLossConfig
 from align.config.models import PolicyConfig, ReferenceConfig, ReferenceFromPolicyConfig, SamplerConfig
-from align.config.rewards import EvalRewardConfig, OptionalRewardConfig, RewardConfig
+from align.config.rewards import AnyRewardConfig, CheckpointRewardConfig
 from align.config.sampling import SamplingConfig
 
 
@@ -69,14 +69,14 @@ class OnPolicyConfig(RecipeConfig):
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The model that learns."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: AnyRewardConfig = field(default_factory=CheckpointRewardConfig)
     """The reward model that the policy is trained against: a checkpoint, a service, or a function. A reward model with
     another tokenizer or chat template scores decoded text."""
-    eval_reward: EvalRewardConfig = field(default_factory=EvalRewardConfig)
+    eval_reward: AnyRewardConfig | None = None
     """A second reward model that scores every rollout and held-out answer and is never trained against: a gain that it
     does not share is an error of the first."""
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig())
-    """Separate processes that sample for the policy, if ``placement.sampler`` is given."""
+    sampler: SamplerConfig | None = None
+    """Separate processes that sample for the policy: ``sampler: {}`` with ``placement.sampler``."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn; ``num_samples`` is K."""
     prompts_per_step: int = 64
@@ -101,8 +101,6 @@ class OnPolicyConfig(RecipeConfig):
     policy without ``evaluation.keep_best``), which also becomes the reference. HelpSteer2-Preference's PPO: 2."""
 
     def __post_init__(self) -> None:
-        if not self.reward.present and not isinstance(self.reward, OptionalRewardConfig):
-            raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
         if self.prompts_per_step < 1 or self.max_off_policy_steps < 0 or self.rounds < 1:
             raise ValueError(
                 "prompts_per_step and rounds must be positive, max_off_policy_steps not negative: "

@@ -9,8 +9,8 @@ from omegaconf import MISSING
 
 from align.config.base import ClusterConfig, DataFormat
 from align.config.editing import EditingConfig
-from align.config.generators import GeneratorConfig
-from align.config.rewards import OptionalRewardConfig, RewardConfig
+from align.config.generators import AnyGeneratorConfig, ModelGeneratorConfig
+from align.config.rewards import AnyRewardConfig, CheckpointRewardConfig
 from align.config.sampling import SamplingConfig
 
 
@@ -53,16 +53,16 @@ class SweepConfig:
 class ScaleConfig:
     """Feedback-edit scaling at inference (HelpSteer3: Wang et al. 2025, arXiv 2503.04378)."""
 
-    policy: GeneratorConfig = field(default_factory=GeneratorConfig)
+    policy: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Writes drafts."""
-    feedback: GeneratorConfig = field(default_factory=GeneratorConfig)
+    feedback: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Says what is to be improved: ``sft`` with ``demonstrates: feedback``."""
-    edit: GeneratorConfig = field(default_factory=GeneratorConfig)
+    edit: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Rewrites a draft by feedback: ``sft`` with ``demonstrates: edits``, then ``feedback_edit``."""
-    select: RewardConfig = field(default_factory=RewardConfig)
+    select: AnyRewardConfig = field(default_factory=CheckpointRewardConfig)
     """Chooses among drafts and edits: the highest score wins."""
-    judge: OptionalRewardConfig = field(default_factory=OptionalRewardConfig)
-    """Another reward model whose scores of what was chosen are reported. It chooses nothing."""
+    eval_reward: AnyRewardConfig | None = None
+    """A second reward model that scores the chosen responses for the report; it chooses nothing."""
     prompts: ScalePromptsConfig = field(default_factory=ScalePromptsConfig)
     """What is answered."""
     editing: EditingConfig = field(default_factory=EditingConfig)
@@ -104,14 +104,11 @@ class ScaleConfig:
     """``ray``: each role in worker processes of its own, at work at the same time. ``local``: in this process, one
     after the other."""
     placement: dict[str, str] = field(default_factory=dict)
-    """Slots of ``policy``, ``feedback``, ``edit``, ``select`` and ``judge``, as in a recipe."""
+    """Slots of ``policy``, ``feedback``, ``edit``, ``select`` and ``eval_reward``, as in a recipe."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where Ray runs."""
 
     def __post_init__(self) -> None:
-        for name in ("policy", "feedback", "edit", "select"):
-            if not getattr(self, name).present:
-                raise ValueError(f"{name}.path is missing: {getattr(self, name).path!r}")
         counts = {name: getattr(self, name) for name in ("drafts", "feedbacks", "feedbacks_kept", "edits")}
         counts |= {"prompts_at_once": self.prompts_at_once, "batch_size": self.batch_size}
         if min(counts.values()) < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.config.rewards import RewardConfig
+from align.config.rewards import CheckpointRewardConfig, EnsembleRewardConfig, FunctionRewardConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine reaches."""
@@ -45,7 +45,9 @@ class ReplicasConfig:
 class RewardServiceConfig:
     """A reward model behind HTTP: docs/reward_service.md."""
 
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: CheckpointRewardConfig | EnsembleRewardConfig | FunctionRewardConfig = field(
+        default_factory=CheckpointRewardConfig
+    )
     """The judge, of any kind but ``http`` and ``generative``."""
     executor: Literal["local", "ray"] = "ray"
     """``ray``: replicas by Ray Serve, on a Ray of the service's own on 127.0.0.1. ``local``: one in this process."""
@@ -81,14 +83,6 @@ class RewardServiceConfig:
             raise ValueError(f"host {self.host} can be reached from elsewhere: it needs token_env=NAME")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port lies from 0 to 65535: {self.port}")
-        if not self.reward.present:
-            raise ValueError(f"reward.path is missing: {self.reward.path!r}, with reward.kind {self.reward.kind}")
-        if self.reward.kind == "http":
-            raise ValueError("reward.kind http is a service already")
-        if self.reward.kind == "generative":
-            raise ValueError(
-                "reward.kind generative compares the responses to a prompt, and requests do not say which these are"
-            )
         numbers = (self.max_batch_size, self.max_conversations, self.max_request_bytes)
         if min(numbers) < 1 or self.max_queue < self.max_conversations:
             raise ValueError(

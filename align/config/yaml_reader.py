@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -179,6 +179,22 @@ def is_section(hint: Any) -> TypeGuard[type]:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
+def variants(hint: Any) -> list[type]:
+    """Dataclasses of a union: ``A | B``, told apart by their key ``kind``, or ``A | None``. Empty for other types."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return [member for member in members if is_section(member)]
+
+
+def sections_in(hint: Any) -> list[type]:
+    """The dataclass that is the type of a field, or those of its union."""
+    return [hint] if is_section(hint) else variants(hint)
+
+
+def tag(schema: type) -> str:
+    """The ``kind`` of a member of a union."""
+    return next((str(item.default) for item in dataclasses.fields(schema) if item.name == "kind"), schema.__name__)
+
+
 def _expected(hint: Any) -> tuple[str, str]:
     """What a message says of a type: its name, and the remedy."""
     kind, args = get_origin(hint) or hint, get_args(hint)
@@ -189,6 +205,18 @@ def _expected(hint: Any) -> tuple[str, str]:
     return f"{wanted} of {len(args)}" if kind is tuple and ... not in args else wanted, remedy
 
 
+def _children_of(node: yaml.Node, name: str) -> list[yaml.Node]:
+    """Values of an entry of a mapping; several where it is given twice."""
+    entries = node.value if isinstance(node, yaml.MappingNode) else []
+    return [child for key, child in entries if key.value == name]
+
+
+def _drop_unknown(nodes: Sequence[yaml.Node], hints: Container[str]) -> None:
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            node.value = [(key, child) for key, child in node.value if key.value in hints and key.value != "kind"]
+
+
 @dataclass
 class SchemaReader:
     """Reads nodes as the schema wants them; keeps the place of each key, and every fault."""
@@ -197,6 +225,48 @@ class SchemaReader:
     where: Callable[[yaml.Node, str], str]
     places: dict[str, str] = field(default_factory=dict)
     faults: list[ConfigError] = field(default_factory=list)
+    chosen: dict[str, type | None] = field(default_factory=dict)
+    """The member of each union, by dotted key; None where the section is absent."""
+    members: dict[str, list[type]] = field(default_factory=dict)
+    """All members of each union."""
+    optional: set[str] = field(default_factory=set)
+    """Unions that null is a member of."""
+
+    def choose(self, schema: type, layers: Sequence[yaml.Node], prefix: str = "") -> None:
+        """Fix the member of every union by what the layers give, the later one first. A later ``kind`` replaces the
+        section: keys of earlier layers that the new member lacks are dropped."""
+        defaults = {item.name: item for item in dataclasses.fields(schema)}
+        for name, hint in field_types(schema).items():
+            nodes = [child for layer in layers for child in _children_of(layer, name)]
+            if members := variants(hint):
+                factory = defaults[name].default_factory
+                member = None if defaults[name].default is None else factory if is_section(factory) else members[0]
+                for index, node in enumerate(nodes):
+                    if isinstance(node, yaml.ScalarNode) and node.tag == _NULL and NoneType in get_args(hint):
+                        member = None
+                    elif isinstance(node, yaml.MappingNode):
+                        kinds = [kind.value for kind in _children_of(node, "kind")]
+                        tagged = (other for other in members if kinds and tag(other) == kinds[-1])
+                        selected = next(tagged, member or members[0])
+                        if member is not None and selected is not member:
+                            _drop_unknown(nodes[:index], field_types(selected))
+                        member = selected
+                self.chosen[f"{prefix}{name}"], self.members[f"{prefix}{name}"] = member, members
+                if NoneType in get_args(hint):
+                    self.optional.add(f"{prefix}{name}")
+                hint = member
+            if is_section(hint):
+                self.choose(hint, nodes, f"{prefix}{name}.")
+
+    def types(self, schema: type, key: str) -> dict[str, Any]:
+        """Type of each field of a section at ``key``, with the chosen member of each union."""
+        prefix, hints = f"{key}." if key else "", field_types(schema)
+        for name in hints:
+            if f"{prefix}{name}" in self.chosen:
+                hints[name] = self.chosen[f"{prefix}{name}"] or NoneType
+        if len(members := self.members.get(key, [])) > 1:
+            hints["kind"] = Literal[tuple(map(tag, members))]  # so that a wrong kind is told all of them
+        return hints
 
     def fault(self, key: str, problem: str, remedy: str, where: str) -> None:
         self.faults.append(ConfigError(f"{key}: {problem}" if key else problem, where=where, remedy=remedy))
@@ -215,7 +285,9 @@ class SchemaReader:
         return self.places.get(key, DEFAULT)
 
     def section(self, node: yaml.Node, schema: type, key: str = "") -> dict[str, Any]:
-        hints, values = field_types(schema), {}
+        hints, values = self.types(schema, key), {}
+        if key in self.optional and isinstance(node, yaml.ScalarNode) and node.tag == _NULL:
+            return {}  # a later layer gives the section
         if not isinstance(node, yaml.MappingNode):
             problem = f"expected a section, found {describe_node(node)}"
             self.fault(key, problem, f"give it keys: {', '.join(hints)}", self.places[key])
@@ -224,14 +296,27 @@ class SchemaReader:
             if name not in hints:
                 near = difflib.get_close_matches(name, hints, n=1)
                 likely = [f"`{key}.{match}`" if key else f"`{match}`" for match in near]
-                likely += [f"`{place}`" for place in self.places if place.endswith(f".{name}") and place != dotted]
+                keys = [*self.places, *self._absent_keys()]
+                likely += [f"`{place}`" for place in keys if place.endswith(f".{name}") and place != dotted]
                 remedy = f"did you mean {' or '.join(likely[:3])}?" if likely else f"keys here: {', '.join(hints)}"
-                remedy = foreign_keys.meant(dotted, self.places) or remedy
+                remedy = self._other_kind(schema, key, name) or foreign_keys.meant(dotted, keys) or remedy
                 self.fault(dotted, f"unknown key (set to {describe_node(child)})", remedy, self.places[dotted])
+            elif hints[name] is NoneType and isinstance(child, yaml.MappingNode) and dotted in self.chosen:
+                values[name] = None  # a later layer removes the section
             else:
                 read = self.section if is_section(hints[name]) else self.value
                 values[name] = read(child, hints[name], dotted)
         return values
+
+    def _absent_keys(self) -> list[str]:
+        """Keys that sections would have which are null."""
+        absent = [key for key, member in self.chosen.items() if member is None]
+        return [f"{key}.{name}" for key in absent for name in field_types(self.members[key][0])]
+
+    def _other_kind(self, schema: type, key: str, name: str) -> str:
+        """The remedy for a key that belongs to another member of the union at ``key``."""
+        owners = [tag(member) for member in self.members.get(key, ()) if name in field_types(member)]
+        return f"{name} belongs to {key}.kind={' or '.join(owners)}; this is kind={tag(schema)}" if owners else ""
 
     def entries(self, node: yaml.MappingNode, key: str) -> Iterator[tuple[str, str, yaml.Node]]:
         """Name, dotted key and value of each entry, its place noted. `???` takes no value away."""

@@ -18,7 +18,7 @@ POLICY_FLAGS = {"data": "data.path", "answers": "answers", "out": "out"}
 SPEAKERS = {"model": "policy", "baseline": "baseline", "judge": "judge"}
 """Options that name a model, an endpoint or a function, and the section they fill."""
 OWN = ("kind", "path", "revision", "init", "trust_remote_code", "function", "chat_template", "date")
-OWN += tuple(f"endpoint.{name}" for name in ("url", "model", "key_env", "extra"))
+OWN += ("url", "model", "key_env", "extra")
 """Keys of a generator that belong to what it names: those of a recipe do not count for another that an option names."""
 INSTEAD = {"model": "answers", "answers": "policy", "baseline": "baseline_answers"}
 """Options, and what of a recipe they stand in the place of."""
@@ -51,6 +51,7 @@ def policy(arguments: argparse.Namespace) -> LoadedConfig:
     named_here = {flag: text for flag in SPEAKERS if (text := getattr(arguments, flag)) is not None}
     speakers = [pair for flag, text in named_here.items() for pair in speaker(SPEAKERS[flag], text)]
     without = [f"{SPEAKERS[flag]}.{key}" for flag in named_here for key in OWN]
+    without += ["baseline"] if any(pair.startswith("baseline_answers.") for pair in speakers) else []
     answered = any(word.startswith("answers=") for word in [*words, *flags])
     without += [key for flag, key in INSTEAD.items() if flag in named_here or (flag == "answers" and answered)]
     return build_config(PolicyEvaluationConfig, recipe, [*speakers, *words, *flags], without)
@@ -63,7 +64,7 @@ def speaker(section: str, text: str) -> list[str]:
         return [f"baseline_answers.{FALLBACK}={text}"]
     address, _, model = text.partition("#")
     if text.startswith(("http://", "https://")):
-        keys = {"kind": "endpoint", "endpoint.url": address, "endpoint.model": model}
+        keys = {"kind": "endpoint", "url": address, "model": model}
     elif is_function(text):
         keys = {"kind": "function", "function": text}
     else:

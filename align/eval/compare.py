@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from align.config import DataConfig, ReferenceConfig, RewardConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, DataConfig, ReferenceConfig, SamplingConfig
 from align.data import chat, dataset, toy
 from align.data.chat import Renderer
 from align.data.dataset import PromptSet
@@ -46,11 +46,11 @@ class Judged:
 
 def _engine(path: Path, head: type[heads.Head], vocabulary: int, gaps: tuple[int, ...]) -> Engine:
     section = (
-        RewardConfig(path=str(path), dtype="float32")
+        CheckpointRewardConfig(path=str(path), dtype="float32")
         if head is heads.LastTokenScore
         else ReferenceConfig(path=str(path), dtype="float32")
     )
-    if isinstance(section, RewardConfig):
+    if isinstance(section, CheckpointRewardConfig):
         model = load.scorer(section, vocabulary, seed=0, head="trained")
     else:
         model = load.causal_lm(section, vocabulary, 0, gaps)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import ModelGeneratorConfig, SamplingConfig
 from align.data import rows, steerlm
 from align.data.chat import Message
 from align.data.steerlm import Form
@@ -42,10 +42,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise ConfigError(f"{error}", where="command line") from None
     asked = prompts(arguments.prompt or [], arguments.prompts)
-    section = GeneratorConfig(path=arguments.model, dtype=arguments.dtype)
+    section = ModelGeneratorConfig(path=arguments.model, dtype=arguments.dtype)
     form = form_of(section, parsed(arguments.attributes))
     if form is not None and form.date is not None:
-        section = GeneratorConfig(path=arguments.model, dtype=arguments.dtype, date=form.date)
+        section = ModelGeneratorConfig(path=arguments.model, dtype=arguments.dtype, date=form.date)
     with announced(lambda line: print(line, file=sys.stderr, flush=True), "generate", section, "in this process"):
         generator = build_generator(section, distributed.initialize_alone(), arguments.seed)
     answered = answers(generator, asked, form, sampling)
@@ -75,7 +75,7 @@ def parsed(text: str | None) -> dict[str, int]:
     return found
 
 
-def form_of(section: GeneratorConfig, given: Mapping[str, int]) -> Form | None:
+def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> Form | None:
     """How the model is told attributes, with the values ``given``; None where it is told none. Raises `ConfigError`
     where it is to be told some that it does not know."""
     file = stored_file(section, steerlm.NAME)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,7 +20,13 @@ import numpy as np
 from rich.console import Console
 
 from align.cluster import roles as cluster_roles
-from align.config import BenchmarkDataConfig, RecipeConfig, RewardConfig, RewardEvaluationConfig
+from align.config import (
+    BenchmarkDataConfig,
+    CheckpointRewardConfig,
+    RecipeConfig,
+    RewardConfig,
+    RewardEvaluationConfig,
+)
 from align.config.eval import BenchmarkName
 from align.data.chat import Dialogue
 from align.errors import ConfigError
@@ -36,11 +43,11 @@ from align.utils import disk
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
-SETTINGS = (
-    *("kind", "dtype", "attributes", "weights", "normalize", "principle", "question", "function"),
-    *("chat_template", "date"),
+HARMLESS = re.compile(
+    "path|paths|revision|attention|zero_stage|offload_parameters|max_tokens_per_micro_batch|failed|trust_remote_code|"
+    "token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size"
 )
-"""Fields of ``reward`` that change a score."""
+"""Fields of ``reward`` that change no score; weights, code and templates are compared by their content."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
@@ -66,6 +73,7 @@ def evaluate(section: RewardEvaluationConfig, benchmark: Benchmark | None, conso
         folder = Path(section.out).expanduser() if section.out else None
     else:
         assert benchmark is not None  # `_read` leaves it out for scores alone
+        assert section.reward is not None
         judge, model = section.reward.source, identity(section.reward)
         default = f"{DEFAULT_OUT}/{section.benchmark}-{model[:8]}"
         folder = Path(section.out or default).expanduser()
@@ -98,8 +106,8 @@ def identity(reward: RewardConfig) -> str:
     """sha256 over everything that scores depend on: weights, head, templates. Raises `AlignError` for a reward that
     cannot be built, before anything starts."""
     text_input = scorers.scorer_class(reward).check(reward, "reward", None)
-    known: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, reward.http.url]
-    known += [asdict(reward.ensemble), asdict(reward.generative), *(getattr(reward, name) for name in SETTINGS)]
+    settings = {name: value for name, value in asdict(reward).items() if not HARMLESS.fullmatch(name)}
+    known: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, settings]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,6 +116,7 @@ def _score(section: RewardEvaluationConfig, benchmark: Benchmark, store: scoring
     num_ranks = len(slots) if section.executor == "ray" else 1
     tell = partial(console.print, highlight=False)
     logs = store.path.parent / "logs"
+    assert section.reward is not None
     reward = with_absolute_paths(section.reward)
     assert isinstance(reward, RewardConfig)
     if not reward.remote:  # a service that is down stops at once; what has no score alone is left for another call
@@ -195,7 +204,7 @@ def _after(recipe: Any, name: Any, path: str) -> RewardEvaluationConfig:
     if name == "heldout":
         own: dict[str, Any] = {one: getattr(data, one) for one in ("revision", "format", "domains", "max_spread")}
         rows = replace(rows, path=path or data.path or ", ".join(data.sources), **own)
-    reward = RewardConfig(
+    reward = CheckpointRewardConfig(
         path=str(run / "final"),
         dtype=trained.dtype,
         attention=trained.attention,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align.config import EndpointConfig, GeneratorConfig, SamplingConfig
+from align.config import EndpointGeneratorConfig, SamplingConfig
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, WorkerError
 from align.generators.base import Completion, Generator, Request
@@ -26,19 +26,18 @@ TOP_LOGPROBS = 20
 class EndpointGenerator(Generator):
     """Client of a chat-completions server."""
 
-    def __init__(self, config: GeneratorConfig, device: torch.device | None = None, seed: int = 0):
+    def __init__(self, config: EndpointGeneratorConfig, device: torch.device | None = None, seed: int = 0):
         """Raises `ConfigError` if the key is missing or cannot be sent."""
-        section = config.endpoint
-        self.section, self.seed = section, seed
+        self.config, self.seed = config, seed
         remedy = (
-            f"export {section.key_env}=KEY before the start; workers on Ray inherit only ALIGN_..._KEY, OPENAI_API_KEY "
+            f"export {config.key_env}=KEY before the start; workers on Ray inherit only ALIGN_..._KEY, OPENAI_API_KEY "
             "and NVIDIA_API_KEY"
         )
-        key = BearerToken.from_env(section.key_env, "endpoint.key_env", remedy)
-        self._client = HttpClient(section, PATH, key, _remedies(section), _error_text)
+        key = BearerToken.from_env(config.key_env, "key_env", remedy)
+        self._client = HttpClient(config, PATH, key, _remedies(config), _error_text)
 
     @classmethod
-    def check(cls, config: GeneratorConfig, name: str) -> None:
+    def check(cls, config: EndpointGeneratorConfig, name: str) -> None:
         cls(config).close()
 
     def complete(
@@ -60,11 +59,11 @@ class EndpointGenerator(Generator):
         if request.opening:
             raise ConfigError(
                 f"an endpoint cannot continue an answer that begins with {request.opening[:40]!r}",
-                where=self.section.url,
+                where=self.config.url,
                 remedy="use a local model (kind: model), or put these words into the question",
             )
         body: dict[str, Any] = {
-            "model": self.section.model,
+            "model": self.config.model,
             "messages": [message._asdict() for message in request.messages],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -76,9 +75,9 @@ class EndpointGenerator(Generator):
             body["min_p"] = sampling.min_p
         if margins:
             body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        if self.section.seeded:
+        if self.config.seeded:
             body["seed"] = (self.seed + int.from_bytes(request.key[:4], "big")) % 2**31
-        return {name: value for name, value in (body | self.section.extra).items() if value is not None}
+        return {name: value for name, value in (body | self.config.extra).items() if value is not None}
 
     def _complete_one(self, body: bytes, max_bytes: int, stop: threading.Event) -> Completion:
         try:
@@ -86,23 +85,23 @@ class EndpointGenerator(Generator):
         except RetryableError as error:
             raise WorkerError(
                 f"the endpoint gave no answer in {error}",
-                where=self.section.url,
-                remedy="check that it runs and serves this model; raise endpoint.retries and endpoint.timeout_s, or "
-                "lower endpoint.max_concurrency",
+                where=self.config.url,
+                remedy="check that it runs and serves this model; raise retries and timeout_s, or "
+                "lower max_concurrency",
             ) from None
         self._client.count(prompt_tokens=completion.prompt_tokens, completion_tokens=completion.tokens)
         return completion
 
 
-def _remedies(section: EndpointConfig) -> dict[int, str]:
-    key = f"set the key: {f'environment variable {section.key_env}' if section.key_env else 'endpoint.key_env=NAME'}"
-    fields = "see the server's error text; endpoint.extra adds and replaces fields of the request"
+def _remedies(config: EndpointGeneratorConfig) -> dict[int, str]:
+    key = f"set the key: {f'environment variable {config.key_env}' if config.key_env else 'key_env=NAME'}"
+    fields = "see the server's error text; extra adds and replaces fields of the request"
     return {
-        REDIRECT: "set endpoint.url to the address of the server",
+        REDIRECT: "set url to the address of the server",
         400: fields,
         401: key,
         403: key,
-        404: f"endpoint.url is the address without {PATH}, endpoint.model a model that the server has",
+        404: f"url is the address without {PATH}, model a model that the server has",
         413: "shorten the conversation",
         422: fields,
     }

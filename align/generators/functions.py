@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import FunctionGeneratorConfig, SamplingConfig
 from align.errors import ConfigError, DataError
 from align.generators.base import Completion, Generator, Request
 from align.utils import plugins
@@ -18,7 +18,7 @@ class FunctionGenerator(Generator):
     ``messages`` is a list of ``{role, content}``, ``sample`` the number of the answer.
     """
 
-    def __init__(self, config: GeneratorConfig, device: torch.device | None = None, seed: int = 0):
+    def __init__(self, config: FunctionGeneratorConfig, device: torch.device | None = None, seed: int = 0):
         """Raises `ConfigError` if the function cannot be imported or called like this."""
         name = config.function
         self.name, self.function = name, plugins.load_function(name)
@@ -38,11 +38,11 @@ class FunctionGenerator(Generator):
         self._requests = 0
 
     @classmethod
-    def check(cls, config: GeneratorConfig, name: str) -> None:
+    def check(cls, config: FunctionGeneratorConfig, name: str) -> None:
         cls(config)
 
     @classmethod
-    def fingerprint(cls, config: GeneratorConfig, seed: int) -> str:
+    def fingerprint(cls, config: FunctionGeneratorConfig, seed: int) -> str:
         return plugins.function_fingerprint(config.function)
 
     def complete(

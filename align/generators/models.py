@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import GeneratorConfig, ModelGeneratorConfig, SamplingConfig
 from align.data import chat
 from align.data.chat import Renderer
 from align.engines import decoder
@@ -23,14 +23,14 @@ from align.types import Packed, Prompts, Rollouts, Sequences
 
 NOISE = -2
 """The step that names the sampling noise; training counts from 1, held-out evaluation uses -1."""
-IDENTITY_FIELDS = ("kind", "path", "revision", "init", "dtype", "function", "date")
-"""Fields that change the answers, besides weights, template and endpoint."""
+IDENTITY_FIELDS = ("kind", "path", "revision", "init", "dtype", "function", "date", "url", "model", "extra")
+"""Fields that change the answers, besides weights and template; a kind of generator has some of them."""
 
 
 class ModelGenerator(Generator):
     """A causal language model with its own tokenizer and template, in this process."""
 
-    def __init__(self, config: GeneratorConfig, device: torch.device, seed: int = 0):
+    def __init__(self, config: ModelGeneratorConfig, device: torch.device, seed: int = 0):
         self.config, self.seed = config, seed
         tokenizer = chat.load_tokenizer(config.path, config.revision, config.trust_remote_code)
         self.renderer = Renderer(tokenizer, config.chat_template, config.date, section="generator")
@@ -40,13 +40,13 @@ class ModelGenerator(Generator):
         self._counts = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
 
     @classmethod
-    def check(cls, config: GeneratorConfig, name: str) -> Renderer:
+    def check(cls, config: ModelGeneratorConfig, name: str) -> Renderer:
         tokenizer = chat.load_tokenizer(config.path, config.revision, config.trust_remote_code)
         load.check(config, chat.vocab_size(tokenizer), name, sampled=1)  # lengths are checked in each call
         return Renderer(tokenizer, config.chat_template, config.date, section=name)
 
     @classmethod
-    def fingerprint(cls, config: GeneratorConfig, seed: int) -> str:
+    def fingerprint(cls, config: ModelGeneratorConfig, seed: int) -> str:
         return identity.fingerprint(config, seed)
 
     def complete(
@@ -142,7 +142,6 @@ def fingerprint(config: GeneratorConfig, seed: int) -> str:
 def identity_keys(name: str, config: GeneratorConfig, seed: int) -> dict[str, Any]:
     """Everything that the answers depend on, by key below ``name``. Raises as `check` does."""
     renderer = check(config, name)
-    keys = {f"{name}.{field}": getattr(config, field) for field in IDENTITY_FIELDS}
-    keys |= {f"{name}.endpoint.{field}": getattr(config.endpoint, field) for field in ("url", "model", "extra")}
+    keys = {f"{name}.{field}": vars(config)[field] for field in IDENTITY_FIELDS if field in vars(config)}
     content = f"{fingerprint(config, seed)} {renderer.fingerprint if renderer else ''}"
     return keys | {f"{name}, its content": hashlib.sha256(content.encode()).hexdigest()}

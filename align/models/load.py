@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from align.config import (
+    CheckpointRewardConfig,
     CriticConfig,
     ModelConfig,
     PolicyConfig,
-    RewardConfig,
     TrainedModelConfig,
     TrainedRewardConfig,
 )
@@ -79,9 +79,9 @@ def _check(section: ModelConfig, vocab_size: int, sampled: int) -> None:
 def _check_architecture(section: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model without memory for its weights, so that transformers refuses now what it would refuse later."""
     scores = isinstance(section, (CriticConfig, TrainedRewardConfig))
-    if isinstance(section, RewardConfig):
+    if isinstance(section, CheckpointRewardConfig):
         classifier = bool(section.init) or is_classifier(config)
-        scores = section.kind in ("sequence_classification", "attributes") or (section.kind == "auto" and classifier)
+        scores = section.head in ("sequence_classification", "attributes") or (section.head == "auto" and classifier)
     model = _on_meta(AutoModelForSequenceClassification if scores else AutoModelForCausalLM, section, config)
     if scores:
         _require_score(section, model)
@@ -122,7 +122,7 @@ def _on_meta(auto: Any, section: ModelConfig, config: PreTrainedConfig) -> PreTr
 def check_lora(section: TrainedModelConfig, vocab_size: int, key: str) -> None:
     """Put the adapters of a role on a model of its config that has no weights. Raises as `align.models.lora.add_lora`
     does; ``key`` is that of the targets in the recipe."""
-    if not section.lora.rank:
+    if not section.lora:
         return
     model = without_weights(section, vocab_size)
     task = "CAUSAL_LM" if isinstance(section, PolicyConfig) else "SEQ_CLS"
@@ -332,7 +332,7 @@ def scorer(
     if unexpected:
         raise ModelError(
             f"{section.path}: no trained reward head, the checkpoint lacks {', '.join(sorted(unexpected)[:3])}",
-            remedy="train one first (algorithm: reward_model), or name the right reward.kind",
+            remedy="train one first (algorithm: reward_model), or name the right reward.head",
         )
     _require_score(section, model)
     if brings and head == "new":

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.config import ClusterConfig, ModelConfig, RecipeConfig, RewardServiceConfig
+from align.config import ClusterConfig, RecipeConfig, RewardServiceConfig, RoleConfig
 from align.config.load import LoadedConfig
+from align.config.yaml_reader import field_types, sections_in
 from align.errors import AlignError, ConfigError, PlacementError
 from align.prechecks import folders, functions, placement, roles, sources
 from align.utils.security import require_private
@@ -62,9 +63,10 @@ def _check_placement(loaded: LoadedConfig) -> None:
     if isinstance(config, RecipeConfig):
         slots = roles.check_roles(config)
     else:
-        models = {name: role for name, role in vars(config).items() if isinstance(role, ModelConfig)}
-        all_slots = placement.resolve(config.placement, models)
-        slots = {name: all_slots[name] for name, role in models.items() if role.path or getattr(role, "present", True)}
+        types = field_types(type(config)).items()
+        names = [name for name, hint in types if any(issubclass(item, RoleConfig) for item in sections_in(hint))]
+        all_slots = placement.resolve(config.placement, names)  # a recipe may place a role that is absent
+        slots = {name: all_slots[name] for name in names if getattr(config, name) is not None}
     if config.executor == "ray" and slots:
         num_slots = 1 + max(slot for role_slots in slots.values() for slot in role_slots)
         placement.require_machine(num_slots, config.cluster)

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from align.config import GeneratorConfig, RewardConfig
+from align.config import FunctionGeneratorConfig, FunctionRewardConfig, GenerativeRewardConfig
 from align.errors import ConfigError
 from align.prechecks.sources import near
 
@@ -28,10 +28,10 @@ def _functions(config: Any, absent: set[str]) -> Iterator[tuple[str, str]]:
     for name, value in vars(config).items():
         if name in absent:
             continue
-        if isinstance(value, (RewardConfig, GeneratorConfig)) and value.function:
+        if isinstance(value, GenerativeRewardConfig):
+            name, value = f"{name}.judge", value.judge
+        if isinstance(value, (FunctionRewardConfig, FunctionGeneratorConfig)):
             yield f"{name}.function", value.function
-        if isinstance(value, RewardConfig) and value.generative.judge.function:
-            yield f"{name}.generative.judge.function", value.generative.judge.function
 
 
 def problem(key: str, name: str, where: str | None) -> ConfigError | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from align.config import RecipeConfig, RewardConfig, TrainedModelConfig
+from align.config import CheckpointRewardConfig, HttpRewardConfig, RecipeConfig, RewardConfig, TrainedModelConfig
 from align.prechecks import placement
 from align.prechecks.roles import check_roles, remote_code, role_configs
 
@@ -20,7 +20,7 @@ def print_plan(config: RecipeConfig, console: Console) -> None:
         use = "trained" if isinstance(role, TrainedModelConfig) else "frozen"
         where = "sharded over its processes" if role.zero_stage == 3 else "whole in each process"
         weights, source = f"{role.dtype}, {use}, ZeRO {role.zero_stage} ({where})", "random" if role.init else role.path
-        if isinstance(role, RewardConfig) and not role.is_model:
+        if isinstance(role, RewardConfig) and not isinstance(role, CheckpointRewardConfig):
             weights, source = "none", role.source
         placed = [",".join(map(str, slots[name])), str(len(slots[name]))] if on_ray else ["-", "this one"]
         table.add_row(name, *placed, weights, source)
@@ -44,7 +44,7 @@ def print_checked(config: RecipeConfig, counts: Mapping[str, int], notes: Sequen
         console.print(f"note: {line}", highlight=False)
     data = ", ".join(f"{count} {name}" for name, count in counts.items())
     console.print(f"checked: tokenizers, models and data ({data})", highlight=False)
-    servers = [role.http.url for role in vars(config).values() if isinstance(role, RewardConfig) and role.http.url]
+    servers = [role.url for role in vars(config).values() if isinstance(role, HttpRewardConfig)]
     if config.executor == "ray" and config.cluster.address:
         servers.insert(0, config.cluster.address)
     unchecked = ["whether the models fit into memory", *(f"whether {server} answers" for server in servers)]

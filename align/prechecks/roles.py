@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from align.config import (
     CriticConfig,
-    GeneratorConfig,
+    EnsembleRewardConfig,
+    FunctionGeneratorConfig,
+    FunctionRewardConfig,
+    GenerativeRewardConfig,
     ModelConfig,
     RecipeConfig,
-    RewardConfig,
+    RoleConfig,
     TrainedModelConfig,
     precision,
 )
@@ -19,10 +23,10 @@ from align.errors import ConfigError
 from align.prechecks import placement
 
 
-def role_configs(config: RecipeConfig) -> dict[str, ModelConfig]:
+def role_configs(config: RecipeConfig) -> dict[str, RoleConfig]:
     """The config of each role that the recipe uses, by name, trained roles first."""
     absent = config.absent()
-    roles = {name: role for name, role in vars(config).items() if isinstance(role, ModelConfig) and name not in absent}
+    roles = {name: role for name, role in vars(config).items() if isinstance(role, RoleConfig) and name not in absent}
     return dict(sorted(roles.items(), key=lambda item: not isinstance(item[1], TrainedModelConfig)))
 
 
@@ -34,7 +38,9 @@ def check_roles(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
     for name, role in roles.items():
         if isinstance(role, CriticConfig):
             require_head(role)
-        if not role.path and not (isinstance(role, RewardConfig) and role.present):
+        if not isinstance(role, ModelConfig):
+            continue
+        if not role.path:
             raise ConfigError(f"{name}.path is empty", remedy="give a folder or a hub id")
         if role.attention == "flash_attention_2" and not on_other_machines and precision.gpu_capability() is None:
             problem = f"{name}.attention=flash_attention_2 requires a GPU, and this machine has none"
@@ -44,9 +50,9 @@ def check_roles(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
 
 def require_head(critic: CriticConfig) -> None:
     """Raise `ConfigError` for a critic that starts from a reward model without a head."""
-    if critic.head == "trained" and critic.kind in ("yes_no", "generative", "http", "function"):
+    if critic.head == "trained" and critic.reward_head == "yes_no":
         raise ConfigError(
-            f"critic.head=trained requires a reward model with a head. Got critic.kind={critic.kind}",
+            f"critic.head=trained requires a reward model with a head. Got critic.reward_head={critic.reward_head}",
             remedy="start the critic from the policy: critic.path=${policy.path} critic.head=new",
         )
 
@@ -54,8 +60,7 @@ def require_head(critic: CriticConfig) -> None:
 def remote_code(config: RecipeConfig) -> list[str]:
     """A line for each role that runs code from its model's repository."""
     models = role_configs(config)
-    judges = {name: role.generative.judge for name, role in models.items() if isinstance(role, RewardConfig)}
-    models |= {f"{name}.generative.judge": judge for name, judge in judges.items()}
+    models |= {f"{name}.judge": role.judge for name, role in models.items() if isinstance(role, GenerativeRewardConfig)}
     return [
         f"{name} runs the Python code of {model.path}" + (f" at {model.revision}" if model.revision else "")
         for name, model in models.items()
@@ -86,24 +91,21 @@ def dtype_notes(loaded: LoadedConfig) -> list[str]:
     return lines
 
 
-def with_absolute_paths(role: ModelConfig) -> ModelConfig:
+def with_absolute_paths(role: RoleConfig) -> RoleConfig:
     """The config with absolute paths of local files and folders: workers may have another working directory."""
-    if isinstance(role, RewardConfig):
-        judge = with_absolute_paths(role.generative.judge)
-        assert isinstance(judge, GeneratorConfig)
-        role = replace(
-            role,
-            ensemble=replace(role.ensemble, paths=[_absolute(path) for path in role.ensemble.paths]),
-            generative=replace(role.generative, judge=judge),
-        )
-    if isinstance(role, (RewardConfig, GeneratorConfig)):
+    changes: dict[str, Any] = {}
+    if isinstance(role, EnsembleRewardConfig):
+        changes["paths"] = [_absolute(path) for path in role.paths]
+    if isinstance(role, GenerativeRewardConfig):
+        changes["judge"] = with_absolute_paths(role.judge)
+    if isinstance(role, (FunctionRewardConfig, FunctionGeneratorConfig)):
         file, colon, function = role.function.rpartition(":")
-        role = replace(
-            role,
-            chat_template=role.chat_template and _absolute(role.chat_template),
-            function=f"{_absolute(file)}{colon}{function}" if file.endswith(".py") else role.function,
-        )
-    return replace(role, path=_absolute(role.path))
+        changes["function"] = f"{_absolute(file)}{colon}{function}" if file.endswith(".py") else role.function
+    if isinstance(role, ModelConfig):
+        changes["path"] = _absolute(role.path)
+        if template := vars(role).get("chat_template"):
+            changes["chat_template"] = _absolute(template)
+    return replace(role, **changes)
 
 
 def _absolute(path: str) -> str:

@@ -18,11 +18,11 @@ from huggingface_hub import constants, get_token
 from align.config import (
     BenchmarkDataConfig,
     DataConfig,
-    GeneratorConfig,
+    EnsembleRewardConfig,
+    GenerativeRewardConfig,
     ModelConfig,
     QuestionDataConfig,
     RecipeConfig,
-    RewardConfig,
     ScalePromptsConfig,
 )
 from align.errors import ConfigError
@@ -66,14 +66,15 @@ def sources(config: Any, absent: set[str] = frozenset()) -> Iterator[Source]:  #
 
 
 def _of_field(key: str, value: Any) -> Iterator[Source]:
-    if isinstance(value, (RewardConfig, GeneratorConfig, DataConfig)):
-        yield Source(f"{key}.chat_template", value.chat_template or "", "local")
+    if isinstance(value, (ModelConfig, DataConfig)):
+        yield Source(f"{key}.chat_template", vars(value).get("chat_template") or "", "local")
     if isinstance(value, ModelConfig):
         yield Source(f"{key}.path", value.path, "model", value.revision, not value.init)
-    if isinstance(value, RewardConfig):
-        for index, path in enumerate(value.ensemble.paths):
-            yield Source(f"{key}.ensemble.paths[{index}]", path, "model")
-        yield from _of_field(f"{key}.generative.judge", value.generative.judge)
+    if isinstance(value, EnsembleRewardConfig):
+        for index, path in enumerate(value.paths):
+            yield Source(f"{key}.paths[{index}]", path, "model")
+    if isinstance(value, GenerativeRewardConfig):
+        yield from _of_field(f"{key}.judge", value.judge)
     if isinstance(value, (DataConfig, BenchmarkDataConfig, QuestionDataConfig, ScalePromptsConfig)):
         yield Source(f"{key}.path", value.path, "rows", value.revision)
     if isinstance(value, DataConfig):

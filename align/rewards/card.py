@@ -37,7 +37,7 @@ class Card:
     """How the score of a checkpoint is computed, and how it was trained."""
 
     kind: str
-    """As ``reward.kind``, never ``auto``."""
+    """As ``reward.head``, never ``auto``."""
     attributes: tuple[str, ...] = ()
     """Outputs of the head, in order; empty for one score."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -78,5 +78,5 @@ def read(folder: Path) -> Card | None:
         attributes = tuple(content.pop("attributes", ()))
         return Card(**content, attributes=attributes, moments=None if moments is None else Moments(**moments))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "export the model again, or delete the file and set reward.kind"
+        remedy = "export the model again, or delete the file and set reward.head"
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error

@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from align.config import CriticConfig, EnsembleConfig, RewardConfig
+from align.config import CheckpointRewardConfig, CriticConfig, EnsembleRewardConfig, RewardConfig
 from align.data.attributes import resolve
 from align.errors import ConfigError, ModelError
 from align.models import load
@@ -29,7 +29,7 @@ class HeadSpec:
     """How the score of one checkpoint is computed."""
 
     kind: str
-    """As ``reward.kind``, never ``auto``."""
+    """As ``reward.head``, never ``auto``."""
     names: tuple[str, ...]
     """Outputs of the head; empty for one score."""
     weights: tuple[float, ...]
@@ -49,36 +49,34 @@ class HeadSpec:
         return self.chat_template is not None or self.date is not None
 
 
-def members(config: RewardConfig) -> list[RewardConfig]:
+def members(config: CheckpointRewardConfig) -> list[CheckpointRewardConfig]:
     """The models of a reward role, ``path`` first. Further members are loaded from the hub's default branch and run no
     code from their repositories."""
-    first = replace(config, ensemble=EnsembleConfig())
-    others = [
-        replace(first, path=path, revision=None, init={}, trust_remote_code=False) for path in config.ensemble.paths
-    ]
-    return [first, *others]
+    names = (item.name for item in fields(CheckpointRewardConfig) if item.name != "kind")
+    first = CheckpointRewardConfig(**{name: getattr(config, name) for name in names})
+    paths = config.paths if isinstance(config, EnsembleRewardConfig) else []
+    return [first, *(replace(first, path=path, revision=None, init={}, trust_remote_code=False) for path in paths)]
 
 
-def head_specs(config: RewardConfig) -> list[HeadSpec]:
+def head_specs(config: CheckpointRewardConfig) -> list[HeadSpec]:
     """The head of each of `members`. Raises `ModelError` and `ConfigError` with a remedy."""
     specs = [_head_spec(member) for member in members(config)]
     if (config.weights or config.attributes) and not any(spec.names for spec in specs):
         kinds = ", ".join(dict.fromkeys(spec.kind for spec in specs))
         raise ConfigError(
             f"{config.path}: weights and attributes are given, but the checkpoint is read as {kinds}",
-            remedy="remove them, or name a checkpoint whose head has several outputs (reward.kind=attributes)",
+            remedy="remove them, or name a checkpoint whose head has several outputs (reward.head=attributes)",
         )
     return specs
 
 
 def require_attributes(config: RewardConfig, names: Sequence[str]) -> None:
     """Raise `ConfigError` unless the reward is one model whose head has all attributes ``names``."""
-    specs = head_specs(config) if config.is_model else []
+    specs = head_specs(config) if isinstance(config, CheckpointRewardConfig) else []
     outputs = specs[0].names if len(specs) == 1 else ()
     if missing := [name for name in names if name not in outputs]:
         raise ConfigError(
-            f"{config.path or config.kind}: it does not rate {', '.join(missing)}; it has "
-            f"{', '.join(outputs) or 'one score'}",
+            f"{config.source}: it does not rate {', '.join(missing)}; it has {', '.join(outputs) or 'one score'}",
             remedy="use one reward model whose head has these attributes, or set steering.attributes to the ones it "
             "has",
         )
@@ -87,23 +85,23 @@ def require_attributes(config: RewardConfig, names: Sequence[str]) -> None:
 def critic_start(critic: CriticConfig) -> HeadSpec:
     """The head of the reward model that a critic is initialized from."""
     require_head(critic)
-    reward = RewardConfig(
+    reward = CheckpointRewardConfig(
         path=critic.path,
         revision=critic.revision,
         init=critic.init,
         trust_remote_code=critic.trust_remote_code,
-        kind=critic.kind,
+        head=critic.reward_head,
         attributes=critic.attributes,
         weights=critic.weights,
     )
     return head_specs(reward)[0]
 
 
-def _head_spec(config: RewardConfig) -> HeadSpec:
+def _head_spec(config: CheckpointRewardConfig) -> HeadSpec:
     outputs = load.labels(config)  # first: it refuses a path without a checkpoint
     file = stored_file(config, card.NAME)
     stored = card.read(Path(file).parent) if file else None
-    kind = config.kind if config.kind != "auto" else _kind(config, stored, outputs)
+    kind = config.head if config.head != "auto" else _kind(config, stored, outputs)
     names = _names(config, stored, outputs) if kind == "attributes" else ()
     weights = _weights(config, stored, names) if kind == "attributes" else ()
     template = stored.chat_template if stored else None
@@ -124,7 +122,9 @@ def _head_spec(config: RewardConfig) -> HeadSpec:
     )
 
 
-def _moments(config: RewardConfig, stored: Card | None, names: tuple[str, ...], weights: tuple[float, ...]) -> Moments:
+def _moments(
+    config: CheckpointRewardConfig, stored: Card | None, names: tuple[str, ...], weights: tuple[float, ...]
+) -> Moments:
     moments = stored.moments if stored else None
     if moments is None or not (math.isfinite(moments.mean) and math.isfinite(moments.std) and moments.std > 0):
         raise ModelError(
@@ -143,13 +143,13 @@ def _moments(config: RewardConfig, stored: Card | None, names: tuple[str, ...], 
     return moments
 
 
-def _kind(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> str:
+def _kind(config: CheckpointRewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> str:
     """Resolve ``auto`` by the card, or else by the architecture in the checkpoint's config."""
     if stored is not None:
         if stored.kind not in CARD_KINDS:
             raise ModelError(
                 f"{config.path}: {card.NAME} has kind {stored.kind}, which is none of {', '.join(CARD_KINDS)}",
-                remedy="set reward.kind",
+                remedy="set reward.head",
             )
         return stored.kind
     if config.init:
@@ -157,13 +157,13 @@ def _kind(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) -
     if not outputs:
         raise ModelError(
             f"{config.path}: cannot tell how this checkpoint gives a reward: it is not a sequence classifier",
-            remedy="set reward.kind=lm_head_row0 for a Llama-3.x-Nemotron-70B-Reward, reward.kind=yes_no for a "
+            remedy="set reward.head=lm_head_row0 for a Llama-3.x-Nemotron-70B-Reward, reward.head=yes_no for a "
             "-Reward-Principle; otherwise use a sequence classifier",
         )
     return "sequence_classification" if len(outputs) == 1 else "attributes"
 
 
-def _names(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
+def _names(config: CheckpointRewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the head's outputs, from the recipe, the card or the checkpoint's config."""
     from_recipe, stored_names = resolve(config.attributes), (stored.attributes if stored else ()) or outputs
     named = any(name != f"LABEL_{i}" for i, name in enumerate(stored_names))
@@ -187,7 +187,7 @@ def _names(config: RewardConfig, stored: Card | None, outputs: tuple[str, ...]) 
     return names
 
 
-def _weights(config: RewardConfig, stored: Card | None, names: tuple[str, ...]) -> tuple[float, ...]:
+def _weights(config: CheckpointRewardConfig, stored: Card | None, names: tuple[str, ...]) -> tuple[float, ...]:
     weights: Mapping[str, float] = config.weights or (stored.weights if stored else {})
     if not weights:
         raise ModelError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config import RewardConfig
+from align.config import FunctionRewardConfig
 from align.data.chat import Dialogue, Renderer
 from align.errors import ConfigError, DataError
 from align.rewards.base import Groups, Ids, RewardScorer
@@ -71,7 +71,7 @@ def _missing_package(function: Callable[..., Any]) -> str:
 class FunctionScorer(RewardScorer):
     """Calls a Python function."""
 
-    def __init__(self, config: RewardConfig, device: torch.device | None = None, seed: int = 0):
+    def __init__(self, config: FunctionRewardConfig, device: torch.device | None = None, seed: int = 0):
         self.name, self.function = config.function, load(config.function)
         parameters = inspect.signature(self.function).parameters.values()
         accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -82,11 +82,11 @@ class FunctionScorer(RewardScorer):
         )
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> None:
+    def check(cls, config: FunctionRewardConfig, name: str, renderer: Renderer | None) -> None:
         load(config.function)
 
     @classmethod
-    def fingerprint(cls, config: RewardConfig, seed: int) -> str:
+    def fingerprint(cls, config: FunctionRewardConfig, seed: int) -> str:
         return plugins.function_fingerprint(config.function)
 
     def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:

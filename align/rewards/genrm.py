@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from align.config import GenerativeConfig, RewardConfig
+from align.config import GenerativeConfig, GenerativeRewardConfig
 from align.data import genrm, genrm_prompts
 from align.data.chat import Dialogue, Message, Renderer
 from align.data.genrm_prompts import FALLBACK, Scores
@@ -50,21 +50,21 @@ class PairVerdict(NamedTuple):
 class GenerativeScorer(RewardScorer):
     """Scores from the verdicts of an LLM judge."""
 
-    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0):
+    def __init__(self, config: GenerativeRewardConfig, device: torch.device, seed: int = 0):
         """Raises `ModelError`, `ConfigError` or `DataError` if the judge cannot be loaded."""
-        self.config = config.generative
+        self.config = config
         self.generator = generators.build_generator(self.config.judge, device, seed)
         self._counts: Counter[str] = Counter()
         self._agreed: list[bool] = []
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> TextInput:
+    def check(cls, config: GenerativeRewardConfig, name: str, renderer: Renderer | None) -> TextInput:
         """Also raises `AlignError` if the template ignores the roles, or if the judge was trained on another form."""
-        return TextInput(config.source, check_judge(config.generative))
+        return TextInput(config.source, check_judge(config))
 
     @classmethod
-    def fingerprint(cls, config: RewardConfig, seed: int) -> str:
-        return generators.fingerprint(config.generative.judge, seed)
+    def fingerprint(cls, config: GenerativeRewardConfig, seed: int) -> str:
+        return generators.fingerprint(config.judge, seed)
 
     def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """See `RewardScorer.score`. The responses of a group are compared; a group of one is scored alone."""
@@ -157,7 +157,7 @@ class GenerativeScorer(RewardScorer):
         votes: list[list[T | None]] = [[None] * num_votes for _ in conversations]
         missing = [(i, vote) for i in range(len(conversations)) for vote in range(num_votes)]
         self._counts["verdicts"] += len(missing)
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(self.config.verdict_retries + 1):
             if not missing:
                 break
             self._counts["retried"] += len(missing) if attempt else 0
@@ -208,6 +208,6 @@ def check_judge(config: GenerativeConfig) -> str:
     genrm_card.require_same(config)
     if renderer is None:
         return ""
-    keys = "reward.generative.custom_roles", "reward.generative.judge.chat_template"
+    keys = "reward.custom_roles", "reward.judge.chat_template"
     genrm.require_roles(renderer, config, keys)
     return renderer.fingerprint

@@ -14,7 +14,7 @@ from align.errors import ConfigError, ModelError
 
 NAME = "align_judge.json"
 VERSION = 1
-KEYS = {name: f"reward.generative.{name}" for name in ("form", "custom_roles", "judge.date")}
+KEYS = {name: f"reward.{name}" for name in ("form", "custom_roles", "judge.date")}
 """Recipe keys of the settings that must agree."""
 
 

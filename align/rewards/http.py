@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.config import HttpConfig, RewardConfig
+from align.config import HttpRewardConfig
 from align.data.chat import Dialogue, Renderer
 from align.errors import WorkerError
 from align.generators.http import REDIRECT, BearerToken, HttpClient, RetryableError
@@ -29,12 +29,12 @@ class HttpScorer(RewardScorer):
     Scores of requests that succeeded are cached even if another request of the same call fails.
     """
 
-    def __init__(self, config: RewardConfig, device: torch.device | None = None, seed: int = 0):
+    def __init__(self, config: HttpRewardConfig, device: torch.device | None = None, seed: int = 0):
         """Raises `ConfigError` if the token is missing or cannot be sent.
 
         When the retries are used up, ``failed: fail`` raises `WorkerError`; ``drop`` gives those conversations NaN.
         """
-        self._settings, self._failed = config.http, config.failed
+        self._settings, self._failed = config, config.failed
         name = self._settings.token_env
         remedy = f"export {name}=TOKEN before the start; workers on Ray inherit names that begin ALIGN_REWARD_TOKEN"
         token = BearerToken.from_env(name, "http.token_env", remedy)
@@ -45,7 +45,7 @@ class HttpScorer(RewardScorer):
         self._cache: OrderedDict[bytes, float] = OrderedDict()
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> None:
+    def check(cls, config: HttpRewardConfig, name: str, renderer: Renderer | None) -> None:
         cls(config).close()
 
     def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
@@ -120,7 +120,7 @@ class HttpScorer(RewardScorer):
         return scores
 
 
-def _remedies(settings: HttpConfig) -> dict[int, str]:
+def _remedies(settings: HttpRewardConfig) -> dict[int, str]:
     variable = f"environment variable {settings.token_env}" if settings.token_env else "http.token_env=NAME"
     token = f"set the token of the service: {variable}"
     return {

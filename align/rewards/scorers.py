@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align import ops
-from align.config import ModelConfig, RewardConfig
+from align.config import CheckpointRewardConfig, EnsembleRewardConfig, ModelConfig, RewardConfig, RoleConfig
 from align.data import chat
 from align.data.chat import Dialogue, Renderer
 from align.engines.deepspeed import Engine, sharded_loading
@@ -31,7 +31,7 @@ class _Checkpoints(RewardScorer):
     wants: ClassVar[Literal["ids", "text"]] = "ids"
 
     @classmethod
-    def check(cls, config: RewardConfig, name: str, renderer: Renderer | None) -> TextInput | None:
+    def check(cls, config: CheckpointRewardConfig, name: str, renderer: Renderer | None) -> TextInput | None:
         """The policy's ids can be read if every member would tokenize the same conversation to the same ids."""
         members = checkpoint_format.members(config)
         tokenizers = [chat.load_tokenizer(item.path, item.revision, item.trust_remote_code) for item in members]
@@ -48,7 +48,7 @@ class _Checkpoints(RewardScorer):
         return TextInput(reason, " ".join(item.fingerprint for item in renderers), renderers)
 
     @classmethod
-    def fingerprint(cls, config: RewardConfig, seed: int) -> str:
+    def fingerprint(cls, config: CheckpointRewardConfig, seed: int) -> str:
         models = [identity.fingerprint(member, seed) for member in checkpoint_format.members(config)]
         return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()
 
@@ -56,7 +56,9 @@ class _Checkpoints(RewardScorer):
 class CheckpointScorer(_Checkpoints):
     """A reward model: a head that is read at the last token of the conversation."""
 
-    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0, head_spec: HeadSpec | None = None):
+    def __init__(
+        self, config: CheckpointRewardConfig, device: torch.device, seed: int = 0, head_spec: HeadSpec | None = None
+    ):
         """Raises `ModelError` if the checkpoint has no head of its kind; a head is never drawn at random."""
         self.config = config
         self.head_spec = head_spec or checkpoint_format.head_specs(config)[0]
@@ -123,7 +125,7 @@ class CheckpointScorer(_Checkpoints):
 class EnsembleScorer(_Checkpoints):
     """Several reward models whose scores are combined; text or ids are those that all of them can read."""
 
-    def __init__(self, config: RewardConfig, device: torch.device, seed: int = 0):
+    def __init__(self, config: EnsembleRewardConfig, device: torch.device, seed: int = 0):
         members = zip(checkpoint_format.members(config), checkpoint_format.head_specs(config), strict=True)
         self.config, self.members = config, [CheckpointScorer(item, device, seed, spec) for item, spec in members]
         self._spreads: list[Tensor] = []
@@ -144,7 +146,7 @@ class EnsembleScorer(_Checkpoints):
         score_MB = torch.stack(scores)
         spread_B = ops.rewards.spread(score_MB)
         self._spreads.append(spread_B[spread_B.isfinite()])
-        return ops.rewards.combined(score_MB, self.config.ensemble.combine, self.config.ensemble.penalty)
+        return ops.rewards.combined(score_MB, self.config.combine, self.config.penalty)
 
 
 SCORERS: dict[str, type[RewardScorer]] = {
@@ -156,14 +158,17 @@ SCORERS: dict[str, type[RewardScorer]] = {
 }
 
 
-def fingerprint(config: ModelConfig, seed: int) -> str:
+def fingerprint(config: RoleConfig, seed: int) -> str:
     """Hash of what a role starts from; see `align.models.identity.fingerprint` and `RewardScorer.fingerprint`."""
-    return (scorer_class(config) if isinstance(config, RewardConfig) else identity).fingerprint(config, seed)
+    if isinstance(config, RewardConfig):
+        return scorer_class(config).fingerprint(config, seed)
+    assert isinstance(config, ModelConfig)
+    return identity.fingerprint(config, seed)
 
 
 def scorer_class(config: Any) -> type[RewardScorer]:
     """The class that scores for a reward section."""
-    return SCORERS.get(config.kind) or SCORERS["ensemble" if config.ensemble.paths else "checkpoint"]
+    return SCORERS[config.kind]
 
 
 def build_scorer(config: Any, device: torch.device, seed: int = 0) -> RewardScorer:

@@ -16,7 +16,7 @@ from align.types import Packed, Sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from align.config import RewardConfig
+    from align.config import CheckpointRewardConfig
     from align.rewards.checkpoint_format import HeadSpec
 
 QUESTION = (
@@ -37,7 +37,7 @@ class Text:
     model reads another user turn, the question, up to where its own answer would begin.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, head_spec: HeadSpec, config: RewardConfig):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, head_spec: HeadSpec, config: CheckpointRewardConfig):
         """Raises `DataError` if the template cannot be used, `ModelError` if Yes and No are not single tokens."""
         if head_spec.chat_template is not None:
             tokenizer.chat_template = head_spec.chat_template
@@ -96,7 +96,7 @@ def yes_no_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ModelError(
                 f"{tokenizer.name_or_path}: kind yes_no needs {word} as one token, but its tokenizer gives {ids}",
-                remedy="use a checkpoint that was trained to answer Yes or No, or another reward.kind",
+                remedy="use a checkpoint that was trained to answer Yes or No, or another reward.head",
             )
         token_ids += ids
     return token_ids[0], token_ids[1]

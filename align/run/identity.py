@@ -19,10 +19,10 @@ HARMLESS = (
     r"\w+\.(zero_stage|max_tokens_per_micro_batch|offload_optimizer|offload_parameters|gradient_checkpointing)",
     r"\w+\.(max_num_seqs|gather_weights_for_generation)",
     r"data\.(path|revision|streaming|chat_template)|data\.sources\.[\w-]+\.(path|revision)|\w+\.(path|revision)|reference_cache",
-    r"\w+\.(ensemble\.paths|chat_template)",
-    r"\w+\.generative\.judge\.(path|revision|chat_template|max_tokens_per_micro_batch|max_num_seqs)",
-    r"\w+\.generative\.judge\.endpoint\.(key_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency)",
-    r"\w+\.http\.(token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size)",
+    r"\w+\.(paths|chat_template)",
+    r"\w+\.judge\.(path|revision|chat_template|max_tokens_per_micro_batch|max_num_seqs)",
+    r"\w+\.judge\.(key_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency)",
+    r"\w+\.(token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size)",
 )
 """Keys that a resumed run may change: where things lie, how work is split, what is shown. Data, models and templates
 are compared by their content, not by their path. Splitting work otherwise changes the last bits of a sum, not what is

@@ -43,7 +43,7 @@ from align.utils import disk
 
 VERSION = 1
 RESULTS = "results.jsonl"
-ROLES = ("policy", "feedback", "edit", "select", "judge")
+ROLES = ("policy", "feedback", "edit", "select", "eval_reward")
 READ_AS = ("prompt", "messages", "context")
 """Names under which a row of a file may have its conversation."""
 HARMLESS = {*ROLES, "prompts", "prompts_at_once", "batch_size", "out", "executor", "placement", "cluster"}
@@ -61,7 +61,7 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
 
     Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
     """
-    roles = {name: one for name in ROLES if (one := getattr(section, name)).present}
+    roles = {name: one for name in ROLES if (one := getattr(section, name))}
     slots = placement.resolve(section.placement, roles)
     prompts = read_prompts(section.prompts)
     path = Path(section.out).expanduser() / RESULTS
@@ -148,6 +148,6 @@ def _manifest(section: ScaleConfig, roles: dict[str, ModelConfig], prompts: list
         if isinstance(one, GeneratorConfig):
             known |= generators.identity_keys(name, one, section.seed)
         elif isinstance(one, RewardConfig):
-            known |= {f"{name}.{field}": getattr(one, field) for field in ("kind", "path", "function")}
+            known |= {f"{name}.kind": one.kind, f"{name}.source": one.source}
             known[f"{name}, its content"] = reward.identity(one)
     return known

@@ -180,7 +180,7 @@ class Flow:
         self.done(self._record(kept, edits))
 
     def _judges(self) -> list[str]:
-        return [name for name in ("select", "judge") if name in self.desks]
+        return [name for name in ("select", "eval_reward") if name in self.desks]
 
     def _ask(self, desk: str, stage: str, request: Any, then: Callable[[Any], None]) -> None:
         self._open += 1

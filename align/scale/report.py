@@ -13,7 +13,7 @@ from align.report import plots
 from align.report.evaluation import STYLE
 from align.report.plots import Curve
 
-MEASURES = {"ground_truth": "ground truth", "judge": "score by judge", "select": "score by select"}
+MEASURES = {"ground_truth": "ground truth", "eval_reward": "score by eval_reward", "select": "score by select"}
 """What is plotted, the first that was measured: `select` has chosen and flatters its own choice."""
 AXES = {"drafts": "drafts", "feedbacks": "texts of feedback on a draft", "edits": "edits of a draft"}
 NAMES = {"feedback_edit": "feedback-edit", "best_of_n": "best-of-n, as many tokens"}
@@ -24,16 +24,16 @@ STAGES = {
     "edits": "edits",
     "select": "select",
     "total": "total",
-    "judge": "judge",
+    "eval_reward": "eval_reward",
     "sweep_edits": "further edits for the sweep",
     "best_of": "further samples for best-of-n",
     "best_of_select": "select for best-of-n",
-    "best_of_judge": "judge for best-of-n",
+    "best_of_eval_reward": "eval reward model for best-of-n",
 }
 EXTRA_STYLE = """
 .second { fill: none; stroke: var(--wrong); stroke-width: 1.5; stroke-dasharray: 6 4; } .dot { fill: var(--wrong); }
 """
-SCORES = ("", "select", "judge", "ground truth", "tokens", "candidates", "edited")
+SCORES = ("", "select", "eval_reward", "ground truth", "tokens", "candidates", "edited")
 BUDGET = ("stage", "calls", "tokens read", "tokens generated", "of one draft", "seconds", "of one draft")
 
 
@@ -49,7 +49,7 @@ def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _score_row(name: str, one: Mapping[str, float]) -> tuple[str, ...]:
-    scores = [f"{one[key]:.3f}" if key in one else "" for key in ("select", "judge", "ground_truth")]
+    scores = [f"{one[key]:.3f}" if key in one else "" for key in ("select", "eval_reward", "ground_truth")]
     return (name, *scores, f"{one['tokens']:.1f}", f"{one['candidates']:.1f}", f"{100 * one['edited']:.0f} %")
 
 

@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 AXES = ("drafts", "feedbacks", "edits")
 TOTAL = ("drafts", "draft_select", "feedback", "edits", "select")
 """Stages of which the whole setting consists."""
-APART = ("judge", "sweep_edits", "best_of", "best_of_select", "best_of_judge")
+APART = ("eval_reward", "sweep_edits", "best_of", "best_of_select", "best_of_eval_reward")
 """Stages that only measure."""
 COLUMNS = ("calls", "prompt_tokens", "tokens", "seconds")
 
@@ -45,7 +45,7 @@ class Chosen(NamedTuple):
     score: float
     """By ``select``; nan where it gave none."""
     judged: float | None
-    """By ``judge``, where there is one."""
+    """By ``eval_reward``, where there is one."""
     candidates: int
     tokens: int
 
@@ -108,7 +108,7 @@ def chosen(section: ScaleConfig, record: Record, setting: Setting) -> Chosen:
     places = [*range(len(drafts)), *(len(record["kept"]) + i for i in edits)]
     said = [record["samples"][k] for k in record["kept"]] + record["edits"]
     best = places[ranked([record["scores"]["select"][place] for place in places])[0]]
-    judged = _number(record["scores"]["judge"][best]) if "judge" in record["scores"] else None
+    judged = _number(record["scores"]["eval_reward"][best]) if "eval_reward" in record["scores"] else None
     score, spent = _number(record["scores"]["select"][best]), _spent(section, record, setting, drafts, edits)
     return Chosen(said[best]["text"], best >= len(record["kept"]), score, judged, len(places), spent)
 
@@ -116,7 +116,7 @@ def chosen(section: ScaleConfig, record: Record, setting: Setting) -> Chosen:
 def first(record: Record) -> Chosen:
     """The first draft. The judge has not seen it where drafts were chosen from more samples."""
     scores, sample = record["scores"], record["samples"][0]
-    judged = _number(scores["judge"][0]) if "judge" in scores and "draft_select" not in scores else None
+    judged = _number(scores["eval_reward"][0]) if "eval_reward" in scores and "draft_select" not in scores else None
     score = _number(scores.get("draft_select", scores["select"])[0])
     return Chosen(sample["text"], False, score, judged, 1, sample["tokens"])
 
@@ -131,7 +131,7 @@ def best_of(record: Record, budget: int) -> Chosen | None:
         spent += record["samples"][count]["tokens"]
         count += 1
     best = ranked(record["scores"]["best_of_select"][:count])[0]
-    judged = record["scores"].get("best_of_judge")
+    judged = record["scores"].get("best_of_eval_reward")
     score = _number(record["scores"]["best_of_select"][best])
     text = record["samples"][best]["text"]
     return Chosen(text, False, score, None if judged is None else _number(judged[best]), count, spent)
@@ -152,7 +152,7 @@ def _summary(records: Sequence[Record], found: Sequence[Chosen]) -> dict[str, fl
     judged = [one.judged for one in found if one.judged is not None]
     contexts = [[Message(**turn) for turn in record["context"]] for record in records]
     truth_P = toy.ground_truth(contexts, [one.text for one in found])
-    means |= {"judge": _mean(judged)} if judged else {}
+    means |= {"eval_reward": _mean(judged)} if judged else {}
     return means if truth_P is None else means | {"ground_truth": float(truth_P.double().mean())}
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from align.cluster.roles import start_reward
 from align.cluster.session import Session
-from align.config import ClusterConfig, RewardServiceConfig
+from align.config import ClusterConfig, FunctionRewardConfig, RewardServiceConfig
 from align.errors import ConfigError, WorkerError
 from align.rewards import checkpoint_format, functions
 from align.rewards.scorers import build_scorer
@@ -78,10 +78,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 def check(config: RewardServiceConfig) -> str:
     """The token. Raises an error for what cannot be served, before anything is started."""
     require_private(Path(config.dir).expanduser())
-    if config.reward.is_model:
-        checkpoint_format.head_specs(config.reward)
-    else:
+    if isinstance(config.reward, FunctionRewardConfig):
         functions.load(config.reward.function)
+    else:
+        checkpoint_format.head_specs(config.reward)
     token = os.environ.get(config.token_env, "") if config.token_env else ""
     if config.token_env and not re.fullmatch(rf"[!-~]{{{MIN_TOKEN},}}", token):
         raise ConfigError(
@@ -95,7 +95,7 @@ def check(config: RewardServiceConfig) -> str:
 
 def model_name(config: RewardServiceConfig) -> str:
     """The name in the API: a hub id, the last part of a folder's path, or the name of a function."""
-    if not config.reward.is_model:
+    if isinstance(config.reward, FunctionRewardConfig):
         return config.reward.function.rpartition(":")[2]
     folder = Path(config.reward.path).expanduser()
     return folder.resolve().name if folder.is_dir() else config.reward.path

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.config import GeneratorConfig, ModelConfig, RewardConfig
+from align.config import GenerativeRewardConfig, ModelConfig, RoleConfig
 from align.utils.redact import redact
 
 Announce = Callable[[str], None]
@@ -23,13 +23,12 @@ def silent(line: str) -> None:
     """An `Announce` that prints nothing."""
 
 
-def loading(config: ModelConfig) -> str:
+def loading(config: RoleConfig) -> str:
     """What a role does before it can answer, as ``loading ./model (269 MB)``."""
-    if isinstance(config, (RewardConfig, GeneratorConfig)) and config.kind in ("http", "endpoint", "function"):
-        source = config.source if isinstance(config, RewardConfig) else config.function or config.endpoint.url
-        return f"opening {source}"
-    if isinstance(config, RewardConfig) and config.kind == "generative":
-        return loading(config.generative.judge)
+    if isinstance(config, GenerativeRewardConfig):
+        return loading(config.judge)
+    if not isinstance(config, ModelConfig):
+        return f"opening {vars(config).get('url') or vars(config)['function']}"
     if config.init:
         return "making random weights"
     folder = Path(config.path).expanduser()
@@ -46,7 +45,7 @@ def _bytes(size: float) -> str:
 
 
 @contextmanager
-def announced(announce: Announce, name: str, config: ModelConfig, place: str) -> Iterator[None]:
+def announced(announce: Announce, name: str, config: RoleConfig, place: str) -> Iterator[None]:
     """Announce that a role is being loaded, and after the context how many seconds it took."""
     announce(f"{name}: {loading(config)} {place}")
     start = time.monotonic()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import __version__
 from align.checkpoint import FileRecord, write_json, write_tensors
-from align.config import ModelConfig, TrainedModelConfig
+from align.config import ModelConfig, RoleConfig, TrainedModelConfig
 from align.data import chat, collate
 from align.engines import distributed, optimizer_state
 from align.engines.deepspeed import Engine, sharded_loading
@@ -42,7 +42,7 @@ class Spec:
     role: str
     rank: int
     world_size: int
-    section: ModelConfig
+    section: RoleConfig
     seed: int
     total_steps: int
     timeout_s: float
@@ -117,6 +117,7 @@ class Worker:
 
     def _prepare(self) -> None:
         section = self.spec.section
+        assert isinstance(section, ModelConfig)
         self.tokenizer = chat.load_tokenizer(section.path, section.revision, section.trust_remote_code)
         optimizer_state.seed_generators(self.spec.seed)
         with sharded_loading(section):
@@ -124,6 +125,7 @@ class Worker:
 
     def _causal_lm(self) -> PreTrainedModel:
         size, gaps = chat.vocab_size(self.tokenizer), chat.gaps(self.tokenizer)
+        assert isinstance(self.spec.section, ModelConfig)
         return load.causal_lm(self.spec.section, size, self.spec.seed, gaps)
 
     def load(self) -> None:
@@ -146,7 +148,7 @@ class TrainedWorker(Worker):
         assert isinstance(section, TrainedModelConfig)
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if section.lora.rank:
+        if section.lora:
             load.add_lora(model, section.lora, task=task, key=f"{self.spec.role}.lora.targets")
 
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
@@ -211,7 +213,7 @@ class TrainedWorker(Worker):
         section, first = self.spec.section, self.spec.rank == 0
         assert isinstance(section, TrainedModelConfig)
         expected = self.engine.infer(verify_export.probe(self.tokenizer), **self.inference_arguments)
-        base = weights.stored_dtype(section) if section.lora.rank else None
+        base = weights.stored_dtype(section) if section.lora else None
         dtype = base and export.merged_dtype(self.model, self.engine.full, base)
         state = export.state_dict(self.model, self.engine.full, keep=first, dtype=dtype)
         if first:
@@ -293,7 +295,7 @@ class Role:
 
     worker: type[Worker]
 
-    def __init__(self, ranks: Ranks, section: ModelConfig):
+    def __init__(self, ranks: Ranks, section: RoleConfig):
         self.ranks, self.section = ranks, section
 
 

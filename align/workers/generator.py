@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.config import GeneratorConfig, ModelConfig, SamplingConfig
+from align.config import GeneratorConfig, RoleConfig, SamplingConfig
 from align.engines import optimizer_state
 from align.generators.base import Completion, Request
 from align.generators.models import build_generator
@@ -44,7 +44,7 @@ class Generator(Role):
 
     worker = GeneratorWorker
 
-    def __init__(self, ranks: Ranks, section: ModelConfig, phase: str = "complete"):
+    def __init__(self, ranks: Ranks, section: RoleConfig, phase: str = "complete"):
         """``phase`` is the name under which its seconds are counted."""
         super().__init__(ranks, section)
         self.phase = phase

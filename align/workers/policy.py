@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.config import ModelConfig, PolicyConfig, PreviousPolicyConfig, SamplerConfig, SamplingConfig
+from align.config import ModelConfig, PolicyConfig, PreviousPolicyConfig, RoleConfig, SamplerConfig, SamplingConfig
 from align.data import collate
 from align.engines import decoder
 from align.engines.deepspeed import Engine
@@ -46,6 +46,7 @@ class ReferenceWorker(Worker):
 
     def _build(self, model: PreTrainedModel) -> None:
         self.model = model
+        assert isinstance(self.spec.section, ModelConfig)
         self.engine = Engine(heads.TokenLogprobs(model), self.spec.section, self.device, self.spec.total_steps)
 
     @answered
@@ -202,7 +203,7 @@ class Policy(TrainedRole, Reference):
     worker = PolicyWorker
     phase = "logprobs"
 
-    def __init__(self, ranks: Ranks, section: ModelConfig):
+    def __init__(self, ranks: Ranks, section: RoleConfig):
         super().__init__(ranks, section)
         self._sampler: Sampler | None = None
         self._version, self._sent = 0, -1

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from align.config import ModelConfig, RewardConfig, TrainedRewardConfig
+from align.config import RewardConfig, RoleConfig, TrainedRewardConfig
 from align.data import chat, collate
 from align.data.attributes import resolve
 from align.data.chat import Dialogue
@@ -112,7 +112,7 @@ class Reward(Role):
     worker = RewardWorker
     phase = "score"
 
-    def __init__(self, ranks: Ranks, section: ModelConfig):
+    def __init__(self, ranks: Ranks, section: RoleConfig):
         super().__init__(ranks, section)
         self._conversations: Conversations | None = None
         self._counts: Counter[str] = Counter()
@@ -188,7 +188,7 @@ class Reward(Role):
         return {f"service/{name}": value for name, value in metrics.items()} if remote else metrics
 
 
-class SecondReward(Reward):
+class EvalReward(Reward):
     """The reward role that training does not use."""
 
     phase = "eval_score"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align.algorithms import feedback_edit
-from align.config import EditingConfig, EvaluationConfig, PolicyConfig, RewardConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, EditingConfig, EvaluationConfig, PolicyConfig, SamplingConfig
 from align.data import editing, toy_family
 from align.data.chat import Message, Renderer
 from align.data.dataset import Corpus
@@ -128,7 +128,7 @@ def test_a_step_against_copies(renderer: Renderer, penalty: float | None, copy: 
     """A copy counts as the worst edit, 1 - (1 + 3) / 2; without the rule it is the best, 9 - (1 + 3) / 2."""
     recipe = feedback_edit.Config(
         policy=PolicyConfig(path="p"),
-        reward=RewardConfig(path="r"),
+        reward=CheckpointRewardConfig(path="r"),
         sampling=SamplingConfig(num_samples=3),
         prompts_per_step=2,
         copy_penalty=penalty,

@@ -21,7 +21,7 @@ import torch
 
 from align.algorithms import _policy_loss, _rewards, grpo
 from align.algorithms._rollout import ScoredRollouts
-from align.config import PolicyLossConfig, RewardConfig, RewardShapingConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, PolicyLossConfig, RewardShapingConfig, SamplingConfig
 from align.data.prompts import PromptStream
 from align.roles import CompletedFuture, Loss
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
@@ -34,7 +34,11 @@ ROOT = math.sqrt(7)
 
 def config(K: int = 3, **values: Any) -> grpo.Config:
     return grpo.Config(
-        **{"reward": RewardConfig(path="r"), "sampling": SamplingConfig(num_samples=K, max_tokens=8), **values}
+        **{
+            "reward": CheckpointRewardConfig(path="r"),
+            "sampling": SamplingConfig(num_samples=K, max_tokens=8),
+            **values,
+        }
     )
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from align.algorithms import _policy_loss, _rewards, _rollout, ppo
-from align.config import PolicyLossConfig, RewardConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, PolicyLossConfig, SamplingConfig
 from align.roles import CompletedFuture, Loss, Metrics
 from align.types import Batch
 
@@ -39,7 +39,9 @@ RETURN = [[0.625, 2.5, 0], [-2, 0, 0], [0.5, 1, 3]]
 
 def config(**values: Any) -> ppo.Config:
     given = {"kl_coef": 0.5, "kl_estimator": "k1", "gamma": 0.5, "gae_lambda": 0.5, "whiten": False}
-    return ppo.Config(**{"reward": RewardConfig(path="r"), **given, "sampling": SamplingConfig(max_tokens=3), **values})
+    return ppo.Config(
+        **{"reward": CheckpointRewardConfig(path="r"), **given, "sampling": SamplingConfig(max_tokens=3), **values}
+    )
 
 
 def padded(rows: list[list[float]], padding: float = 0.0) -> Tensor:

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from align.algorithms import _preference_loss, best_of_n, dpo, online_dpo
 from align.config import (
-    OptionalRewardConfig,
+    CheckpointRewardConfig,
     PolicyConfig,
     PreferenceLossConfig,
     ReferenceConfig,
-    RewardConfig,
     RunConfig,
     SamplingConfig,
 )
@@ -210,7 +209,7 @@ def test_reference_sums_are_taken_at_temperature_one():
 
 
 def configured(**values: Any) -> dpo.Config:
-    judge = OptionalRewardConfig(path="r" if values.get("gold") == "reward" else "")
+    judge = CheckpointRewardConfig(path="r") if values.get("gold") == "reward" else None
     return dpo.Config(policy=PolicyConfig(path="m"), reference=ReferenceConfig(path="m"), reward=judge, **values)
 
 
@@ -304,7 +303,7 @@ def test_choices_by_hand(treatment, penalty: float, chosen, gaps: list[float], b
     score_B = torch.tensor(SCORES)
 
     found, gold_B, statistics = online_dpo.choose_pairs(
-        online_dpo.Config(reward=RewardConfig(path="r"), **settings), drawn, score_B
+        online_dpo.Config(reward=CheckpointRewardConfig(path="r"), **settings), drawn, score_B
     )
     assert names(found.sequences) == [(p, k) for p, first, second in chosen for k in (first, second)]
     assert found.strength_P.tolist() == gaps
@@ -312,7 +311,7 @@ def test_choices_by_hand(treatment, penalty: float, chosen, gaps: list[float], b
     assert statistics == {"learnable": 2 / 5, "gap": pytest.approx(sum(gaps) / 2)}
 
     batch, statistics = best_of_n.select_best(
-        best_of_n.Config(reward=RewardConfig(path="r"), **settings), drawn, score_B
+        best_of_n.Config(reward=CheckpointRewardConfig(path="r"), **settings), drawn, score_B
     )
     assert names(batch.sequences) == best
     assert (batch.unit, batch.columns, batch.temperature) == (1, {}, 1.0)
@@ -324,12 +323,12 @@ def test_nothing_to_choose():
     drawn, failed = rollouts([1, 2], [True, True], 2), torch.tensor([NAN, NAN])
     two = SamplingConfig(num_samples=2)
     found, gold_B, statistics = online_dpo.choose_pairs(
-        online_dpo.Config(reward=RewardConfig(path="r"), sampling=two), drawn, failed
+        online_dpo.Config(reward=CheckpointRewardConfig(path="r"), sampling=two), drawn, failed
     )
     assert (len(found), len(found.sequences), len(gold_B)) == (0, 0, 0)
     assert statistics == {"learnable": 0, "gap": 0}
     batch, statistics = best_of_n.select_best(
-        best_of_n.Config(reward=RewardConfig(path="r"), sampling=two), drawn, failed
+        best_of_n.Config(reward=CheckpointRewardConfig(path="r"), sampling=two), drawn, failed
     )
     assert len(batch.sequences) == 0
     assert statistics == {"learnable": 0, "best_reward": 0}
@@ -339,7 +338,7 @@ def test_the_pairs_of_a_rollout_are_whole_for_the_loss():
     # Best and worst with their own tokens, strengths twice, and reference numbers beside them.
     drawn = rollouts([1, 2, 3, 4], [True] * 4, 2)
     found, gold_B, _ = online_dpo.choose_pairs(
-        online_dpo.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=2)),
+        online_dpo.Config(reward=CheckpointRewardConfig(path="r"), sampling=SamplingConfig(num_samples=2)),
         drawn,
         torch.tensor([0.0, 1.0, 2.5, 0.0]),
     )

@@ -21,7 +21,7 @@ import torch
 
 from align.algorithms import _policy_loss, _rewards, reinforce
 from align.algorithms._rollout import ScoredRollouts
-from align.config import PolicyLossConfig, RewardConfig, RewardShapingConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, PolicyLossConfig, RewardShapingConfig, SamplingConfig
 from align.roles import CompletedFuture
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 
@@ -33,7 +33,7 @@ GROUP = [[-1, -0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]  # of prompt 1: 1 - 0 -
 
 def config(K: int = 2, **values: Any) -> reinforce.Config:
     given = {"kl_coef": 0.5, "whiten": False, "sampling": SamplingConfig(num_samples=K, max_tokens=4)}
-    return reinforce.Config(**{"reward": RewardConfig(path="r"), **given, **values})
+    return reinforce.Config(**{"reward": CheckpointRewardConfig(path="r"), **given, **values})
 
 
 def learn(

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from align.algorithms import _rewards, grpo, rloo
-from align.config import PolicyGradientConfig, RewardConfig, RewardShapingConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, PolicyGradientConfig, RewardShapingConfig, SamplingConfig
 
 NAN, INF = math.nan, math.inf
 
 
 def config(K: int = 2, **values: Any) -> PolicyGradientConfig:
     return PolicyGradientConfig(
-        reward=RewardConfig(path="r"),
+        reward=CheckpointRewardConfig(path="r"),
         **{"sampling": SamplingConfig(num_samples=K, max_tokens=8), "truncated": "keep", **values},
     )
 
@@ -80,7 +80,7 @@ def test_kl_comes_after_all_of_them(seen):
         "truncated": "keep",
     }
     settings = rloo.Config(
-        reward=RewardConfig(path="r"),
+        reward=CheckpointRewardConfig(path="r"),
         sampling=SamplingConfig(num_samples=2, max_tokens=8),
         kl_reduction="sum",
         **values,
@@ -151,7 +151,9 @@ def test_a_failed_score_drops_its_whole_group_and_is_counted(seen, failed: float
 
 @pytest.mark.parametrize("algorithm", [rloo, grpo])
 def test_a_failed_score_reaches_no_advantage(seen, algorithm: Any):
-    settings = algorithm.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=3, max_tokens=8))
+    settings = algorithm.Config(
+        reward=CheckpointRewardConfig(path="r"), sampling=SamplingConfig(num_samples=3, max_tokens=8)
+    )
     x, rest = [[0.5], [0.25, -1], [0]], [2.0, 3.0, 7.0]
     with_failed, without = seen(x * 2, [1.0, NAN, 5.0, *rest], K=3), seen(x, rest, K=3)
     batch, statistics = algorithm.make_batch(settings, with_failed, _rewards.shape_rewards(settings, with_failed, {}))

@@ -27,7 +27,7 @@ import torch
 
 from align.algorithms import _policy_loss, _rewards, rloo
 from align.algorithms._rollout import ScoredRollouts
-from align.config import RewardConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, SamplingConfig
 from align.types import Batch
 
 NAN = math.nan
@@ -43,7 +43,7 @@ def config(**values: Any) -> rloo.Config:
         "sampling": SamplingConfig(num_samples=3, max_tokens=4),
         **values,
     }
-    return rloo.Config(reward=RewardConfig(path="r"), **values)
+    return rloo.Config(reward=CheckpointRewardConfig(path="r"), **values)
 
 
 def learn(config: rloo.Config, seen: ScoredRollouts) -> tuple[Batch, dict[str, float]]:
@@ -193,16 +193,20 @@ def test_a_step_raises_what_was_better_than_its_siblings(seen):
 def test_the_equivalent_coefficient_in_the_other_unit():
     # 0.01 per mean token of 500 is 0.01 / 500 per summed token, and the other way round.
     long = SamplingConfig(num_samples=4, max_tokens=500)
-    (note,) = rloo.Config(reward=RewardConfig(path="r"), kl_coef=0.01, kl_reduction="mean", sampling=long).notes()
+    (note,) = rloo.Config(
+        reward=CheckpointRewardConfig(path="r"), kl_coef=0.01, kl_reduction="mean", sampling=long
+    ).notes()
     assert "kl_coef 0.01 on the mean" in note
     assert "equals 2e-05 on the sum" in note
-    (note,) = rloo.Config(reward=RewardConfig(path="r"), kl_coef=0.01, kl_reduction="sum", sampling=long).notes()
+    (note,) = rloo.Config(
+        reward=CheckpointRewardConfig(path="r"), kl_coef=0.01, kl_reduction="sum", sampling=long
+    ).notes()
     assert "kl_coef 0.01 on the sum" in note
     assert "equals 5 on the mean" in note
 
 
 def test_what_has_no_baseline_is_refused():
     with pytest.raises(ValueError, match="num_samples must be at least 2"):
-        rloo.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=1))
+        rloo.Config(reward=CheckpointRewardConfig(path="r"), sampling=SamplingConfig(num_samples=1))
     with pytest.raises(ValueError, match="temperature must be positive"):
-        rloo.Config(reward=RewardConfig(path="r"), sampling=SamplingConfig(num_samples=2, temperature=0.0))
+        rloo.Config(reward=CheckpointRewardConfig(path="r"), sampling=SamplingConfig(num_samples=2, temperature=0.0))

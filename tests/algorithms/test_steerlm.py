@@ -18,11 +18,12 @@ from align import launch
 from align.algorithms import _steerlm, steerlm, steerlm2
 from align.cluster import roles as cluster_roles
 from align.config import (
+    CheckpointRewardConfig,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
+    FunctionRewardConfig,
     PreviousPolicyConfig,
-    RewardConfig,
     SamplingConfig,
 )
 from align.config.load import load_recipe
@@ -105,7 +106,7 @@ def test_rows_are_labelled_in_parts_in_their_order(monkeypatch: pytest.MonkeyPat
 
 def test_the_role_gives_attributes_by_name(tmp_path: Path, tiny_attributes: Path):
     """The head's order is verbosity, helpfulness, coherence."""
-    section = RewardConfig(path=str(tiny_attributes), dtype="float32", weights={"helpfulness": 1.0})
+    section = CheckpointRewardConfig(path=str(tiny_attributes), dtype="float32", weights={"helpfulness": 1.0})
     context = (Message("user", "sort the words : pig ant"),)
     dialogues = [Dialogue(context, text) for text in ("ant pig", "pig", "ant pig okay")]
     with cluster_roles.start_reward(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
@@ -136,7 +137,7 @@ class Split(Ranks):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_ratings_of_several_ranks_come_in_order(world_size: int):
     said = [Dialogue((Message("user", str(i // 2)),), "x" * i) for i in range(7)]
-    found = reward.Reward(Split(world_size), RewardConfig(path="p")).rate(said, NAMES).result()
+    found = reward.Reward(Split(world_size), CheckpointRewardConfig(path="p")).rate(said, NAMES).result()
     assert found[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -149,7 +150,7 @@ def test_an_attribute_that_the_head_lacks_is_refused_before_anything_starts(
 
 
 def test_a_judge_with_one_score_cannot_label(tiny_reward: Path):
-    for section in (RewardConfig(kind="function", function="m:f"), RewardConfig(path=str(tiny_reward))):
+    for section in (FunctionRewardConfig(function="m:f"), CheckpointRewardConfig(path=str(tiny_reward))):
         with pytest.raises(ConfigError, match="does not rate helpfulness, verbosity; it has one score"):
             checkpoint_format.require_attributes(section, NAMES)
 

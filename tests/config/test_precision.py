@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
-from align.config import GeneratorConfig, PolicyConfig, RewardConfig, precision
+from align.config import CheckpointRewardConfig, FunctionGeneratorConfig, ModelGeneratorConfig, PolicyConfig, precision
 from align.config.load import load_recipe, write_config
 from align.config.precision import Precision
 from align.errors import ConfigError
@@ -49,12 +49,10 @@ def test_the_format_by_machine(cpuinfo: str, capability: tuple[int, int] | None,
 
 
 def test_a_section_with_a_model_holds_the_format_of_this_machine(without_units: None):
-    assert RewardConfig(path="p").dtype == GeneratorConfig(path="p").dtype == "float32"
+    assert CheckpointRewardConfig(path="p").dtype == ModelGeneratorConfig(path="p").dtype == "float32"
     assert PolicyConfig(path="p", zero_stage=0).dtype == "float32"  # bfloat16 would be refused
-    assert RewardConfig(path="p", dtype="bfloat16").dtype == "bfloat16"
-    assert (
-        GeneratorConfig(kind="function", function="m:f").dtype == "auto"
-    )  # no weights, so no difference between machines
+    assert CheckpointRewardConfig(path="p", dtype="bfloat16").dtype == "bfloat16"
+    assert FunctionGeneratorConfig(function="m:f").dtype == "float32"  # no weights, so no difference between machines
 
 
 def test_show_tells_the_format_and_why(without_units: None, capsys: pytest.CaptureFixture[str]):

@@ -113,8 +113,11 @@ def test_scores_of_another_benchmark(tmp_path: Path, judge_data: Path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["benchmark=judgebench"], "benchmark judgebench needs reward.path or scores: '', ''"),
-        (["benchmark=judgebench", "reward.path=m", "scores=s"], "give one of reward.path and scores: 'm', 's'"),
+        (["benchmark=judgebench"], "benchmark judgebench needs either reward.path or scores: scores ''"),
+        (
+            ["benchmark=judgebench", "reward.path=m", "scores=s"],
+            "benchmark judgebench needs either reward.path or scores: scores 's'",
+        ),
         (["benchmark=heldout", "reward.path=m"], "benchmark heldout has no hub id and needs data.path: ''"),
         (["benchmark=heldout", "reward.path=m", "data.path=d", "data.split=test"], "data.split is validation or train"),
         (["benchmark=rm-bench", "reward.path=m", "prior_sets=true"], "prior_sets belongs to benchmark rewardbench"),

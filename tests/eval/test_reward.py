@@ -16,11 +16,11 @@ from align import cli
 from align.cluster import roles as cluster_roles
 from align.config import (
     BenchmarkDataConfig,
+    CheckpointRewardConfig,
     ClusterConfig,
     DataConfig,
-    EnsembleConfig,
-    HttpConfig,
-    RewardConfig,
+    EnsembleRewardConfig,
+    HttpRewardConfig,
     RewardEvaluationConfig,
 )
 from align.data import toy
@@ -109,8 +109,8 @@ def test_a_judge_that_writes_compares_the_responses_of_an_item(tmp_path: Path):
     ]
     (tmp_path / "genrm.py").write_text(GENRM)
     keys = {"kind": "function", "function": tmp_path / "genrm.py:verdict"}
-    words = [f"reward.generative.judge.{name}={value}" for name, value in keys.items()]
-    words += ["reward.kind=generative", "reward.generative.form=json", "reward.generative.custom_roles=true"]
+    words = [f"reward.judge.{name}={value}" for name, value in keys.items()]
+    words += ["reward.kind=generative", "reward.form=json", "reward.custom_roles=true"]
     data, out = lines(tmp_path / "gpt.jsonl", rows), tmp_path / "out"
     run("executor=local", *words, "--benchmark", "judgebench", "--data", data, "--out", out)
     scores = [json.loads(line)["scores"] for line in (out / "items.jsonl").read_text().splitlines()]
@@ -206,7 +206,7 @@ class TestFolder:
 
 def test_a_recipe_and_values_may_be_given_before_the_options(stub: SimpleNamespace, tmp_path: Path, judge_data: Path):
     recipe = tmp_path / "x.yaml"
-    recipe.write_text("benchmark: judgebench\nresamples: 10\nreward: {kind: http, http: {url: 'http://h'}}\n")
+    recipe.write_text("benchmark: judgebench\nresamples: 10\nreward: {kind: http, url: 'http://h'}\n")
     run(recipe, "seed=3", "--data", judge_data, "--out", tmp_path / "out")
     assert results(tmp_path / "out")["bootstrap"] == {"resamples": 10, "confidence": 0.95, "seed": 3}
 
@@ -217,16 +217,17 @@ def test_identity_changes_with_whatever_changes_a_score(byte_models: tuple[Path,
     template = tmp_path / "t.jinja"
     template.write_text((model / "chat_template.jinja").read_text() + " ")
     base = {"path": str(model)}
-    changes = ({}, {"dtype": "float32"}, {"ensemble": EnsembleConfig([str(model)])}, {"chat_template": str(template)})
-    found = [reward.identity(RewardConfig(**base | change)) for change in changes]
-    found += [reward.identity(RewardConfig(kind="http", http=HttpConfig(url=f"http://h{n}"))) for n in (1, 2)]
-    same = RewardConfig(**base, max_tokens_per_micro_batch=7, attention="sdpa", zero_stage=3)
+    changes = ({}, {"dtype": "float32"}, {"chat_template": str(template)})
+    found = [reward.identity(CheckpointRewardConfig(**base | change)) for change in changes]
+    found.append(reward.identity(EnsembleRewardConfig(**base, paths=[str(model)])))
+    found += [reward.identity(HttpRewardConfig(url=f"http://h{n}")) for n in (1, 2)]
+    same = CheckpointRewardConfig(**base, max_tokens_per_micro_batch=7, attention="sdpa", zero_stage=3)
     assert reward.identity(same) == found[0]
     shutil.copy(template, model / "chat_template.jinja")
-    found.append(reward.identity(RewardConfig(**base)))
+    found.append(reward.identity(CheckpointRewardConfig(**base)))
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-3}))
-    found.append(reward.identity(RewardConfig(**base)))
+    found.append(reward.identity(CheckpointRewardConfig(**base)))
     assert len(set(found)) == len(found) == 8
 
 
@@ -274,7 +275,7 @@ class TestAfterTraining:
         assert section == RewardEvaluationConfig(
             benchmark="judgebench",
             data=BenchmarkDataConfig(str(judge_data)),
-            reward=RewardConfig(
+            reward=CheckpointRewardConfig(
                 path=str(tmp_path / "run/final"), dtype="float32", zero_stage=3, max_tokens_per_micro_batch=99
             ),
             out=str(tmp_path / "run/evaluation/judgebench"),

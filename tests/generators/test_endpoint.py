@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from align.config import EndpointConfig, GeneratorConfig, SamplingConfig
+from align.config import EndpointGeneratorConfig, SamplingConfig
 from align.data.chat import Message
 from align.errors import ConfigError, WorkerError
 from align.generators.base import Request
@@ -75,9 +75,7 @@ def server(
 @contextmanager
 def client(url: str, **fields: Any) -> Iterator[EndpointGenerator]:
     quick = {"backoff_s": 0.001, "max_backoff_s": 0.01, "timeout_s": 5.0, "retries": 3}
-    found = EndpointGenerator(
-        GeneratorConfig(kind="endpoint", endpoint=EndpointConfig(url=url, model="judge", **(quick | fields))), seed=1
-    )
+    found = EndpointGenerator(EndpointGeneratorConfig(url=url, model="judge", **quick | fields), seed=1)
     try:
         yield found
     finally:
@@ -187,7 +185,7 @@ def test_what_never_answers_ends_with_the_last_cause():
 
 
 @pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "MY_KEY"), (404, "without /chat/completions"), (400, "endpoint.extra"), (302, "url")]
+    ("status", "remedy"), [(401, "MY_KEY"), (404, "without /chat/completions"), (400, "extra adds"), (302, "url")]
 )
 def test_what_repeating_cannot_change_is_an_error_at_once(status: int, remedy: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_KEY", KEY)
@@ -240,10 +238,6 @@ def test_the_key_is_in_no_message_where_a_text_is_cut(status: int, monkeypatch: 
 def test_the_key_must_be_there_and_an_opening_cannot_be_sent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="MY_KEY is not set"):
-        EndpointGenerator(
-            GeneratorConfig(
-                kind="endpoint", endpoint=EndpointConfig(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY")
-            )
-        )
+        EndpointGenerator(EndpointGeneratorConfig(url="http://127.0.0.1:1/v1", model="m", key_env="MY_KEY"))
     with client("http://127.0.0.1:1/v1") as found, pytest.raises(ConfigError, match="begins with 'well'"):
         found.complete([requests(1)[0]._replace(opening="well")], SAMPLING)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import FunctionGeneratorConfig, SamplingConfig
 from align.data.chat import Message
 from align.errors import ConfigError, DataError
 from align.generators.base import Completion, Request
@@ -20,7 +20,7 @@ REQUEST = Request((Message("system", "be brief"), Message("user", "two words")),
 def generator(folder: Path, source: str) -> FunctionGenerator:
     file = folder / "answers.py"
     file.write_text(source)
-    return FunctionGenerator(GeneratorConfig(kind="function", function=f"{file}:answer"))
+    return FunctionGenerator(FunctionGeneratorConfig(function=f"{file}:answer"))
 
 
 def test_it_is_given_messages_sample_and_opening(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config import GeneratorConfig, SamplingConfig
+from align.config import GeneratorConfig, ModelGeneratorConfig, SamplingConfig
 from align.data.chat import Message
 from align.engines import decoder
 from align.errors import DataError
@@ -33,7 +33,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def section(tiny_family: Path) -> GeneratorConfig:
-    return GeneratorConfig(path=str(tiny_family), dtype="float32")
+    return ModelGeneratorConfig(path=str(tiny_family), dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_a_dry_run_of_a_service(service: Path, sbatch: Path, capsys, tmp_path: P
 def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, capsys, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scores.py").write_text("def length(completions): return [0.0 for _ in completions]\n")
-    function = ["reward.kind=function", 'reward.path=""', "reward.function=scores.py:length", "dir=serving"]
+    function = ["reward.kind=function", "reward.function=scores.py:length", "dir=serving"]
     assert submit(service, "--service=reward", *function, nodes=1, gpus=3) == 0
     launch = tmp_path / "serving" / "launch"
     loaded = build_config(RewardServiceConfig, launch / "config.yaml").config
@@ -156,7 +156,7 @@ def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, c
         (["--cpus-per-task=1"], 1, 0, PlacementError, "require 3 slots of CPUs, the job has 2"),
         (["replicas.shards=4", "replicas.max=1", "reward.zero_stage=3"], 1, 3, PlacementError, "require 4 GPUs"),
         (["host=0.0.0.0"], 1, 3, ConfigError, "it needs token_env"),
-        (['reward.path=""'], 1, 3, ConfigError, "reward.path is missing"),
+        (['reward.path=""'], 1, 3, ConfigError, "path must be a folder or a hub id"),
         (["run.dir=x"], 1, 3, ConfigError, "unknown key"),
     ],
 )

@@ -21,7 +21,7 @@ from transformers import (
 
 from align.cli import _run
 from align.commands import build_parser
-from align.config import RewardConfig
+from align.config import CheckpointRewardConfig
 from align.data import collate, toy
 from align.errors import ModelError
 from align.models import convert, heads, load
@@ -70,9 +70,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_reader_and_converted_folder_give_the_same_rewards(folders):
     source, out = folders
-    section = RewardConfig(path=str(source), kind="lm_head_row0", dtype="float32")
+    section = CheckpointRewardConfig(path=str(source), head="lm_head_row0", dtype="float32")
     theirs = by_reader(section, heads.RowZeroLogit(load.causal_lm(section, 80, 0)))
-    converted = RewardConfig(path=str(out), dtype="float32")
+    converted = CheckpointRewardConfig(path=str(out), dtype="float32")
     assert len(load.labels(converted)) == 1
     ours = by_reader(converted, heads.LastTokenScore(load.scorer(converted, 80, 0, head="trained")))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -92,7 +92,7 @@ def test_padding_and_batch_size_change_no_score_in_transformers(folders, side, b
     alone = torch.cat([scores(model, [row], side, pad) for row in ROWS])
     cut = [ROWS[i : i + batch] for i in range(0, len(ROWS), batch)]
     torch.testing.assert_close(torch.cat([scores(model, rows, side, pad) for rows in cut]), alone, rtol=0, atol=1e-6)
-    section = RewardConfig(path=str(folders[1]), dtype="float32")
+    section = CheckpointRewardConfig(path=str(folders[1]), dtype="float32")
     ours = by_reader(section, heads.LastTokenScore(load.scorer(section, 80, 0, head="trained")))
     torch.testing.assert_close(alone, ours, rtol=0, atol=1e-6)
 
@@ -116,7 +116,7 @@ def test_only_row_zero_and_the_body_are_written(folders):
     names = set(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"])
     assert set(index["weight_map"]) == names - {"lm_head.weight"} | {"score.weight"}
     assert index["metadata"]["total_size"] == sum(
-        p.numel() * 4 for p in load.scorer(RewardConfig(path=str(out)), 80, 0, head="trained").parameters()
+        p.numel() * 4 for p in load.scorer(CheckpointRewardConfig(path=str(out)), 80, 0, head="trained").parameters()
     )
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
@@ -128,8 +128,8 @@ def test_only_row_zero_and_the_body_are_written(folders):
 def test_another_family_becomes_its_own_classifier(tmp_path):
     source = saved(tmp_path / "source", Qwen2Config(**SIZES, tie_word_embeddings=False))
     assert convert.row_zero(source, tmp_path / "out", {}) == "Qwen2ForSequenceClassification"
-    section = RewardConfig(path=str(tmp_path / "out"), dtype="float32")
-    row = load.row_zero(RewardConfig(path=str(source)))
+    section = CheckpointRewardConfig(path=str(tmp_path / "out"), dtype="float32")
+    row = load.row_zero(CheckpointRewardConfig(path=str(source)))
     assert torch.equal(load.scorer(section, 80, 0, head="trained").get_parameter("score.weight")[0], row)
 
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from align.config import GeneratorConfig, PolicyConfig, SamplingConfig, TrainedRewardConfig
+from align.config import ModelGeneratorConfig, PolicyConfig, SamplingConfig, TrainedRewardConfig
 from align.data import chat, collate
 from align.data.chat import Message, Renderer
 from align.errors import ModelError
@@ -221,7 +221,7 @@ def test_plain_transformers_stops_where_align_does(tmp_path, monkeypatch):
         assert stored == {"eos_token_id": [256, 258], "max_new_tokens": 30}
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [256, 258]
         section = PolicyConfig(path=str(folder), dtype="float32")
-    generator = ModelGenerator(GeneratorConfig(path=section.path, dtype="float32"), torch.device("cpu"), 0)
+    generator = ModelGenerator(ModelGeneratorConfig(path=section.path, dtype="float32"), torch.device("cpu"), 0)
     sampling = SamplingConfig(num_samples=1, max_tokens=30, temperature=0.0)
     (answer,) = generator.complete([Request((Message("user", "hello"),), 0)], sampling)
     names = snippet(tmp_path / "second", [Message("user", "hello")], monkeypatch)

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from align.config import (
+    CheckpointRewardConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
-    RewardConfig,
     TrainedRewardConfig,
 )
 from align.errors import ModelError
@@ -97,14 +97,14 @@ def test_init_of_an_unknown_architecture():
 
 
 def test_a_frozen_scorer_gives_its_weights(reward_folder):
-    ours = load.scorer(RewardConfig(path=reward_folder, dtype="float32"), 50, 0, head="trained").state_dict()
+    ours = load.scorer(CheckpointRewardConfig(path=reward_folder, dtype="float32"), 50, 0, head="trained").state_dict()
     theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_causal_lm_is_no_frozen_scorer(causal_folder):
     with pytest.raises(ModelError, match=r"no trained reward head, the checkpoint lacks score\.weight"):
-        load.scorer(RewardConfig(path=causal_folder, dtype="float32"), 50, 0, head="trained")
+        load.scorer(CheckpointRewardConfig(path=causal_folder, dtype="float32"), 50, 0, head="trained")
 
 
 def test_a_new_head_is_drawn_from_the_seed_on_the_weights_of_the_folder(causal_folder):
@@ -127,7 +127,7 @@ def test_a_trained_head_is_kept_when_training_goes_on(reward_folder):
 def test_a_scorer_of_several_labels_is_refused(tmp_path, labels):
     path = saved(tmp_path, LlamaConfig(**SIZES, num_labels=labels), AutoModelForSequenceClassification)
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):
-        load.scorer(RewardConfig(path=path), 50, 0, head="trained")
+        load.scorer(CheckpointRewardConfig(path=path), 50, 0, head="trained")
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 1 wanted"):  # nor half of it drawn anew
         load.scorer(TrainedRewardConfig(path=path), 50, 0, head="auto")
     with pytest.raises(ModelError, match=f"its head has {labels} outputs, 3 weights given"):
@@ -159,8 +159,8 @@ def test_a_missing_folder(tmp_path):
     path = str(tmp_path / "gone")
     for call in (
         lambda: load.causal_lm(model(path), 50, 0),
-        lambda: load.scorer(RewardConfig(path=path), 50, 0, head="trained"),
-        lambda: load.labels(RewardConfig(path=path)),
+        lambda: load.scorer(CheckpointRewardConfig(path=path), 50, 0, head="trained"),
+        lambda: load.labels(CheckpointRewardConfig(path=path)),
     ):
         with pytest.raises(ModelError, match=r"no model folder: .*gone/config\.json does not exist"):
             call()
@@ -181,8 +181,8 @@ def test_rows_beyond_the_tokenizer_are_not_predicted(causal_folder):
 
 
 def test_labels_are_those_of_a_classifier(causal_folder, reward_folder):
-    assert load.labels(RewardConfig(path=reward_folder)) == ("LABEL_0",)
-    assert load.labels(RewardConfig(path=causal_folder)) == ()
+    assert load.labels(CheckpointRewardConfig(path=reward_folder)) == ("LABEL_0",)
+    assert load.labels(CheckpointRewardConfig(path=causal_folder)) == ()
 
 
 def test_attention_follows_the_architecture(causal_folder, tmp_path):

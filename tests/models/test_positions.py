@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from align.config import (
+    CheckpointRewardConfig,
     CriticConfig,
     ModelConfig,
     OptimizerConfig,
@@ -128,7 +129,7 @@ def test_each_role_needs_positions_for_what_it_reads(section: type[ModelConfig],
 def test_a_reward_model_that_gives_targets_reads_the_data():
     sequences = Sequences(packed(30), packed(9), torch.tensor([0]))
     parts = dict(longest(sequences, 4))
-    section = RewardConfig(path="x", init=INIT | {"n_positions": 38})
+    section = CheckpointRewardConfig(path="x", init=INIT | {"n_positions": 38})
     check(section, "reward", parts)
     with pytest.raises(DataError, match="the longest prompt of the data with its response has 39 tokens"):
         check(section, "reward", parts, scores_data=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from align.config import HttpConfig, RewardConfig
+from align.config import HttpRewardConfig
 from align.data.chat import Dialogue, Message
 from align.rewards import http, http_protocol
 from align.rewards.http import HttpScorer
@@ -108,7 +108,7 @@ def running(service: Service, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def judging(url: str, failed: Any = "fail", **settings: Any) -> Iterator[HttpScorer]:
-    judge = HttpScorer(RewardConfig(kind="http", http=HttpConfig(url=url, **{**QUICK, **settings}), failed=failed))
+    judge = HttpScorer(HttpRewardConfig(url=url, **{**QUICK, **settings}, failed=failed))
     try:
         yield judge
     finally:

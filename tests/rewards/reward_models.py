@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.config import RewardConfig
+from align.config import CheckpointRewardConfig, RewardConfig
 from align.data import toy
 from align.data.chat import Dialogue, Message, Renderer
 from align.rewards import texts
@@ -79,7 +79,7 @@ def _with_words(base: PreTrainedTokenizerFast, more: Sequence[str]) -> PreTraine
 
 
 def section(path: str, **fields: Any) -> RewardConfig:
-    return RewardConfig(path=path, dtype="float32", **fields)
+    return CheckpointRewardConfig(path=path, dtype="float32", **fields)
 
 
 def opened(path: str, **fields: Any) -> CheckpointScorer:

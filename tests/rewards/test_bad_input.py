@@ -75,12 +75,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
 
 CASES: dict[str, tuple[str, list[str]]] = {
     "no checkpoint": ("reward.path={nowhere}", ["nowhere: there is no such file or folder", "give a folder"]),
-    "a causal model": ("reward.path={causal}", ["cannot tell how", "reward.kind=lm_head_row0", "reward.kind=yes_no"]),
-    "a card that is no JSON": ("reward.path={broken}", ["align_reward.json", "cannot be read", "set reward.kind"]),
+    "a causal model": ("reward.path={causal}", ["cannot tell how", "reward.head=lm_head_row0", "reward.head=yes_no"]),
+    "a card that is no JSON": ("reward.path={broken}", ["align_reward.json", "cannot be read", "set reward.head"]),
     "a card of a later version": ("reward.path={future}", ["version 2", "update align"]),
     "a card of no kind": (
         "reward.path={strange}",
-        ["has kind oracle", "sequence_classification", "set reward.kind"],
+        ["has kind oracle", "sequence_classification", "set reward.head"],
     ),
     "no weights": ("reward.path={five}", ["combine helpfulness, correctness", "reward.weights.helpfulness=1"]),
     "a weight of nothing": (
@@ -107,10 +107,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["normalize needs the mean and standard deviation", "algorithm: reward_model", "shaping.mean"],
     ),
     "Yes is no token": (
-        "reward.path={causal} reward.kind=yes_no reward.principle=x",
-        ["needs Yes as one token", "another reward.kind"],
+        "reward.path={causal} reward.head=yes_no reward.principle=x",
+        ["needs Yes as one token", "another reward.head"],
     ),
-    "a member that is none": ("reward.path={one} reward.ensemble.paths=[{causal}]", ["causal: cannot tell how"]),
+    "a member that is none": (
+        "reward.kind=ensemble reward.path={one} reward.paths=[{causal}]",
+        ["causal: cannot tell how"],
+    ),
     "no template to render by": ("reward.path={bare}", ["no chat template", "reward.chat_template=FILE"]),
     "a template with today's date": ("reward.path={dated}", ["writes today's date", "reward.date='26 Jul 2024'"]),
     "a template that is not there": (
@@ -124,38 +127,38 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["requires the argument answer", "**kwargs"],
     ),
     "no token": (
-        "reward.kind=http reward.http.url=http://127.0.0.1:9 reward.http.token_env=ALIGN_NO_SUCH_TOKEN",
+        "reward.kind=http reward.url=http://127.0.0.1:9 reward.token_env=ALIGN_NO_SUCH_TOKEN",
         ["ALIGN_NO_SUCH_TOKEN is not set"],
     ),
-    "a judge that is nobody": ("reward.kind=generative", ["needs generative.judge.path", "reward.kind = 'generative'"]),
+    "a judge that is nobody": ("reward.kind=generative", ["reward.judge.path: has no value"]),
     "a judge without its key": (
-        "reward.kind=generative reward.generative.judge.kind=endpoint reward.generative.judge.endpoint.model=m "
-        "reward.generative.judge.endpoint.url=http://127.0.0.1:9/v1 "
-        "reward.generative.judge.endpoint.key_env=ALIGN_NO_SUCH_KEY",
-        ["endpoint.key_env", "ALIGN_NO_SUCH_KEY is not set", "export ALIGN_NO_SUCH_KEY=KEY"],
+        "reward.kind=generative reward.judge.kind=endpoint reward.judge.model=m "
+        "reward.judge.url=http://127.0.0.1:9/v1 "
+        "reward.judge.key_env=ALIGN_NO_SUCH_KEY",
+        ["key_env", "ALIGN_NO_SUCH_KEY is not set", "export ALIGN_NO_SUCH_KEY=KEY"],
     ),
     "a judge in shards": (
-        "reward.kind=generative reward.generative.judge.path={causal} reward.generative.judge.zero_stage=3",
-        ["judge.zero_stage must be below 3", "reward.generative.judge.zero_stage = 3"],
+        "reward.kind=generative reward.judge.path={causal} reward.judge.zero_stage=3",
+        ["judge.zero_stage must be below 3", "reward.judge.zero_stage = 3"],
     ),
     "a judge that does not see the responses": (
-        "reward.kind=generative reward.generative.judge.path={deaf} reward.generative.custom_roles=true",
-        ["leaves out turns of the role response_1", "reward.generative.custom_roles=false"],
+        "reward.kind=generative reward.judge.path={deaf} reward.custom_roles=true",
+        ["leaves out turns of the role response_1", "reward.custom_roles=false"],
     ),
     "a judge that learned another form": (
-        "reward.kind=generative reward.generative.judge.path={learned}",
-        ["trained with reward.generative.form=json", "remedy: set reward.generative.form=json"],
+        "reward.kind=generative reward.judge.path={learned}",
+        ["trained with reward.form=json", "remedy: set reward.form=json"],
     ),
 }
 
 CRITICS: dict[str, tuple[str, list[str]]] = {
     "a service has no head": (
-        "reward.kind=http reward.http.url=http://127.0.0.1:9",
-        ["requires a reward model with a head. Got critic.kind=http", "critic.path=${policy.path} critic.head=new"],
+        "reward.kind=http reward.url=http://127.0.0.1:9",
+        ["critic.path: has no value"],
     ),
     "a question has no head": (
-        "reward.path={causal} reward.kind=yes_no reward.principle=x",
-        ["Got critic.kind=yes_no", "critic.head=new"],
+        "reward.path={causal} reward.head=yes_no reward.principle=x",
+        ["Got critic.reward_head=yes_no", "critic.head=new"],
     ),
     "a critic over other tokens": (
         "reward.path={bytes}",

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from align.config import EnsembleConfig, RewardConfig
+from align.config import EnsembleRewardConfig, FunctionRewardConfig
 from align.prechecks.roles import with_absolute_paths
 from align.rewards import checkpoint_format
 from align.rewards.card import Card
@@ -60,12 +60,12 @@ def test_names_come_from_recipe_card_or_config(save: Save):
 
 
 def test_members_of_an_ensemble_have_what_is_theirs():
-    first = RewardConfig(path="a", revision="r", ensemble=EnsembleConfig(["b", "c"]), kind="lm_head_row0")
+    first = EnsembleRewardConfig(path="a", revision="r", paths=["b", "c"], head="lm_head_row0")
     a, b, c = checkpoint_format.members(first)
-    assert [(one.path, one.revision, one.kind) for one in (a, b, c)] == [
+    assert [(one.path, one.revision, one.head) for one in (a, b, c)] == [
         ("a", "r", "lm_head_row0"), ("b", None, "lm_head_row0"), ("c", None, "lm_head_row0"),
     ]  # fmt: skip
-    assert all(not one.ensemble.paths for one in (a, b, c))
+    assert all(one.kind == "checkpoint" for one in (a, b, c))
 
 
 def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -75,13 +75,11 @@ def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).mkdir()
     for name in ("judge.py", "t.jinja"):
         (tmp_path / name).write_text("")
-    models = with_absolute_paths(
-        RewardConfig(path="a", ensemble=EnsembleConfig(["b", "org/model"]), chat_template="t.jinja")
-    )
-    assert isinstance(models, RewardConfig)
-    assert (models.path, models.ensemble.paths) == (str(tmp_path / "a"), [str(tmp_path / "b"), "org/model"])
+    models = with_absolute_paths(EnsembleRewardConfig(path="a", paths=["b", "org/model"], chat_template="t.jinja"))
+    assert isinstance(models, EnsembleRewardConfig)
+    assert (models.path, models.paths) == (str(tmp_path / "a"), [str(tmp_path / "b"), "org/model"])
     assert models.chat_template == str(tmp_path / "t.jinja")
     for given, full in (("judge.py:f", f"{tmp_path / 'judge.py'}:f"), ("judges.module:f", "judges.module:f")):
-        found = with_absolute_paths(RewardConfig(kind="function", function=given))
-        assert isinstance(found, RewardConfig)
+        found = with_absolute_paths(FunctionRewardConfig(function=given))
+        assert isinstance(found, FunctionRewardConfig)
         assert (found.function, found.path) == (full, "")

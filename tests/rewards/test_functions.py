@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.config import RewardConfig
+from align.config import FunctionRewardConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, DataError
 from align.rewards import functions
@@ -28,7 +28,7 @@ Write = Callable[[str], str]
 
 
 def scorer(name: str) -> FunctionScorer:
-    return FunctionScorer(RewardConfig(kind="function", function=name))
+    return FunctionScorer(FunctionRewardConfig(function=name))
 
 
 @pytest.fixture

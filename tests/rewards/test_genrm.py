@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from align.cli import main
-from align.config import GenerativeConfig, GeneratorConfig, RewardConfig, SamplingConfig, VerdictConfig
+from align.config import (
+    EndpointGeneratorConfig,
+    FunctionGeneratorConfig,
+    GenerativeConfig,
+    GenerativeRewardConfig,
+    ModelGeneratorConfig,
+    SamplingConfig,
+    VerdictConfig,
+)
 from align.data import toy_family
 from align.data.chat import Dialogue, Message
 from align.data.genrm_prompts import FALLBACK, Scores
@@ -29,8 +37,8 @@ GROUP = [Dialogue(A, text) for text in ("a", "a b c", "a b", "a b c d")]
 
 
 def judge(function: str, **keys: Any) -> GenerativeScorer:
-    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:{function}"), custom_roles=True)
-    return GenerativeScorer(RewardConfig(kind="generative", generative=replace(section, **keys)), CPU)
+    section = GenerativeConfig(judge=FunctionGeneratorConfig(function=f"{FILE}:{function}"), custom_roles=True)
+    return GenerativeScorer(GenerativeRewardConfig(**vars(replace(section, **keys))), CPU)
 
 
 def compare(scorer: GenerativeScorer, first: str, second: str) -> PairVerdict:
@@ -101,7 +109,7 @@ def test_votes_have_numbers_and_their_mean_counts():
     calls = asked(one)
     one.score(GROUP[:2])
     assert [request.sample for request in calls[0]] == [0, 1, 2]
-    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function="m:f"), votes=2, both_orders=False)
+    section = GenerativeConfig(judge=FunctionGeneratorConfig(function="m:f"), votes=2, both_orders=False)
     said = iter(["4, 2", "5, 2"])
     ranked = iter("16")
     one.config = section
@@ -138,7 +146,7 @@ def test_what_cannot_be_read_is_asked_again_under_a_new_number():
 
 
 def test_what_cannot_be_read_at_all_is_no_opinion_and_counted():
-    one = judge("unreadable", retries=1)
+    one = judge("unreadable", verdict_retries=1)
     assert one.score([*GROUP[:2], Dialogue(B, "x")]).tolist() == [3, 3, 3]
     assert one.metrics() == {"requests": 6, "verdicts": 3, "retried": 3, "fallbacks": 3}
     found = compare(one, "x", "y")
@@ -146,7 +154,7 @@ def test_what_cannot_be_read_at_all_is_no_opinion_and_counted():
 
 
 def test_a_verdict_that_was_cut_off_is_none():
-    one = judge("length", retries=0)
+    one = judge("length", verdict_retries=0)
     complete = one.generator.complete
     one.generator.complete = lambda *given: [  # type: ignore[method-assign]
         found._replace(finished=False) for found in complete(*given)
@@ -179,12 +187,14 @@ def test_bonuses_are_of_what_the_policy_wrote():
 
 
 def test_a_principle_is_asked_about_after_each_response():
-    one = judge("fulfils", form="principle", custom_roles=False, principle="names an animal", votes=2, retries=1)
+    one = judge(
+        "fulfils", form="principle", custom_roles=False, principle="names an animal", votes=2, verdict_retries=1
+    )
     calls = asked(one)
     assert one.score([Dialogue(A, "a cat"), Dialogue(A, "a car")]).tolist() == [1, -1]
     assert [turn.role for turn in calls[0][0].messages] == ["user", "assistant", "user"]
     assert one.metrics() == {"requests": 6, "verdicts": 4, "retried": 2, "fallbacks": 0}
-    never = judge("unreadable", form="principle", custom_roles=False, principle="names an animal", retries=0)
+    never = judge("unreadable", form="principle", custom_roles=False, principle="names an animal", verdict_retries=0)
     assert never.score(GROUP).tolist() == [0, 0, 0, 0] and never.metrics()["fallbacks"] == 4
 
 
@@ -208,19 +218,17 @@ def test_the_verdict_on_a_principle(text: str, margin: float | None, expected: f
 
 
 def test_what_a_judge_needs_is_looked_at_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    section = GenerativeConfig(judge=GeneratorConfig(kind="function", function=f"{FILE}:length"))
+    section = GenerativeConfig(judge=FunctionGeneratorConfig(function=f"{FILE}:length"))
     assert genrm.check_judge(section) == ""
     with pytest.raises(ConfigError, match="has no function nothing"):
-        genrm.check_judge(replace(section, judge=GeneratorConfig(kind="function", function=f"{FILE}:nothing")))
+        genrm.check_judge(replace(section, judge=FunctionGeneratorConfig(function=f"{FILE}:nothing")))
     endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "ALIGN_TEST_KEY"}
-    remote = GeneratorConfig(kind="endpoint", endpoint=replace(GeneratorConfig().endpoint, **endpoint))
+    remote = EndpointGeneratorConfig(**endpoint)
     monkeypatch.delenv("ALIGN_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="ALIGN_TEST_KEY is not set"):
         genrm.check_judge(replace(section, judge=remote))
-    function = scorers.fingerprint(RewardConfig(kind="generative", generative=section), 0)
-    assert function != scorers.fingerprint(
-        RewardConfig(kind="generative", generative=replace(section, judge=remote)), 0
-    )
+    function = scorers.fingerprint(GenerativeRewardConfig(**vars(section)), 0)
+    assert function != scorers.fingerprint(GenerativeRewardConfig(**vars(replace(section, judge=remote))), 0)
 
 
 def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_policy: Path):
@@ -228,7 +236,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
     tokenizer = toy_family.tokenizer()
     init = json.loads((tiny_policy / "config.json").read_text())
     tokenizer.save_pretrained(tmp_path)
-    knows = GeneratorConfig(path=str(tmp_path), init={"model_type": init["model_type"]})
+    knows = ModelGeneratorConfig(path=str(tmp_path), init={"model_type": init["model_type"]})
     section = GenerativeConfig(judge=knows, custom_roles=True, principle="be right")
     assert len(genrm.check_judge(section)) == 64
     file = tmp_path / "plain.jinja"
@@ -277,16 +285,16 @@ def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     toy_family.tokenizer().save_pretrained(tmp_path)
     for name, text in genrm_card.files(VerdictConfig(form="json", custom_roles=True), None).items():
         (tmp_path / name).write_text(text)
-    learned = GeneratorConfig(path=str(tmp_path), init={"model_type": "llama"})
+    learned = ModelGeneratorConfig(path=str(tmp_path), init={"model_type": "llama"})
     assert genrm.check_judge(GenerativeConfig(judge=learned, form="json", custom_roles=True))
     for keys, remedy in (
         ({"form": "json"}, "custom_roles=true"),
         ({"custom_roles": True}, "form=json"),
-        ({"form": "principle", "principle": "x"}, "form=json reward.generative.custom_roles=true"),
+        ({"form": "principle", "principle": "x"}, "form=json reward.custom_roles=true"),
     ):
         with pytest.raises(ConfigError, match="this judge was trained with") as caught:
             genrm.check_judge(GenerativeConfig(judge=learned, **keys))
-        assert caught.value.remedy == f"set reward.generative.{remedy}"
+        assert caught.value.remedy == f"set reward.{remedy}"
     (tmp_path / genrm_card.NAME).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         genrm.check_judge(GenerativeConfig(judge=learned, form="json", custom_roles=True))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from align.config import GenerativeConfig, GeneratorConfig, VerdictConfig
+from align.config import FunctionGeneratorConfig, GenerativeConfig, ModelGeneratorConfig, VerdictConfig
 from align.errors import ConfigError, ModelError
 from align.rewards import genrm_card
 
 
 def asked(folder: Path, **values: object) -> GenerativeConfig:
-    return replace(GenerativeConfig(judge=GeneratorConfig(path=str(folder))), **values)
+    return replace(GenerativeConfig(judge=ModelGeneratorConfig(path=str(folder))), **values)
 
 
 def card(folder: Path, verdict: VerdictConfig, date: str | None = None) -> Path:
@@ -29,20 +29,20 @@ def test_a_judge_is_asked_as_it_learned(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         genrm_card.require_same(asked(folder))
     assert caught.value.where == str(folder)
-    assert caught.value.remedy == "set reward.generative.form=json reward.generative.custom_roles=true"
+    assert caught.value.remedy == "set reward.form=json reward.custom_roles=true"
 
 
 def test_a_judge_reads_the_date_that_it_learned_with(tmp_path: Path):
     folder = card(tmp_path, VerdictConfig(), "26 Jul 2024")
-    genrm_card.require_same(asked(folder, judge=GeneratorConfig(path=str(folder), date="26 Jul 2024")))
-    with pytest.raises(ConfigError, match=r"but the recipe uses reward\.generative\.judge\.date=null") as caught:
+    genrm_card.require_same(asked(folder, judge=ModelGeneratorConfig(path=str(folder), date="26 Jul 2024")))
+    with pytest.raises(ConfigError, match=r"but the recipe uses reward\.judge\.date=null") as caught:
         genrm_card.require_same(asked(folder))
-    assert caught.value.remedy == "set reward.generative.judge.date=26 Jul 2024"
+    assert caught.value.remedy == "set reward.judge.date=26 Jul 2024"
 
 
 def test_nothing_is_known_of_others(tmp_path: Path):
     genrm_card.require_same(asked(tmp_path))
-    genrm_card.require_same(GenerativeConfig(judge=GeneratorConfig(kind="function", function="m:f")))
+    genrm_card.require_same(GenerativeConfig(judge=FunctionGeneratorConfig(function="m:f")))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from align.config import GenerativeConfig, GeneratorConfig
+from align.config import FunctionGeneratorConfig, GenerativeConfig
 from align.data.genrm_prompts import Scores
 from align.rewards import genrm_groups
 
-JUDGE = GeneratorConfig(kind="function", function="m:f")
+JUDGE = FunctionGeneratorConfig(function="m:f")
 
 
 def test_which_pairs_are_compared():

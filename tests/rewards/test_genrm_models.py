@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.cli import main
-from align.config import GenerativeConfig, GeneratorConfig, RewardConfig
+from align.config import GenerativeRewardConfig, ModelGeneratorConfig
 from align.config.genrm import JudgeSamplingConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message, Renderer
@@ -22,15 +22,17 @@ PRINCIPLE = "the words are sorted"
 
 def test_the_score_by_a_principle_is_a_difference_of_log_probabilities(tiny_yes_no: Path):
     """Against a forward pass of transformers in float32. An answer of two tokens is Yes or No and the end."""
-    judge = GeneratorConfig(path=str(tiny_yes_no), dtype="float32")
+    judge = ModelGeneratorConfig(path=str(tiny_yes_no), dtype="float32")
     sampling = JudgeSamplingConfig(max_tokens=2, temperature=0.6)
-    section = GenerativeConfig(judge=judge, form="principle", principle=PRINCIPLE, sampling=sampling, retries=3)
+    section = GenerativeRewardConfig(
+        judge=judge, form="principle", principle=PRINCIPLE, sampling=sampling, verdict_retries=3
+    )
     words = toy.WORDS[:12]
     dialogues = [
         Dialogue((Message("user", f"sort the words : {one} {other}"),), f"{other} {one}")
         for one, other in zip(words[::2], words[1::2], strict=True)
     ]
-    one = GenerativeScorer(RewardConfig(kind="generative", generative=section), torch.device("cpu"), seed=1)
+    one = GenerativeScorer(section, torch.device("cpu"), seed=1)
     scores = one.score(dialogues).tolist()
     unread = int(one.metrics()["fallbacks"])
     model = AutoModelForCausalLM.from_pretrained(tiny_yes_no, dtype=torch.float32)

@@ -21,7 +21,7 @@ from fake_service import (
     true_scores,
 )
 
-from align.config import HttpConfig, RewardConfig
+from align.config import HttpRewardConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError
 from align.generators import http as transport
@@ -42,7 +42,7 @@ def test_scores_come_in_order_and_each_conversation_is_sent_whole():
 
 
 def test_latencies_are_summed_up_by_nearest_rank():
-    judge = HttpScorer(RewardConfig(kind="http", http=HttpConfig(url="http://127.0.0.1:1")))
+    judge = HttpScorer(HttpRewardConfig(url="http://127.0.0.1:1"))
     judge._client._seconds += [float(n) for n in range(100, 0, -1)]
     found = judge.metrics()
     assert [found[f"latency_{name}"] for name in ("mean", "p50", "p95")] == [50.5, 50.0, 95.0]
@@ -133,7 +133,7 @@ def test_the_token_is_sent_and_a_missing_one_is_named(monkeypatch: pytest.Monkey
     for value, message in (("two words", "contains characters"), ("", "is not set")):
         monkeypatch.setenv("REWARD_TOKEN", value)
         with pytest.raises(ConfigError, match=f"REWARD_TOKEN {message}") as failed:
-            HttpScorer(RewardConfig(kind="http", http=HttpConfig(url=url, token_env="REWARD_TOKEN")))
+            HttpScorer(HttpRewardConfig(url=url, token_env="REWARD_TOKEN"))
         assert "words" not in str(failed.value)
 
 
@@ -176,4 +176,4 @@ def test_connections_are_used_again_while_they_are_fresh(monkeypatch: pytest.Mon
 )
 def test_an_address_that_is_none_is_refused_with_the_recipe(url: str):
     with pytest.raises(ValueError, match=r"url must be http://HOST"):
-        HttpConfig(url=url)
+        HttpRewardConfig(url=url)

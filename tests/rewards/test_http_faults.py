@@ -23,7 +23,7 @@ from fake_service import (
     true_scores,
 )
 
-from align.config import HttpConfig, RewardConfig
+from align.config import HttpRewardConfig
 from align.errors import ConfigError, WorkerError
 from align.generators import http as transport
 from align.rewards.http import HttpScorer
@@ -71,9 +71,7 @@ def test_a_service_that_fails_often_loses_nothing_and_is_counted_exactly():
     ],
 )
 def test_the_pause_is_random_and_at_least_what_the_service_asks_for(header: str | None, lowest: float, highest: float):
-    judge = HttpScorer(
-        RewardConfig(kind="http", http=HttpConfig(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
-    )
+    judge = HttpScorer(HttpRewardConfig(url="http://127.0.0.1:1", backoff_s=0.5, max_backoff_s=8.0))
     pauses = [judge._client.pause(2, transport.retry_after(header)) for _ in range(200)]  # at most 0.5 * 2 ** 2
     assert all(lowest <= pause <= highest for pause in pauses)
     if lowest < highest:

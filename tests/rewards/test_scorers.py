@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.config import EnsembleConfig, RewardConfig
+from align.config import EnsembleRewardConfig, FunctionRewardConfig
 from align.data.chat import Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
@@ -53,7 +53,7 @@ def test_a_classifier_is_read_at_the_last_token(save: Save):
 def test_row_zero_is_the_raw_logit_of_id_0(save: Save, attention: str):
     path = save(AutoModelForCausalLM, tie_word_embeddings=False)
     wanted = [float(last_logits(AutoModelForCausalLM, path, rendered(path, one))[0]) for one in DIALOGUES]
-    judge = opened(path, kind="lm_head_row0", attention=attention)
+    judge = opened(path, head="lm_head_row0", attention=attention)
     assert judge.score(DIALOGUES).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
@@ -67,10 +67,10 @@ def test_yes_no_is_a_difference_of_logits_after_the_question(save: Save, attenti
     for one in DIALOGUES:
         logits = last_logits(AutoModelForCausalLM, path, rendered(path, one, question, ask=True))
         wanted.append(float(logits[yes] - logits[no]))
-    judge = opened(path, kind="yes_no", principle="be brief", attention=attention)
+    judge = opened(path, head="yes_no", principle="be brief", attention=attention)
     assert judge.score(DIALOGUES).tolist() == pytest.approx(wanted, abs=1e-5)
-    asking = opened(path, kind="yes_no", question=question.content)
-    assert torch.equal(asking.score(DIALOGUES), opened(path, kind="yes_no", principle="be brief").score(DIALOGUES))
+    asking = opened(path, head="yes_no", question=question.content)
+    assert torch.equal(asking.score(DIALOGUES), opened(path, head="yes_no", principle="be brief").score(DIALOGUES))
 
 
 def test_goodness_is_a_weighted_sum_of_what_the_head_says(save: Save):
@@ -107,7 +107,7 @@ def test_batches_and_neighbours_change_no_score(save: Save, kind: str):
     fields: dict[str, Any] = {"num_labels": 2 if kind == "attributes" else 1}
     auto = AutoModelForCausalLM if kind in ("lm_head_row0", "yes_no") else AutoModelForSequenceClassification
     path = save(auto, **(fields if auto is AutoModelForSequenceClassification else {"tie_word_embeddings": False}))
-    options: dict[str, Any] = {"kind": kind}
+    options: dict[str, Any] = {"head": kind}
     options |= {"principle": "be brief"} if kind == "yes_no" else {}
     options |= {"attributes": ["a", "b"], "weights": {"a": 1.0, "b": -2.0}} if kind == "attributes" else {}
     judge = opened(path, **options)
@@ -183,7 +183,7 @@ def test_an_ensemble_of_two(save: Save, combine: Any, wanted: Callable[..., torc
     a = save(AutoModelForSequenceClassification, num_labels=1, name="a")
     own = Card("attributes", NAMES, {"helpfulness": 1.0})
     b = save(AutoModelForSequenceClassification, num_labels=5, name="b", seed=1, own=own)
-    judge = build_scorer(section(a, ensemble=EnsembleConfig([b], combine)), CPU)
+    judge = build_scorer(EnsembleRewardConfig(path=a, paths=[b], combine=combine, dtype="float32"), CPU)
     assert isinstance(judge, EnsembleScorer)
     score_a, score_b = opened(a).score(DIALOGUES), opened(b).score(DIALOGUES)
     assert torch.allclose(judge.score(DIALOGUES), wanted(score_a, score_b), atol=1e-5)
@@ -197,7 +197,7 @@ def test_a_member_without_a_score_takes_no_part_in_the_disagreement():
     scores = iter([[1.0, math.nan, 3.0], [3.0, 2.0, 7.0]])
     members: Any = [SimpleNamespace(score=lambda dialogues: torch.tensor(next(scores)))] * 2
     judge = object.__new__(EnsembleScorer)
-    judge.config, judge.members = RewardConfig(path="a", ensemble=EnsembleConfig(["b"], "mean")), members
+    judge.config, judge.members = EnsembleRewardConfig(path="a", paths=["b"], combine="mean"), members
     judge._spreads = []
     assert judge.score(DIALOGUES).tolist() == pytest.approx([2.0, math.nan, 5.0], nan_ok=True)
     assert judge.metrics() == {"disagreement": 1.5}  # (1 + 2) / 2, of the two responses that both scored
@@ -207,9 +207,9 @@ def test_what_a_judge_starts_from_is_told_apart(save: Save, tmp_path: Path):
     a = save(AutoModelForSequenceClassification, num_labels=1, name="a")
     b = save(AutoModelForSequenceClassification, num_labels=1, name="b", seed=1)
     (tmp_path / "f.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
-    function = RewardConfig(kind="function", function=f"{tmp_path / 'f.py'}:f")
+    function = FunctionRewardConfig(function=f"{tmp_path / 'f.py'}:f")
     alone, other = (scorers.fingerprint(section(path), 0) for path in (a, b))
-    both = scorers.fingerprint(section(a, ensemble=EnsembleConfig([b])), 0)
+    both = scorers.fingerprint(EnsembleRewardConfig(path=a, paths=[b], dtype="float32"), 0)
     before = scorers.fingerprint(function, 0)
     (tmp_path / "f.py").write_text("def f(prompts, completions):\n    return [1.0] * len(prompts)\n")
     assert len({alone, other, both, before, scorers.fingerprint(function, 0)}) == 5
@@ -226,4 +226,4 @@ def test_an_unknown_prompt_is_no_conversation():
 def test_a_head_is_never_made_up(save: Save):
     path = save(AutoModelForCausalLM, tie_word_embeddings=False)
     with pytest.raises(ModelError, match="no trained reward head"):
-        build_scorer(section(path, kind="sequence_classification"), CPU)
+        build_scorer(section(path, head="sequence_classification"), CPU)

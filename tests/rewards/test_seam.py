@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align import prepare
-from align.config import RewardConfig
+from align.config import CheckpointRewardConfig, RewardConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message
 from align.data.conversations import Conversations
@@ -56,7 +56,7 @@ class WordScorer(RewardScorer):
 
 
 def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch: pytest.MonkeyPatch):
-    config: Any = RewardConfig(kind="words", path="")  # type: ignore[arg-type]
+    config: Any = CheckpointRewardConfig(kind="words", path="w")  # type: ignore[arg-type]
     monkeypatch.setitem(scorers.SCORERS, "words", WordScorer)
     renderer = chat.Renderer(toy.tokenizer())
     recipe: Any = SimpleNamespace(rated=dict, absent=set, reward=config)
@@ -76,6 +76,6 @@ def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch
 
 def test_ids_are_refused_by_a_scorer_of_text():
     with pytest.raises(TypeError, match="WordScorer scores text"):
-        WordScorer(RewardConfig(path="p"), torch.device("cpu")).score_ids(
+        WordScorer(CheckpointRewardConfig(path="p"), torch.device("cpu")).score_ids(
             Sequences(*[Packed.from_lists([])] * 2, torch.zeros(0, dtype=torch.int64))
         )

@@ -30,7 +30,7 @@ from align.rewards.card import Card
 
 def test_responses_of_one_prompt_share_its_tokens(save: Save):
     """Five conversations of two contexts: two prompts, also where a question follows each response."""
-    for options in ({"kind": "lm_head_row0"}, {"kind": "yes_no", "principle": "be brief"}):
+    for options in ({"head": "lm_head_row0"}, {"head": "yes_no", "principle": "be brief"}):
         judge = opened(save(AutoModelForCausalLM, tie_word_embeddings=False), **options)
         sequences, order = judge.text.sequences(DIALOGUES)
         assert len(sequences.prompts) == 2
@@ -74,7 +74,7 @@ WHY = {
         "its chat template or date",
     ),
     "another date": ({"date": "1 May 2025"}, None, "its chat template or date"),
-    "question": ({"kind": "yes_no", "principle": "x"}, None, "it reads a question"),
+    "question": ({"head": "yes_no", "principle": "x"}, None, "it reads a question"),
 }
 
 

@@ -12,7 +12,7 @@ import trl.rewards
 from trl import GRPOTrainer
 
 from align.cli import main
-from align.config import RewardConfig
+from align.config import FunctionRewardConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError
 from align.rewards import functions
@@ -24,7 +24,7 @@ THOUGHT = "<think>\none and one\n</think>\n2"
 
 
 def scorer(name: str) -> FunctionScorer:
-    return FunctionScorer(RewardConfig(kind="function", function=name))
+    return FunctionScorer(FunctionRewardConfig(function=name))
 
 
 def test_think_format_reward_by_hand_and_by_trls_call():

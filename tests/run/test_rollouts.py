@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.config import OnPolicyConfig, RewardConfig, RunConfig, SamplingConfig
+from align.config import CheckpointRewardConfig, OnPolicyConfig, RunConfig, SamplingConfig
 from align.data.prompts import PromptStream
 from align.roles import CompletedFuture
 from align.run import Run
@@ -17,7 +17,7 @@ from align.types import Packed, Prompts
 
 def started(folder: Path, steps: int = 3, rounds: int = 1, progress: str = "none") -> Run:
     section = RunConfig(dir=str(folder), steps=steps, tensorboard=False, progress=progress)  # type: ignore[arg-type]
-    reward = RewardConfig(path="r")
+    reward = CheckpointRewardConfig(path="r")
     return Run(OnPolicyConfig(algorithm="rloo", run=section, reward=reward, rounds=rounds), str)
 
 

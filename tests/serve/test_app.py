@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config import HttpConfig, RewardConfig, RewardServiceConfig
+from align.config import CheckpointRewardConfig, FunctionRewardConfig, HttpRewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue, Message
 from align.errors import ConversationError, DataError, ModelError, WorkerError
 from align.rewards import http_protocol
@@ -35,7 +35,7 @@ RewardApp = pytest.importorskip("align.serve.app", reason="needs the extra 'serv
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
 
 SECTION = RewardServiceConfig(
-    reward=RewardConfig(path="m"), port=0, stop_timeout_s=2.0, max_conversations=8, max_queue=8
+    reward=CheckpointRewardConfig(path="m"), port=0, stop_timeout_s=2.0, max_conversations=8, max_queue=8
 )
 TOKEN = "canary-0123456789abcdef"
 
@@ -293,12 +293,8 @@ def test_a_function_that_raises_is_asked_again_and_then_named_by_its_type(tmp_pa
         "def score(completions):\n"
         f"    raise PermissionError('postgres://me:{TOKEN}@db: ' + completions[0][0]['content'])\n"
     )
-    with serving_with(FunctionScorer(RewardConfig(kind="function", function=f"{file}:score"))) as address:
-        client = HttpScorer(
-            RewardConfig(
-                kind="http", http=HttpConfig(url=f"http://{address}", retries=2, backoff_s=0.001, max_backoff_s=0.01)
-            )
-        )
+    with serving_with(FunctionScorer(FunctionRewardConfig(function=f"{file}:score"))) as address:
+        client = HttpScorer(HttpRewardConfig(url=f"http://{address}", retries=2, backoff_s=0.001, max_backoff_s=0.01))
         with pytest.raises(WorkerError, match="in 3 attempts; last error: status 500: scoring failed: Perm") as failed:
             client.score([Dialogue((Message("user", "q"),), "a private answer")])
         client.close()
@@ -386,11 +382,7 @@ def test_a_full_queue_and_a_client_that_left_and_one_that_waits_too_long():
 
 def test_counts_of_the_service_are_those_of_its_client():
     with serving_with(max_queue=2000) as address:
-        judge = HttpScorer(
-            RewardConfig(
-                kind="http", http=HttpConfig(url=f"http://{address}", batch_size=4, max_concurrency=3, backoff_s=0.001)
-            )
-        )
+        judge = HttpScorer(HttpRewardConfig(url=f"http://{address}", batch_size=4, max_concurrency=3, backoff_s=0.001))
         texts = ["x" * n for n in range(21)] + ["nan"]
         scores = judge.score([Dialogue((Message("user", "q"),), text) for text in texts])
         assert scores[:-1].tolist() == [float(n) for n in range(21)] and scores[-1].isnan()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config import RewardConfig, RewardServiceConfig
+from align.config import CheckpointRewardConfig, RewardServiceConfig
 from align.data.chat import Dialogue
 from align.rewards import http_protocol
 from align.rewards.base import RewardScorer
@@ -27,7 +27,9 @@ app = pytest.importorskip("align.serve.app", reason="needs the extra 'serve'")
 service = pytest.importorskip("align.serve.main", reason="needs the extra 'serve'")
 connections = pytest.importorskip("align.serve.connections", reason="needs the extra 'serve'")
 
-SECTION = RewardServiceConfig(reward=RewardConfig(path="m"), port=0, stop_timeout_s=1.0, max_request_bytes=10_000)
+SECTION = RewardServiceConfig(
+    reward=CheckpointRewardConfig(path="m"), port=0, stop_timeout_s=1.0, max_request_bytes=10_000
+)
 GOOD = {"input": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]}]}
 
 

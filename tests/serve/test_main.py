@@ -23,7 +23,14 @@ import pytest
 import torch
 
 from align import cli
-from align.config import HttpConfig, ReplicasConfig, RewardConfig, RewardServiceConfig
+from align.config import (
+    CheckpointRewardConfig,
+    FunctionRewardConfig,
+    HttpRewardConfig,
+    ReplicasConfig,
+    RewardConfig,
+    RewardServiceConfig,
+)
 from align.data.chat import Dialogue, Message
 from align.errors import ConfigError, PlacementError
 from align.rewards import http_protocol
@@ -56,10 +63,10 @@ def recipe(tmp_path: Path, tiny_reward: Path) -> Path:
         (["host='::'", 'token_env=""'], "it needs token_env=NAME"),
         (["token_env=OTHER_TOKEN"], "the environment variable OTHER_TOKEN is not set"),
         (["token_env=SHORT_TOKEN"], "is not a token of at least 16"),
-        (['reward.path=""'], "reward.path is missing"),
+        (['reward.path=""'], "path must be a folder or a hub id"),
         (["reward.path=nowhere"], "reward.path=nowhere: is not a folder here, and is not in the hub"),
-        (["reward.kind=http", 'reward.path=""', "reward.http.url=http://h"], "is a service already"),
-        (["reward.kind=function", 'reward.path=""', "reward.function=os:nothing"], "has no function nothing"),
+        (["reward.kind=http"], "reward.kind: expected one of checkpoint, ensemble, function, found 'http'"),
+        (["reward.kind=function", "reward.function=os:nothing"], "has no function nothing"),
         (["replicas.min=3"], "max at least min: 3, 1"),
         (["replicas.gpus=2"], "spread a larger model by shards"),
         (["replicas.shards=2"], "needs executor ray and reward.zero_stage 3"),
@@ -92,7 +99,7 @@ def test_a_check_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def front(port: int = 0) -> Any:
-    section = RewardServiceConfig(reward=RewardConfig(path="m"), port=port)
+    section = RewardServiceConfig(reward=CheckpointRewardConfig(path="m"), port=port)
     return service.HTTPServer(section, app.RewardApp(LoadingBackend(), section, "m"))
 
 
@@ -187,7 +194,9 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
         yield Role(SimpleNamespace(world_size=1), section)  # type: ignore[arg-type]
 
     monkeypatch.setattr(service, "start_reward", start_reward)
-    section = RewardServiceConfig(reward=RewardConfig(path="m", zero_stage=3), replicas=ReplicasConfig(shards=2))
+    section = RewardServiceConfig(
+        reward=CheckpointRewardConfig(path="m", zero_stage=3), replicas=ReplicasConfig(shards=2)
+    )
     assert section.reward.failed == "fail"
     with service._start_backend(section, service.StopSignal()) as (scorer, _):
         values = asyncio.run(scorer.score(DIALOGUES[:2])).values
@@ -256,7 +265,7 @@ def test_how_many_replicas_there_is_room_for(
     def options(number: int) -> Any:
         return replicas._deployment(
             RewardServiceConfig(
-                reward=RewardConfig(path="m"), replicas=ReplicasConfig(min=number, max=number, gpus=gpus)
+                reward=CheckpointRewardConfig(path="m"), replicas=ReplicasConfig(min=number, max=number, gpus=gpus)
             )
         )["ray_actor_options"]
 
@@ -270,12 +279,16 @@ def test_how_many_replicas_there_is_room_for(
 
 def test_names_of_models(tmp_path: Path):
     def name(**reward: Any) -> str:
-        return service.model_name(RewardServiceConfig(reward=RewardConfig(**reward)))
+        return service.model_name(
+            RewardServiceConfig(
+                reward=FunctionRewardConfig(**reward) if "function" in reward else CheckpointRewardConfig(**reward)
+            )
+        )
 
     (tmp_path / "my-model").mkdir()
     assert name(path=f"{tmp_path}/my-model/") == "my-model"
     assert name(path="nvidia/Some-Reward") == "nvidia/Some-Reward"
-    assert name(kind="function", function="scores.py:length") == "length"
+    assert name(function="scores.py:length") == "length"
 
 
 class Running:
@@ -318,10 +331,10 @@ def running(recipe: Path, *overrides: str) -> Iterator[Running]:
 @contextmanager
 def client(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpScorer]:
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
-    http = HttpConfig(
+    http = HttpRewardConfig(
         url=url, token_env="ALIGN_REWARD_TOKEN", cache_size=0, retries=100, backoff_s=0.2, max_backoff_s=1.0
     )
-    judge = HttpScorer(RewardConfig(kind="http", http=http))
+    judge = HttpScorer(http)
     try:
         yield judge
     finally:
@@ -334,7 +347,9 @@ def test_in_one_process_the_scores_are_those_of_the_judge(
 ):
     with running(recipe, "executor=local") as one, client(one.url, monkeypatch) as judge:
         scores = judge.score(DIALOGUES)
-    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+        DIALOGUES
+    )
     torch.testing.assert_close(scores, own, rtol=0, atol=1e-6)
     assert len(set(own.tolist())) == len(DIALOGUES)
     assert one.said.splitlines()[-1] == f"serving {tiny_reward.name} on {one.url}"
@@ -344,7 +359,9 @@ def test_in_one_process_the_scores_are_those_of_the_judge(
 def test_weights_spread_over_two_workers_give_the_same_scores(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+        DIALOGUES
+    )
     with (
         running(recipe, "replicas.shards=2", "reward.zero_stage=3") as one,
         client(one.url, monkeypatch) as judge,
@@ -386,7 +403,9 @@ def test_a_replica_that_is_killed_is_replaced_and_nothing_is_lost(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With Ray Serve; on the way: only this machine is listened to, and no process but the first holds the token."""
-    own = build_scorer(RewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(DIALOGUES)
+    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+        DIALOGUES
+    )
     logs = recipe.parent / "run" / "logs"
     with running(recipe) as one, client(one.url, monkeypatch) as judge:
         torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from align.cluster.roles import StartOptions, start_roles
-from align.config import ClusterConfig, GeneratorConfig, RewardConfig, SamplingConfig
+from align.config import (
+    ClusterConfig,
+    FunctionGeneratorConfig,
+    FunctionRewardConfig,
+    ModelGeneratorConfig,
+    SamplingConfig,
+)
 from align.data.chat import Message
 from align.generators.base import Completion, Request
 from align.roles import CompletedFuture
@@ -50,7 +56,7 @@ class Echo(Ranks):
 
 def test_answers_come_back_in_order_from_all_ranks():
     ranks = Echo()
-    role = Role(ranks, GeneratorConfig(path="p"))
+    role = Role(ranks, ModelGeneratorConfig(path="p"))
     for count in (7, 2, 0):
         found = role.complete(requests(count), SAMPLING).result()
         assert [one.text for one in found] == [str(number) for number in range(count)]
@@ -66,8 +72,8 @@ def test_several_roles_in_this_process(tmp_path: Path):
         "def score(prompts, completions):\n    return [float(len(one[0]['content'])) for one in completions]\n"
     )
     sections = {
-        "draft": GeneratorConfig(kind="function", function=f"{file}:answer"),
-        "select": RewardConfig(kind="function", function=f"{file}:score"),
+        "draft": FunctionGeneratorConfig(function=f"{file}:answer"),
+        "select": FunctionRewardConfig(function=f"{file}:score"),
     }
     options = StartOptions(seed=1, announce=print)
     with start_roles(sections, "local", {}, ClusterConfig(), tmp_path, options) as found:

@@ -14,14 +14,15 @@ from transformers import AutoModelForSequenceClassification
 
 from align.cluster import roles as cluster_roles
 from align.config import (
+    CheckpointRewardConfig,
     ClusterConfig,
     CriticConfig,
-    EndpointConfig,
-    GenerativeConfig,
-    GeneratorConfig,
-    HttpConfig,
+    EndpointGeneratorConfig,
+    FunctionGeneratorConfig,
+    FunctionRewardConfig,
+    GenerativeRewardConfig,
+    HttpRewardConfig,
     OptimizerConfig,
-    RewardConfig,
 )
 from align.data import chat, collate, toy
 from align.data.chat import Dialogue, Message
@@ -66,7 +67,7 @@ SAID = [
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_text_is_split_by_context_and_put_together_in_order(world_size: int):
     ranks = Pretended(world_size)
-    scores = Role(ranks, RewardConfig(path="p")).score_dialogues(SAID).result()
+    scores = Role(ranks, CheckpointRewardConfig(path="p")).score_dialogues(SAID).result()
     assert scores.tolist() == [1, 2, 3, 0, 4, 5]
     shares = [[one.context for one in own[0]] for own in ranks.arguments]
     assert sum(map(len, shares)) == len(SAID)
@@ -81,7 +82,7 @@ def test_a_prompt_that_comes_twice_in_a_row_is_two_groups_where_numbers_say_so(w
     """Each is whole on one rank, and the ranks are told where one ends."""
     said, groups = [Dialogue(A, f"word {i}") for i in range(6)], [7, 7, 8, 8, 8, 9]
     ranks = Pretended(world_size)
-    Role(ranks, RewardConfig(path="p")).score_dialogues(said, groups).result()
+    Role(ranks, CheckpointRewardConfig(path="p")).score_dialogues(said, groups).result()
     runs = [[(key, len(list(run))) for key, run in groupby(own[2])] for own in ranks.arguments]
     assert sorted(run for own in runs for run in own) == [(7, 2), (8, 3), (9, 1)]
     for dialogues, _, own in ranks.arguments:
@@ -89,9 +90,9 @@ def test_a_prompt_that_comes_twice_in_a_row_is_two_groups_where_numbers_say_so(w
 
 
 def test_what_is_counted_elsewhere_has_names_that_say_so():
-    remote = GeneratorConfig(kind="endpoint", endpoint=EndpointConfig("http://x/v1", "m"))
-    for judge, prefix in ((remote, "service/"), (GeneratorConfig(kind="function", function="m:f"), "")):
-        section = RewardConfig(kind="generative", generative=GenerativeConfig(judge=judge))
+    remote = EndpointGeneratorConfig(url="http://x/v1", model="m")
+    for judge, prefix in ((remote, "service/"), (FunctionGeneratorConfig(function="m:f"), "")):
+        section = GenerativeRewardConfig(judge=judge)
         role = Role(Pretended(1, [{"verdicts": 6.0, "order_consistency": 0.5}]), section)
         role.score_dialogues(SAID).result()
         assert role.drain() == {f"{prefix}verdicts": 6.0, f"{prefix}order_consistency": 0.5}
@@ -107,7 +108,7 @@ def test_ids_of_the_responses_go_along_with_their_text():
         Packed.from_lists([ids for (ids,) in responses]),
         torch.tensor([0, 1]),
     )
-    role = Role(ranks := Pretended(2), RewardConfig(kind="function", function="m:f"))
+    role = Role(ranks := Pretended(2), FunctionRewardConfig(function="m:f"))
     role.read_text(Conversations(contexts, renderer))
     assert role.score(sequences).result().tolist() == [1, 2]
     sent = [pair for dialogues, ids, _ in ranks.arguments for pair in zip(dialogues, ids, strict=True)]
@@ -120,7 +121,7 @@ def test_ids_of_the_responses_go_along_with_their_text():
 def test_counts_add_up_and_means_are_over_responses():
     """Two ranks with 2 and 4 responses: (2 * 0.3 + 4 * 0.6) / 6 = 0.5; a second call of the same step counts on."""
     metrics = [{"requests": 3.0, "disagreement": 0.3}, {"requests": 4.0, "disagreement": 0.6}]
-    role = Role(Pretended(2, metrics), RewardConfig(path="p"))
+    role = Role(Pretended(2, metrics), CheckpointRewardConfig(path="p"))
     assert isinstance(role, MeteredRole)
     role.score_dialogues(SAID).result()
     first, second = [len(own[0]) for own in role.ranks.arguments]  # type: ignore[attr-defined]
@@ -133,7 +134,7 @@ def test_counts_add_up_and_means_are_over_responses():
 
 
 def test_counts_of_a_service_have_names_of_their_own():
-    role = Role(Pretended(1, [{"requests": 3.0}]), RewardConfig(kind="http", http=HttpConfig("http://127.0.0.1:1")))
+    role = Role(Pretended(1, [{"requests": 3.0}]), HttpRewardConfig(url="http://127.0.0.1:1"))
     role.score_dialogues(SAID).result()
     assert role.drain() == {"service/requests": 3.0}
 
@@ -146,7 +147,7 @@ def test_no_score_stops_or_stays(failed: Any):
         ) -> CompletedFuture[Any]:
             return CompletedFuture(gather([Scored(torch.tensor([1.0, math.nan]), {})]))
 
-    role = Role(Fails(1), RewardConfig(path="p", failed=failed))
+    role = Role(Fails(1), CheckpointRewardConfig(path="p", failed=failed))
     if failed == "drop":
         assert role.score_dialogues(SAID[:2]).result()[1].isnan()
         return
@@ -162,7 +163,7 @@ def test_the_longest_goes_first_to_the_rank_with_the_least():
 
 
 def test_a_judge_by_itself(tmp_path: Path, tiny_reward: Path):
-    section = RewardConfig(path=str(tiny_reward), dtype="float32")
+    section = CheckpointRewardConfig(path=str(tiny_reward), dtype="float32")
     dialogues = [Dialogue((Message("user", "say the last word : cat dog"),), word) for word in ("dog", "cat", "okay")]
     with cluster_roles.start_reward(section, "local", (0,), ClusterConfig(), tmp_path, print) as role:
         together = role.score_dialogues(dialogues).result()
@@ -174,7 +175,7 @@ def test_a_judge_by_itself(tmp_path: Path, tiny_reward: Path):
 @pytest.mark.full  # `tests/eval/test_reward.py` has a judge on two processes too
 @pytest.mark.slow
 def test_a_judge_by_itself_on_two_processes(tmp_path: Path, tiny_reward: Path):
-    section = RewardConfig(path=str(tiny_reward), dtype="float32")
+    section = CheckpointRewardConfig(path=str(tiny_reward), dtype="float32")
     dialogues = [
         Dialogue((Message("user", f"say the last word : {word} dog"),), answer)
         for word in ("cat", "hen", "owl")

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from align.cluster.roles import StartOptions, start_roles
-from align.config import GenerativeConfig, GeneratorConfig, PolicyEvaluationConfig
+from align.config import AnyGeneratorConfig, GenerativeConfig, ModelGeneratorConfig, PolicyEvaluationConfig
 from align.data.genrm import require_roles
 from align.errors import DataError
 from align.eval import store
@@ -63,7 +63,7 @@ def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console
     manifest = _manifest(section, found)
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     folder = Path(section.out or f"{DEFAULT_OUT}/{section.benchmark}-{digest[:8]}").expanduser()
-    names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline.present else []))
+    names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline else []))
     with ExitStack() as stack:
         files = {name: stack.enter_context(store.locked(folder / name)) for name in names}
         store.agree([folder / name for name in (ANSWERS, BASELINE, VERDICTS)], manifest, "answers and verdicts")
@@ -95,15 +95,17 @@ def _manifest(section: PolicyEvaluationConfig, found: Questions) -> dict[str, An
     return known
 
 
-def _speakers(section: PolicyEvaluationConfig) -> dict[str, GeneratorConfig]:
+def _speakers(section: PolicyEvaluationConfig) -> dict[str, AnyGeneratorConfig]:
     found = {"policy": section.policy, "baseline": section.baseline, "judge": section.judge}
-    return {name: one for name, one in found.items() if one.present}
+    return {name: one for name, one in found.items() if one}
 
 
 def _check_judge(section: PolicyEvaluationConfig) -> None:
     """As `align.rewards.genrm.check`, with the keys of this command."""
     assert section.judge_form != "benchmark"
-    judge = replace(section.judge, zero_stage=0, offload_parameters=False)
+    judge = section.judge
+    if isinstance(judge, ModelGeneratorConfig):
+        judge = replace(judge, zero_stage=0, offload_parameters=False)
     asked = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
     genrm_card.require_same(asked, JUDGE_KEYS)
     renderer = generators.check(section.judge, "judge")
@@ -207,15 +209,16 @@ def measure(
         example = next(iter(rulings.values())).text[:200]
         problem = f"of none of {len(found.items)} questions all verdicts can be read; one is {example!r}"
         remedy = "take another judge, judge_form or judge_prompt, or more judge_sampling.max_tokens, and another --out"
-        raise DataError(problem, where=section.judge.path or section.judge.function, remedy=remedy)
+        raise DataError(problem, where=section.judge.source, remedy=remedy)
     groups = _numbers(section, items, [by_question[one.id] for one in items], bench)
     kept = [rulings[game.key] for game in bench.games(found.items)]
     return {
         "version": VERSION,
         "benchmark": section.benchmark,
-        "policy": section.answers or _named(section.policy),
-        "judge": _named(section.judge),
-        "baseline": ", ".join(section.baseline_answers.values()) or _named(section.baseline),
+        "policy": section.answers or (section.policy.source if section.policy else ""),
+        "judge": section.judge.source,
+        "baseline": ", ".join(section.baseline_answers.values())
+        or (section.baseline.source if section.baseline else ""),
         "source": found.source,
         "fingerprint": found.fingerprint,
         "sizes": {"questions": len(found.items), "judged": len(items), "games": len(kept)},
@@ -241,10 +244,6 @@ def _numbers(section: PolicyEvaluationConfig, items: list[Question], given: list
         texts = tuple([answers[one.id].shown[0] for one in items] for answers in (bench.answers, bench.baseline))
         return metrics.pairs(items, given, (texts[0], texts[1]), chance)
     return (metrics.wildbench if section.benchmark == "wildbench" else metrics.marks)(items, given, chance)
-
-
-def _named(one: GeneratorConfig) -> str:
-    return {"endpoint": f"{one.endpoint.model} at {one.endpoint.url}", "function": one.function}.get(one.kind, one.path)
 
 
 def _notes(section: PolicyEvaluationConfig, found: Questions, items: Sequence[Question]) -> list[str]:

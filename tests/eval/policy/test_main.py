@@ -287,41 +287,41 @@ class TestOptions:
 
     def test_another_kind(self, tmp_path: Path):
         policy = f"policy: {{path: {tmp_path}, trust_remote_code: true, init: {{a: 1}}, date: x, dtype: float32}}"
-        judge = "judge: {kind: endpoint, endpoint: {url: 'http://h/v1', model: m, retries: 3}}"
+        judge = "judge: {kind: endpoint, url: 'http://h/v1', model: m, retries: 3}"
         recipe = self.recipe(tmp_path, policy, judge)
         found = configured(recipe, "--judge", "a/b.py:c", "--model", "https://h.org/v1#org/m")
-        assert (found.judge.kind, found.judge.function, found.judge.endpoint.url) == ("function", "a/b.py:c", "")
-        assert (found.policy.kind, found.policy.path, found.policy.init) == ("endpoint", "", {})
-        assert (found.policy.endpoint.url, found.policy.endpoint.model) == ("https://h.org/v1", "org/m")
+        assert (found.judge.kind, found.judge.function) == ("function", "a/b.py:c")
+        assert found.policy.kind == "endpoint"
+        assert (found.policy.url, found.policy.model) == ("https://h.org/v1", "org/m")
         other = configured(recipe, "--judge", "http://o/v1#n", "--model", "org/model")
         assert (other.policy.path, other.policy.trust_remote_code, other.policy.dtype) == (
             "org/model",
             False,
             "float32",
         )
-        assert other.judge.endpoint.retries == 3
+        assert other.judge.retries == 3
 
     def test_a_key_does_not_go_to_another_host(self, tmp_path: Path):
         """Nor do further fields; what the command line says of its own stays."""
-        judge = "{kind: endpoint, endpoint: {url: 'http://h/v1', model: m, key_env: K, extra: {a: 1, b: 2}}}"
+        judge = "{kind: endpoint, url: 'http://h/v1', model: m, key_env: K, extra: {a: 1, b: 2}}"
         recipe = self.recipe(tmp_path, "policy: {path: p}", f"judge: {judge}")
-        found = configured(recipe, "--judge", "http://other/v1#M").judge.endpoint
+        found = configured(recipe, "--judge", "http://other/v1#M").judge
         assert (found.url, found.model, found.key_env, found.extra) == ("http://other/v1", "M", "", {})
-        words = ("judge.endpoint.key_env=MINE", "judge.endpoint.extra.c=3")
-        found = configured(recipe, *words, "--judge", "http://other/v1#M").judge.endpoint
+        words = ("judge.key_env=MINE", "judge.extra.c=3")
+        found = configured(recipe, *words, "--judge", "http://other/v1#M").judge
         assert (found.key_env, found.extra) == ("MINE", {"c": 3})
         shipped = Path(__file__).parents[3] / "recipes" / "evaluation" / "arena-hard.yaml"
         found = configured(shipped, "baseline_answers.default=a.jsonl", "--judge", "http://other/v1#M")
-        assert found.judge.endpoint.key_env == ""
+        assert found.judge.key_env == ""
 
     def test_answers_stand_in_the_place_of_a_policy_and_a_policy_of_answers(self, tmp_path: Path):
         shipped = Path(__file__).parents[3] / "recipes" / "evaluation" / "arena-hard.yaml"
         for words in (("answers=a.jsonl",), ("--answers", "a.jsonl")):
             found = configured(shipped, "baseline_answers.default=b.jsonl", *words)
-            assert found.answers == "a.jsonl" and not found.policy.present
+            assert found.answers == "a.jsonl" and found.policy is None
         recipe = self.recipe(tmp_path, "answers: a.jsonl", "judge: {path: j}")
         assert configured(recipe, "--model", "p").answers == ""
-        with pytest.raises(ConfigError, match="give one of policy"):
+        with pytest.raises(ConfigError, match="give either policy"):
             configured(recipe, "--model", "p", "--answers", "a.jsonl")
 
     def test_a_baseline_of_one_form_stands_in_the_place_of_the_other(self, tmp_path: Path):
@@ -331,9 +331,9 @@ class TestOptions:
         assert configured(recipe, *more, "--baseline", file).baseline_answers == {"default": str(file)}
         found = configured(recipe, *more, "--baseline", "org/model")
         assert (found.baseline.path, found.baseline_answers) == ("org/model", {})
-        recipe = self.recipe(tmp_path, "baseline: {kind: endpoint, endpoint: {url: 'http://h/v1', model: m}}")
+        recipe = self.recipe(tmp_path, "baseline: {kind: endpoint, url: 'http://h/v1', model: m}")
         found = configured(recipe, *more, "--baseline", file)
-        assert not found.baseline.present and found.baseline_answers == {"default": str(file)}
+        assert found.baseline is None and found.baseline_answers == {"default": str(file)}
 
     def test_a_second_file_is_refused(self):
         with pytest.raises(ConfigError, match="--benchmark prompts a b: more than one file"):
@@ -363,7 +363,7 @@ class TestBeforeAnythingIsWritten:
             ("seed=0", "time:sleep", "function=time:sleep does not "),  # by version of Python for another reason
             ("seed=0", "builtins:max", "function=builtins:max does not say what it takes"),
             ("placement.referee=0", name("longer"), "placement: no role is called referee"),
-            ("judge.endpoint.key_env=NO_SUCH", "http://127.0.0.1:1/v1#m", "NO_SUCH is not set"),
+            ("judge.key_env=NO_SUCH", "http://127.0.0.1:1/v1#m", "NO_SUCH is not set"),
         ],
     )
     def test_a_speaker_that_cannot_be(self, tmp_path: Path, word: str, judge: str, message: str, capsys):
