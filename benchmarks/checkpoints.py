@@ -1,8 +1,8 @@
-"""Seconds to write and to verify the tensors of a checkpoint, beside what the libraries take to write and read them.
+"""Measure how long a checkpoint takes to write and to verify, compared with safetensors and torch.
 
     python benchmarks/checkpoints.py FOLDER [--megabytes 500] [--repeats 5] [--json FILE]
 
-Writes float32 tensors of 8 MB (one in ten is small) to FOLDER, on the disk that is meant, in turns: ours, which hashes
+Writes float32 tensors of 8 MB (one in ten is small) to FOLDER, on the disk to measure, in turns: ours, which hashes
 and syncs; `safetensors.torch.save_file` and `torch.save`, which do neither, and the same with a sync after. Then reads
 them, from the page cache: our verification of a published checkpoint in 4 files, `safetensors.torch.load_file`,
 `torch.load`. Reports medians, and ratios to ours within each turn.
@@ -27,46 +27,46 @@ from align import checkpoint
 from align.config import CheckpointConfig
 
 FILES = 4
-"""Of the checkpoint that is verified, as of four ranks."""
+"""Files of the verified checkpoint, as of four ranks."""
 
 
 def tensors(megabytes: int) -> dict[str, Tensor]:
-    """As many numbers, in tensors as a model has them."""
-    found: dict[str, Tensor] = {}
-    left = megabytes * 10**6 // 4
-    while left > 0:
-        size = min(left, 2_000_000 if len(found) % 10 else 2_000)
-        found[f"layers.{len(found)}.weight|master|0"] = torch.randn(size)
-        left -= size
-    return found
+    """Random tensors of that many megabytes, with sizes as in a model."""
+    pieces: dict[str, Tensor] = {}
+    remaining = megabytes * 10**6 // 4
+    while remaining > 0:
+        size = min(remaining, 2_000_000 if len(pieces) % 10 else 2_000)
+        pieces[f"layers.{len(pieces)}.weight|master|0"] = torch.randn(size)
+        remaining -= size
+    return pieces
 
 
 def synced(path: Path) -> None:
-    """Wait until a file is on the disk."""
+    """Sync a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
-    begun = time.perf_counter()
+    """The seconds that ``work`` takes."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def written(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
     """Seconds of each way to write."""
     ours, theirs, pickled = folder / "ours", folder / "theirs", folder / "pickled"
-    found = {"write_tensors": seconds(lambda: checkpoint.write_tensors(folder, ours.name, numbers))}
+    times = {"write_tensors": seconds(lambda: checkpoint.write_tensors(folder, ours.name, numbers))}
     ours.unlink()
     for name, path, write in (
         ("safetensors.save_file", theirs, lambda: save_file(numbers, theirs)),
         ("torch.save", pickled, lambda: torch.save(numbers, pickled)),
     ):
-        found[name] = seconds(write)
-        found[f"{name} + fsync"] = found[name] + seconds(lambda path=path: synced(path))
+        times[name] = seconds(write)
+        times[f"{name} + fsync"] = times[name] + seconds(lambda path=path: synced(path))
         path.unlink()
-    return found
+    return times
 
 
 def read(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -79,14 +79,14 @@ def read(folder: Path, numbers: dict[str, Tensor]) -> dict[str, float]:
     store.publish(partial, checkpoint.Manifest(checkpoint.SCHEMA, 1, 1, 0, tuple(files), {}, {}))
     save_file(numbers, folder / "theirs")
     torch.save(numbers, folder / "pickled")
-    found = {
+    times = {
         "verify": seconds(store.newest),
         "safetensors.load_file": seconds(lambda: [tensor.sum() for tensor in load_file(folder / "theirs").values()]),
         "torch.load": seconds(lambda: torch.load(folder / "pickled")),
     }
     for name in ("checkpoints", "theirs", "pickled"):
         shutil.rmtree(folder / name) if name == "checkpoints" else (folder / name).unlink()
-    return found
+    return times
 
 
 def main() -> None:
@@ -96,22 +96,22 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    numbers = tensors(given.megabytes)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    numbers = tensors(arguments.megabytes)
     size = sum(tensor.nbytes for tensor in numbers.values())
     report: dict[str, dict[str, float]] = {}
     for ours, measure in (("write_tensors", written), ("verify", read)):
-        turns = [measure(given.folder, numbers) for _ in range(given.repeats)]
+        turns = [measure(arguments.folder, numbers) for _ in range(arguments.repeats)]
         for name in turns[0]:
             times = [turn[name] for turn in turns]
             ratio = median(turn[name] / turn[ours] for turn in turns)
             report[name] = {"seconds": median(times), "GB/s": size / median(times) / 1e9, "to ours": ratio}
     for name, row in report.items():
         print(f"{name:32}" + "".join(f"{key} {value:8.3f}   " for key, value in row.items()))
-    if given.json:
+    if arguments.json:
         content = {"bytes": size, "tensors": len(numbers), "cores": os.cpu_count(), "results": report}
-        given.json.write_text(json.dumps(content, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

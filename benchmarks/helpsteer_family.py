@@ -1,12 +1,12 @@
-"""The systems of the HelpSteer family on the bundled task, each over several seeds.
+"""Measure the systems of the HelpSteer family on the bundled task over several seeds.
 
     python benchmarks/helpsteer_family.py OUT [--seeds 0 1 2] [--only steerlm genrm feedback_edit]
 
-Trained once: all that is imitated (the fine-tuned model, the feedback model, the edit and the judge by imitation) and
-the reward models. For each seed (data order and noise): SteerLM asked for high and low helpfulness and verbosity, and
-SteerLM 2.0 from it; GRPO of the judge, and RLOO against it; RLOO of the edit model, and drafts that are improved
-against the best of as many tokens of drafts. Every run is one process with one thread. Runs that are there are not
-repeated, so seeds may be started side by side once ``--seeds`` without a number has made what they share.
+Trained once: the imitation stages (fine-tuned model, feedback model, edit model, generative reward model) and the
+reward models. For each seed (data order and noise): SteerLM with high and low helpfulness and verbosity, and SteerLM
+2.0 from it; GRPO of the generative reward model, and RLOO against it; RLOO of the edit model, and feedback-edit scaling
+against the best of as many tokens of drafts. Every run is one process with one thread. Finished runs are not repeated,
+so seeds may run in parallel after ``--seeds`` without a number has trained the shared models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS = {
     for helpfulness, verbosity in ((4, 2), (1, 2), (3, 2), (3, 4))
 }
 
-SHARED = {  # the role that learns, and what it starts from
+SHARED = {  # the trained role, and the recipe that it starts from
     "family_sft": ("policy", ""),
     "family_attributes": ("reward", "family_sft"),
     "feedback_edit_feedback": ("policy", "family_sft"),
@@ -57,13 +57,13 @@ Numbers = dict[str, float]
 
 
 class Seed:
-    """The runs of one seed, and what they share with others."""
+    """The runs of one seed, and those shared by all seeds."""
 
     def __init__(self, out: Path, seed: int):
         self.out, self.seed, self.own = out, seed, out / f"seed-{seed}"
 
     def train(self, recipe: str, *changes: str, shared: bool = False) -> Path:
-        """Run a recipe in this process, where it has not run yet; returns its run folder."""
+        """Run a recipe in this process, unless it is finished; returns its run folder."""
         folder = (self.out if shared else self.own) / recipe
         seed = [] if shared else [f"run.seed={self.seed}"]
         common = [f"run.dir={folder}", "executor=local", "run.progress=none", "checkpoint.every=0"]
@@ -73,7 +73,7 @@ class Seed:
         return folder
 
     def shared(self, recipe: str) -> Path:
-        """A model that all seeds start from, after those that it starts from."""
+        """A model that all seeds start from; trains its own start first."""
         if not (self.out / "data").is_dir():
             toy_family.write(self.out / "data", ROWS, HELD_OUT, seed=0)
         role, start = SHARED[recipe]
@@ -88,7 +88,7 @@ def held_out(out: Path) -> list[str]:
 
 
 def steered(model: Path, instructions: list[str], values: Mapping[str, int], seed: int) -> tuple[float, float]:
-    """Mean ground truth and words of sampled answers that ask for ``values``."""
+    """Mean ground truth and number of words of sampled answers, with ``values`` in the prompt."""
     form = steering.read(model / steering.NAME).asking(values)
     generator = ModelGenerator(
         ModelGeneratorConfig(path=str(model), dtype="float32"), distributed.initialize_alone(), seed
@@ -97,7 +97,7 @@ def steered(model: Path, instructions: list[str], values: Mapping[str, int], see
     for text in instructions:
         messages, opening = form.steered((Message("user", text),))
         requests.append(Request(messages, 0, opening))
-    answers = [one.text for one in generator.complete(requests, SamplingConfig(max_tokens=32))]
+    answers = [completion.text for completion in generator.complete(requests, SamplingConfig(max_tokens=32))]
     scores = [toy.score(text, answer) for text, answer in zip(instructions, answers, strict=True)]
     return fmean(scores), fmean(len(answer.split()) for answer in answers)
 
@@ -113,43 +113,42 @@ def steerlm(seed: Seed) -> Numbers:
     first = seed.train("steerlm", f"policy.path={base}", f"reward.path={attributes}") / "final"
     places = [f"policy.path={first}", f"base.path={base}", f"reward.path={attributes}"]
     second = seed.train("steerlm2", *places) / "final"
-    instructions, found = held_out(seed.out), {}
+    instructions, numbers = held_out(seed.out), {}
     for name, model in (("SteerLM", first), ("SteerLM 2.0", second)):
         for setting, values in SETTINGS.items():
             score, words = steered(model, instructions, values, seed.seed)
-            found |= {f"{name}, {setting}: ground truth": score, f"{name}, {setting}: words": words}
-    return found
+            numbers |= {f"{name}, {setting}: ground truth": score, f"{name}, {setting}: words": words}
+    return numbers
 
 
 def genrm(seed: Seed) -> Numbers:
     """Agreement of a generative judge with the ground truth before and after GRPO, and of a policy aligned with it."""
     trained = seed.train("genrm", f"policy.path={seed.shared('genrm_sft')}")
     measured = lines(trained, "evaluations.jsonl")
-    found = {}
+    numbers = {}
     for when, line in (("before", measured[0]), ("after", measured[-1])):
         for key in VERDICTS:
-            found[f"judge {when} GRPO: {key}"] = line[f"heldout/{key}"]
+            numbers[f"judge {when} GRPO: {key}"] = line[f"heldout/{key}"]
     base = seed.shared("family_sft")
     aligned = seed.train("rloo_genrm", f"policy.path={base}", f"reward.judge.path={trained / 'final'}")
     measured = lines(aligned, "evaluations.jsonl")
     for when, line in (("before", measured[0]), ("after", measured[-1])):
-        found[f"policy {when} RLOO against the judge: ground truth"] = line["heldout/sampled/ground_truth"]
-    return found
+        numbers[f"policy {when} RLOO against the judge: ground truth"] = line["heldout/sampled/ground_truth"]
+    return numbers
 
 
 def feedback_edit(seed: Seed) -> Numbers:
-    """Ground truth of drafts, of drafts that were improved, and of the best of as many tokens of drafts; what RLOO did
-    to the edit model."""
+    """Ground truth of drafts, edits, and the best of as many tokens of drafts; edits before and after RLOO."""
     base, feedback, imitated, judge, select = map(
         seed.shared, ("family_sft", *(f"feedback_edit_{name}" for name in ("feedback", "edit", "reward", "select")))
     )
     edit = seed.train("feedback_edit", f"policy.path={imitated}", f"reward.path={judge}")
     measured = lines(edit, "evaluations.jsonl")
-    found = {}
+    numbers = {}
     for when, line in (("before", measured[0]), ("after", measured[-1])):
         for kind in ("sampled", "greedy"):
             for key in ("ground_truth", "copies"):
-                found[f"edits {when} RLOO: {kind}/{key}"] = line[f"heldout/{kind}/{key}"]
+                numbers[f"edits {when} RLOO: {kind}/{key}"] = line[f"heldout/{kind}/{key}"]
     out = seed.own / "scale"
     models = {"policy": base, "feedback": feedback, "edit": edit / "final", "select": select}
     places = [f"{role}.path={model}" for role, model in models.items()]
@@ -163,9 +162,9 @@ def feedback_edit(seed: Seed) -> Numbers:
         "feedback and edits": whole["whole"]["feedback_edit"],
         "best of as many tokens of drafts": whole["whole"]["best_of_n"],
     }
-    for name, one in compared.items():
-        found |= {f"{name}: ground truth": one["ground_truth"], f"{name}: tokens": one["tokens"]}
-    return found
+    for name, setting in compared.items():
+        numbers |= {f"{name}: ground truth": setting["ground_truth"], f"{name}: tokens": setting["tokens"]}
+    return numbers
 
 
 PARTS: dict[str, Callable[[Seed], Numbers]] = {
@@ -176,24 +175,24 @@ PARTS: dict[str, Callable[[Seed], Numbers]] = {
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run missing runs and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts (all)")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     for recipe in SHARED:
-        Seed(given.out.resolve(), 0).shared(recipe)
-    numbers = {seed: {} for seed in given.seeds}
-    for name in given.only:
-        for number in given.seeds:
-            numbers[number] |= PARTS[name](Seed(given.out.resolve(), number))
-    if not given.seeds:
+        Seed(arguments.out.resolve(), 0).shared(recipe)
+    numbers = {seed: {} for seed in arguments.seeds}
+    for name in arguments.only:
+        for number in arguments.seeds:
+            numbers[number] |= PARTS[name](Seed(arguments.out.resolve(), number))
+    if not arguments.seeds:
         return
-    print(f"| | mean | spread | seeds {' '.join(map(str, given.seeds))} |\n|---|---|---|---|")
-    for key in numbers[given.seeds[0]]:
-        values = [numbers[number][key] for number in given.seeds]
+    print(f"| | mean | spread | seeds {' '.join(map(str, arguments.seeds))} |\n|---|---|---|---|")
+    for key in numbers[arguments.seeds[0]]:
+        values = [numbers[number][key] for number in arguments.seeds]
         spread = f"{stdev(values):.3f}" if len(values) > 1 else ""
         print(f"| {key} | {fmean(values):.3f} | {spread} | {', '.join(f'{value:.3f}' for value in values)} |")
 
