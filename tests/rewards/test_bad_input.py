@@ -130,7 +130,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "reward.kind=http reward.url=http://127.0.0.1:9 reward.token_env=ALIGN_NO_SUCH_TOKEN",
         ["ALIGN_NO_SUCH_TOKEN is not set"],
     ),
-    "a judge that is nobody": ("reward.kind=generative", ["reward.judge.path: has no value"]),
+    "a judge that is nobody": (
+        "reward.kind=generative",
+        ["reward.judge.path: has no value", "reward.judge.path=VALUE"],
+    ),
     "a judge without its key": (
         "reward.kind=generative reward.judge.kind=endpoint reward.judge.model=m "
         "reward.judge.url=http://127.0.0.1:9/v1 "
@@ -154,7 +157,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 CRITICS: dict[str, tuple[str, list[str]]] = {
     "a service has no head": (
         "reward.kind=http reward.url=http://127.0.0.1:9",
-        ["critic.path: has no value"],
+        ["critic.path: has no value", "critic.path=VALUE"],
     ),
     "a question has no head": (
         "reward.path={causal} reward.head=yes_no reward.principle=x",

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from align.config import EnsembleRewardConfig, FunctionRewardConfig
+from align.config import CheckpointRewardConfig, EnsembleRewardConfig, FunctionRewardConfig
 from align.prechecks.roles import with_absolute_paths
 from align.rewards import checkpoint_format
 from align.rewards.card import Card
@@ -65,7 +65,7 @@ def test_members_of_an_ensemble_have_what_is_theirs():
     assert [(one.path, one.revision, one.head) for one in (a, b, c)] == [
         ("a", "r", "lm_head_row0"), ("b", None, "lm_head_row0"), ("c", None, "lm_head_row0"),
     ]  # fmt: skip
-    assert all(one.kind == "checkpoint" for one in (a, b, c))
+    assert all(type(one) is CheckpointRewardConfig for one in (a, b, c))
 
 
 def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,4 +82,4 @@ def test_files_of_a_judge_are_named_in_full(tmp_path: Path, monkeypatch: pytest.
     for given, full in (("judge.py:f", f"{tmp_path / 'judge.py'}:f"), ("judges.module:f", "judges.module:f")):
         found = with_absolute_paths(FunctionRewardConfig(function=given))
         assert isinstance(found, FunctionRewardConfig)
-        assert (found.function, found.path) == (full, "")
+        assert found.function == full
