@@ -46,7 +46,7 @@ from align.roles import CompletedFuture, Loss
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 from align.workers import base
 from align.workers.policy import PolicyWorker
-from align.workers.reward import Reward, Scored
+from align.workers.reward import RankScores, Reward
 
 ALIGN = Path(base.__file__).parents[1]
 Patch = pytest.MonkeyPatch
@@ -338,7 +338,7 @@ ODD = [[3, 3, 4], [0, 7, 1, 7], [6, 2, 9, 9, 1]]
 def the_reward_model_gets_the_ids_that_were_sampled() -> None:
     rows = Sequences(Packed.from_lists([[5, 6]]), Packed.from_lists(ODD), torch.tensor([0, 0, 0]))
     section = CheckpointRewardConfig(path="unused")
-    asked = Asked(2, lambda sequences, *_: Scored(torch.zeros(len(sequences)), {}))
+    asked = Asked(2, lambda sequences, *_: RankScores(torch.zeros(len(sequences)), {}))
     cast: Any = type("Cast", (), {})()
     cast.reward, cast.eval_reward = Reward(asked, section), Reward(other := Asked(1, asked.answer), section)
     cast.reference = base_reference = type("Frozen", (), {})()

@@ -29,7 +29,7 @@ from align import data
 from align.algorithms import _reward_pairs, _reward_ratings
 from align.config import RecipeConfig, TrainedRewardConfig
 from align.data.attributes import resolve
-from align.rewards.card import Card, Moments
+from align.rewards.card import Card, ScoreMoments
 from align.roles import LossFunction, TrainedRewardRole
 
 if TYPE_CHECKING:
@@ -146,5 +146,5 @@ def train(config: Config, train_data: RewardModelData, roles: RewardModelRoles, 
         run.log(step, metrics | {f"validation/{name}": value for name, value in held_out.items()})
     if score_B is None:  # a run that ended after its last step goes on
         _, score_B = task.measure(roles.reward)
-    card = replace(train_data.card, moments=Moments.of(score_B))
+    card = replace(train_data.card, moments=ScoreMoments.of(score_B))
     roles.reward.export(run.final, card.files()).result()

@@ -17,7 +17,7 @@ from align.data.chat import Message
 from align.data.steerlm import Form
 from align.engines import distributed
 from align.errors import ConfigError, DataError
-from align.generators.base import Generator, Request
+from align.generators.base import Request, TextGenerator
 from align.generators.models import build_generator
 from align.models.weights import stored_file
 from align.utils.disk import write_whole
@@ -118,7 +118,7 @@ def _row(line: bytes, where: str) -> Asked:
 
 
 def answers(
-    generator: Generator, asked: list[Asked], form: Form | None, sampling: SamplingConfig
+    generator: TextGenerator, asked: list[Asked], form: Form | None, sampling: SamplingConfig
 ) -> list[dict[str, Any]]:
     """For each prompt what was asked for, the answers, and which of them ended by themselves."""
     requests = []

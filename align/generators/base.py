@@ -46,7 +46,7 @@ class Completion(NamedTuple):
     """log p(Yes) - log p(No) at the answer's last Yes or No, if requested and available."""
 
 
-class Generator(Protocol):
+class TextGenerator(Protocol):
     """Answers conversations: a local model, an endpoint, a function.
 
     To add a kind, write its configuration, a subclass of this protocol, and an entry in

@@ -13,7 +13,7 @@ import torch
 from align.config import EndpointGeneratorConfig, SamplingConfig
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, WorkerError
-from align.generators.base import Completion, Generator, Request
+from align.generators.base import Completion, Request, TextGenerator
 from align.generators.http import REDIRECT, BearerToken, HttpClient, RetryableError
 
 PATH = "/chat/completions"
@@ -23,7 +23,7 @@ TOP_LOGPROBS = 20
 """Alternatives of each token that are requested for margins: the maximum of OpenAI."""
 
 
-class EndpointGenerator(Generator):
+class EndpointGenerator(TextGenerator):
     """Client of a chat-completions server."""
 
     def __init__(self, config: EndpointGeneratorConfig, device: torch.device | None = None, seed: int = 0):
@@ -43,7 +43,7 @@ class EndpointGenerator(Generator):
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> list[Completion]:
-        """See `align.generators.base.Generator`. Raises `ConfigError` for a failure that a retry does not change."""
+        """See `TextGenerator.complete`. Raises `ConfigError` for a failure that a retry does not change."""
         bodies = [json.dumps(self._body(request, sampling, margins)).encode() for request in requests]
         max_bytes = ANSWER_BYTES + sampling.max_tokens * TOKEN_BYTES
         return self._client.map(lambda body, stop: self._complete_one(body, max_bytes, stop), bodies)

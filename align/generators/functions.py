@@ -8,11 +8,11 @@ import torch
 
 from align.config import FunctionGeneratorConfig, SamplingConfig
 from align.errors import ConfigError, DataError
-from align.generators.base import Completion, Generator, Request
+from align.generators.base import Completion, Request, TextGenerator
 from align.utils import plugins
 
 
-class FunctionGenerator(Generator):
+class FunctionGenerator(TextGenerator):
     """Calls ``function(messages, sample)`` or ``function(messages, sample, opening)``, which returns the answer.
 
     ``messages`` is a list of ``{role, content}``, ``sample`` the number of the answer.
@@ -48,7 +48,7 @@ class FunctionGenerator(Generator):
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> list[Completion]:
-        """See `Generator.complete`; there are no margins. Raises `DataError` if the function does not return text."""
+        """See `TextGenerator.complete`. There are no margins. Raises `DataError` if the result is not text."""
         self._requests += len(requests)
         return [self._answer(request) for request in requests]
 

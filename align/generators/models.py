@@ -15,7 +15,7 @@ from align.data import chat
 from align.data.chat import Renderer
 from align.engines import decoder
 from align.engines.deepspeed import Engine, sharded_loading
-from align.generators.base import Completion, Generator, Request
+from align.generators.base import Completion, Request, TextGenerator
 from align.generators.endpoint import EndpointGenerator
 from align.generators.functions import FunctionGenerator
 from align.models import heads, identity, load, positions
@@ -27,7 +27,7 @@ IDENTITY_FIELDS = ("kind", "path", "revision", "init", "dtype", "function", "dat
 """Fields that change the answers, besides weights and template; a kind of generator has some of them."""
 
 
-class ModelGenerator(Generator):
+class ModelGenerator(TextGenerator):
     """A causal language model with its own tokenizer and template, in this process."""
 
     def __init__(self, config: ModelGeneratorConfig, device: torch.device, seed: int = 0):
@@ -117,25 +117,25 @@ class ModelGenerator(Generator):
         return [margins.get(i) for i in range(len(responses))]
 
 
-GENERATORS: dict[str, type[Generator]] = {
+GENERATORS: dict[str, type[TextGenerator]] = {
     "model": ModelGenerator,
     "endpoint": EndpointGenerator,
     "function": FunctionGenerator,
 }
 
 
-def build_generator(config: GeneratorConfig, device: torch.device, seed: int = 0) -> Generator:
+def build_generator(config: GeneratorConfig, device: torch.device, seed: int = 0) -> TextGenerator:
     """The generator of a section, ready to answer. Raises `ModelError`, `ConfigError` or `DataError` with a remedy."""
     return GENERATORS[config.kind](config, device, seed)
 
 
 def check(config: GeneratorConfig, name: str = "generator") -> Renderer | None:
-    """See `Generator.check`."""
+    """See `TextGenerator.check`."""
     return GENERATORS[config.kind].check(config, name)
 
 
 def fingerprint(config: GeneratorConfig, seed: int) -> str:
-    """See `Generator.fingerprint`."""
+    """See `TextGenerator.fingerprint`."""
     return GENERATORS[config.kind].fingerprint(config, seed)
 
 

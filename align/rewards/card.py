@@ -18,7 +18,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Moments:
+class ScoreMoments:
     """Mean and standard deviation of scores of held-out responses, used by ``reward.normalize``."""
 
     mean: float
@@ -27,7 +27,7 @@ class Moments:
     count: int
 
     @classmethod
-    def of(cls, score_B: Tensor) -> Moments:
+    def of(cls, score_B: Tensor) -> ScoreMoments:
         exact_B = score_B.double()
         return cls(float(exact_B.mean()), float(exact_B.std(correction=0)), len(score_B))
 
@@ -42,8 +42,8 @@ class Card:
     """Outputs of the head, in order; empty for one score."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the attributes in the score; others count 0."""
-    moments: Moments | None = None
-    """Moments of the weighted score; None if they were not measured."""
+    moments: ScoreMoments | None = None
+    """ScoreMoments of the weighted score; None if they were not measured."""
     chat_template: str | None = None
     """Text of the chat template used in training; None for the tokenizer's own."""
     date: str | None = None
@@ -76,7 +76,7 @@ def read(folder: Path) -> Card | None:
             raise ModelError(f"unknown keys: {', '.join(sorted(unknown))}", where=str(file))
         moments = content.pop("moments", None)
         attributes = tuple(content.pop("attributes", ()))
-        return Card(**content, attributes=attributes, moments=None if moments is None else Moments(**moments))
+        return Card(**content, attributes=attributes, moments=None if moments is None else ScoreMoments(**moments))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "export the model again, or delete the file and set reward.head"
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error

@@ -18,7 +18,7 @@ from align.models import load
 from align.models.weights import stored_file
 from align.prechecks.roles import require_head
 from align.rewards import card
-from align.rewards.card import Card, Moments
+from align.rewards.card import Card, ScoreMoments
 
 CARD_KINDS = ("sequence_classification", "attributes", "lm_head_row0")
 """Kinds that ``align_reward.json`` may name."""
@@ -34,7 +34,7 @@ class HeadSpec:
     """Outputs of the head; empty for one score."""
     weights: tuple[float, ...]
     """Weight of each output in the score."""
-    moments: Moments | None
+    moments: ScoreMoments | None
     """Normalization of scores; None if they are not normalized."""
     chat_template: str | None
     """Text of the chat template; None for the tokenizer's own."""
@@ -124,7 +124,7 @@ def _head_spec(config: CheckpointRewardConfig) -> HeadSpec:
 
 def _moments(
     config: CheckpointRewardConfig, stored: Card | None, names: tuple[str, ...], weights: tuple[float, ...]
-) -> Moments:
+) -> ScoreMoments:
     moments = stored.moments if stored else None
     if moments is None or not (math.isfinite(moments.mean) and math.isfinite(moments.std) and moments.std > 0):
         raise ModelError(
@@ -133,7 +133,7 @@ def _moments(
             remedy="train it with algorithm: reward_model, which measures them, or set reward.normalize=false and "
             "shaping.mean and shaping.std",
         )
-    # Moments belong to the weights that they were measured with.
+    # ScoreMoments belong to the weights that they were measured with.
     if stored is not None and names and _weights(replace(config, weights={}), stored, names) != weights:
         raise ModelError(
             f"{config.path}: normalize needs the mean and standard deviation of a score with these weights, but "

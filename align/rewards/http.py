@@ -34,12 +34,12 @@ class HttpScorer(RewardScorer):
 
         When the retries are used up, ``failed: fail`` raises `WorkerError`; ``drop`` gives those conversations NaN.
         """
-        self._settings, self._failed = config, config.failed
-        name = self._settings.token_env
+        self.config = config
+        name = self.config.token_env
         remedy = f"export {name}=TOKEN before the start; workers on Ray inherit names that begin ALIGN_REWARD_TOKEN"
-        token = BearerToken.from_env(name, "http.token_env", remedy)
+        token = BearerToken.from_env(name, "token_env", remedy)
         self._client = HttpClient(
-            self._settings, http_protocol.REWARDS, token, _remedies(self._settings), http_protocol.error_text
+            self.config, http_protocol.REWARDS, token, _remedies(self.config), http_protocol.error_text
         )
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, float] = OrderedDict()
@@ -55,7 +55,7 @@ class HttpScorer(RewardScorer):
         scores = self._cached(keys)
         missing = [item for item in dict(zip(keys, dialogues, strict=True)).items() if item[0] not in scores]
         self._client.count(cache_hits=len(keys) - len(missing))
-        size = self._settings.batch_size
+        size = self.config.batch_size
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         # Requests in flight are waited for because their scores are cached.
         for batch_scores in self._client.map(self._score_batch, batches, finish_started=True):
@@ -82,9 +82,7 @@ class HttpScorer(RewardScorer):
 
     def _key(self, index: int, dialogue: Dialogue) -> bytes:
         """Hash of the conversation, or its position if nothing is cached."""
-        return (
-            hashlib.sha256(http_protocol.canonical(dialogue)).digest() if self._settings.cache_size else b"%d" % index
-        )
+        return hashlib.sha256(http_protocol.canonical(dialogue)).digest() if self.config.cache_size else b"%d" % index
 
     def _cached(self, keys: Sequence[bytes]) -> dict[bytes, float]:
         with self._lock:
@@ -102,31 +100,31 @@ class HttpScorer(RewardScorer):
             values = self._client.post(body, max_bytes, lambda data: http_protocol.read_answer(data, len(keys)), stop)
         except RetryableError as error:
             self._client.count(failures=1, unscored=len(keys))
-            if self._failed == "drop":
+            if self.config.failed == "drop":
                 return dict.fromkeys(keys, math.nan)
             raise WorkerError(
                 f"the reward service gave no scores in {error}",
-                where=self._settings.url,
-                remedy=f"check that it runs (GET {http_protocol.HEALTH}) and its log; raise http.retries and "
-                "http.timeout_s; failed=drop leaves out such prompts",
+                where=self.config.url,
+                remedy=f"check that it runs (GET {http_protocol.HEALTH}) and its log; raise retries and "
+                "timeout_s; failed=drop leaves out such prompts",
             ) from None
         scores = dict(zip(keys, values, strict=True))
         finite = {key: score for key, score in scores.items() if math.isfinite(score)}
         self._client.count(scored=len(finite), unscored=len(scores) - len(finite))
         with self._lock:
             self._cache |= finite
-            while len(self._cache) > self._settings.cache_size:
+            while len(self._cache) > self.config.cache_size:
                 self._cache.popitem(last=False)
         return scores
 
 
-def _remedies(settings: HttpRewardConfig) -> dict[int, str]:
-    variable = f"environment variable {settings.token_env}" if settings.token_env else "http.token_env=NAME"
+def _remedies(config: HttpRewardConfig) -> dict[int, str]:
+    variable = f"environment variable {config.token_env}" if config.token_env else "token_env=NAME"
     token = f"set the token of the service: {variable}"
     return {
-        REDIRECT: "set http.url to the address of the service",
+        REDIRECT: "set url to the address of the service",
         401: token,
         403: token,
-        404: f"http.url is the address without {http_protocol.REWARDS}",
-        413: "lower http.batch_size, or raise the limits of the service",
+        404: f"url is the address without {http_protocol.REWARDS}",
+        413: "lower batch_size, or raise the limits of the service",
     }

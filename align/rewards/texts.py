@@ -112,8 +112,8 @@ def text_reason(head_spec: HeadSpec, tokenizer: PreTrainedTokenizerBase, run: Re
     if head_spec.own_template:
         if head_spec.chat_template is not None:
             tokenizer.chat_template = head_spec.chat_template
-        own = Renderer(tokenizer, date=head_spec.date, section="reward")
-        if (own.template, own.date) != (run.template, run.date):
+        renderer = Renderer(tokenizer, date=head_spec.date, section="reward")
+        if (renderer.template, renderer.date) != (run.template, run.date):
             return "its chat template or date is not the run's"
     probe = [Message("user", "question")]
     prompt, (answer,) = run.dialogue_ids(probe, ["answer"])

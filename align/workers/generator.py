@@ -53,7 +53,7 @@ class Generator(Role):
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> Future[list[Completion]]:
-        """See `align.generators.base.Generator`."""
+        """See `align.generators.base.TextGenerator`."""
         rows = [part.tolist() for part in by_rank(len(requests), self.ranks.world_size)]
         arguments = [([requests[i] for i in part], sampling, margins) for part in rows]
 

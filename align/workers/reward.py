@@ -27,7 +27,7 @@ from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, 
 
 
 @dataclass(frozen=True)
-class Scored(Record):
+class RankScores(Record):
     """Scores of one rank."""
 
     score_B: Tensor
@@ -45,16 +45,16 @@ class RewardWorker(Worker):
         self.scorer = scorers.build_scorer(self.spec.section, self.device, self.spec.seed)
 
     @answered
-    def score(self, sequences: Sequences) -> Scored:
+    def score(self, sequences: Sequences) -> RankScores:
         """Scores of token ids."""
-        return Scored(self.scorer.score_ids(sequences), self.scorer.metrics())
+        return RankScores(self.scorer.score_ids(sequences), self.scorer.metrics())
 
     @answered
     def score_dialogues(
         self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None, groups: Sequence[int]
-    ) -> Scored:
+    ) -> RankScores:
         """Scores of conversations; see `align.rewards.base.RewardScorer.score`."""
-        return Scored(self.scorer.score(dialogues, ids, groups), self.scorer.metrics())
+        return RankScores(self.scorer.score(dialogues, ids, groups), self.scorer.metrics())
 
     @answered
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Tensor:
@@ -92,9 +92,9 @@ class TrainedRewardWorker(TrainedWorker):
         return {readme.NAME: readme.reward(self._origin(exported), exported.chat, self.tokenizer, *form)}
 
     @answered
-    def score(self, sequences: Sequences) -> Scored:
+    def score(self, sequences: Sequences) -> RankScores:
         """Scores of token ids."""
-        return Scored(self.engine.infer(sequences)["score_B"], {})
+        return RankScores(self.engine.infer(sequences)["score_B"], {})
 
     @answered
     def attributes(self, sequences: Sequences) -> Tensor:
@@ -157,7 +157,7 @@ class Reward(Role):
         gather = lambda parts: self._gather(parts, rows)  # noqa: E731
         return self.ranks.call(self.phase, RewardWorker.score_dialogues, arguments, gather)
 
-    def _gather(self, parts: Sequence[Scored], rows: Sequence[Tensor]) -> Tensor:
+    def _gather(self, parts: Sequence[RankScores], rows: Sequence[Tensor]) -> Tensor:
         for part in parts:
             for name, value in part.metrics.items():
                 if name.startswith(MEAN_METRICS):

@@ -28,7 +28,7 @@ from align.models import exported_files
 from align.models.exported_files import Exported
 from align.prepare import load_renderer
 from align.rewards import card
-from align.rewards.card import Moments
+from align.rewards.card import ScoreMoments
 from align.roles import CompletedFuture
 from align.run import Run
 from align.types import NOT_RATED, Packed, Pairs, Ratings, Sequences
@@ -131,8 +131,8 @@ def test_held_out_ratings_by_hand():
 
 
 def test_moments_are_over_the_count():
-    assert Moments.of(torch.tensor([1.0, 3.0, 5.0, 7.0])) == Moments(4.0, 5.0**0.5, 4)
-    assert Moments.of(torch.tensor([2.5])) == Moments(2.5, 0.0, 1)
+    assert ScoreMoments.of(torch.tensor([1.0, 3.0, 5.0, 7.0])) == ScoreMoments(4.0, 5.0**0.5, 4)
+    assert ScoreMoments.of(torch.tensor([2.5])) == ScoreMoments(2.5, 0.0, 1)
 
 
 # Whole runs

@@ -20,7 +20,7 @@ from align.data import toy
 from align.errors import AlignError, ModelError
 from align.models import merge
 from align.rewards import card
-from align.rewards.card import Card, Moments
+from align.rewards.card import Card, ScoreMoments
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 80,
@@ -145,7 +145,7 @@ def test_a_folder_that_is_there_is_left_alone(ends: tuple[Path, Path], tmp_path)
 
 def test_the_command_carries_the_card_over_without_its_moments(ends: tuple[Path, Path], tmp_path):
     strong = Path(shutil.copytree(ends[1], tmp_path / "strong"))
-    given = Card("sequence_classification", moments=Moments(1.0, 2.0, 3), data="d", loss="scaled")
+    given = Card("sequence_classification", moments=ScoreMoments(1.0, 2.0, 3), data="d", loss="scaled")
     (strong / card.NAME).write_text(given.dumps())
     console = Console(record=True, width=500)
     arguments = build_parser().parse_args(["merge", "expo", str(ends[0]), str(strong), str(tmp_path / "out")])

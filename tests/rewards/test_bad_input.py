@@ -15,7 +15,7 @@ from align.cli import main
 from align.config import VerdictConfig
 from align.data import toy
 from align.rewards import card, genrm_card
-from align.rewards.card import Card, Moments
+from align.rewards.card import Card, ScoreMoments
 
 RECIPE = """
 algorithm: {algorithm}
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> d
     save("causal", AutoModelForCausalLM, toy.tokenizer())
     save("one", AutoModelForSequenceClassification, toy.tokenizer(), num_labels=1)
     save("five", AutoModelForSequenceClassification, toy.tokenizer(), Card("attributes", FIVE), num_labels=5)
-    scale = Card("attributes", FIVE, {"helpfulness": 1.0}, Moments(2.0, 1.0, 9))
+    scale = Card("attributes", FIVE, {"helpfulness": 1.0}, ScoreMoments(2.0, 1.0, 9))
     save("measured", AutoModelForSequenceClassification, toy.tokenizer(), scale, num_labels=5)
     save("nameless", AutoModelForSequenceClassification, toy.tokenizer(), num_labels=3)
     save("broken", AutoModelForSequenceClassification, toy.tokenizer(), "{", num_labels=1)

@@ -105,8 +105,8 @@ def test_no_more_requests_are_under_way_than_allowed():
         (401, {}, "status 401", "environment variable REWARD_TOKEN"),
         (403, {}, "status 403", "environment variable REWARD_TOKEN"),
         (404, {}, "status 404", "without /v1/rewards"),
-        (413, {}, "status 413", "http.batch_size"),
-        (302, {"Location": "http://elsewhere.example/x"}, "redirects to http://elsewhere.example/x", "set http.url"),
+        (413, {}, "status 413", "batch_size"),
+        (302, {"Location": "http://elsewhere.example/x"}, "redirects to http://elsewhere.example/x", "set url"),
     ],
 )
 def test_what_repeating_cannot_change_is_an_error_at_once(

@@ -133,7 +133,7 @@ def test_when_retries_are_used_up_the_error_names_what_was_tried_and_the_other_s
         with pytest.raises(WorkerError) as failed:
             judge.score([dialogue(n) for n in range(6)])
         assert failed.value.exit_status == 76
-        for part in (url, "3 attempts", "status 503: not now", "http.retries", "failed=drop"):
+        for part in (url, "3 attempts", "status 503: not now", "raise retries", "failed=drop"):
             assert part in str(failed.value)
         down[0] = False
         assert judge.score([dialogue(n) for n in range(6)]).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

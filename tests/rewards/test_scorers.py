@@ -37,7 +37,7 @@ from align.data.chat import Message, Renderer
 from align.data.conversations import Conversations
 from align.errors import DataError, ModelError
 from align.rewards import card, scorers
-from align.rewards.card import Card, Moments
+from align.rewards.card import Card, ScoreMoments
 from align.rewards.checkpoint_format import HeadSpec
 from align.rewards.scorers import CheckpointScorer, EnsembleScorer, build_scorer
 
@@ -97,7 +97,7 @@ def test_goodness_by_hand():
     first, second = judge._score({"attribute_BA": values_BA}).tolist()
     assert first == pytest.approx(4.15, abs=1e-6)
     assert math.isnan(second)
-    judge.head_spec = replace(judge.head_spec, moments=Moments(4.0, 0.5, 10))
+    judge.head_spec = replace(judge.head_spec, moments=ScoreMoments(4.0, 0.5, 10))
     assert judge._score({"attribute_BA": values_BA})[0].item() == pytest.approx(0.3, abs=1e-6)
 
 
@@ -157,7 +157,7 @@ def test_a_bias_of_the_head_is_not_left_out(save: Save):
 
 
 def test_normalized_scores(save: Save):
-    own = Card("sequence_classification", moments=Moments(mean=0.25, std=2.0, count=10))
+    own = Card("sequence_classification", moments=ScoreMoments(mean=0.25, std=2.0, count=10))
     path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
     raw = opened(path).score(DIALOGUES)
     assert torch.allclose(opened(path, normalize=True).score(DIALOGUES), (raw - 0.25) / 2, atol=1e-6)

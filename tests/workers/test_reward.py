@@ -34,8 +34,8 @@ from align.types import Packed, Sequences
 from align.workers import local
 from align.workers.base import Ranks, Spec
 from align.workers.critic import CriticWorker
+from align.workers.reward import RankScores
 from align.workers.reward import Reward as Role
-from align.workers.reward import Scored
 
 
 class Pretended(Ranks):
@@ -49,7 +49,7 @@ class Pretended(Ranks):
         self.arguments = list(arguments)
         scores = [torch.tensor([float(len(one.response.split())) for one in own[0]]) for own in arguments]
         return CompletedFuture(
-            gather([Scored(score, metrics) for score, metrics in zip(scores, self.metrics, strict=True)])
+            gather([RankScores(score, metrics) for score, metrics in zip(scores, self.metrics, strict=True)])
         )
 
     def start(self, method: Any, arguments: Any) -> list[Any]:
@@ -145,7 +145,7 @@ def test_no_score_stops_or_stays(failed: Any):
         def call(
             self, phase: str, method: Any, arguments: Any, gather: Callable[[list[Any]], Any]
         ) -> CompletedFuture[Any]:
-            return CompletedFuture(gather([Scored(torch.tensor([1.0, math.nan]), {})]))
+            return CompletedFuture(gather([RankScores(torch.tensor([1.0, math.nan]), {})]))
 
     role = Role(Fails(1), CheckpointRewardConfig(path="p", failed=failed))
     if failed == "drop":
