@@ -40,7 +40,7 @@ class Lengths(RewardScorer):
         pass
 
     def score(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
-        return torch.tensor([float(len(one.response)) for one in dialogues])
+        return torch.tensor([float(len(dialogue.response)) for dialogue in dialogues])
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def test_headers_without_end_are_refused_and_not_held():
 def test_a_client_that_sends_slowly_is_not_waited_for(begin: bytes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(connections, "HEADER_S", 0.3)
     with front(request_timeout_s=0.3) as address, socket.create_connection(address) as connection:
-        begun, slow = time.monotonic(), threading.Event()
+        start, slow = time.monotonic(), threading.Event()
 
         def drip() -> None:
             with suppress(OSError):
@@ -118,7 +118,7 @@ def test_a_client_that_sends_slowly_is_not_waited_for(begin: bytes, monkeypatch:
         dripping = threading.Thread(target=drip)
         dripping.start()
         until_closed(connection)
-        assert 0.2 < time.monotonic() - begun < 2.5
+        assert 0.2 < time.monotonic() - start < 2.5
         slow.set()
         dripping.join()
 
@@ -133,9 +133,9 @@ def test_half_open_connections_beyond_the_limit_keep_nobody_out(monkeypatch: pyt
                 b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\n" + b"Content-Length: 9\r\n\r\n" * (number % 2)
             )
             if number % 20 == 19:
-                begun = time.monotonic()
+                start = time.monotonic()
                 assert scores(address)
-                assert time.monotonic() - begun < 1
+                assert time.monotonic() - start < 1
         ended = 0
         for connection in half_open:
             connection.setblocking(False)
@@ -167,8 +167,8 @@ def test_a_connection_that_is_scored_is_not_ended_for_another(monkeypatch: pytes
 
 
 def test_bad_requests_are_logged_once(caplog: pytest.LogCaptureFixture):
-    for one in ("uvicorn.error", "asyncio"):
-        for limit in service.logging.getLogger(one).filters:
+    for name in ("uvicorn.error", "asyncio"):
+        for limit in service.logging.getLogger(name).filters:
             limit._kinds.clear()
     with front() as address:
         for _ in range(20):
@@ -226,18 +226,18 @@ def test_a_body_above_the_limit_is_refused_as_it_comes(chunked: bool):
 def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(app, "BODIES", 1)
     with front() as address:
-        held = [socket.create_connection(address, timeout=3) for _ in range(2)]
-        for connection in held:
+        open_sockets = [socket.create_connection(address, timeout=3) for _ in range(2)]
+        for connection in open_sockets:
             connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\n" + b" " * 8000)
-        held[1].settimeout(3)
-        refused = any(b" 429 " in part for part in _first_of(held))
-        for connection in held:
+        open_sockets[1].settimeout(3)
+        refused = any(b" 429 " in part for part in _first_of(open_sockets))
+        for connection in open_sockets:
             connection.close()
         assert refused
 
 
-def _first_of(held: list[socket.socket]) -> Iterator[bytes]:
-    for connection in held[::-1]:
+def _first_of(open_sockets: list[socket.socket]) -> Iterator[bytes]:
+    for connection in open_sockets[::-1]:
         connection.settimeout(1)
         with suppress(TimeoutError):
             yield connection.recv(100)
@@ -297,14 +297,14 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
     if "const" in schema or "enum" in schema:
         return value in schema.get("enum", [schema.get("const")])
-    named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not any(isinstance(value, kinds[kind]) for kind in named):
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not any(isinstance(value, kinds[kind]) for kind in types):
         return False
     if isinstance(value, list):
         items = schema.get("items")
-        return items is None or all(fits(one, items) for one in value)
+        return items is None or all(fits(item, items) for item in value)
     if isinstance(value, dict) and "properties" in schema:
-        known = schema["properties"]
-        named_right = set(schema["required"]) <= value.keys() <= known.keys()
-        return named_right and all(fits(one, known[name]) for name, one in value.items())
+        properties = schema["properties"]
+        has_right_keys = set(schema["required"]) <= value.keys() <= properties.keys()
+        return has_right_keys and all(fits(item, properties[name]) for name, item in value.items())
     return True

@@ -32,8 +32,7 @@ from align.config import (
     RewardServiceConfig,
 )
 from align.data.chat import Dialogue, Message
-from align.errors import ConfigError, PlacementError
-from align.rewards import http_protocol
+from align.errors import ConfigError
 from align.rewards.http import HttpScorer
 from align.rewards.scorers import build_scorer
 from align.serve.batcher import LoadingBackend
@@ -86,9 +85,9 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
     monkeypatch.setenv("SHORT_TOKEN", "fifteen-signs-1")
     assert cli.main(["serve", "reward", str(recipe), *overrides]) == 78
-    said = capsys.readouterr()
-    assert message in said.err
-    assert TOKEN not in said.err + said.out and "fifteen" not in said.err + said.out
+    output = capsys.readouterr()
+    assert message in output.err
+    assert TOKEN not in output.err + output.out and "fifteen" not in output.err + output.out
 
 
 def test_a_check_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -106,7 +105,7 @@ def front(port: int = 0) -> Any:
 def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The other service has its port from its first moment, when its own model is not loaded either."""
+    """The other service has its port from its first moment, when its expected model is not loaded either."""
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
     monkeypatch.setattr(service, "_start_backend", lambda *_: pytest.fail("loads the model"))
     with front() as first:
@@ -149,7 +148,7 @@ def status_of(url: str) -> int:
 
 
 def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch):
-    heard: list[int] = []
+    statuses: list[int] = []
     fronts: list[Any] = []
 
     class RecordedServer(service.HTTPServer):
@@ -163,10 +162,10 @@ def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypat
 
     @contextmanager
     def up(_: RewardServiceConfig, stop: Any) -> Iterator[Any]:
-        heard.append(status_of(fronts[0].url))
+        statuses.append(status_of(fronts[0].url))
 
         def look() -> None:
-            heard.append(status_of(fronts[0].url))
+            statuses.append(status_of(fronts[0].url))
             stop.requested.set()
 
         yield Scorer(), look
@@ -176,7 +175,7 @@ def test_a_service_answers_503_until_its_model_is_loaded(recipe: Path, monkeypat
     monkeypatch.setattr(service, "CHECK_S", 0.001)
     monkeypatch.setenv("ALIGN_REWARD_TOKEN", TOKEN)
     assert cli.main(["serve", "reward", str(recipe)]) == 0
-    assert heard == [503, 200]
+    assert statuses == [503, 200]
 
 
 def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.MonkeyPatch):
@@ -203,80 +202,6 @@ def test_a_sharded_judge_without_a_score_answers_null(monkeypatch: pytest.Monkey
     assert values[0] == 1.0 and math.isnan(values[1])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        replicas.RayServeException("no controller"),
-        replicas.RayError("gone"),
-        KeyError("reward"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_while_ray_serve_cannot_say_there_is_no_replica(error: Exception, monkeypatch: pytest.MonkeyPatch):
-    def status() -> Any:
-        if broken:
-            raise error
-        deployment = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 1})
-        return SimpleNamespace(applications={"reward": SimpleNamespace(deployments={"reward": deployment})})
-
-    monkeypatch.setattr(replicas.serve, "status", status)
-    monkeypatch.setattr(replicas, "STATUS_S", 0.0)
-    scorer, broken = replicas.ReplicaBackend(None), False
-    assert asyncio.run(scorer.replicas()) == 2
-    last, broken = scorer.last_running, True
-    assert asyncio.run(scorer.replicas()) == 0 and scorer.last_running == last
-
-
-def test_faults_of_ray_and_of_ray_serve_are_503():
-    unavailable = replicas.serve.exceptions.DeploymentUnavailableError
-    assert not issubclass(unavailable, replicas.RayError)
-    for error in (unavailable("reward"), replicas.ray.exceptions.RayActorError()):
-
-        async def remote(_: Any, error: Exception = error) -> Any:
-            raise error
-
-        handle = SimpleNamespace(score=SimpleNamespace(remote=remote))
-        with pytest.raises(http_protocol.HTTPError) as refused:
-            asyncio.run(replicas.ReplicaBackend(handle).score(DIALOGUES))  # type: ignore[arg-type]
-        assert (refused.value.status, refused.value.retry_after_s) == (503, replicas.RESTARTING_S)
-        assert type(error).__name__ in refused.value.message
-
-
-@pytest.mark.parametrize(
-    ("gpus", "there", "room"),
-    [
-        (0.6, {"GPU": 2.0, "CPU": 8.0}, 2),  # 3 * 0.6 is less than 2, yet no GPU holds two
-        (0.5, {"GPU": 2.0, "CPU": 8.0}, 4),
-        (0.3, {"GPU": 1.0, "CPU": 8.0}, 3),
-        (0.1, {"GPU": 1.0, "CPU": 8.0}, 10),
-        (1.0, {"GPU": 2.0, "CPU": 8.0}, 2),
-        (None, {"GPU": 2.0, "CPU": 8.0}, 2),
-        (0.0, {"GPU": 2.0, "CPU": 8.0}, 8),
-        (None, {"CPU": 4.0}, 4),
-        (0.5, {"CPU": 4.0}, 0),
-    ],
-)
-def test_how_many_replicas_there_is_room_for(
-    gpus: float | None, there: dict[str, float], room: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(replicas.ray, "cluster_resources", lambda: there)
-    monkeypatch.setattr(replicas.serve, "deployment", lambda _, **options: options)
-
-    def options(number: int) -> Any:
-        return replicas._deployment(
-            RewardServiceConfig(
-                reward=CheckpointRewardConfig(path="m"), replicas=ReplicasConfig(min=number, max=number, gpus=gpus)
-            )
-        )["ray_actor_options"]
-
-    with pytest.raises(PlacementError, match=f"there is room for {room}: "):
-        options(room + 1)
-    if room:
-        asked = options(room)
-        cards = 0 if gpus == 0 or "GPU" not in there else gpus or 1.0
-        assert (asked["num_gpus"], asked["num_cpus"]) == (cards, 0 if cards else 1)
-
-
 def test_names_of_models(tmp_path: Path):
     def name(**reward: Any) -> str:
         return service.model_name(
@@ -301,31 +226,31 @@ class Running:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env={**os.environ, "ALIGN_REWARD_TOKEN": TOKEN}
             )
-        self.wait_until(lambda: "serving " in self.said, 150)
-        self.url = next(line for line in self.said.splitlines() if line.startswith("serving ")).split()[-1]
+        self.wait_until(lambda: "serving " in self.output, 150)
+        self.url = next(line for line in self.output.splitlines() if line.startswith("serving ")).split()[-1]
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
-    def wait_until(self, found: Callable[[], bool], seconds: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not found():
-            assert self.process.poll() is None, f"it ended: {self.said}"
-            assert time.monotonic() < end, f"not within {seconds} s: {self.said}"
+        while not condition():
+            assert self.process.poll() is None, f"it ended: {self.output}"
+            assert time.monotonic() < end, f"not within {seconds} s: {self.output}"
             time.sleep(0.1)
 
 
 @contextmanager
 def running(recipe: Path, *overrides: str) -> Iterator[Running]:
-    one = Running(recipe, *overrides)
+    server = Running(recipe, *overrides)
     try:
-        yield one
-        one.process.send_signal(signal.SIGTERM)
-        assert one.process.wait(60) == 0, one.said
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0, server.output
     finally:
-        one.process.kill()
-        one.process.wait()
+        server.process.kill()
+        server.process.wait()
 
 
 @contextmanager
@@ -334,64 +259,64 @@ def client(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpScorer]:
     http = HttpRewardConfig(
         url=url, token_env="ALIGN_REWARD_TOKEN", cache_size=0, retries=100, backoff_s=0.2, max_backoff_s=1.0
     )
-    judge = HttpScorer(http)
+    scorer = HttpScorer(http)
     try:
-        yield judge
+        yield scorer
     finally:
-        judge.close()
+        scorer.close()
 
 
 @pytest.mark.slow
 def test_in_one_process_the_scores_are_those_of_the_judge(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with running(recipe, "executor=local") as one, client(one.url, monkeypatch) as judge:
-        scores = judge.score(DIALOGUES)
-    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+    with running(recipe, "executor=local") as server, client(server.url, monkeypatch) as scorer:
+        scores = scorer.score(DIALOGUES)
+    expected = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
         DIALOGUES
     )
-    torch.testing.assert_close(scores, own, rtol=0, atol=1e-6)
-    assert len(set(own.tolist())) == len(DIALOGUES)
-    assert one.said.splitlines()[-1] == f"serving {tiny_reward.name} on {one.url}"
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    assert len(set(expected.tolist())) == len(DIALOGUES)
+    assert server.output.splitlines()[-1] == f"serving {tiny_reward.name} on {server.url}"
 
 
 @pytest.mark.long
 def test_weights_spread_over_two_workers_give_the_same_scores(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+    expected = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
         DIALOGUES
     )
     with (
-        running(recipe, "replicas.shards=2", "reward.zero_stage=3") as one,
-        client(one.url, monkeypatch) as judge,
+        running(recipe, "replicas.shards=2", "reward.zero_stage=3") as server,
+        client(server.url, monkeypatch) as scorer,
     ):
-        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
-        torch.testing.assert_close(judge.score(DIALOGUES[:1]), own[:1], rtol=0, atol=1e-6)  # one worker has none
+        torch.testing.assert_close(scorer.score(DIALOGUES), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(scorer.score(DIALOGUES[:1]), expected[:1], rtol=0, atol=1e-6)  # one worker has none
 
 
 def parents() -> dict[int, int]:
     """The parent of each process."""
-    found = {}
+    parent_of = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            found[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent_of[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # it ended meanwhile
-    return found
+    return parent_of
 
 
 def family(pid: int) -> list[int]:
     """A process and all that it started."""
-    table, found = parents(), [pid]
-    for one in found:
-        found += [child for child, parent in table.items() if parent == one]
-    return found
+    parent_of, pids = parents(), [pid]
+    for member in pids:
+        pids += [child for child, parent in parent_of.items() if parent == member]
+    return pids
 
 
 def listens_on(pids: list[int]) -> set[str]:
     """Addresses, in hexadecimal, on which processes listen for TCP connections."""
-    sockets = {os.readlink(one) for pid in pids for one in Path(f"/proc/{pid}/fd").iterdir() if one.is_symlink()}
+    sockets = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
     lines = [
         line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
@@ -403,21 +328,21 @@ def test_a_replica_that_is_killed_is_replaced_and_nothing_is_lost(
     recipe: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With Ray Serve; on the way: only this machine is listened to, and no process but the first holds the token."""
-    own = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
+    expected = build_scorer(CheckpointRewardConfig(path=str(tiny_reward), dtype="float32"), torch.device("cpu")).score(
         DIALOGUES
     )
     logs = recipe.parent / "run" / "logs"
-    with running(recipe) as one, client(one.url, monkeypatch) as judge:
-        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
-        processes = family(one.process.pid)
+    with running(recipe) as server, client(server.url, monkeypatch) as scorer:
+        torch.testing.assert_close(scorer.score(DIALOGUES), expected, rtol=0, atol=1e-6)
+        processes = family(server.process.pid)
         assert listens_on(processes) == {"0100007F", "0000000000000000FFFF00000100007F"}
         for pid in processes:
             assert TOKEN.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-            assert pid == one.process.pid or TOKEN.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+            assert pid == server.process.pid or TOKEN.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
         (first,) = logs.glob("replica-*.log")
         os.kill(int(first.stem.removeprefix("replica-")), signal.SIGKILL)
-        torch.testing.assert_close(judge.score(DIALOGUES), own, rtol=0, atol=1e-6)
+        torch.testing.assert_close(scorer.score(DIALOGUES), expected, rtol=0, atol=1e-6)
         assert len(list(logs.glob("replica-*.log"))) == 2
-        assert judge.metrics()["failures"] == 0
-    assert TOKEN not in one.said + "".join(log.read_text() for log in logs.iterdir())
+        assert scorer.metrics()["failures"] == 0
+    assert TOKEN not in server.output + "".join(log.read_text() for log in logs.iterdir())
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
