@@ -46,7 +46,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOLERANCE = 2e-3
 """Of scores of order 1 in float32, whose sums differ in order."""
 COMMON = """
-run: {{dir: {dir}, steps: 2, tensorboard: false}}
+run: {{dir: {dir}, steps: 2, trackers: []}}
 data: {{path: {data}, bad_rows: skip, max_prompt_tokens: 128, max_response_tokens: 128}}
 executor: local
 """

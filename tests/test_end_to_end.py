@@ -78,7 +78,7 @@ def test_rloo_on_four_roles_equals_rloo_in_one_process(tmp_path, toy_data, tiny_
 
 PAIRS = """
 algorithm: reward_model
-run: {{dir: {run}, steps: {steps}, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: {steps}, progress: none, trackers: []}}
 data: {{path: {data}, bad_rows: skip, {data_options}}}
 executor: local
 batch_size: 16
@@ -246,7 +246,7 @@ def test_a_sharded_reward_model_trains_like_a_whole_one(tmp_path, toy_data, tiny
     """At ZeRO 3 the head that the checkpoint lacks is drawn anew into shards, the same on every rank."""
     text = f"""
 algorithm: reward_model
-run: {{dir: x, steps: 3, progress: none, tensorboard: false}}
+run: {{dir: x, steps: 3, progress: none, trackers: []}}
 data: {{path: {toy_data}}}
 batch_size: 8
 reward: {{path: {tiny_policy}, dtype: float32, zero_stage: 3, optimizer: {{lr: 1e-3}}}}

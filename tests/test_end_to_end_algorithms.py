@@ -11,7 +11,7 @@ from align.cli import main
 
 HEAD = """
 algorithm: {algorithm}
-run: {{dir: x, steps: 3, seed: 1, logged_samples: 12, progress: none, tensorboard: false}}
+run: {{dir: x, steps: 3, seed: 1, logged_samples: 12, progress: none, trackers: []}}
 data: {{path: {data}}}
 policy: {{path: {policy}, dtype: float32, zero_stage: 2, optimizer: {{lr: 1e-3}}}}
 """

@@ -10,7 +10,7 @@ from align.data import toy
 
 BASE = """
 algorithm: {algorithm}
-run: {{dir: {run}, steps: {steps}, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: {steps}, progress: none, trackers: []}}
 data: {{path: {data}}}
 """
 

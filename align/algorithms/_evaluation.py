@@ -121,7 +121,7 @@ class Evaluator:
                 | {name: float(score_P[i]) for name, score_P in scores.items()}
                 for i, (messages, text) in enumerate(zip(held_out.messages, texts, strict=True))
             ]
-        self.run.evaluated(step, metrics, answers)
+        self.run.log_evaluation(step, metrics, answers)
         score = metrics[f"heldout/{self.evaluation.best_by}/reward"]
         if self.evaluation.keep_best and score > self.run.state.get("best_score", float("-inf")):
             self.run.keep_best(step, self.roles.policy, held_out.files)

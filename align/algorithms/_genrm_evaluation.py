@@ -82,7 +82,7 @@ class GenRMEvaluator:
             agreement, lines = self._evaluate(kind, sampling)
             metrics |= {f"heldout/{kind}/{name}": value for name, value in agreement.items()}
             answers += lines
-        self.run.evaluated(step, metrics, answers)
+        self.run.log_evaluation(step, metrics, answers)
         score = metrics[f"heldout/{self.config.evaluation.best_by}/agreement"]
         if self.config.evaluation.keep_best and score > self.run.state.get("best_score", -1.0):
             self.run.keep_best(step, self.policy, self.held_out.files)

@@ -14,6 +14,7 @@ from align.config.base import (
     RowKind,
     RunConfig,
     SourceConfig,
+    TrackerName,
 )
 from align.config.editing import EditingConfig
 from align.config.eval import BenchmarkDataConfig, RewardEvaluationConfig
@@ -116,6 +117,7 @@ __all__ = [
     "SourceConfig",
     "SteeringConfig",
     "SweepConfig",
+    "TrackerName",
     "TrainedModelConfig",
     "TrainedRewardConfig",
     "VerdictConfig",

@@ -29,6 +29,9 @@ RowKind = Literal[
 ]
 """What rows are read as; `align.data.rows` has a class for each."""
 
+TrackerName = Literal["tensorboard"]
+"""Trackers; `align.run.tracking.TRACKERS` has a class for each."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -205,8 +208,9 @@ class RunConfig:
     """Seed of data order, weight initialization and sampling."""
     logged_samples: int = 4
     """Responses written to ``samples.jsonl`` each step."""
-    tensorboard: bool = True
-    """Write event files to ``tensorboard/``."""
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
+    """Where the metrics go beside ``metrics.jsonl``. ``tensorboard`` writes event files to ``tensorboard/``. ``[]``
+    turns this off."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Display in the terminal; ``auto`` is live on a terminal and about a hundred plain lines elsewhere. ``none`` hides
     steps and loading; errors are always printed."""

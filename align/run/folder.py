@@ -7,18 +7,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from align.checkpoint import CheckpointStore, SavedCheckpoint, UnsoundError, listed, read_file, require_sound
 from align.config import RecipeConfig
-from align.config.load import format_config
+from align.config.load import flatten_config, format_config
 from align.errors import ConfigError
 from align.prechecks.folders import BEFORE_A_RUN, check_run_folder
 from align.run.checkpointing import Progress
@@ -26,6 +24,7 @@ from align.run.environment import environment, versions
 from align.run.identity import MOST_LISTED, Identity
 from align.run.jsonl import JsonLines, copy_tree
 from align.run.lock import Lock
+from align.run.tracking import Trackers
 from align.utils.disk import open_file, saving, write_whole
 from align.utils.redact import redact
 
@@ -40,7 +39,7 @@ class Folder:
             JsonLines(self.path / f"{name}.jsonl", self.report, lambda: self.lock.check())
             for name in ("metrics", "samples", "evaluations")
         )
-        self._board: SummaryWriter | None = None
+        self.trackers = Trackers(self.section.trackers, self.report)
         self._bests: dict[int, set[Path]] = {}
         """Best models by checkpoint: what is published does not change."""
         self.checkpoint: SavedCheckpoint | None = None
@@ -190,7 +189,7 @@ class Folder:
         try:
             for lines in (self.metrics, self.samples, self.evaluations):
                 lines.close()
-            self._close_board()
+            self.trackers.close()
         finally:
             self.lock.release()
 
@@ -215,25 +214,7 @@ class Folder:
         self._bests.clear()
         self._drop_best(progress)
         self._check_models(progress)
-        self._close_board()
-        if self.section.tensorboard:
-            with self._board_or_none():
-                self._board = SummaryWriter(self.path / "tensorboard", purge_step=progress.step + 1)
-
-    @contextmanager
-    def _board_or_none(self) -> Iterator[None]:
-        """Go on without TensorBoard's files where the disk refuses: they repeat ``metrics.jsonl``."""
-        try:
-            yield
-        except OSError as error:
-            self._board = None
-            self.report(f"{self.path / 'tensorboard'}: {error}; nothing more is written there, see metrics.jsonl")
-
-    def _close_board(self) -> None:
-        board, self._board = self._board, None
-        if board:
-            with self._board_or_none():
-                board.close()
+        self.trackers.open(flatten_config(self.recipe), self.path, progress.step)
 
     def _check_models(self, progress: Progress) -> None:
         """Raise `ConfigError` where a model that the run needs, or has to show, is damaged: its best one, what its
@@ -269,14 +250,6 @@ class Folder:
     def ends(self) -> dict[str, int]:
         """Bring the files to the disk; their lengths. Raises `SaveError`."""
         return {lines.path.name: lines.sync() for lines in (self.metrics, self.samples, self.evaluations)}
-
-    def log(self, step: int, line: Mapping[str, float]) -> None:
-        """Write the numbers of a step."""
-        self.metrics.append(line, step)
-        if self._board:
-            with self._board_or_none():
-                for name, value in line.items():
-                    self._board.add_scalar(name, value, step)
 
     def rename_final(self, folder: Path, why: str) -> None:
         """Give a model another name, and say why."""

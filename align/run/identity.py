@@ -12,7 +12,7 @@ from align.config.load import flatten_config
 from align.errors import ConfigError
 
 HARMLESS = (
-    r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|tensorboard|progress|bundle_steps)",
+    r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|trackers|progress|bundle_steps)",
     r"run\.(non_finite|max_non_finite)",
     r"(checkpoint|cluster|placement)\..*",
     r"placement|executor|benchmarks(\..*)?",

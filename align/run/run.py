@@ -350,15 +350,19 @@ class Run:
         self._begun = now
         counted = {f"{name}/{key}": v for name, role in self._counting.items() for key, v in role.drain().items()}
         line = {"step": step, **metrics, **counted, **{f"seconds/{name}": value for name, value in seconds.items()}}
+        samples: list[dict[str, Any]] = []
         if rollouts is not None:
             line["generated_tokens"] = float(rollouts.mask_BT.sum())
-            self._log_samples(step, rollouts, score_B)
+            samples = self._samples(step, rollouts, score_B)
+            for sample in samples:
+                self.disk.samples.append(sample, step)
         for phase, tokens in (("generate", "generated_tokens"), ("update", "trained_tokens")):
             if tokens in line and seconds.get(phase):
                 line[f"tokens_per_second/{phase}"] = line[tokens] / seconds[phase]
         line |= self._totals(line, rollouts)
         self.metrics = line
-        self.disk.log(step, line)
+        self.disk.metrics.append(line, step)
+        self.disk.trackers.log(step, line, samples)
         self._display.step(step, line)
         self._count_not_finite(metrics)
 
@@ -382,14 +386,16 @@ class Run:
             message = f"{self.progress.not_finite} optimizer steps in a row had a loss or gradient that is not finite"
             raise DivergedError(message, remedy="lower the learning rate, and look at the last rollouts")
 
-    def evaluated(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
-        """Write a held-out evaluation: its numbers and the answers they were taken from, one line."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Write a held-out evaluation: its metrics and the answers that they were computed from, one line."""
         self.disk.evaluations.append({"step": step, **metrics, "answers": list(answers)}, step)
+        self.disk.trackers.log_evaluation(step, metrics, answers)
 
-    def _log_samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> None:
-        sequences = rollouts.sequences
+    def _samples(self, step: int, rollouts: Rollouts, score_B: Tensor | None) -> list[dict[str, Any]]:
+        """A few responses in readable form, spread over the prompts."""
+        sequences, samples = rollouts.sequences, []
         count = min(self.section.logged_samples, len(rollouts))
-        for i in (k * len(rollouts) // count for k in range(count)):  # spread over the prompts
+        for i in (k * len(rollouts) // count for k in range(count)):
             sample = {
                 "step": step,
                 "prompt": self._decode_samples(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),
@@ -397,4 +403,5 @@ class Run:
                 "finished": bool(rollouts.finished_B[i]),
                 "score": None if score_B is None else float(score_B[i]),
             }
-            self.disk.samples.append(sample, step)
+            samples.append(sample)
+        return samples

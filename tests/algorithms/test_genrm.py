@@ -117,7 +117,7 @@ class Run:
     def is_last(self, step: int) -> bool:
         return step == 5
 
-    def evaluated(self, *written: Any) -> None:
+    def log_evaluation(self, *written: Any) -> None:
         self.written.append(written)
 
     def keep_best(self, step: int, policy: Any, extra: dict[str, str]) -> None:
@@ -188,7 +188,7 @@ def write_pairs(folder: Path) -> Path:
 
 RECIPE = """
 algorithm: genrm
-run: {{dir: {run}, steps: 60, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 60, progress: none, trackers: []}}
 data: {{path: {data}}}
 executor: local
 verdict: {{form: json, custom_roles: true}}

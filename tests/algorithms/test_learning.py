@@ -23,7 +23,7 @@ LIKED = "cat"
 
 COMMON = """
 algorithm: {algorithm}
-run: {{dir: {run}, steps: {steps}, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: {steps}, progress: none, trackers: []}}
 data: {{path: {data}}}
 executor: local
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: {lr}}}}}

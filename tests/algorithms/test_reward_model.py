@@ -169,7 +169,7 @@ def trained(
 ) -> Iterator[tuple[Any, list[dict[str, float]], Any]]:
     """After a run in this process: its role, its metrics, and the material."""
     given = [f"run.dir={folder}", f"data.path={data}", f"reward.path={start}", "run.progress=none", "executor=local"]
-    more = ["run.tensorboard=false", "run.seed=3", "reward.dtype=float32", "batch_size=32", "validate_every=0"]
+    more = ["run.trackers=[]", "run.seed=3", "reward.dtype=float32", "batch_size=32", "validate_every=0"]
     loaded = settings("reward.optimizer.lr=3e-3", "checkpoint.every=0", *more, *given, *overrides)
     renderer = load_renderer(loaded)
     train_data, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)

@@ -220,7 +220,7 @@ def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_
 @pytest.mark.slow
 def test_two_rounds_of_steerlm_and_two_of_its_successor(tmp_path, family_data, tiny_family, tiny_attributes, capsys):
     """Round 2 of SteerLM learns from samples with their own labels; its model starts SteerLM 2.0."""
-    small = "executor=local", "run.tensorboard=false", "run.progress=none", "data.max_rows=20", "reward.dtype=float32"
+    small = "executor=local", "run.trackers=[]", "run.progress=none", "data.max_rows=20", "reward.dtype=float32"
     held_out = "evaluation.every=2", "evaluation.prompts=4"
     more = *small, *held_out, "rounds=2", "batch_size=4", "sampling.num_samples=4", "sampling.max_tokens=40"
     loaded = recipe(tmp_path / ".", "steerlm", family_data, tiny_family, tiny_attributes, *more)

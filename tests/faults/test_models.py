@@ -19,7 +19,7 @@ from align.data import chat
 
 RECIPE = """
 algorithm: rloo
-run: {{dir: {run}, steps: 2, seed: 1, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 2, seed: 1, progress: none, trackers: []}}
 data: {{path: {data}}}
 executor: local
 prompts_per_step: 2

@@ -18,7 +18,7 @@ from align.errors import AlignError
 
 RECIPE = """
 algorithm: reward_model
-run: {{dir: {run}, steps: 1, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 1, progress: none, trackers: []}}
 data: {{path: {data}, max_response_tokens: 8}}
 batch_size: 1
 reward: {{path: {model}, dtype: float32, init: {init}, optimizer: {{lr: 1e-3}}}}

@@ -2,7 +2,7 @@
 
 HEAD = """
 algorithm: {algorithm}
-run: {{dir: x, steps: 6, seed: 1, logged_samples: 3, progress: none, tensorboard: false, max_restarts: 0}}
+run: {{dir: x, steps: 6, seed: 1, logged_samples: 3, progress: none, trackers: [], max_restarts: 0}}
 checkpoint: {{every: 2}}
 executor: local
 data: {{path: {data}, format: {format}, max_rows: 60}}

@@ -23,7 +23,7 @@ from align.cli import main
 
 RECIPE = """
 algorithm: rloo
-run: {{dir: x, steps: 4, seed: 2, logged_samples: 1, progress: none, tensorboard: false, max_restarts: 0}}
+run: {{dir: x, steps: 4, seed: 2, logged_samples: 1, progress: none, trackers: [], max_restarts: 0}}
 checkpoint: {{every: 1, keep_latest: 2}}
 executor: local
 data: {{path: {data}, format: helpsteer3, max_rows: 8}}
@@ -264,7 +264,7 @@ def test_another_algorithm_begins_where_no_step_was_taken(untouched, recipe, toy
     folder, other = tmp_path / "run", tmp_path / "sft.yaml"
     shutil.copytree(untouched, folder)
     other.write_text(
-        "algorithm: sft\nrun: {dir: x, steps: 1, progress: none, tensorboard: false}\nexecutor: local\n"
+        "algorithm: sft\nrun: {dir: x, steps: 1, progress: none, trackers: []}\nexecutor: local\n"
         f"data: {{path: {toy_data}, format: helpsteer3, max_rows: 8}}\nbatch_size: 2\n"
         f"policy: {{path: {tiny_policy}, dtype: float32, optimizer: {{lr: 1e-3}}}}\n"
     )

@@ -19,7 +19,7 @@ from align.rewards.card import Card, ScoreMoments
 
 RECIPE = """
 algorithm: {algorithm}
-run: {{dir: {run}, steps: 1, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 1, progress: none, trackers: []}}
 data: {{path: {data}, max_rows: 20}}
 executor: local
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 1e-3}}}}

@@ -253,7 +253,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
 
 RECIPE = f"""
 algorithm: rloo
-run: {{{{dir: {{run}}, steps: 14, seed: 1, progress: none, tensorboard: false}}}}
+run: {{{{dir: {{run}}, steps: 14, seed: 1, progress: none, trackers: []}}}}
 data: {{{{path: {{data}}, max_rows: 64, max_prompt_tokens: 40, max_response_tokens: 12}}}}
 executor: local
 policy: {{{{path: {{policy}}, dtype: float32, optimizer: {{{{lr: 1e-2}}}}}}}}

@@ -52,7 +52,7 @@ def test_the_score_by_a_principle_is_a_difference_of_log_probabilities(tiny_yes_
 
 RECIPE = """
 algorithm: rloo
-run: {{dir: {run}, steps: 2, seed: 1, logged_samples: 12, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 2, seed: 1, logged_samples: 12, progress: none, trackers: []}}
 data: {{path: {data}, max_rows: 60}}
 executor: local
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 2e-3}}}}

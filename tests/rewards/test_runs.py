@@ -21,7 +21,7 @@ from align.rewards.card import Card
 
 RECIPE = """
 algorithm: {algorithm}
-run: {{dir: {run}, steps: 3, seed: 1, logged_samples: 16, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 3, seed: 1, logged_samples: 16, progress: none, trackers: []}}
 data: {{path: {data}, max_rows: 60}}
 executor: local
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 2e-3}}}}

@@ -99,7 +99,7 @@ def test_the_file_that_defines_a_function_counts():
 
 RECIPE = """
 algorithm: rloo
-run: {{dir: {run}, steps: 2, seed: 1, logged_samples: 8, progress: none, tensorboard: false}}
+run: {{dir: {run}, steps: 2, seed: 1, logged_samples: 8, progress: none, trackers: []}}
 data: {{path: {data}, max_rows: 40}}
 executor: local
 policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 2e-3}}}}

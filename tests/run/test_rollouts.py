@@ -16,7 +16,7 @@ from align.types import Packed, Prompts
 
 
 def started(folder: Path, steps: int = 3, rounds: int = 1, progress: str = "none") -> Run:
-    section = RunConfig(dir=str(folder), steps=steps, tensorboard=False, progress=progress)  # type: ignore[arg-type]
+    section = RunConfig(dir=str(folder), steps=steps, trackers=[], progress=progress)  # type: ignore[arg-type]
     reward = CheckpointRewardConfig(path="r")
     return Run(OnPolicyConfig(algorithm="rloo", run=section, reward=reward, rounds=rounds), str)
 

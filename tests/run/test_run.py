@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -17,7 +16,6 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align.config import RecipeConfig, RunConfig
 from align.errors import ConfigError
@@ -34,7 +32,7 @@ def decode(ids: list[int]) -> str:
 
 
 def recipe(folder: Path, **section: object) -> RecipeConfig:
-    values = {"dir": str(folder), "steps": 3, "tensorboard": False, "progress": "none", **section}
+    values = {"dir": str(folder), "steps": 3, "trackers": [], "progress": "none", **section}
     return RecipeConfig(algorithm="rloo", run=RunConfig(**values))
 
 
@@ -211,24 +209,6 @@ def test_number_of_samples(tmp_path: Path, logged: int, written: int):
     assert responses == ["five", "fünf ?", "five five five"][:written]
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path):
-    with Run(recipe(tmp_path, tensorboard=True), decode) as run:
-        for step in run.steps():
-            run.log(step, {"loss": 1.0 / step})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, pytest.approx(1 / 3)),
-    ]
-
-
-def test_without_tensorboard_there_is_no_such_folder(tmp_path: Path):
-    with Run(recipe(tmp_path), decode):
-        pass
-    assert not (tmp_path / "tensorboard").exists()
-
-
 # Display
 
 METRICS = {
@@ -336,16 +316,3 @@ def test_the_clock_tells_phases_and_drains():
     assert told == ["generate"]
     assert clock.drain(6.0) == {"generate": 2.0, "score": 2.0, "reference": 0.5, "wait": 2.5, "step": 6.0}
     assert clock.drain(0.5) == {"wait": 0.5, "step": 0.5}
-
-
-def test_a_disk_that_refuses_tensorboards_files_costs_only_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with Run(recipe(tmp_path / "run", tensorboard=True), decode) as run:
-        assert run.disk._board is not None
-        run.disk._board.add_scalar = refuse
-        for step in run.steps():
-            run.log(step, {"loss": 1.0})
-    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
-    assert capsys.readouterr().err.count("nothing more is written there, see metrics.jsonl") == 1

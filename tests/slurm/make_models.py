@@ -21,7 +21,7 @@ LLAMA = {
 }
 RECIPE = """\
 algorithm: rloo
-run: {{dir: {folder}/unnamed, steps: 10, seed: 1, progress: plain, tensorboard: false}}
+run: {{dir: {folder}/unnamed, steps: 10, seed: 1, progress: plain, trackers: []}}
 checkpoint: {{every: 2}}
 data: {{path: {folder}/data}}
 prompts_per_step: 4
