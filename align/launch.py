@@ -20,7 +20,7 @@ from align.errors import DivergedError, LoadError, PlacementError, WorkerError
 from align.models.exported_files import Exported
 from align.prechecks.roles import check_roles, remote_code, role_configs, with_absolute_paths
 from align.prepare import Prepared, prepare
-from align.run import Run, Stopping
+from align.run import Run, StopRequests
 from align.utils import fault_injection
 from align.workers.announce import silent, to_stdout
 
@@ -32,7 +32,7 @@ def train(loaded: LoadedConfig, console: Console) -> None:
     fault_injection.arm(os.environ.get("ALIGN_FAULT"))
     prepared = prepare(loaded)
     folder = Path(run_config.dir).expanduser().absolute()
-    with Stopping(folder, run_config.max_seconds) as stopping, open_run(prepared, stopping) as run:
+    with StopRequests(folder, run_config.max_seconds) as stopping, open_run(prepared, stopping) as run:
         if run.finished:
             console.print(f"done before: {run.final}", highlight=False)
             return
@@ -48,7 +48,7 @@ def train(loaded: LoadedConfig, console: Console) -> None:
     console.print(f"done: {run.final}", highlight=False)
 
 
-def open_run(prepared: Prepared, stopping: Stopping | None) -> Run:
+def open_run(prepared: Prepared, stopping: StopRequests | None) -> Run:
     """The run of a prepared recipe. It touches nothing before it is entered."""
     renderer = prepared.renderer
     return Run(prepared.config, renderer.text, prepared.identity, stopping, renderer.text_with_special_tokens)
@@ -69,7 +69,7 @@ def run_with_recovery(prepared: Prepared, run: Run) -> None:
                 raise
             raise WorkerError(f"the roles no longer fit: {error.message}", remedy=error.remedy) from None
         except DivergedError as error:
-            raise run.diverged(error) from None
+            raise run.add_bundle(error) from None
 
 
 def run_rounds(prepared: Prepared, run: Run) -> None:
@@ -77,9 +77,9 @@ def run_rounds(prepared: Prepared, run: Run) -> None:
     startup_s = []
     for config in run.rounds():
         begin = time.perf_counter()
-        run.stop_if_asked()
+        run.stop_if_requested()
         with start_training_roles(config, run, prepared.conversations, prepared.exported) as roles:
-            run.stop_if_asked()
+            run.stop_if_requested()
             startup_s.append(time.perf_counter() - begin)
             run.write_json("startup.json", {"seconds": sum(startup_s), "by_round": startup_s})
             prepared.algorithm.train(config, prepared.train_data, roles, run)
@@ -106,7 +106,7 @@ def start_training_roles(
         announce=silent if config.run.progress == "none" else to_stdout,
         report=run.report,
         max_restarts=config.run.max_restarts,
-        interrupt=run.stop_at_once,
+        interrupt=run.raise_on_force_quit,
         ray_started=run.stopping.install,  # Ray has set signal handlers of its own
     )
     absent = dict.fromkeys(config.absent())

@@ -20,7 +20,7 @@ from align.utils import fault_injection
 def replay(folder: Path, overrides: Sequence[str], console: Console) -> bool:
     """Run the step of a bundle again in a temporary folder. Returns whether numbers, samples and outcome are equal."""
     fault_injection.arm(os.environ.get("ALIGN_FAULT"))
-    recorded = bundle.read(folder)
+    recorded = bundle.read_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="align-replay-") as temporary:
         replay_overrides = [
             f"run.dir={temporary}/run",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from align.utils import fault_injection
-from align.utils.disk import saving, write_new
+from align.utils.atomic_write import write_new
+from align.utils.disk import saving
 
 MANIFEST = "manifest.json"
 DTYPES = {

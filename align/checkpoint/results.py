@@ -17,7 +17,8 @@ from pathlib import Path
 from align.checkpoint.files import FileRecord
 from align.checkpoint.manifest import READERS, UnsoundError, read_records, sealed, sha256_of, unsealed
 from align.errors import AlignError, ModelError
-from align.utils.disk import new_folder, open_file, sync_folder, write_new
+from align.utils.atomic_write import new_folder, sync_folder, write_new
+from align.utils.disk import open_file
 
 RESULT_MANIFEST = "align_manifest.json"
 RESULT_SCHEMA = 1

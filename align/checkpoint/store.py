@@ -29,7 +29,8 @@ from align.checkpoint.manifest import Manifest, UnsoundError, check_owner, compa
 from align.config import CheckpointConfig
 from align.errors import ConfigError, SaveError
 from align.utils import fault_injection
-from align.utils.disk import saving, sync_folder, write_new
+from align.utils.atomic_write import rename_synced, sync_folder, write_new
+from align.utils.disk import saving
 
 SPARE_BYTES = 2**20
 """Free beside what a checkpoint takes, for manifest, pointer and folders."""
@@ -259,7 +260,7 @@ class CheckpointStore:
             write_new(temporary, [f"{name_of(step)}\n".encode()])
             fault_injection.maybe_inject("driver", 0, "publish", step)
             self.fence()
-            os.replace(temporary, self.folder / "latest")
+            rename_synced(temporary, self.folder / "latest")
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()

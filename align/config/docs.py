@@ -28,7 +28,7 @@ from omegaconf import MISSING
 
 from align import config as schemas
 from align.config.yaml_reader import field_types
-from align.utils.disk import write_whole
+from align.utils.atomic_write import write_atomic
 
 INTRODUCTION = """\
 # Recipe keys
@@ -264,7 +264,7 @@ def main(arguments: list[str]) -> None:
     """Write the page into the file that is named, or print it."""
     text = generate()
     if arguments:
-        write_whole(Path(arguments[0]), text)
+        write_atomic(Path(arguments[0]), text)
     else:
         sys.stdout.write(text)
 

@@ -52,7 +52,7 @@ from align.config.yaml_reader import (
     to_yaml,
 )
 from align.errors import ConfigError
-from align.utils.disk import write_whole
+from align.utils.atomic_write import write_atomic
 
 ALGORITHMS = "align.algorithms"
 MAX_CHAIN = 20
@@ -108,7 +108,7 @@ def _leave_out(node: yaml.Node, names: Sequence[str]) -> None:
 
 def write_config(config: Any, path: Path) -> None:
     """Write every value, references followed, in the order of the fields. Loading it gives an equal config."""
-    write_whole(path, format_config(config))
+    write_atomic(path, format_config(config))
 
 
 def format_config(config: Any) -> str:

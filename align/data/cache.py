@@ -17,6 +17,7 @@ from align.config import ModelConfig
 from align.errors import DataError
 from align.types import Sequences
 from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 CHUNK = 1024
 """Sequences of one call to the model; bounds the (B, T) numbers that are held at a time. Even, so no pair is parted."""
@@ -67,7 +68,7 @@ def remembered(folder: str, key: str, sequences: Sequences, compute: Callable[[S
     known_B = torch.cat([compute(sequences.select(rows)) for rows in index.split(CHUNK)])
     with disk.saving(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    disk.write_whole(file, save({"logprob_B": known_B}, {"sha256": _sha256(known_B)}))
+    write_atomic(file, save({"logprob_B": known_B}, {"sha256": _sha256(known_B)}))
     return known_B
 
 

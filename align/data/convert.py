@@ -17,7 +17,7 @@ from align.config.load import build_config
 from align.data import dataset, helpsteer3, nemo, openai
 from align.data.rows import BadRow, Preference, Rating
 from align.errors import ConfigError, DataError
-from align.utils.disk import new_folder
+from align.utils.atomic_write import new_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

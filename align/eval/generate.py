@@ -20,7 +20,7 @@ from align.errors import ConfigError, DataError
 from align.generators.base import Request, TextGenerator
 from align.generators.models import build_generator
 from align.models.weights import stored_file
-from align.utils.disk import write_whole
+from align.utils.atomic_write import write_atomic
 from align.workers.announce import announced
 
 CALL = 256
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     answered = answers(generator, asked, form, sampling)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answered))
+        write_atomic(arguments.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answered))
         console.print(f"wrote {arguments.out}: {len(answered)} prompts", highlight=False)
         return 0
     for (_, messages), one in zip(asked, answered, strict=True):

@@ -39,7 +39,7 @@ from align.prechecks import placement
 from align.prechecks.roles import with_absolute_paths
 from align.report import evaluation as report
 from align.rewards import scorers
-from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
@@ -87,8 +87,8 @@ def evaluate(section: RewardEvaluationConfig, benchmark: Benchmark | None, conso
     if folder is not None:
         if section.scores:
             _keep(folder, scored, _manifest(scored.benchmark, model))
-        disk.write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        disk.write_whole(folder / "report.html", report.page(results))
+        write_atomic(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / "report.html", report.page(results))
         console.print(f"written: {folder}/scores.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
     return results
 

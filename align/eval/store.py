@@ -22,7 +22,7 @@ from align.data.chat import Dialogue
 from align.data.rows import BadRow, decoded
 from align.errors import ConfigError, DataError, LockError, ModelError
 from align.eval.items import Benchmark, Item
-from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 ITEMS, MANIFEST = "items.jsonl", "manifest.json"
 RESPONSES_AT_ONCE = 128
@@ -105,7 +105,7 @@ def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> Non
     begun = [file.name for file in files if file.is_file() and file.stat().st_size]
     wanted = json.loads(json.dumps(manifest))
     if not begun:
-        disk.write_whole(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
         return
     known = _manifest(folder / MANIFEST)
     if known is None:

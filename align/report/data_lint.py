@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,8 @@ from align.data import chat, dataset
 from align.data.chat import Renderer
 from align.data.convert import section
 from align.data.lint import Finding, Report, lint
-from align.errors import ConfigError, DataError
+from align.errors import AlignError, ConfigError, DataError
+from align.utils.atomic_write import write_atomic
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 ERRORS = 1
@@ -111,14 +111,7 @@ def _plain(cell: str) -> str:
 
 
 def _write(path: Path, content: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be written: {error.strerror}", where=str(path), remedy="name another file"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        write_atomic(path, content)
+    except AlignError as error:
+        raise ConfigError(error.message, where=str(path), remedy="name another file") from error

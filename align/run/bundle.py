@@ -1,12 +1,12 @@
-"""Replay bundles: what it takes to run one step again.
+"""Replay bundles: everything `align replay` needs to run one step again.
 
     bundles/step-000012/
-      bundle.json            step, reason, the checkpoint before it, the metrics that the step gave
+      bundle.json            step, reason, the checkpoint before it, the metrics of the step
       config.yaml            the recipe
-      rollouts.safetensors   what the step learned from, where its policy samples
+      rollouts.safetensors   the rollouts that the step trained on, if its policy samples
 
-The state of every rank's generators is in the checkpoint, which retention leaves alone. Steps between it and the one in
-question are run again too.
+The random state of every rank is in the checkpoint, which retention keeps. A replay also repeats the steps between the
+checkpoint and the step in question.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from align.errors import ConfigError
 from align.run.checkpointing import read_rollouts, write_rollouts
 from align.run.folder import Folder
 from align.types import Rollouts
-from align.utils.disk import saving, write_whole
+from align.utils.atomic_write import write_atomic
+from align.utils.disk import saving
 
 SCHEMA = 2
-CLOCK = re.compile("seconds/|tokens_per_second/|[a-z_]+/service/")
-"""How metrics begin that no two runs share."""
+TIMING = re.compile("seconds/|tokens_per_second/|[a-z_]+/service/")
+"""Prefixes of metrics that differ between any two runs."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle, read."""
+    """The content of a bundle."""
 
     folder: Path
     step: int
     reason: str
     checkpoint: Path | None
-    """Where to begin; None where the step came before the first checkpoint."""
+    """Where the replay starts; None if the step came before the first checkpoint."""
     metrics: dict[str, Any] | None
-    """What the step gave; None where it gave nothing."""
+    """Metrics of the step; None if it failed before it had any."""
     rollouts: Rollouts | None
 
 
-def write(
+def write_bundle(
     disk: Folder,
     recipe: RecipeConfig,
     step: int,
@@ -61,7 +62,7 @@ def write(
     with saving(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    before = [at for at in disk.checkpoints.steps() if at < step]
+    before = [saved for saved in disk.checkpoints.steps() if saved < step]
     if before:
         disk.checkpoints.pin(before[-1])
     write_config(recipe, folder / "config.yaml")
@@ -74,18 +75,19 @@ def write(
         "checkpoint": f"../../checkpoints/step-{before[-1]:06d}" if before else None,
         "metrics": None if metrics is None else dict(metrics),
     }
-    write_whole(folder / "bundle.json", json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / "bundle.json", json.dumps(content, indent=2) + "\n")
     return folder
 
 
-def read(folder: Path) -> Bundle:
-    """Read a bundle. Raises `ConfigError` for a folder that is none."""
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle. Raises `ConfigError` if the folder is not one."""
     try:
         content = json.loads((folder / "bundle.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"is no bundle: {error}", where=str(folder)) from error
+        raise ConfigError(f"is not a bundle: {error}", where=str(folder)) from error
     if content.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle.schema is {content.get('schema')}, not {SCHEMA}", where=str(folder))
+        problem = f"bundle.json has schema {content.get('schema')}, and this version of align reads {SCHEMA}"
+        raise ConfigError(problem, where=str(folder), remedy="replay it with the version of align that wrote it")
     file, checkpoint = folder / "rollouts.safetensors", content["checkpoint"]
     return Bundle(
         folder,
@@ -98,8 +100,8 @@ def read(folder: Path) -> Bundle:
 
 
 def differences(bundle: Bundle, metrics: Mapping[str, Any] | None, rollouts: Rollouts | None) -> list[str]:
-    """What a second run of the step did otherwise, a line each; the clock is left out."""
-    found = []
+    """Differences of a second run of the step from the bundle, one line each; timing metrics are ignored."""
+    lines = []
     if bundle.rollouts is not None and rollouts is not None:
         then, now = bundle.rollouts, rollouts
         pairs = {
@@ -107,10 +109,10 @@ def differences(bundle: Bundle, metrics: Mapping[str, Any] | None, rollouts: Rol
             "response lengths": (then.sequences.responses.lengths_B, now.sequences.responses.lengths_B),
             "log-probabilities": (then.logprob_BT, now.logprob_BT),
         }
-        found += [f"{name} differ" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
+        lines += [f"{name} differ" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
     then_metrics, now_metrics = bundle.metrics or {}, metrics or {}
     for name in dict.fromkeys([*then_metrics, *now_metrics]):
         a, b = then_metrics.get(name), now_metrics.get(name)
-        if not CLOCK.match(name) and a != b and not (a != a and b != b):  # nan is not equal to itself
-            found.append(f"{name}: {a} then, {b} now")
-    return found
+        if not TIMING.match(name) and a != b and not (a != a and b != b):  # nan is not equal to itself
+            lines.append(f"{name}: {a} then, {b} now")
+    return lines

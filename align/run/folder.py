@@ -1,4 +1,4 @@
-"""The run folder: who owns it, what stands there already, and the files that grow in it."""
+"""The run folder: its owner, what a start finds in it, and its files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from align.config.load import flatten_config, format_config
 from align.errors import ConfigError
 from align.prechecks.folders import BEFORE_A_RUN, check_run_folder
 from align.run.checkpointing import Progress
-from align.run.environment import environment, versions
-from align.run.identity import MOST_LISTED, Identity
-from align.run.jsonl import JsonLines, copy_tree
+from align.run.identity import MAX_LISTED, Identity, environment, versions
+from align.run.jsonl import JsonLines
 from align.run.lock import Lock
 from align.run.tracking import Trackers
-from align.utils.disk import open_file, saving, write_whole
+from align.utils.atomic_write import copy_folder, write_atomic
+from align.utils.disk import open_file, saving
 from align.utils.redact import redact
 
 
@@ -41,23 +41,23 @@ class Folder:
         )
         self.trackers = Trackers(self.section.trackers, self.report)
         self._bests: dict[int, set[Path]] = {}
-        """Best models by checkpoint: what is published does not change."""
+        """Best models by step of the checkpoint; a cache: a published checkpoint does not change."""
         self.checkpoint: SavedCheckpoint | None = None
-        """The checkpoint that the run goes on from."""
+        """The checkpoint that the run resumes from."""
 
     def report(self, line: str) -> None:
-        """Tell the user something at once."""
-        with suppress(OSError):  # where stderr goes may be full, and the run need not end for that
+        """Print a line for the user to stderr, with secrets redacted."""
+        with suppress(OSError):  # stderr may be a full disk, which must not end the run
             print(redact(f"align: {line}"), file=sys.stderr, flush=True)
 
     # Ownership
 
     def open(self) -> None:
-        """Take the folder, find the checkpoint to go on from, and write what is known before the start.
+        """Lock the folder, find the checkpoint to resume from, and write the files of the start.
 
-        Raises `ConfigError` for a folder that holds something else or another run, `LockError` for one that is owned.
+        Raises `ConfigError` if the folder holds another run or something else, `LockError` if another process owns it.
         """
-        self._known = check_run_folder(self.section)
+        self._has_run = check_run_folder(self.section)
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -73,107 +73,107 @@ class Folder:
 
     def _open_owned(self) -> None:
         if self.lock.took_over:
-            self.report(f"{self.path} is taken over from {self.lock.took_over}, which ended without a word")
+            self.report(f"{self.path} is taken over from {self.lock.took_over}, which exited without releasing it")
         self.checkpoints = CheckpointStore(
             self.path / "checkpoints", self.recipe.checkpoint, self.lock.epoch, self.lock.check, self.report
         )
         self.checkpoints.clean()
-        for left in self.path.glob(".*.partial"):  # by an owner that was killed
-            left.unlink()
-        self.search()
+        for partial in self.path.glob(".*.partial"):  # of an owner that was killed
+            partial.unlink()
+        self.find_checkpoint()
         self._write_start()
 
-    def search(self) -> None:
-        """Find the newest sound checkpoint, of this folder or else the one that ``run.resume`` names."""
+    def find_checkpoint(self) -> None:
+        """Find the newest valid checkpoint of this folder, or else the one that ``run.resume`` names."""
         own, named = self.checkpoints.newest(), Path(self.section.resume).expanduser().absolute()
         if self.section.resume in ("auto", "never") or (own and named.parent != own.folder.parent):
-            self.checkpoint = own  # another run's checkpoint was the beginning, and may be gone by now
+            self.checkpoint = own  # the run started from another run's checkpoint, which may be deleted by now
         else:
             self.checkpoint = self.checkpoints.open(named)
             if own and named != own.folder:
-                remedy = f"give a new run.dir to go on from there beside it, or move {own.folder} away"
+                remedy = f"choose a new run.dir to start from that checkpoint, or move {own.folder} away"
                 raise ConfigError(f"run.resume={named} is not the newest checkpoint of this run", remedy=remedy)
         if self.checkpoint is not None:
-            self._require(self.checkpoint.manifest.facts, self.checkpoint.folder)
+            facts, where = self.checkpoint.manifest.facts, str(self.checkpoint.folder)
+            self.identity.require(facts, self.section.allow_change, where)
         elif os.path.lexists(self.path / "checkpoints" / "latest"):
-            remedy = "bring them back, or begin in a new run.dir"
+            remedy = "restore them, or start in a new run.dir"
             where = str(self.checkpoints.folder)
-            raise ConfigError("there were checkpoints, and they are gone", where=where, remedy=remedy)
-        elif self._known:
-            self._begin_again()
+            raise ConfigError("all checkpoints of this run were deleted", where=where, remedy=remedy)
+        elif self._has_run:
+            self._start_over()
 
-    def _begin_again(self) -> None:
-        """Begin at the first step in the folder of a run without a checkpoint; with a changed recipe only where no step
-        was taken, and apart from what stands there."""
+    def _start_over(self) -> None:
+        """Start at the first step in the folder of a run without a checkpoint.
+
+        A changed recipe is accepted only if no step was taken; the files of that attempt then move to ``attempt-N``.
+        """
         try:
             with open_file(self.path / "identity.json") as file:
-                differences = self.identity.differences(json.loads(file.read()), self.section.allow_change)
+                differences = self.identity.stored_differences(file.read(), self.section.allow_change)
         except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what, how = f"identity.json cannot be read: {str(error).splitlines()[0]}", "anew"
+            what, how = f"identity.json cannot be read: {str(error).splitlines()[0]}", "from the first step"
         else:
             if not differences:
                 if not os.path.lexists(self.path / "final"):
-                    self.report(f"{self.path} holds a run without a checkpoint: it begins at its first step")
+                    self.report(f"{self.path} holds a run without a checkpoint: starting at its first step")
                 return
             keys = list(dict.fromkeys(key.split(":")[0] for key, _ in differences))
-            more = f", and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else ""
-            what = f"keys: {', '.join(keys[:MOST_LISTED])}{more}"
+            more = f", and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
+            what = f"keys: {', '.join(keys[:MAX_LISTED])}{more}"
             how = "with the changed recipe"
         metrics = self.path / "metrics.jsonl"
         done = [metrics] if os.path.lexists(metrics) and (not metrics.is_file() or metrics.stat().st_size) else []
         done += [*self.path.glob("checkpoints/*"), *self.path.glob("round-*"), *self.path.glob("final*")]
         if done:
             problem = f"holds {done[0].name} of another run, and no checkpoint to resume from ({what})"
-            remedy = "choose another run.dir, or move away what lies there"
+            remedy = "choose another run.dir, or move away what is there"
             raise ConfigError(f"run.dir={self.path} {problem}", remedy=remedy)
         self.report(f"no step was taken in {self.path}: starting {how} ({what})")
-        self._set_attempt_aside()
+        self._move_to_attempt()
 
-    def _set_attempt_aside(self) -> None:
-        """Move what an attempt without a step has written to the folder ``attempt-N``."""
+    def _move_to_attempt(self) -> None:
+        """Move the files of an attempt that took no step to the folder ``attempt-N``."""
         names = (f"attempt-{number}" for number in count(1))
-        aside = self.path / next(name for name in names if not os.path.lexists(self.path / name))
-        (aside / "logs").mkdir(parents=True, mode=0o700)
+        attempt = self.path / next(name for name in names if not os.path.lexists(self.path / name))
+        (attempt / "logs").mkdir(parents=True, mode=0o700)
         items = [item for item in listed(self.path) if not BEFORE_A_RUN.fullmatch(item.name)]
-        for item in sorted(items, key=lambda item: item.name == "identity.json"):  # which tells a run, last
-            os.rename(item, aside / item.name)
+        for item in sorted(items, key=lambda item: item.name == "identity.json"):  # last: it marks the folder as a run
+            os.rename(item, attempt / item.name)
         for log in (self.path / "logs").glob("*.log"):
-            os.rename(log, aside / "logs" / log.name)
-        self._known = False
+            os.rename(log, attempt / "logs" / log.name)
+        self._has_run = False
 
     def find_checkpoint_again(self) -> None:
-        """Find the newest sound checkpoint of this process's own run, or the one it began with."""
+        """Find the newest valid checkpoint of this run, or the one that it started with."""
         self.checkpoint = self.checkpoints.newest() or self.checkpoint
-
-    def _require(self, facts: Mapping[str, Any], where: Path) -> None:
-        self.identity.require(facts, self.section.allow_change, str(where))
 
     @property
     def source(self) -> Path:
-        """The folder of the run that is gone on with; another one where a checkpoint of it was given."""
+        """Folder of the run that is resumed: another one if ``run.resume`` names its checkpoint."""
         return self.path if self.checkpoint is None else self.checkpoint.folder.parent.parent
 
     @property
     def finished(self) -> bool:
-        """Whether the final model of all steps is there."""
+        """Whether the final model of the last step exists."""
         total = self.section.steps * self.recipe.num_rounds()
         done = self.checkpoint is None or self.checkpoint.manifest.step >= total
         final = self.path / "final"
-        if not (self._known and done and os.path.lexists(final)):
+        if not (self._has_run and done and os.path.lexists(final)):
             return False
         damage = damage_of(final)
         if damage and self.checkpoint is None:
             remedy = "restore it, or move it away to train again from the first step"
-            raise ConfigError(f"is damaged, and no checkpoint is there: {damage}", where=str(final), remedy=remedy)
+            raise ConfigError(f"is damaged, and there is no checkpoint: {damage}", where=str(final), remedy=remedy)
         return damage is None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every manifest says of the run."""
+        """Facts of the run for every manifest."""
         return {**asdict(self.identity), "versions": versions()}
 
     def _write_start(self) -> None:
-        self.write_json("identity.json", asdict(self.identity))  # first: it tells a run from other folders
+        self.write_json("identity.json", self.identity.content())  # first: it marks the folder as a run
         self.write_text("config.yaml", redact(format_config(self.recipe)))
         now = environment()
         self.write_text("environment.json", redact(json.dumps(now, indent=2)) + "\n")
@@ -182,10 +182,10 @@ class Folder:
         if os.path.lexists(starts):
             with open_file(starts) as file:
                 before = file.read()
-        write_whole(starts, before[: before.rfind(b"\n") + 1] + redact(json.dumps(start)).encode() + b"\n")
+        write_atomic(starts, before[: before.rfind(b"\n") + 1] + redact(json.dumps(start)).encode() + b"\n")
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Close the files and release the lock."""
         try:
             for lines in (self.metrics, self.samples, self.evaluations):
                 lines.close()
@@ -196,63 +196,65 @@ class Folder:
     # Files
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file, whole or not at all. Raises as `write_whole` does."""
-        write_whole(self.path / name, text)
+        """Write a text file atomically. Raises as `write_atomic` does."""
+        write_atomic(self.path / name, text)
 
     def truncate_to_step(self, progress: Progress) -> None:
-        """Let the files end where ``progress`` was written down, and drop models of later steps. Into a new folder they
-        are copied from the run that is gone on with."""
+        """Truncate the files to their length at ``progress``, and delete the models of later steps.
+
+        If the checkpoint is another run's, files and best models are copied from there first.
+        """
         for lines in (self.metrics, self.samples, self.evaluations):
-            lines.open(progress.ends.get(lines.path.name, 0), self.source / lines.path.name)
+            lines.open(progress.file_sizes.get(lines.path.name, 0), self.source / lines.path.name)
         if self.source != self.path:
             for folder in (self.source / "best", *self.source.glob("round-*")):
-                copy_tree(folder, self.path / folder.name)
+                copy_folder(folder, self.path / folder.name)
         self._bests.clear()
-        self._drop_best(progress)
+        self._delete_later_best(progress)
         self._check_models(progress)
         self.trackers.open(flatten_config(self.recipe), self.path, progress.step)
 
     def _check_models(self, progress: Progress) -> None:
-        """Raise `ConfigError` where a model that the run needs, or has to show, is damaged: its best one, what its
-        round starts from, and what earlier rounds gave. The final model of this round is written again."""
+        """Raise `ConfigError` if a model that the run needs is damaged: its best one, the one that its round starts
+        from, or the final ones of earlier rounds. The final model of this round is written again."""
         steps = self.section.steps
-        needed: dict[Path, int] = {}  # model: the last step whose checkpoint leads to it again
+        last_step: dict[Path, int] = {}  # by model: the last step whose checkpoint leads to it again
         for best in self._best(progress.round, progress.state):
-            needed[best] = int(progress.state["best_step"]) - 1
-        start = progress.starts.get(str(progress.round))
+            last_step[best] = int(progress.state["best_step"]) - 1
+        start = progress.start_models.get(str(progress.round))
         if start is not None:
             match = re.search(r"best/step-([0-9]+)$", start)
-            needed[self.path / start] = int(match[1]) - 1 if match else (progress.round - 1) * steps
+            last_step[self.path / start] = int(match[1]) - 1 if match else (progress.round - 1) * steps
         for number in range(1, progress.round):
             final = self.path / f"round-{number}" / "final"
             if os.path.lexists(final):
-                needed[final] = number * steps
-        for folder, step in needed.items():
+                last_step[final] = number * steps
+        for folder, step in last_step.items():
             damage = damage_of(folder)
             if damage is not None:
-                remedy = "restore it, or begin in a new run.dir"
+                remedy = "restore it, or start in a new run.dir"
                 if any(saved <= step for saved in self.checkpoints.steps()):
                     remedy = f"restore it, or move away the checkpoints after step {step}: the run then writes it again"
                 raise ConfigError(f"is damaged: {damage}", where=str(folder), remedy=remedy)
 
-    def _drop_best(self, progress: Progress) -> None:
-        """Remove the best models of this round and later ones that no checkpoint speaks of: their steps come again."""
-        known = self.best_of_checkpoints() | self._best(progress.round, progress.state)
+    def _delete_later_best(self, progress: Progress) -> None:
+        """Delete the best models of this round and later ones that no checkpoint names: their steps are repeated."""
+        needed = self.best_of_checkpoints() | self._best(progress.round, progress.state)
         for number in range(progress.round, self.recipe.num_rounds() + 1):
             for folder in self._models(number).glob("best/step-*"):
-                if folder not in known:
+                if folder not in needed:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def ends(self) -> dict[str, int]:
-        """Bring the files to the disk; their lengths. Raises `SaveError`."""
+    def sync_files(self) -> dict[str, int]:
+        """fsync the files that grow; returns their lengths in bytes. Raises `SaveError`."""
         return {lines.path.name: lines.sync() for lines in (self.metrics, self.samples, self.evaluations)}
 
     def rename_final(self, folder: Path, why: str) -> None:
-        """Give a model another name, and say why."""
+        """Rename a final model to ``final.before-N``, and report why."""
         names = (f"{folder.name}.before-{number}" for number in count(1))
         other = folder.with_name(next(name for name in names if not os.path.lexists(folder.with_name(name))))
         with saving(folder):
@@ -260,34 +262,34 @@ class Folder:
         self.report(f"{folder} is now {other.name}: {why}")
 
     def best_of_checkpoints(self) -> set[Path]:
-        """The best models that kept checkpoints speak of."""
+        """The best models that kept checkpoints name."""
         return set().union(*map(self._best_of_checkpoint, self.checkpoints.steps()))
 
     def _best_of_checkpoint(self, step: int) -> set[Path]:
-        """The same of one checkpoint; none for one that is damaged, from which no run goes on."""
+        """The best model that one checkpoint names; none if it is damaged, since no run resumes from it."""
         if step not in self._bests:
             folder = self.checkpoints.folder / f"step-{step:06d}"
             try:
                 progress = json.loads(read_file(folder, "driver.json"))
                 self._bests[step] = self._best(progress["round"], progress["state"])
             except (UnsoundError, ConfigError) as error:
-                self.report(f"{folder} is damaged, and not gone on from: {error}")
+                self.report(f"{folder} is damaged, and no run resumes from it: {error}")
                 self._bests[step] = set()
         return self._bests[step]
 
     def _models(self, number: int) -> Path:
-        """Where the models of a round are: the last round's in the run folder itself."""
+        """Folder of a round's models: for the last round, the run folder."""
         return self.path if number == self.recipe.num_rounds() else self.path / f"round-{number}"
 
     def _best(self, number: int, state: Mapping[str, float]) -> set[Path]:
-        """The best model that the numbers of a round speak of, where they do."""
+        """The best model that the ``state`` of a round names, if any."""
         if "best_step" not in state:
             return set()
         return {self._models(number) / "best" / f"step-{int(state['best_step']):06d}"}
 
 
 def damage_of(model: Path) -> str | None:
-    """Which file of a model folder is not as it was written, and how; None where all are."""
+    """The first damage in a model folder, as file and reason; None if it is as it was written."""
     try:
         require_sound(model)
     except UnsoundError as error:

@@ -1,11 +1,10 @@
-"""Files that grow by a line at a time, and that a resumed run cuts back to where its checkpoint was taken."""
+"""JSON Lines files that grow line by line; a resumed run truncates them to their length at the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -13,29 +12,30 @@ from typing import Any
 
 from align.errors import SaveError
 from align.utils import fault_injection
+from align.utils.atomic_write import open_atomic
 from align.utils.disk import open_file, saving
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 class JsonLines:
-    """One JSON object a line, appended whole or not at all.
+    """One JSON object per line, each appended completely or not at all.
 
-    A line that the disk does not take stays in memory and is tried again with the next one, so that a full disk costs
-    no line while the run lives; `sync`, which a checkpoint needs, raises.
+    A line that the disk refuses stays in memory and is written with the next one, so a full disk loses no line while
+    the run lives. `sync`, which a checkpoint needs, raises.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None], fence: Callable[[], None] = lambda: None):
-        """``report`` gets lines for the user; ``fence`` raises when another process owns the file."""
+        """``report`` prints a line for the user; ``fence`` raises if another process owns the file."""
         self.path, self._report, self._fence = path, report, fence
         self._waiting: list[bytes] = []
         self._file: FileIO | None = None
 
     def open(self, end: int = 0, source: Path | None = None) -> None:
-        """Begin to append after the first ``end`` bytes of ``source``, which is the file itself where none is given.
+        """Start to append after the first ``end`` bytes of ``source`` (default: the file itself).
 
-        The file is written anew, so that a process which still has the old one open cannot spoil it. Raises
-        `ConfigError` where the source cannot be read, and as `saving` does.
+        The file is rewritten, so a process that still has the old one open cannot damage it. Raises `ConfigError` if
+        the source cannot be read, and as `saving` does.
         """
         source = source or self.path
         with saving(self.path):
@@ -46,22 +46,18 @@ class JsonLines:
             self._end = os.fstat(self._file.fileno()).st_size
 
     def _rewrite(self, source: Path, end: int) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.unlink(missing_ok=True)
-        with partial.open("w+b") as new:
+        with open_atomic(self.path) as new:
             if os.path.lexists(source):
                 with open_file(source) as old:
-                    _copy(old, new, end)
+                    while new.tell() < end and (piece := old.read(min(CHUNK_BYTES, end - new.tell()))):
+                        new.write(piece)
             if new.tell() < end:
                 self._report(f"{source} is shorter than it was at the checkpoint; its last lines are lost")
                 new.seek(0)
                 new.truncate(new.read().rfind(b"\n") + 1)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(partial, self.path)
 
     def append(self, line: Mapping[str, Any], step: int) -> None:
-        """Write one line, and those that wait. Raises what the fence raises."""
+        """Write a line, after those that wait in memory. Raises what ``fence`` raises."""
         self._fence()
         self._waiting.append((json.dumps(finite(line), ensure_ascii=False) + "\n").encode())
         try:
@@ -75,7 +71,7 @@ class JsonLines:
         while self._waiting:
             line, done = self._waiting[0], 0
             try:
-                while done < len(line):  # a disk that is nearly full takes a part first
+                while done < len(line):  # a nearly full disk accepts a part of the line
                     done += self._file.write(line[done:])
             except OSError:
                 self._file.truncate(self._end)
@@ -84,7 +80,7 @@ class JsonLines:
             self._waiting.pop(0)
 
     def sync(self) -> int:
-        """Bring everything to the disk; returns the length in bytes. Raises `SaveError`."""
+        """Write what waits, and fsync; returns the length in bytes. Raises `SaveError`."""
         try:
             self._flush()
             assert self._file is not None
@@ -96,7 +92,7 @@ class JsonLines:
         return self._end
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what waits, and close the file."""
         if self._file is None:
             return
         try:
@@ -106,33 +102,14 @@ class JsonLines:
         self._file.close()
 
 
-def _copy(old: Any, new: Any, end: int) -> None:
-    left = end
-    while left and (piece := old.read(min(CHUNK, left))):
-        new.write(piece)
-        left -= len(piece)
-
-
 def finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that are not finite as text, since JSON has no word for them; within lists of mappings too."""
-    return {name: _word(value) for name, value in line.items()}
+    """Numbers that are not finite as text, since JSON cannot hold them; in lists of mappings too."""
+    return {name: _as_text_if_not_finite(value) for name, value in line.items()}
 
 
-def _word(value: Any) -> Any:
+def _as_text_if_not_finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, list):
-        return [finite(item) if isinstance(item, Mapping) else _word(item) for item in value]
+        return [finite(item) if isinstance(item, Mapping) else _as_text_if_not_finite(item) for item in value]
     return value
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """A copy of a folder beside a name, renamed when it is whole; nothing where there is no source."""
-    if not source.is_dir() or target.exists():
-        return
-    partial = target.with_name(target.name + ".partial")
-    with saving(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, partial)
-        os.rename(partial, target)

@@ -1,8 +1,8 @@
-"""Requests to stop: signals, a file, the time that is left.
+"""Requests to stop a run: signals, the file ``STOP``, the time limit.
 
-A handler only sets a flag and writes a line. Raising or leaving from one while a call into Ray waits has ended in a
-crash of the interpreter. So whoever runs a loop asks: `Stopping.asked` at the end of a step, which then saves and
-leaves with status 75, and `Stopping.now` while waiting, which then leaves at once without saving.
+A signal handler only sets a flag and writes a line: raising or exiting from one while a call into Ray waits has crashed
+the interpreter. Instead, loops poll. `StopRequests.stop_reason` is read at the end of a step, which then saves and
+exits with status 75. `StopRequests.force_quit` is read while waiting for workers, which then exits without saving.
 """
 
 from __future__ import annotations
@@ -13,102 +13,87 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from align.prechecks.folders import STOP_FILE
-from align.utils.signals import IGNORED_STAYS_IGNORED, SIGNALS
+from align.utils.signals import SignalHandlers
 
 SAME_REQUEST_SECONDS = 1.0
-"""A signal this soon after the first is the same request: Slurm sends it to a step and the batch script passes its own
-on."""
+"""A second signal within this time is the same request: Slurm signals a step, and the batch script passes its own
+signal on."""
 MARGIN = 0.1
-"""Part of the slowest step and save that is added to both."""
+"""Added to the slowest step and save, as a fraction of both."""
 SCONTROL_SECONDS = 10.0
-"""How long Slurm may take for an answer."""
+"""Timeout of a query to Slurm."""
 
 
-class Stopping:
-    """Whether the run was asked to stop. Handlers of signals are set between ``with`` and its end."""
+class StopRequests:
+    """Whether the run was asked to stop. As a context manager, handles signals."""
 
     def __init__(self, folder: Path, max_seconds: float | None = None):
-        """A file ``STOP`` in ``folder`` is a request. So is the time: ``max_seconds`` after the start of the Slurm job,
-        or of this process where there is none, and the end of the Slurm job, which holds without ``max_seconds`` too.
+        """A file ``STOP`` in ``folder`` is a request.
+
+        So is the time limit: ``max_seconds`` after the start of the Slurm job, or of this process outside Slurm; and
+        the end of the Slurm job, also without ``max_seconds``.
         """
         self._file = folder / STOP_FILE
         self.reason: str | None = None
         """The first request: a signal's name, ``the file STOP``, ``run.max_time`` or ``the end of the Slurm job``."""
         self.signal: signal.Signals | None = None
-        """The second signal, which asks to leave at once without saving."""
+        """The second signal, which asks to exit without saving."""
         self._first: float | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handlers = SignalHandlers(self._on_signal)
         self._slowest_step, self._slowest_save = 0.0, None
-        self._ends = _ends(max_seconds)
+        self._ends = _end_times(max_seconds)
 
     @property
-    def now(self) -> bool:
-        """Whether to leave at once, without saving, with `status`."""
+    def force_quit(self) -> bool:
+        """Whether to exit without saving, with `exit_status`."""
         return self.signal is not None
 
     @property
-    def status(self) -> int:
-        """Exit status of leaving at once: 128 + the number of the second signal, as shells have it."""
+    def exit_status(self) -> int:
+        """Exit status of a force quit: 128 + the number of the second signal, as in shells."""
         return 128 + (self.signal or 0)
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopRequests:
         self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._in_main_thread():
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        self._handlers = {}
+        self._handlers.restore()
 
     def install(self) -> None:
-        """Set the handlers, again where another library has set its own since: ``ray.init`` replaces that of SIGTERM by
-        one that raises SystemExit. Only the main thread can; elsewhere nothing happens."""
-        if not self._in_main_thread() or self.now:
-            return
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
-            if handler == self._on_signal or (number in IGNORED_STAYS_IGNORED and handler is signal.SIG_IGN):
-                continue
-            self._handlers.setdefault(number, signal.SIG_DFL if handler is None else handler)
-            signal.signal(number, self._on_signal)
-
-    @staticmethod
-    def _in_main_thread() -> bool:
-        return threading.current_thread() is threading.main_thread()
+        """Set the signal handlers, again where a library has replaced them; see `SignalHandlers.install`."""
+        if not self.force_quit:  # the third signal kills
+            self._handlers.install()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._first is None:
             self._first = now
             self.reason = self.reason or name
-            _say(f"{name}: finishing step and saving; a second signal leaves at once\n")
-        elif now - self._first >= SAME_REQUEST_SECONDS and not self.now:
+            _write_stderr(f"{name}: finishing step and saving; a second signal quits without saving\n")
+        elif now - self._first >= SAME_REQUEST_SECONDS and not self.force_quit:
             self.signal = signal.Signals(number)
-            _say(f"{name}: leaving at once without saving; a third signal kills\n")
-            for each in self._handlers:
-                signal.signal(each, signal.SIG_DFL)
+            _write_stderr(f"{name}: quitting without saving; a third signal kills\n")
+            self._handlers.set_default()
 
-    def note_step(self, seconds: float) -> None:
-        """A step took so long."""
+    def record_step(self, seconds: float) -> None:
+        """Record the duration of a step."""
         self._slowest_step = max(self._slowest_step, seconds)
 
-    def note_save(self, seconds: float) -> None:
-        """Writing a checkpoint took so long."""
+    def record_save(self, seconds: float) -> None:
+        """Record the duration of a save."""
         self._slowest_save = max(self._slowest_save or 0.0, seconds)
 
-    def asked(self) -> str | None:
-        """Why to stop, or None. Looks for the file and at the clock; call it at the end of each step.
+    def stop_reason(self) -> str | None:
+        """Why to stop, or None. Checks the file and the time; call it at the end of each step.
 
-        The time is up where now + 1.1 * (slowest step + slowest save) lies after the end: another step and its save
-        would not fit. Before the first save, one is reckoned to take as long as the slowest step.
+        The time is up if now + 1.1 * (slowest step + slowest save) is after the end: another step and its save would
+        not fit. Before the first save, a save is assumed to take as long as the slowest step.
         """
         if self.reason is None and os.path.lexists(self._file):
             self.reason = f"the file {STOP_FILE}"
@@ -120,25 +105,25 @@ class Stopping:
         return self.reason
 
 
-def _say(line: str) -> None:
-    """Write to stderr without buffers, which a handler may have interrupted."""
+def _write_stderr(line: str) -> None:
+    """Write to stderr without buffers: the handler may have interrupted a buffered write."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, line.encode())
 
 
-def _ends(max_seconds: float | None) -> dict[str, float]:
-    """When the time is up, in seconds of `time.time`, by reason."""
+def _end_times(max_seconds: float | None) -> dict[str, float]:
+    """When the run must stop, in seconds of `time.time`, by reason."""
     begin, end = _slurm_job()
     ends = {}
     if max_seconds is not None:
         ends["run.max_time"] = (_process_start() if begin is None else begin) + max_seconds
-    if end is not None and end > time.time():  # else the limit was raised, or the variable is of an older job
+    if end is not None and end > time.time():  # else the limit was raised, or the variable is stale
         ends["the end of the Slurm job"] = end
     return ends
 
 
 def _slurm_job() -> tuple[float | None, float | None]:
-    """Start and end of the Slurm job of this process, in seconds of `time.time`; None for what is not known."""
+    """Start and end of this process's Slurm job in seconds of `time.time`; None if unknown."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if not job.isdigit():
         return None, None
@@ -151,7 +136,7 @@ def _slurm_job() -> tuple[float | None, float | None]:
 
 
 def _scontrol(job: str) -> str:
-    """What Slurm tells about a job, with times in UTC; nothing where it cannot be asked."""
+    """Output of ``scontrol show job`` with times in UTC; empty if Slurm cannot be queried."""
     environment = {**os.environ, "TZ": "UTC", "SLURM_TIME_FORMAT": "standard"}
     command = ["scontrol", "show", "job", job]
     try:
@@ -169,7 +154,7 @@ def _time_of(key: str, shown: str) -> float | None:
 
 
 def _process_start() -> float:
-    """When this process was started, in seconds of `time.time`: imports count."""
+    """Start of this process in seconds of `time.time`, before its imports."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from align.errors import AlignError
 from align.run.tensorboard import TensorBoard
+from align.types import Rollouts
 
 
 class Tracker(Protocol):
@@ -86,3 +89,20 @@ class Trackers:
                 del self._open[name]
                 problem = f"{type(error).__name__}: {error}"
                 self._report(f"tracker {name} failed ({problem}); nothing more is written there, see metrics.jsonl")
+
+
+def format_samples(
+    step: int, rollouts: Rollouts, score_B: Tensor | None, count: int, decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any]]:
+    """``count`` responses in readable form, spread over the prompts: lines of ``samples.jsonl``."""
+    sequences, samples = rollouts.sequences, []
+    for i in (k * len(rollouts) // count for k in range(count)):
+        sample = {
+            "step": step,
+            "prompt": decode(sequences.prompts.row(int(sequences.prompt_B[i])).tolist()),
+            "response": decode(sequences.responses.row(i).tolist()),
+            "finished": bool(rollouts.finished_B[i]),
+            "score": None if score_B is None else float(score_B[i]),
+        }
+        samples.append(sample)
+    return samples

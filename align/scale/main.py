@@ -39,7 +39,7 @@ from align.prechecks import placement
 from align.prechecks.roles import with_absolute_paths
 from align.scale import pipeline, sweep
 from align.scale import report as report
-from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 VERSION = 1
 RESULTS = "results.jsonl"
@@ -84,8 +84,8 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
     results = sweep.measure(section, records)
     results = {"version": VERSION, "source": section.prompts.path, **results}
     report.terminal(results, console)
-    disk.write_whole(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    disk.write_whole(path.parent / "report.html", report.page(results))
+    write_atomic(path.parent / "scaling.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path.parent / "report.html", report.page(results))
     console.print(f"written: {path.parent}/{RESULTS}, scaling.json, report.html", highlight=False, soft_wrap=True)
     return results
 

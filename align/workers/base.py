@@ -25,7 +25,7 @@ from align.errors import SaveError
 from align.models import export, exported_files, load, verify_export, weights
 from align.models.exported_files import Exported
 from align.roles import Future, LossFunction, Metrics
-from align.run.clock import Span
+from align.run.display import Span
 from align.types import Batch, Record
 from align.utils import fault_injection
 

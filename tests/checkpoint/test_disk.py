@@ -251,8 +251,8 @@ def test_every_fsync_refused(tmp_path, small, monkeypatch):
         if found[-1] == (0, 0):
             break
         check_mended(store, small)
-    # 8 files, the manifest, 4 folders, the parent; then the pointer and the deletion
-    assert found == [(1, 0)] * 14 + [(0, 1)] * 2 + [(0, 0)]
+    # 8 files, the manifest, 4 folders, the parent; then the pointer, its folder and the deletion
+    assert found == [(1, 0)] * 14 + [(0, 1)] * 3 + [(0, 0)]
 
 
 def test_the_folder_of_checkpoints_is_on_the_disk_before_its_first_checkpoint(tmp_path, small, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from align.checkpoint import RESULT_MANIFEST, UnsoundError, new_result, require_sound
 from align.errors import ConfigError, ModelError, SaveError
 from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.txt": b"a\nb\n"}
 
@@ -134,12 +135,12 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch, mode):
         path.write_text("old")
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
         with pytest.raises(SaveError, match=r"config\.yaml: cannot be written: No space left"):
-            disk.write_whole(path, "new")
+            write_atomic(path, "new")
         assert path.read_text() == "old"
     else:
         path.mkdir()
         with pytest.raises(ConfigError, match=r"config\.yaml.*: cannot be written: Is a directory\n.*move away"):
-            disk.write_whole(path, "new")
+            write_atomic(path, "new")
     assert [item.name for item in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -14,7 +14,7 @@ from align.errors import ConfigError, DataError, LockError, ModelError
 from align.eval import benchmarks
 from align.eval import store as scoring
 from align.eval.items import Benchmark
-from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 MANIFEST = {"version": 1, "benchmark": "judgebench", "items": "i", "model": "m"}
 QUIET = Console(quiet=True)
@@ -127,8 +127,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, benchmark: Benchmark, name: str
 
 
 def test_a_file_is_written_whole(tmp_path: Path):
-    disk.write_whole(tmp_path / "x.json", "1")
-    disk.write_whole(tmp_path / "x.json", "2")
+    write_atomic(tmp_path / "x.json", "1")
+    write_atomic(tmp_path / "x.json", "2")
     assert [one.name for one in tmp_path.iterdir()] == ["x.json"] and (tmp_path / "x.json").read_text() == "2"
 
 

@@ -90,7 +90,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def _driver(checkpoint: Path) -> dict:
     driver = json.loads((checkpoint / "driver.json").read_text())
     driver["totals"] = {key: value for key, value in driver["totals"].items() if not key.startswith(CLOCK)}
-    del driver["ends"]["metrics.jsonl"]  # seconds have more digits or fewer
+    del driver["file_sizes"]["metrics.jsonl"]  # seconds have more digits or fewer
     return driver
 
 

@@ -380,7 +380,7 @@ def test_models_of_an_earlier_round(recipe, tmp_path):
     assert train(recipe, tmp_path / "whole", *rounds) == (0, "")
     folder = tmp_path / "run"
     assert train(recipe, folder, *rounds, fault="role=driver,phase=step,step=3,kind=sigterm")[0] == 75
-    start = folder / json.loads((folder / "checkpoints/step-000003/driver.json").read_text())["starts"]["2"]
+    start = folder / json.loads((folder / "checkpoints/step-000003/driver.json").read_text())["start_models"]["2"]
     assert start.parent == folder / "round-1/best"
     for model in (start, folder / "round-1/final"):
         content = (model / "model.safetensors").read_bytes()

@@ -253,7 +253,7 @@ def test_a_second_signal_leaves_without_saving(runs, rloo, whole, tmp_path):
         time.sleep(1.5)
         runs.kill(pid, signal.SIGTERM)
     assert runs.wait(pid) == 128 + signal.SIGTERM
-    assert "leaving at once without saving" in runs.text("second signal")
+    assert "quitting without saving" in runs.text("second signal")
     assert checkpoints(tmp_path / "run")[-1].name == "step-000002"
     assert runs.run(*train) == 0, runs.text()
     assert_same(tmp_path / "run", whole)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.errors import SaveError
-from align.run.checkpointing import FAILURES, Content, Progress, Saver, read_rollouts, write_rollouts
+from align.run.checkpointing import MAX_FAILURES, Content, Progress, Saver, read_rollouts, write_rollouts
 from align.types import Packed, Rollouts, Sequences
 
 
@@ -62,13 +62,13 @@ def save(saver: Saver, step: int) -> None:
 
 
 def test_a_checkpoint_that_was_taken_makes_earlier_failures_forgotten(tmp_path: Path):
-    disk = Disk(tmp_path, {FAILURES, 2 * FAILURES})
+    disk = Disk(tmp_path, {MAX_FAILURES, 2 * MAX_FAILURES})
     saver = Saver(disk, {}, overlap=False)  # type: ignore[arg-type]
-    for step in range(1, 2 * FAILURES + 1):  # FAILURES - 1 in a row fail, one is taken, and the same again
+    for step in range(1, 2 * MAX_FAILURES + 1):  # MAX_FAILURES - 1 in a row fail, one is taken, and the same again
         save(saver, step)
-    assert disk.published == [FAILURES, 2 * FAILURES]
-    assert len(disk.reported) == 2 * (FAILURES - 1)
-    for step in range(2 * FAILURES + 1, 3 * FAILURES):
+    assert disk.published == [MAX_FAILURES, 2 * MAX_FAILURES]
+    assert len(disk.reported) == 2 * (MAX_FAILURES - 1)
+    for step in range(2 * MAX_FAILURES + 1, 3 * MAX_FAILURES):
         save(saver, step)
     with pytest.raises(SaveError, match="disk full"):
-        save(saver, 3 * FAILURES)
+        save(saver, 3 * MAX_FAILURES)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from align.errors import LockError, SaveError
-from align.run.jsonl import JsonLines, copy_tree
+from align.run.jsonl import JsonLines
 from align.utils import fault_injection
+from align.utils.atomic_write import copy_folder
 
 
 @pytest.fixture
@@ -125,10 +126,10 @@ def test_a_copied_folder_is_whole_or_not_there(tmp_path: Path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_text("x")
     (tmp_path / "z.partial").mkdir()
-    copy_tree(tmp_path / "a", tmp_path / "z")
+    copy_folder(tmp_path / "a", tmp_path / "z")
     assert (tmp_path / "z" / "b" / "c").read_text() == "x"
     assert not (tmp_path / "z.partial").exists()
-    copy_tree(tmp_path / "nowhere", tmp_path / "y")
+    copy_folder(tmp_path / "nowhere", tmp_path / "y")
     assert not (tmp_path / "y").exists()
 
 

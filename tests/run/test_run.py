@@ -20,7 +20,7 @@ from rich.console import Console
 from align.config import RecipeConfig, RunConfig
 from align.errors import ConfigError
 from align.run import Clock, Run, display
-from align.run import environment as surroundings
+from align.run import identity as surroundings
 from align.run import run as module
 from align.types import Packed, Rollouts, Sequences
 
@@ -244,12 +244,12 @@ def test_plain_prints_one_line_a_step_with_the_time_left(tmp_path: Path, time: S
 
 
 def test_plain_prints_about_a_hundred_lines_and_the_last_step(capsys):
-    plain = display.Plain("dpo", 250)
+    plain = display.PlainDisplay("dpo", 250)
     for step in range(1, 251):
         plain.step(step, {"seconds/step": 1.0})
     printed = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
     assert printed == list(range(2, 251, 2))
-    odd = display.Plain("dpo", 301)
+    odd = display.PlainDisplay("dpo", 301)
     for step in (299, 300, 301):
         odd.step(step, {"seconds/step": 1.0})
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["300/301", "301/301"]
@@ -265,14 +265,14 @@ def test_none_prints_nothing(tmp_path: Path, capsys):
 
 
 @pytest.fixture
-def live() -> Iterator[tuple[display.Live, io.StringIO]]:
+def live() -> Iterator[tuple[display.LiveDisplay, io.StringIO]]:
     out = io.StringIO()
-    bar = display.Live("rloo", 3, Console(file=out, force_terminal=True, width=160))
+    bar = display.LiveDisplay("rloo", 3, Console(file=out, force_terminal=True, width=160))
     yield bar, out
     bar.close()
 
 
-def test_live_shows_phase_count_and_numbers(live: tuple[display.Live, io.StringIO]):
+def test_live_shows_phase_count_and_numbers(live: tuple[display.LiveDisplay, io.StringIO]):
     bar, out = live
     bar.phase("generate")
     bar.progress.refresh()
@@ -287,17 +287,17 @@ def test_live_shows_phase_count_and_numbers(live: tuple[display.Live, io.StringI
 @pytest.mark.parametrize(
     ("kind", "terminal", "expected"),
     [
-        ("auto", True, display.Live),
-        ("auto", False, display.Plain),
-        ("live", False, display.Live),
-        ("plain", True, display.Plain),
-        ("none", True, display.Silent),
+        ("auto", True, display.LiveDisplay),
+        ("auto", False, display.PlainDisplay),
+        ("live", False, display.LiveDisplay),
+        ("plain", True, display.PlainDisplay),
+        ("none", True, display.Display),
     ],
 )
 def test_the_kind_of_display(kind, terminal: bool, expected: type, monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
     monkeypatch.setattr(display, "Console", lambda: Console(file=out, force_terminal=terminal))
-    made = display.make(kind, "rloo", 3)
+    made = display.make_display(kind, "rloo", 3)
     made.close()
     assert type(made) is expected
 

@@ -18,7 +18,8 @@ import align
 from align.errors import ConfigError
 from align.prechecks.folders import check_no_stop_file
 from align.run import stopping as module
-from align.run.stopping import SIGNALS, Stopping
+from align.run.stopping import StopRequests
+from align.utils.signals import SIGNALS
 
 CHILD = f"""
 import signal, sys, time, types
@@ -30,15 +31,15 @@ sys.modules["align.run"] = package
 from pathlib import Path
 from align.run import stopping
 stopping.SAME_REQUEST_SECONDS = float(sys.argv[2])
-with stopping.Stopping(Path(sys.argv[1])) as asked:
+with stopping.StopRequests(Path(sys.argv[1])) as stop:
     print("ready", flush=True)
-    while asked.asked() is None:
+    while stop.stop_reason() is None:
         time.sleep(0.01)
-    print(asked.asked(), flush=True)
+    print(stop.stop_reason(), flush=True)
     end = time.monotonic() + 60
-    while not asked.now and time.monotonic() < end:
+    while not stop.force_quit and time.monotonic() < end:
         time.sleep(0.01)
-    print(asked.asked(), asked.status, flush=True)
+    print(stop.stop_reason(), stop.exit_status, flush=True)
     time.sleep(60)
 """
 NOW = 1_700_000_000.0
@@ -103,49 +104,49 @@ def test_the_first_signal_asks_the_second_leaves_the_third_kills(
     _, written = process.communicate(timeout=30)
     assert process.returncode == -number
     assert written.splitlines() == [
-        f"{number.name}: finishing step and saving; a second signal leaves at once",
-        f"{number.name}: leaving at once without saving; a third signal kills",
+        f"{number.name}: finishing step and saving; a second signal quits without saving",
+        f"{number.name}: quitting without saving; a third signal kills",
     ]
 
 
 def test_signals_of_the_same_moment_are_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = SimpleNamespace(seconds=50.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: now.seconds)
-    with Stopping(tmp_path) as stopping:
+    with StopRequests(tmp_path) as stopping:
         os.kill(os.getpid(), signal.SIGTERM)  # Slurm's own, to the step
         now.seconds = 50.9
         os.kill(os.getpid(), signal.SIGUSR2)  # passed on by the batch script
-        assert (stopping.asked(), stopping.now) == ("SIGTERM", False)
+        assert (stopping.stop_reason(), stopping.force_quit) == ("SIGTERM", False)
         now.seconds = 51.0
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert (stopping.asked(), stopping.now, stopping.status) == ("SIGTERM", True, 140)
+        assert (stopping.stop_reason(), stopping.force_quit, stopping.exit_status) == ("SIGTERM", True, 140)
 
 
 def test_a_handler_raises_nothing_and_interrupts_no_sleep(tmp_path: Path):
-    with Stopping(tmp_path) as stopping:
+    with StopRequests(tmp_path) as stopping:
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
         begun = time.monotonic()
         timer.start()
         time.sleep(0.3)
         timer.join()
         assert time.monotonic() - begun >= 0.3
-        assert stopping.asked() == "SIGINT"
+        assert stopping.stop_reason() == "SIGINT"
 
 
 def test_handlers_are_restored(tmp_path: Path):
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    with Stopping(tmp_path):
+    with StopRequests(tmp_path):
         assert all(signal.getsignal(number) != before[number] for number in SIGNALS)
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
 def test_handlers_that_a_library_replaced_can_be_set_again(tmp_path: Path):
     before = signal.getsignal(signal.SIGTERM)
-    with Stopping(tmp_path) as stopping:
+    with StopRequests(tmp_path) as stopping:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
         stopping.install()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.asked() == "SIGTERM"
+        assert stopping.stop_reason() == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -153,9 +154,9 @@ def test_handlers_that_a_library_replaced_can_be_set_again(tmp_path: Path):
 def test_what_nohup_or_a_shell_has_ignored_stays_ignored(tmp_path: Path, number: signal.Signals):
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with Stopping(tmp_path) as stopping:
+        with StopRequests(tmp_path) as stopping:
             os.kill(os.getpid(), number)
-            assert stopping.asked() is None
+            assert stopping.stop_reason() is None
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -165,10 +166,10 @@ def test_outside_the_main_thread_no_handler_is_set(tmp_path: Path):
     before, seen = {number: signal.getsignal(number) for number in SIGNALS}, []
 
     def use() -> None:
-        with Stopping(tmp_path) as stopping:
+        with StopRequests(tmp_path) as stopping:
             seen.append({number: signal.getsignal(number) for number in SIGNALS})
             (tmp_path / "STOP").touch()
-            seen.append(stopping.asked())
+            seen.append(stopping.stop_reason())
 
     thread = threading.Thread(target=use)
     thread.start()
@@ -180,20 +181,20 @@ def test_outside_the_main_thread_no_handler_is_set(tmp_path: Path):
 
 
 def test_the_file_stop_asks(tmp_path: Path):
-    stopping = Stopping(tmp_path)
-    assert stopping.asked() is None
+    stopping = StopRequests(tmp_path)
+    assert stopping.stop_reason() is None
     (tmp_path / "STOP").touch()
-    assert (stopping.asked(), stopping.reason, stopping.now) == ("the file STOP", "the file STOP", False)
+    assert (stopping.stop_reason(), stopping.reason, stopping.force_quit) == ("the file STOP", "the file STOP", False)
     (tmp_path / "STOP").unlink()
-    assert stopping.asked() == "the file STOP"
+    assert stopping.stop_reason() == "the file STOP"
 
 
 def test_the_first_request_gives_the_reason(tmp_path: Path):
-    with Stopping(tmp_path) as stopping:
+    with StopRequests(tmp_path) as stopping:
         (tmp_path / "STOP").touch()
-        assert stopping.asked() == "the file STOP"
+        assert stopping.stop_reason() == "the file STOP"
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert (stopping.asked(), stopping.now) == ("the file STOP", False)
+        assert (stopping.stop_reason(), stopping.force_quit) == ("the file STOP", False)
 
 
 def test_a_run_does_not_start_beside_a_file_stop(tmp_path: Path):
@@ -220,22 +221,22 @@ def test_a_run_does_not_start_beside_a_file_stop(tmp_path: Path):
 def test_the_time_is_up_when_step_and_save_would_not_fit(
     tmp_path: Path, clock: SimpleNamespace, steps: list[float], saves: list[float], needed: float
 ):
-    stopping = Stopping(tmp_path, max_seconds=1000)  # ends 970 s from now: 30 s went into the start
+    stopping = StopRequests(tmp_path, max_seconds=1000)  # ends 970 s from now: 30 s went into the start
     for seconds in steps:
-        stopping.note_step(seconds)
+        stopping.record_step(seconds)
     for seconds in saves:
-        stopping.note_save(seconds)
+        stopping.record_save(seconds)
     clock.seconds = NOW + 970 - needed - 0.01
-    assert stopping.asked() is None
+    assert stopping.stop_reason() is None
     clock.seconds = NOW + 970 - needed + 0.01
-    assert stopping.asked() == "run.max_time"
+    assert stopping.stop_reason() == "run.max_time"
 
 
 def test_without_a_limit_time_never_ends_a_run(tmp_path: Path, clock: SimpleNamespace):
-    stopping = Stopping(tmp_path)
-    stopping.note_step(1e9)
+    stopping = StopRequests(tmp_path)
+    stopping.record_step(1e9)
     clock.seconds = NOW + 1e12
-    assert stopping.asked() is None
+    assert stopping.stop_reason() is None
 
 
 @pytest.mark.parametrize(
@@ -262,11 +263,11 @@ def test_time_counts_by_the_variables_of_the_slurm_job(
     monkeypatch.setenv("PATH", str(tmp_path))  # nothing else can be asked
     for name, value in variables.items():
         monkeypatch.setenv(name, f"{value:.0f}")
-    stopping = Stopping(tmp_path, max_seconds)
+    stopping = StopRequests(tmp_path, max_seconds)
     clock.seconds = NOW + end - 1
-    assert stopping.asked() is None
+    assert stopping.stop_reason() is None
     clock.seconds = NOW + end + 1
-    assert stopping.asked() == reason
+    assert stopping.stop_reason() == reason
 
 
 SHOWN = (
@@ -296,11 +297,11 @@ def test_an_older_slurm_is_asked_for_the_times_of_the_job(
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     monkeypatch.setattr(module, "SCONTROL_SECONDS", 0.5 if "sleep" in script else 30.0)
-    stopping = Stopping(tmp_path, 1000)
+    stopping = StopRequests(tmp_path, 1000)
     clock.seconds = NOW + end - 1
-    assert stopping.asked() is None
+    assert stopping.stop_reason() is None
     clock.seconds = NOW + end + 1
-    assert stopping.asked() == reason
+    assert stopping.stop_reason() == reason
 
 
 def test_the_start_of_a_process_is_that_of_its_program_not_of_its_imports():
@@ -345,7 +346,7 @@ def test_a_signal_before_torch_is_loaded_asks_for_another_start():
     killed = [f"{word} {-number} False" for word in ("--dry-run", "show") for number in SIGNALS]
     assert done.stdout.splitlines() == [*["train 75 False"] * len(SIGNALS), *killed]
     assert done.stderr.splitlines() == [
-        f"align: {number.name}: there is nothing to save; run it again to go on" for number in SIGNALS
+        f"align: {number.name}: nothing to save; run the same command again to resume" for number in SIGNALS
     ]
 
 

@@ -37,7 +37,7 @@ from align.prechecks import placement
 from align.prechecks.roles import with_absolute_paths
 from align.report import policy as report
 from align.rewards import genrm_card
-from align.utils import disk
+from align.utils.atomic_write import write_atomic
 
 VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
@@ -70,9 +70,9 @@ def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console
         stores = {name: Rows(file, folder / name) for name, file in files.items()}
         bench, rulings = _asked(section, found, words, stores, console)
     results = measure(section, found, bench, rulings)
-    disk.write_whole(folder / store.ITEMS, "".join(_lines(found, bench, rulings)))
-    disk.write_whole(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    disk.write_whole(folder / "report.html", report.page(results))
+    write_atomic(folder / store.ITEMS, "".join(_lines(found, bench, rulings)))
+    write_atomic(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "report.html", report.page(results))
     report.terminal(results, console)
     console.print(f"written: {folder}/policy.json, items.jsonl, report.html", highlight=False, soft_wrap=True)
     return results
