@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -38,6 +37,7 @@ from align.serve.batcher import Batcher, LoadingBackend, ScoringBackend
 from align.serve.log_limit import LogLimit
 from align.serve.replicas import ShardedScorer, device, start_replicas
 from align.utils.security import require_private
+from align.utils.signals import SignalHandlers
 from align.workers.announce import announced, loading, to_stdout
 
 MIN_TOKEN = 16
@@ -107,22 +107,18 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = threading.Event()
         self._first = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handlers = SignalHandlers(self._on_signal, (signal.SIGTERM, signal.SIGINT), stay_ignored=())
 
     def __enter__(self) -> StopSignal:
         self.install()
         return self
 
     def install(self) -> None:
-        """Set the handlers; again after ``ray.init``, which sets its own. Only the main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous = signal.signal(number, self._on_signal)
-                self._previous.setdefault(number, previous)
+        """Set the handlers; again after ``ray.init``, which replaces them."""
+        self._handlers.install()
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handlers.restore()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from align import launch
 from align.checkpoint import require_sound
 from align.cli import main
+from align.run.identity import FORMAT
 
 RECIPE = """
 algorithm: rloo
@@ -216,7 +217,7 @@ def test_a_damaged_final_model_without_checkpoints_is_not_trained_again_unasked(
     flip(folder / "final" / "model.safetensors")
     status, errors = train(recipe, folder)
     assert status == 78
-    assert "final: is damaged, and no checkpoint is there: model.safetensors: its sha256" in errors
+    assert "final: is damaged, and there is no checkpoint: model.safetensors: its sha256" in errors
 
 
 def test_a_damaged_best_model_is_written_again_from_an_earlier_checkpoint(recipe, half, whole, tmp_path):
@@ -289,6 +290,17 @@ def test_steps_of_another_recipe_without_a_checkpoint_are_kept(recipe, half, tmp
     assert status == 78
     assert "metrics.jsonl of another run, and no checkpoint to resume from (keys: run.seed)" in errors
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_identity_of_an_older_format_is_named(recipe, half, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    shutil.rmtree(folder / "checkpoints")
+    identity = json.loads((folder / "identity.json").read_text())
+    assert identity.pop("format") == FORMAT
+    (folder / "identity.json").write_text(json.dumps(identity))
+    status, errors = train(recipe, folder)
+    assert (status, f"has format None, and this version of align reads {FORMAT}" in errors) == (78, True)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])

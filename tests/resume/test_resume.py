@@ -172,7 +172,7 @@ def test_checkpoints_that_are_gone_are_missed(runs, rloo, folder):
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
     assert runs.run("train", rloo, f"run.dir={folder}", log="gone") == 78
-    assert "they are gone" in runs.text("gone")
+    assert "were deleted" in runs.text("gone")
 
 
 def test_a_damaged_checkpoint_that_was_named_is_refused_and_a_sound_one_offered(runs, rloo, folder, tmp_path):
@@ -291,7 +291,7 @@ def test_a_full_disk_costs_no_line_and_no_checkpoint_that_was_there(runs, rloo, 
                 pass
         assert runs.wait(pid) == 76, runs.text("full")
         text = runs.text("full")
-        assert text.count("no checkpoint was taken") == 2
+        assert text.count("no checkpoint was saved") == 2
         assert "bytes" in text
         (disk / "filler").unlink()
         assert [path.name for path in checkpoints(disk / "run")]
