@@ -140,7 +140,7 @@ def half(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("half") / "run"
     status, errors = train(recipe, folder, fault="role=driver,phase=step,step=4,kind=error")
     assert status == 1, errors
-    assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"]
+    assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"], errors
     return folder
 
 
