@@ -104,6 +104,18 @@ def common_base(variants: list[type]) -> type | None:
     return None
 
 
+def list_kinds(roots: Iterable[type]) -> dict[type, list[type]]:
+    """The variants of each union of schemas, by their common base."""
+    kinds: dict[type, list[type]] = {}
+    for schema in [*roots, *collect(roots)]:
+        for hint in field_types(schema).values():
+            variants = sections_of(hint)
+            base = common_base(variants) if len(variants) > 1 else None
+            if base:
+                kinds[base] = [*kinds.get(base, []), *(item for item in variants if item not in kinds.get(base, []))]
+    return kinds
+
+
 def link(schema: type) -> str:
     return f"[{schema.__name__}](#{schema.__name__.lower()})"
 
@@ -165,8 +177,10 @@ def format_row(schema: type, field: dataclasses.Field[Any], docs: dict[str, str]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def format_schema(schema: type, title: str, page: str = "", keys: Sequence[str] = ()) -> Iterator[str]:
-    """The heading, docstring and table of a schema."""
+def format_schema(
+    schema: type, title: str, page: str = "", keys: Sequence[str] = (), kinds: Sequence[type] = ()
+) -> Iterator[str]:
+    """The heading, docstring and table of a schema, with links to the ``kinds`` that extend it."""
     fields, docs, parents = own_fields(schema), field_docs(schema), bases(schema)
     yield f"### {title}\n"
     about = [] if schema.__name__ == "Config" else [to_markdown(inspect.cleandoc(schema.__doc__ or ""))]
@@ -174,6 +188,8 @@ def format_schema(schema: type, title: str, page: str = "", keys: Sequence[str] 
         about.append(f"[{page}]({page}) explains it.")
     if keys:
         about.append(f"Keys below {', '.join(f'`{key}`' for key in keys)}.")
+    if kinds:
+        about.append(f"Kinds: {', '.join(map(link, kinds))}.")
     if parents:
         beside = "Has these keys and" if fields else "Has"
         about.append(f"{beside} those of {' and '.join(link_parent(parent) for parent in parents)}.")
@@ -246,7 +262,8 @@ def generate() -> str:
     """The whole page."""
     algorithms = list_algorithms()
     commands = {name: getattr(schemas, schema) for name, (schema, _) in COMMANDS.items()}
-    keys = list_keys([*algorithms.values(), *commands.values()])
+    roots = [*algorithms.values(), *commands.values()]
+    keys, kinds = list_keys(roots), list_kinds(roots)
     parts = [INTRODUCTION, *format_index(keys)]
     parts.append("## Algorithms\n")
     for name, schema in algorithms.items():
@@ -255,8 +272,8 @@ def generate() -> str:
     for name, schema in commands.items():
         parts += format_schema(schema, f"`{name}`", page=COMMANDS[name][1])
     parts.append("## Sections\n")
-    for schema in collect([*algorithms.values(), *commands.values()]):
-        parts += format_schema(schema, schema.__name__, keys=keys.get(schema, []))
+    for schema in collect(roots):
+        parts += format_schema(schema, schema.__name__, keys=keys.get(schema, []), kinds=kinds.get(schema, []))
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

@@ -52,10 +52,10 @@ class HttpClientConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig(RoleConfig):
-    """A role that answers conversations with text; one of the kinds below."""
+    """A role that answers conversations with text."""
 
     kind: str = MISSING
-    """Which of them."""
+    """Selects the kind."""
 
     @property
     def source(self) -> str:
@@ -125,7 +125,8 @@ class FunctionGeneratorConfig(GeneratorConfig):
     """Selects this kind."""
     function: str = MISSING
     """``module:function`` or ``path/file.py:function``. It is called with the messages, a list of ``{role, content}``,
-    and the number of the sample, and returns the answer."""
+    and the number of the sample, and, if it takes three arguments, the fixed first words of the answer. It returns the
+    answer."""
 
     def __post_init__(self) -> None:
         if not is_function(self.function):

@@ -1,4 +1,4 @@
-"""Sections that become roles: where weights come from, how they are held and trained. Judges are in `rewards`."""
+"""Schemas of roles with weights: where these come from, and how they are held and trained."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class ModelConfig(RoleConfig):
     given, ``path`` supplies the tokenizer only and ``vocab_size`` follows from it."""
     dtype: DType = "auto"
     """Number format of the weights held for computing. ``auto`` is bfloat16 where the driver's machine has GPUs or a
-    CPU with bfloat16 units, else float32; a run keeps the format that it began with."""
+    CPU with bfloat16 units, else float32; a run keeps its first format."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """``packed`` runs without padding; ``auto`` takes it where the architecture allows, else ``sdpa``, or ``eager``
-    where transformers has no sdpa for it (soft caps, sinks)."""
+    """``packed`` runs without padding; ``auto`` uses it if the architecture allows, else ``sdpa``, or ``eager`` if
+    transformers has no sdpa for the architecture (soft caps, sinks)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage. A role that is not trained shards its weights over its ranks at 3 and replicates them
     below."""
@@ -104,7 +104,7 @@ class ModelConfig(RoleConfig):
     """Tokens of one forward pass on one rank, prompts counted once. Changes memory and speed, never the result but by
     rounding: gradients of micro-batches are summed in ``dtype``."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
+    """Run the Python code of a checkpoint. Needs a pinned 40-digit ``revision`` for a hub id."""
 
     def __post_init__(self) -> None:
         if self.dtype == "auto" and self.path not in ("", MISSING):  # once, in the driver, so that all ranks agree
@@ -125,7 +125,7 @@ class ModelConfig(RoleConfig):
 
 @dataclass(frozen=True)
 class TrainedModelConfig(ModelConfig):
-    """What every trained role has beside its weights."""
+    """Keys of every trained role."""
 
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 also gradients, 3 also weights. 0 only with float32, since
@@ -154,9 +154,9 @@ class PolicyConfig(TrainedModelConfig):
     """The actor: a causal language model that samples responses and is trained."""
 
     max_num_seqs: int = 64
-    """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
+    """Rows of the key-value cache on one rank; further sequences wait until a row is free."""
     gather_weights_for_generation: bool = True
-    """At ZeRO 3, hold the whole weights on every rank for the time of a rollout. False fetches them layer by layer for
+    """At ZeRO 3, hold the whole weights on every rank during a rollout. False fetches them layer by layer for
     every token: slow, but the only way for a model that does not fit on one GPU (Llama-shaped families)."""
 
 
@@ -196,7 +196,8 @@ class ReferenceConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ReferenceFromPolicyConfig(ReferenceConfig):
-    """The reference that a recipe gets when it says nothing: what its ``policy`` starts from."""
+    """The default reference: the policy's starting weights. A recipe with another ``reference.path`` and a pinned
+    ``policy.revision`` must also give ``reference.revision``."""
 
     path: str = "${policy.path}"
     """Follows the policy."""

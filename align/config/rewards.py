@@ -16,13 +16,13 @@ RewardHead = Literal["auto", "sequence_classification", "attributes", "lm_head_r
 
 @dataclass(frozen=True)
 class RewardConfig(RoleConfig):
-    """A frozen reward model: gives each response a number. One of the kinds below."""
+    """A frozen reward model: gives each response a number."""
 
     kind: str = MISSING
-    """Which of them."""
+    """Selects the kind."""
     failed: Literal["fail", "drop"] = "fail"
     """A score that is not finite or missing stops the run (``fail``), or removes all responses to that prompt from the
-    step and counts them (``drop``). It is never replaced by a number."""
+    step and counts them (``drop``). It is never replaced by a number. ``gold: reward`` of ``dpo`` requires ``fail``."""
 
     @property
     def source(self) -> str:
@@ -45,13 +45,14 @@ class CheckpointRewardConfig(RewardConfig, ModelConfig):
     """How the score is read. ``sequence_classification``: the one-label head at the last token. ``attributes``: a head
     of several attributes at the last token, summed by ``weights``. ``lm_head_row0``: the logit of vocabulary id 0 at
     the last token (Llama-3.x-Nemotron-70B-Reward). ``yes_no``: logit of Yes less logit of No after a question
-    (Llama-3.3-Nemotron-70B-Reward-Principle). ``auto``: by the checkpoint's config and weights."""
+    (Llama-3.3-Nemotron-70B-Reward-Principle). ``auto``: by ``align_reward.json`` in the
+    checkpoint, else by its config: a classifier with one label or with several."""
     attributes: list[str] = field(default_factory=list)
     """Names of the outputs of an ``attributes`` head, in order; empty takes the checkpoint's names. ``[nemo]`` stands
     for the nine of NeMo-Aligner."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each attribute in the score; attributes without a weight count 0. Empty takes the weights stored with
-    the checkpoint."""
+    the checkpoint; there is no other default."""
     principle: str = ""
     """The principle in the question of a ``yes_no`` head."""
     question: str = ""
@@ -191,12 +192,13 @@ class TrainedRewardConfig(TrainedModelConfig):
     """A reward model in training: a transformer body with a linear head read at the last token."""
 
     attributes: list[str] = field(default_factory=list)
-    """Names of the head's outputs; empty for one score. ``[nemo]`` stands for the nine of NeMo-Aligner."""
+    """Names of the head's outputs; empty for a single score. ``[nemo]`` stands for the nine of NeMo-Aligner."""
     head: Literal["auto", "trained", "new"] = "auto"
-    """``trained``: the checkpoint must bring a head. ``new``: it is drawn from ``run.seed``. ``auto``: drawn where the
+    """``trained``: the checkpoint must have a head. ``new``: it is drawn from ``run.seed``. ``auto``: drawn if the
     checkpoint has none."""
     from_attribute: str = "helpfulness"
-    """Which output of a checkpoint with several the one score starts from (HelpSteer2-Preference: helpfulness)."""
+    """The output from which a single score starts, if the checkpoint has several (HelpSteer2-Preference:
+    helpfulness)."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,15 @@ class CriticConfig(TrainedModelConfig):
     """As ``reward.weights``: of a head of several attributes the critic starts from their weighted sum."""
     head: Literal["trained", "new"] = "trained"
     """``trained``: values start as the scores of a reward model; a checkpoint without such a head is refused.
-    ``new``: a head that the checkpoint lacks is drawn from ``run.seed``, so that a critic can start from the policy."""
+    ``new``: a head that the checkpoint lacks is drawn from ``run.seed``, so that a critic can start from the policy,
+    with ``critic.path: ${policy.path}``."""
 
 
 @dataclass(frozen=True)
 class CriticFromRewardConfig(CriticConfig):
     """The default critic: it starts from the reward model (InstructGPT, arXiv 2203.02155; HelpSteer2, arXiv
-    2406.08673). With a reward that is no checkpoint, give ``critic.path``."""
+    2406.08673). If the reward is not a checkpoint, give ``critic.path``. A recipe with another ``critic.path`` and a
+    pinned ``reward.revision`` must also give ``critic.revision``."""
 
     path: str = "${reward.path}"
     """Follows the reward model."""

@@ -81,6 +81,7 @@ def test_rows_hold_type_default_and_docstring():
 def test_each_kind_of_a_union_has_a_table_behind_their_common_base():
     assert docs.collect([Recipe]) == [Scorer, FileScorer, UrlScorer]
     assert docs.list_keys([Recipe]) == {FileScorer: ["scorer"], UrlScorer: ["scorer", "others.NAME", "server"]}
+    assert docs.list_kinds([Recipe]) == {Scorer: [FileScorer, UrlScorer]}
     text = "\n".join(docs.format_schema(FileScorer, "FileScorer", keys=["scorer"]))
     assert (
         "`kind: file`: see [rewards.md](rewards.md).\nKeys below `scorer`.\nHas these keys and those of [Scorer]"
