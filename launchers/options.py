@@ -57,9 +57,9 @@ def add_options(arguments: argparse.ArgumentParser) -> None:
     add("--container-mounts", metavar="LIST", help="more mounts, SOURCE:TARGET[:ro],...")
 
 
-def sbatch_options(given: argparse.Namespace) -> list[str]:
+def sbatch_options(args: argparse.Namespace) -> list[str]:
     """Options for the command line of sbatch, each one argument. Raises `ConfigError`."""
-    for option in given.sbatch:
+    for option in args.sbatch:
         name = _name(option)
         if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", option, re.ASCII | re.DOTALL):
             raise ConfigError(
@@ -68,30 +68,30 @@ def sbatch_options(given: argparse.Namespace) -> list[str]:
             )
         if name in RESERVED_OPTIONS:
             raise ConfigError(f"--sbatch={option}: the launcher sets --{name} itself", remedy=RESERVED_OPTIONS[name])
-    return [*given.sbatch, *([f"--export={given.export}"] if given.export is not None else [])]
+    return [*args.sbatch, *([f"--export={args.export}"] if args.export is not None else [])]
 
 
 def _name(option: str) -> str:
     return option.removeprefix("--").partition("=")[0]
 
 
-def directives(given: argparse.Namespace) -> dict[str, Any]:
+def directives(args: argparse.Namespace) -> dict[str, Any]:
     """Directives of the job script for GPUs, memory and `SBATCH_OPTIONS`."""
-    names = {_name(option) for option in given.sbatch}
+    names = {_name(option) for option in args.sbatch}
     values: dict[str, Any] = {}
-    if given.gpus_per_node and not names.intersection(GPU_REQUESTS):
-        values["gpus-per-node"] = given.gpus_per_node
+    if args.gpus_per_node and not names.intersection(GPU_REQUESTS):
+        values["gpus-per-node"] = args.gpus_per_node
     for name in SBATCH_OPTIONS:
-        value = getattr(given, name)
+        value = getattr(args, name)
         replaced = name == "mem" and (value == "site" or names.intersection(MEMORY_REQUESTS))
         if value is not None and not replaced:
             values[name] = value
     return values
 
 
-def require_exported(given: argparse.Namespace, configs: Iterable[Any]) -> None:
+def require_exported(args: argparse.Namespace, configs: Iterable[Any]) -> None:
     """Refuse a job that would lack a variable which its config names, such as that of a token."""
-    chosen = given.export if given.export is not None else os.environ.get("SBATCH_EXPORT", "ALL")
+    chosen = args.export if args.export is not None else os.environ.get("SBATCH_EXPORT", "ALL")
     exported = [part.partition("=")[0] for part in chosen.split(",")]
     if "ALL" in exported:
         return
@@ -119,16 +119,16 @@ def read_setup(file: Path | None) -> str | None:
     return text
 
 
-def container_arguments(given: argparse.Namespace, folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+def container_arguments(args: argparse.Namespace, folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
     """Arguments of the job script after LAUNCH and PYTHON: options of srun, then ``--`` and a command before each
     step's command.
 
     The container mounts ``folders``, `/tmp`, what the configs name (models, data, templates, functions), and the caches
     of the Hugging Face hub.
     """
-    if not given.container:
+    if not args.container:
         for name in ("container_runtime", "container_mounts"):
-            if getattr(given, name):
+            if getattr(args, name):
                 raise ConfigError(f"--{name.replace('_', '-')} requires --container", remedy="give --container=IMAGE")
         return []
     mounted = {Path("/tmp"), *folders, *_caches(os.environ)}
@@ -137,21 +137,21 @@ def container_arguments(given: argparse.Namespace, folders: Sequence[Path], conf
     mounts = [f"{path}:{path}" for path in sorted(mounted)]
     if bad := [path for path in mounted if set(":,") & set(str(path))]:
         raise ConfigError(f"{bad[0]} cannot be mounted: its name has a colon or a comma", remedy="rename it")
-    mounts += list(filter(None, [given.container_mounts]))
-    runtime = given.container_runtime or ("apptainer" if given.container.endswith(".sif") else "pyxis")
-    image = Path(given.container).expanduser()
-    name = str(image.absolute()) if image.exists() else given.container
+    mounts += list(filter(None, [args.container_mounts]))
+    runtime = args.container_runtime or ("apptainer" if args.container.endswith(".sif") else "pyxis")
+    image = Path(args.container).expanduser()
+    name = str(image.absolute()) if image.exists() else args.container
     if runtime == "pyxis":
         return [f"--container-image={name}", f"--container-mounts={','.join(mounts)}"]
     if not image.exists() and "://" not in name:
         raise ConfigError(f"--container={name}: there is no such image", remedy="give a .sif file or a URI")
-    gpu = ["--nv"] if given.gpus_per_node else []
+    gpu = ["--nv"] if args.gpus_per_node else []
     return ["--", "apptainer", "exec", *gpu, f"--bind={','.join(mounts)}", name]
 
 
 def _caches(environment: Mapping[str, str]) -> set[Path]:
-    named = [environment[name] for name in CACHES if environment.get(name)] or [DEFAULT_CACHE]
-    return {path.absolute() for path in (Path(name).expanduser() for name in named) if path.is_dir()}
+    folders = [environment[name] for name in CACHES if environment.get(name)] or [DEFAULT_CACHE]
+    return {path.absolute() for path in (Path(name).expanduser() for name in folders) if path.is_dir()}
 
 
 def _folders_of(config: Any) -> set[Path]:

@@ -128,94 +128,94 @@ def array_values(sweep: str) -> list[tuple[str, str]]:
     ]
 
 
-def plan(given: argparse.Namespace) -> Job:
+def plan(args: argparse.Namespace) -> Job:
     """Check everything that can be checked here. Raises `ConfigError` or `PlacementError`."""
-    if given.service:
-        return _plan_service(given)
-    if given.array and given.chain > 1:
+    if args.service:
+        return _plan_service(args)
+    if args.array and args.chain > 1:
         raise ConfigError("--array and --chain cannot be combined", remedy="give --max-restarts instead of --chain")
-    sweep = array_values(given.array) if given.array else [("", "")]
-    paths = not given.container  # an image may have other folders
+    sweep = array_values(args.array) if args.array else [("", "")]
+    paths = not args.container  # an image may have other folders
     runs = []
     for override, suffix in sweep:
-        overrides = [*given.overrides, override] if override else given.overrides
-        runs.append(load_run(given.recipe, overrides, suffix, paths=paths))
+        overrides = [*args.overrides, override] if override else args.overrides
+        runs.append(load_run(args.recipe, overrides, suffix, paths=paths))
     for run in runs:
-        _require_slots(given, run)
-        _require_use(given, run)
-    folder = load_run(given.recipe, given.overrides, paths=False).folder if given.array else runs[0].folder
-    return _job(given, runs, folder)
+        _require_slots(args, run)
+        _require_use(args, run)
+    folder = load_run(args.recipe, args.overrides, paths=False).folder if args.array else runs[0].folder
+    return _job(args, runs, folder)
 
 
-def _job(given: argparse.Namespace, runs: list[JobConfig], folder: Path) -> Job:
-    sbatch_options = options.sbatch_options(given)
-    options.require_exported(given, [run.config for run in runs])
-    script, arguments = render(given, runs, folder.name), _script_arguments(given, folder, runs)
-    return Job(runs, folder / "launch", script, arguments, sbatch_options, options.read_setup(given.setup))
+def _job(args: argparse.Namespace, runs: list[JobConfig], folder: Path) -> Job:
+    sbatch_options = options.sbatch_options(args)
+    options.require_exported(args, [run.config for run in runs])
+    script, arguments = render(args, runs, folder.name), _script_arguments(args, folder, runs)
+    return Job(runs, folder / "launch", script, arguments, sbatch_options, options.read_setup(args.setup))
 
 
-def _plan_service(given: argparse.Namespace) -> Job:
-    if given.nodes > 1 or given.array:
-        option = f"--nodes={given.nodes}" if given.nodes > 1 else f"--array={given.array}"
-        raise ConfigError(f"--service {given.service} requires one node and no array. Got {option}")
-    service = load_service(given.recipe, given.overrides, paths=not given.container)
-    available = given.gpus_per_node or _cpus(given) * SLOTS_PER_CORE
+def _plan_service(args: argparse.Namespace) -> Job:
+    if args.nodes > 1 or args.array:
+        option = f"--nodes={args.nodes}" if args.nodes > 1 else f"--array={args.array}"
+        raise ConfigError(f"--service {args.service} requires one node and no array. Got {option}")
+    service = load_service(args.recipe, args.overrides, paths=not args.container)
+    available = args.gpus_per_node or _cpus(args) * SLOTS_PER_CORE
     if service.num_slots > available:
-        kind = "GPUs" if given.gpus_per_node else "slots of CPUs"
+        kind = "GPUs" if args.gpus_per_node else "slots of CPUs"
         raise PlacementError(
             f"the replicas require {service.num_slots} {kind}, the job has {available}",
-            where=f"{given.recipe}",
+            where=f"{args.recipe}",
             remedy="lower replicas.max or replicas.shards, or ask for more",
         )
-    _require_use(given, service)
-    return _job(given, [service], service.folder)
+    _require_use(args, service)
+    return _job(args, [service], service.folder)
 
 
-def _cpus(given: argparse.Namespace) -> int:
-    return given.cpus_per_task or (given.gpus_per_node * CPUS_PER_GPU or CPUS_WITHOUT_GPU)
+def _cpus(args: argparse.Namespace) -> int:
+    return args.cpus_per_task or (args.gpus_per_node * CPUS_PER_GPU or CPUS_WITHOUT_GPU)
 
 
-def _ray_cpus(given: argparse.Namespace, run: JobConfig) -> int:
+def _ray_cpus(args: argparse.Namespace, run: JobConfig) -> int:
     """CPUs that Ray counts on a node: its slots if there are no GPUs, else at least one for each GPU."""
-    if given.gpus_per_node:
-        return max(_cpus(given), given.gpus_per_node)
-    return _cpus(given) * run.config.cluster.slots_per_core
+    if args.gpus_per_node:
+        return max(_cpus(args), args.gpus_per_node)
+    return _cpus(args) * run.config.cluster.slots_per_core
 
 
-def _require_slots(given: argparse.Namespace, run: JobConfig) -> None:
-    on_node = given.gpus_per_node or _ray_cpus(given, run)
-    available = given.nodes * on_node
+def _require_slots(args: argparse.Namespace, run: JobConfig) -> None:
+    on_node = args.gpus_per_node or _ray_cpus(args, run)
+    available = args.nodes * on_node
     if run.num_slots > available:
-        kind = "GPUs" if given.gpus_per_node else f"{_cpus(given)} CPUs of {run.config.cluster.slots_per_core} slots"
-        each = f"{given.gpus_per_node} {kind}" if given.gpus_per_node else kind
+        kind = "GPUs" if args.gpus_per_node else f"{_cpus(args)} CPUs of {run.config.cluster.slots_per_core} slots"
+        each = f"{args.gpus_per_node} {kind}" if args.gpus_per_node else kind
         raise PlacementError(
             f"placement requires {run.num_slots} slots, the job has {available} "
-            f"({given.nodes} nodes with {each} each), "
+            f"({args.nodes} nodes with {each} each), "
             f"{run.num_slots - available} are missing",
-            where=f"{given.recipe}",
+            where=f"{args.recipe}",
             remedy="let roles share slots, or ask for more nodes",
         )
 
 
-def _require_use(given: argparse.Namespace, run: JobConfig) -> None:
+def _require_use(args: argparse.Namespace, run: JobConfig) -> None:
     """Refuse a job with GPUs that no role uses."""
-    line = placement.idle(run.slots, given.nodes * given.gpus_per_node)
-    if line is not None and not given.accept_idle:
-        key = "replicas.max=N" if given.service else "placement.ROLE=FIRST-LAST"
+    line = placement.idle(run.slots, args.nodes * args.gpus_per_node)
+    if line is not None and not args.accept_idle:
+        key = "replicas.max=N" if args.service else "placement.ROLE=FIRST-LAST"
         remedy = f"use them ({key}), ask for fewer, or give --accept-idle"
-        raise PlacementError(f"{line} (GPUs of the job)", where=f"{given.recipe}", remedy=remedy)
+        raise PlacementError(f"{line} (GPUs of the job)", where=f"{args.recipe}", remedy=remedy)
 
 
-def render(given: argparse.Namespace, runs: Sequence[JobConfig], name: str) -> str:
+def render(args: argparse.Namespace, runs: Sequence[JobConfig], name: str) -> str:
     """The job script: the template with directives and settings filled in."""
     values = {
         "job-name": re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:60],
-        "nodes": given.nodes,
-        "time": given.time,
-        "cpus-per-task": _cpus(given),
-        "signal": f"B:USR1@{given.signal_before}",
-        **({"array": f"0-{len(runs) - 1}"} if given.array else {}),
-        **options.directives(given),
+        "nodes": args.nodes,
+        "time": args.time,
+        "cpus-per-task": _cpus(args),
+        "signal": f"B:USR1@{args.signal_before}",
+        **({"array": f"0-{len(runs) - 1}"} if args.array else {}),
+        **options.directives(args),
     }
     for key, value in values.items():
         pattern = TIME if key == "time" else PLAIN
@@ -223,22 +223,22 @@ def render(given: argparse.Namespace, runs: Sequence[JobConfig], name: str) -> s
             raise ConfigError(
                 f"--{key}={value!r} is not a value for Slurm", remedy=f"write a value that matches {pattern}"
             )
-    restarts = given.max_restarts if given.max_restarts is not None else (0 if given.chain > 1 else 20)
-    if given.signal_before >= _seconds(given.time):
+    restarts = args.max_restarts if args.max_restarts is not None else (0 if args.chain > 1 else 20)
+    if args.signal_before >= _seconds(args.time):
         raise ConfigError(
-            f"--signal-before={given.signal_before} s leaves nothing of --time={given.time}",
+            f"--signal-before={args.signal_before} s leaves nothing of --time={args.time}",
             remedy="give more --time, or less --signal-before: at least a minute and twice the slowest step and save",
         )
-    settings = {"max_restarts": restarts, "retries": given.retries}
-    if not given.service:
+    settings = {"max_restarts": restarts, "retries": args.retries}
+    if not args.service:
         resume = runs[0].config.run.resume
         settings |= {
-            "cpus": _ray_cpus(given, runs[0]),
-            "gpus": given.gpus_per_node,
+            "cpus": _ray_cpus(args, runs[0]),
+            "gpus": args.gpus_per_node,
             "start_seconds": int(runs[0].config.cluster.start_timeout_s),
             "resume": resume if resume in ("auto", "never") else "checkpoint",
         }
-    template = (ROOT / "slurm" / ("reward_service.sbatch" if given.service else "train.sbatch")).read_text()
+    template = (ROOT / "slurm" / ("reward_service.sbatch" if args.service else "train.sbatch")).read_text()
     lines = "\n".join(f"#SBATCH --{key}={value}" for key, value in values.items())
     assigned = " ".join(f"{key}={value}" for key, value in settings.items())
     return re.sub("^.*#%settings$", assigned, template.replace("#%directives", lines), flags=re.MULTILINE)
@@ -252,10 +252,10 @@ def _seconds(time: str) -> int:
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-def _script_arguments(given: argparse.Namespace, folder: Path, runs: Sequence[JobConfig]) -> list[str]:
-    python = given.python or ("python3" if given.container else sys.executable)
+def _script_arguments(args: argparse.Namespace, folder: Path, runs: Sequence[JobConfig]) -> list[str]:
+    python = args.python or ("python3" if args.container else sys.executable)
     folders = [Path.cwd(), folder, *(run.folder for run in runs)]
-    return [str(folder / "launch"), python, *options.container_arguments(given, folders, [run.config for run in runs])]
+    return [str(folder / "launch"), python, *options.container_arguments(args, folders, [run.config for run in runs])]
 
 
 def write(job: Job) -> None:
@@ -303,12 +303,12 @@ def _slurm(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def submit(job: Job, given: argparse.Namespace) -> list[str]:
+def submit(job: Job, args: argparse.Namespace) -> list[str]:
     """Submit a job, or a chain of jobs. Returns their numbers."""
     numbers: list[str] = []
-    for _ in range(given.chain):
-        dependency = f"afterany:{numbers[-1]}" if numbers else given.dependency
-        numbers.append(_slurm(job.command(dependency, bool(given.array))).strip().partition(";")[0])
+    for _ in range(args.chain):
+        dependency = f"afterany:{numbers[-1]}" if numbers else args.dependency
+        numbers.append(_slurm(job.command(dependency, bool(args.array))).strip().partition(";")[0])
         for folder in {job.folder, *(run.folder / "launch" for run in job.runs)}:
             with (folder / "jobs").open("a") as jobs:
                 jobs.write(f"{numbers[-1]}\n")
@@ -337,14 +337,14 @@ def explain(job: Job, numbers: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit the job and return 0."""
-    given = parser().parse_intermixed_args(argv)
-    job = plan(given)
-    if given.dry_run:
+    args = parser().parse_intermixed_args(argv)
+    job = plan(args)
+    if args.dry_run:
         print(job.script)
-        print("#", shlex.join(job.command(given.dependency, bool(given.array))))
+        print("#", shlex.join(job.command(args.dependency, bool(args.array))))
         return 0
     write(job)
-    print(explain(job, submit(job, given)))
+    print(explain(job, submit(job, args)))
     return 0
 
 

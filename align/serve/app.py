@@ -180,13 +180,13 @@ class RewardApp:
     async def _read(self, request: Request, limit: int) -> tuple[bytes, int]:
         """A body and its length. It holds at most ``limit`` bytes of this body, and `BODIES` times that of all bodies
         that are being read."""
-        parts, length, held = [], 0, 0
+        parts, length, held_bytes = [], 0, 0
         try:
             async for chunk in request.stream():
                 length += len(chunk)
                 if length <= limit:
                     parts.append(chunk)
-                    held += len(chunk)
+                    held_bytes += len(chunk)
                     self._held_bytes += len(chunk)
                     if self._held_bytes > BODIES * limit:
                         raise HTTPError(429, "too many bodies are being read, try again later", retry_after_s=1)
@@ -194,22 +194,22 @@ class RewardApp:
                     break
             return b"".join(parts), length
         finally:
-            self._held_bytes -= held
+            self._held_bytes -= held_bytes
 
     async def _while_connected(self, scoring: Awaitable[ResponseScores], request: Request) -> ResponseScores:
         """The scores, unless they take too long or the client disconnects."""
-        work, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(request.receive())
+        work, disconnect = asyncio.ensure_future(scoring), asyncio.ensure_future(request.receive())
         try:
             seconds = self._config.request_timeout_s
-            await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, disconnect}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            if gone.done():
+            if disconnect.done():
                 raise ClientDisconnect
             raise HTTPError(504, f"not scored within {seconds:g} s", retry_after_s=1)
         finally:
             work.cancel()
-            gone.cancel()
+            disconnect.cancel()
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

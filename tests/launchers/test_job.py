@@ -109,8 +109,8 @@ def start(
 
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = job.communicate(timeout=60)
-    return job.returncode, said
+    output, _ = job.communicate(timeout=60)
+    return job.returncode, output
 
 
 def requeues(stand_ins: Path) -> int:
@@ -177,9 +177,9 @@ def test_a_signal_to_the_script_reaches_the_driver_as_usr2(run, stand_ins, numbe
     job = start(run, stand_ins, "trap 'exit 75' USR2; touch $STAND_INS/ready; while :; do sleep 0.1; done")
     wait_for(stand_ins / "ready")
     job.send_signal(number)
-    status, said = finish(job)
+    status, output = finish(job)
     assert (status, requeues(stand_ins)) == (75, 1)
-    assert f"{word}: asking the run to save and stop" in said
+    assert f"{word}: asking the run to save and stop" in output
 
 
 @pytest.mark.slow
@@ -278,9 +278,9 @@ def test_ray_that_does_not_start_is_a_fault(run, stand_ins):
 @pytest.mark.slow
 def test_a_driver_that_does_not_notice_the_end_of_ray_is_killed(run, stand_ins):
     (stand_ins / "ray-seconds").write_text("5")
-    status, said = finish(start(run, stand_ins, "exec sleep 50"))
+    status, output = finish(start(run, stand_ins, "exec sleep 50"))
     assert (status, requeues(stand_ins)) == (76, 1)
-    assert "a part of Ray has ended" in said
+    assert "a part of Ray has ended" in output
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_what_is_ended_carries_the_number_of_the_job(scope: str, killed: list[st
         "stranger": {"SLURM_JOB_ID": f"{JOB}1", "SLURM_STEP_ID": "1"},
         "nobody": {},
     }
-    processes = {name: subprocess.Popen(["sleep", "60"], env={**os.environ, **own}) for name, own in victims.items()}
+    processes = {name: subprocess.Popen(["sleep", "60"], env={**os.environ, **more}) for name, more in victims.items()}
     try:
         function("kill_processes", scope, SLURM_JOB_ID=JOB, SLURM_STEP_ID="3", SLURM_RESTART_COUNT="1")
         time.sleep(0.1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from submission import RECIPE, calls_of, directives, settings, submit
 
 from align import cli
 from align.config import RewardServiceConfig
@@ -17,62 +17,8 @@ from align.config.load import build_config, load_recipe
 from align.errors import AlignError, ConfigError, LockError, PlacementError
 from launchers import slurm
 
-RECIPE = """\
-algorithm: rloo
-run: {{dir: {run}, steps: 4}}
-data: {{path: {folder}}}
-policy: {{path: {folder}, optimizer: {{lr: 1e-6}}}}
-reward: {{path: {folder}}}
-placement: {{policy: 0-3, reference: 2, reward: 3}}
-"""
 HOSTILE = "a b'$(touch owned)\"; touch owned #`touch owned`%j"
 """A folder's name that would be dangerous in a shell and in Slurm's patterns."""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(run=tmp_path / "run", folder=tmp_path))
-    return path
-
-
-@pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for Slurm's commands. Each call of sbatch is a line of JSON in the file returned, jobs count from 101;
-    squeue shows the file ``queue``."""
-    bin_, calls = tmp_path / "bin", tmp_path / "calls"
-    bin_.mkdir()
-    (bin_ / "sbatch").write_text(
-        f"#!{sys.executable}\n"
-        "import json, pathlib, sys\n"
-        f"calls = pathlib.Path({str(calls)!r})\n"
-        "with calls.open('a') as file: file.write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "print(f'{100 + len(calls.read_text().splitlines())};cluster')\n"
-    )
-    (bin_ / "squeue").write_text(f"#!/bin/sh\ncat {shlex.quote(str(tmp_path / 'queue'))}\n")
-    (tmp_path / "queue").write_text("")
-    for command in bin_.iterdir():
-        command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
-    return calls
-
-
-def calls_of(sbatch: Path) -> list[list[str]]:
-    return [json.loads(line) for line in sbatch.read_text().splitlines()] if sbatch.exists() else []
-
-
-def submit(recipe: Path, *arguments: str, nodes: int = 2, gpus: int = 2) -> int:
-    size = [f"--nodes={nodes}", f"--gpus-per-node={gpus}"]
-    return slurm.main([str(recipe), *size, "--time=1-00:00:00", *arguments])
-
-
-def directives(script: str) -> list[str]:
-    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
-
-
-def settings(script: str) -> dict[str, str]:
-    line = next(line for line in script.splitlines() if line.startswith("max_restarts="))
-    return dict(part.split("=", 1) for part in line.split())
 
 
 def test_a_dry_run_prints_the_job_and_writes_nothing(recipe: Path, sbatch: Path, capsys, tmp_path: Path):
@@ -108,18 +54,11 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(recipe: Path, sbatch: Path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Path:
-    path = tmp_path / "service.yaml"
-    path.write_text(f"reward: {{path: {tmp_path}}}\ndir: {tmp_path}/serving\nreplicas: {{max: 3}}\n")
-    return path
-
-
 def test_the_rendered_job_is_bash_without_marks(recipe: Path, service: Path):
-    for given in ([str(recipe), "--nodes=1"], [str(service), "--nodes=1", "--service=reward", "replicas.max=4"]):
-        script = slurm.plan(slurm.parser().parse_intermixed_args([*given, "--gpus-per-node=4", "--time=60"])).script
+    for arguments in ([str(recipe), "--nodes=1"], [str(service), "--nodes=1", "--service=reward", "replicas.max=4"]):
+        script = slurm.plan(slurm.parser().parse_intermixed_args([*arguments, "--gpus-per-node=4", "--time=60"])).script
         assert "#%" not in script
-        assert ("serve reward" in script) == (given[0] == str(service))
+        assert ("serve reward" in script) == (arguments[0] == str(service))
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -143,8 +82,8 @@ def test_a_service_is_submitted_with_all_it_reads(service: Path, sbatch: Path, c
     assert loaded.reward.function == f"{tmp_path}/scores.py:length" and loaded.replicas.max == 3
     assert (launch / "runs").read_text() == f"{tmp_path}/serving\n"
     assert len(calls_of(sbatch)) == 1
-    told = capsys.readouterr().out
-    assert "service-*.log" in told and "scancel 101" in told and "STOP" not in told
+    output = capsys.readouterr().out
+    assert "service-*.log" in output and "scancel 101" in output and "STOP" not in output
 
 
 @pytest.mark.parametrize(
@@ -178,7 +117,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
     assert {item.name for item in (tmp_path / "run").iterdir()} == {"launch", "logs"}
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     assert len(calls_of(sbatch)) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "job 101",
         "srun --jobid 101 --overlap --pty bash",
@@ -186,7 +125,7 @@ def test_what_the_job_reads_is_written_before_it_is_submitted(recipe: Path, sbat
         f"touch {tmp_path}/run/STOP",
         f"{tmp_path}/run/logs/slurm/job-101.log",
     ):
-        assert line in told
+        assert line in output
 
 
 @pytest.mark.parametrize(
@@ -300,8 +239,8 @@ def test_an_array_has_a_run_folder_for_each_value(recipe: Path, sbatch: Path, tm
     runs = (launch / "runs").read_text().split()
     assert runs == [f"{tmp_path}/run-0-1e-6", f"{tmp_path}/run-1-2e-6"]
     loaded = [load_recipe(Path(run) / "launch" / "config.yaml").config for run in runs]
-    assert [one.run.dir for one in loaded] == runs
-    assert [one.policy.optimizer.lr for one in loaded] == [1e-6, 2e-6]
+    assert [config.run.dir for config in loaded] == runs
+    assert [config.policy.optimizer.lr for config in loaded] == [1e-6, 2e-6]
 
 
 def test_a_run_whose_job_is_still_queued_is_not_submitted_again(recipe: Path, sbatch: Path, tmp_path: Path):
@@ -327,7 +266,7 @@ def test_a_task_of_an_array_that_is_still_queued_counts(recipe: Path, sbatch: Pa
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("arguments", "line"),
     [
         (["placement.policy=0"], "placement uses slots 0,2-3 only: 1 of 4 stay idle (GPUs of the job)"),
         (["placement={policy: 0, reward: 0, reference: 0}"], "placement uses slot 0 only: 15 of 16 stay idle"),
@@ -335,18 +274,18 @@ def test_a_task_of_an_array_that_is_still_queued_counts(recipe: Path, sbatch: Pa
     ],
 )
 def test_idle_gpus_are_refused_unless_accepted(
-    recipe: Path, service: Path, sbatch: Path, given: list[str], line: str, capsys
+    recipe: Path, service: Path, sbatch: Path, arguments: list[str], line: str, capsys
 ):
     big = {"nodes": 2, "gpus": 8} if "16" in line else {"nodes": 1, "gpus": 4}
-    path = service if given == ["--service=reward"] else recipe
-    if "placement={" in given[0]:
+    path = service if arguments == ["--service=reward"] else recipe
+    if "placement={" in arguments[0]:
         path.write_text(path.read_text().replace("0-3, reference: 2, reward: 3", "0"))
-        given = []
+        arguments = []
     with pytest.raises(PlacementError) as caught:
-        submit(path, *given, **big)
+        submit(path, *arguments, **big)
     assert line in str(caught.value) and "--accept-idle" in str(caught.value)
     assert calls_of(sbatch) == []
-    assert submit(path, *given, "--accept-idle", "--dry-run", **big) == 0
+    assert submit(path, *arguments, "--accept-idle", "--dry-run", **big) == 0
 
 
 def test_paths_that_a_job_would_not_find_are_refused_before_the_queue(recipe: Path, sbatch: Path, tmp_path: Path):
@@ -374,89 +313,6 @@ def test_what_sbatch_says_against_a_job_is_shown(recipe: Path, sbatch: Path, tmp
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: gpu' >&2\nexit 1\n")
     with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
         submit(recipe, "--partition=gpu")
-
-
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Folders of models, data and a cache outside the working directory; the model is links to blobs elsewhere."""
-    folders = {name: tmp_path / name for name in ("models", "blobs", "data", "cache", "work", "templates")}
-    for folder in folders.values():
-        folder.mkdir()
-    (folders["blobs"] / "0a1b").touch()
-    (folders["models"] / "config.json").symlink_to(folders["blobs"] / "0a1b")
-    (folders["templates"] / "chat.jinja").touch()
-    monkeypatch.setenv("HF_HOME", str(folders["cache"]))
-    monkeypatch.chdir(folders["work"])
-    return folders
-
-
-def test_a_container_sees_all_that_the_recipe_names(recipe: Path, sbatch: Path, places: dict[str, Path]):
-    paths = [f"data.path={places['data']}", f"policy.path={places['models']}", "reward.path=org/name"]
-    paths.append(f"data.chat_template={places['templates']}/chat.jinja")
-    assert submit(recipe, "--container=registry#image:1", "--container-mounts=/d:/d:ro", *paths) == 0
-    (call,) = calls_of(sbatch)
-    assert call[-4:-1] == [f"{recipe.parent}/run/launch", "python3", "--container-image=registry#image:1"]
-    (own, *more) = call[-1].removeprefix("--container-mounts=").split(f",{recipe.parent}/")
-    assert own == "/tmp:/tmp"
-    assert [mount.partition(":")[0] for mount in more] == [
-        "blobs",
-        "cache",
-        "data",
-        "models",
-        "run",
-        "templates",
-        "work",
-    ]
-    assert call[-1].endswith(f"/work:{recipe.parent}/work,/d:/d:ro")
-
-
-def test_apptainer_runs_before_the_command_of_every_step(recipe: Path, sbatch: Path, places: dict[str, Path]):
-    image = places["work"] / "align.sif"
-    image.touch()
-    assert submit(recipe, "--container=align.sif", f"policy.path={places['models']}") == 0
-    assert submit(recipe, "--container=align.sif", "--cpus-per-task=4", f"run.dir={recipe.parent}/cpu", gpus=0) == 0
-    on_gpus, on_cpus = (call[call.index("python3") + 1 :] for call in calls_of(sbatch))
-    assert on_gpus[:4] == ["--", "apptainer", "exec", "--nv"] and "--nv" not in on_cpus
-    assert on_gpus[-2].startswith("--bind=/tmp:/tmp,") and f"{places['blobs']}:{places['blobs']}" in on_gpus[-2]
-    assert on_gpus[-1] == on_cpus[-1] == str(image)
-
-
-def test_any_option_of_sbatch_is_passed_on_as_one_argument(recipe: Path, sbatch: Path, tmp_path: Path):
-    further = ["--sbatch=--exclusive", "--sbatch=--comment=for $(touch owned) 'us'", "--sbatch=--gres=gpu:a100:2"]
-    assert submit(recipe, *further, "--sbatch=--mem-per-gpu=64G", "--dependency=after:7", "--export=NONE") == 0
-    (call,) = calls_of(sbatch)
-    expected = [option.removeprefix("--sbatch=") for option in further]
-    assert call[3:8] == ["--dependency=after:7", *expected, "--mem-per-gpu=64G"]
-    assert call[8] == "--export=NONE"
-    names = {option.partition("=")[0] for option in directives((tmp_path / "run/launch/job.sbatch").read_text())}
-    assert not names & {"--gpus-per-node", "--mem"}  # what is passed on asks for these
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [([], ["--mem=0"]), (["--mem=200G"], ["--mem=200G"]), (["--mem=site"], [])]
-)
-def test_a_job_asks_for_all_memory_unless_told_otherwise(recipe: Path, sbatch: Path, capsys, given, expected):
-    assert submit(recipe, "--dry-run", *given) == 0
-    assert [line for line in directives(capsys.readouterr().out) if line.startswith("--mem")] == expected
-
-
-def test_what_the_site_needs_is_read_by_every_step(recipe: Path, sbatch: Path, tmp_path: Path):
-    (tmp_path / "site.sh").write_text("module load cuda\nexport HF_HUB_OFFLINE=1\n")
-    assert submit(recipe, f"--setup={tmp_path}/site.sh") == 0
-    assert (tmp_path / "run/launch/setup.sh").read_text() == (tmp_path / "site.sh").read_text()
-
-
-@pytest.mark.parametrize(
-    ("export", "reaches"), [("NONE", False), ("HOME,TOKEN", True), ("ALL,X=1", True), (None, False)]
-)
-def test_a_token_that_the_job_would_lack_is_refused(service: Path, sbatch: Path, monkeypatch, export, reaches: bool):
-    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
-    given = ["--service=reward", "token_env=TOKEN", *([f"--export={export}"] if export else [])]
-    if reaches:
-        assert submit(service, *given, nodes=1, gpus=3) == 0
-    else:
-        with pytest.raises(ConfigError, match=r"(?s)token_env=TOKEN: the job does not get .*'NONE'.*--export=TOKEN$"):
-            submit(service, *given, nodes=1, gpus=3)
 
 
 @pytest.mark.parametrize(

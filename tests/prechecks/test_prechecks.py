@@ -178,15 +178,15 @@ def test_slots_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("slots", "there", "line"),
+    ("slots", "total", "line"),
     [
         ({"policy": (0,), "reward": (0,)}, 16, "placement uses slot 0 only: 15 of 16 stay idle"),
         ({"policy": (0, 1), "reward": (4, 5, 6)}, 8, "placement uses slots 0-1,4-6 only: 3 of 8 stay idle"),
         ({"policy": (0, 1), "reward": (1,)}, 2, None),
     ],
 )
-def test_idle_slots(slots: dict[str, tuple[int, ...]], there: int, line: str | None):
-    assert placement.idle(slots, there) == line
+def test_idle_slots(slots: dict[str, tuple[int, ...]], total: int, line: str | None):
+    assert placement.idle(slots, total) == line
 
 
 COMMANDS = [
