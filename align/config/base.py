@@ -7,9 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal
 
 from omegaconf import MISSING
+
+from align.config.models import RoleConfig
+from align.config.yaml_reader import field_types, sections_in
 
 DataFormat = Literal[
     "auto",
@@ -256,8 +260,8 @@ class RecipeConfig:
     """Where Ray runs."""
 
     def absent(self) -> set[str]:
-        """Names of role sections that this recipe does without; no worker is started for them."""
-        return set()
+        """Names of the roles that this recipe has no section for; no worker is started for them."""
+        return {name for name, hint in field_types(type(self)).items() if _is_absent(getattr(self, name), hint)}
 
     def updates_per_step(self) -> int:
         """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
@@ -301,3 +305,8 @@ class RecipeConfig:
     def notes(self) -> list[str]:
         """What a reader of the configuration should know beside its values."""
         return []
+
+
+def _is_absent(value: object, hint: Any) -> bool:
+    is_role = hint is NoneType or any(issubclass(section, RoleConfig) for section in sections_in(hint))
+    return value is None and is_role
