@@ -22,8 +22,8 @@ from rich.table import Table
 from align import prechecks
 from align.cluster.process import driver_environment
 from align.commands import build_parser
-from align.config import precision
-from align.config.load import LoadedConfig, list_values, load_recipe
+from align.config import RecipeConfig, precision
+from align.config.load import LoadedConfig, list_values, load_any, load_recipe
 from align.errors import AlignError, ConfigError, SaveError
 from align.prechecks import plan
 from align.utils import disk
@@ -36,22 +36,26 @@ PIPE_WIDTH = 240
 """Columns of a table that goes to a file or a pipe, so that no line is wrapped."""
 
 
-def _show(loaded: LoadedConfig, console: Console) -> None:
+def _show(loaded: LoadedConfig, console: Console, all_keys: bool = False) -> None:
     table = Table("key", "value", "from", box=None, header_style="bold")
-    for key, value, origin in list_values(loaded):
+    rows = list_values(loaded, all_keys)
+    for key, value, origin in rows:
         style = "dim" if origin == "default" else ""
         shown = f"{origin}: auto" if key in loaded.automatic else origin
         table.add_row(key, redact(repr(value) if isinstance(value, str) else str(value)), shown, style=style)
     console.print(table)
+    if not all_keys:
+        total = len(list_values(loaded))
+        console.print(f"{total - len(rows)} keys with default values are not shown (--all)", highlight=False)
     if any(key.endswith("dtype") for key in loaded.automatic):
         console.print("note: dtype auto is {}: {}".format(*precision.automatic()), highlight=False)
-    for note in loaded.config.notes():
+    for note in loaded.config.notes() if isinstance(loaded.config, RecipeConfig) else []:
         console.print(f"note: {note}", highlight=False)
 
 
 def show(arguments: argparse.Namespace, console: Console) -> int:
     """``align show``."""
-    _show(load_recipe(arguments.recipe, arguments.overrides), console)
+    _show(load_any(arguments.recipe, arguments.overrides), console, arguments.all)
     return 0
 
 

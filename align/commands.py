@@ -67,8 +67,8 @@ COMMANDS = [
     Command(
         "show",
         "align.cli:show",
-        "print every value of a recipe and where it comes from",
-        [RECIPE, OVERRIDES],
+        "print the values of a recipe that differ from the defaults, and where they come from",
+        [RECIPE, OVERRIDES, arg("--all", action="store_true", help="print all values, with the defaults")],
     ),
     Command(
         "replay",

@@ -204,7 +204,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, toy_data, tiny_pol
 
 def test_show_tells_where_values_come_from(tmp_path, toy_data, tiny_policy, tiny_reward, capsys):
     path = recipe(tmp_path, RLOO, run=tmp_path / "r", data=toy_data, policy=tiny_policy, reward=tiny_reward)
-    assert main(["show", str(path), "run.steps=5"]) == 0
+    assert main(["show", str(path), "run.steps=5", "--all"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
     assert rows["run.steps"].split()[1:] == ["5", "command", "line"]
     assert rows["kl_coef"].split()[1] == "0.05"

@@ -11,12 +11,21 @@ from typing import get_args
 
 import pytest
 
-from align import algorithms
+from align import algorithms, cli
 from align import config as sections
 from align.cluster.roles import ROLES
 from align.config.eval import BenchmarkName
 from align.config.eval_policy import PolicyBenchmarkName
-from align.config.load import LoadedConfig, build_config, describe_schema, load_recipe, write_config
+from align.config.load import (
+    LoadedConfig,
+    build_config,
+    describe_schema,
+    flatten_config,
+    list_values,
+    load_any,
+    load_recipe,
+    write_config,
+)
 from align.errors import ConfigError
 from align.eval.arguments import SPEAKERS
 from align.prechecks import placement
@@ -153,3 +162,27 @@ def test_kl_coefficient_is_shown_in_the_other_unit():
     assert loaded.config.notes() == [
         "kl_coef 0.1 on the sum over tokens equals 3.2 on the mean for a response of 32 tokens (sampling.max_tokens)"
     ]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *EVALUATIONS, *JUDGED, *SERVICES, *SCALES], ids=lambda path: path.stem)
+def test_show_prints_what_differs_from_the_defaults(path: Path, capsys: pytest.CaptureFixture[str]):
+    """Every file in recipes/, whatever command reads it; ``--all`` prints every key."""
+    text = path.read_text()
+    given = [f"{key}=models/{key}" for key in sorted(set(re.findall(r"([\w.]+)=FOLDER", text)))]
+    given += [f"{key}={value}" for key, value in re.findall(r"^#.*?([\w.]+)=(FILE\w*)", text, flags=re.M)]
+    given += re.findall(r"(?:baseline_answers\.\w+|(?:policy|baseline)\.path)=F\S+", text)
+    loaded = load_any(path, given)
+    assert cli.main(["show", str(path), *given]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:] if line.strip()]
+    differing = [key for key, _, origin in list_values(loaded) if origin != "default" and key in loaded.changed]
+    assert shown[: len(differing)] == differing
+    assert cli.main(["show", str(path), *given, "--all"]) == 0
+    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert flatten_config(loaded.config).keys() <= printed
+    assert len(differing) < len(flatten_config(loaded.config))
+
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("rloo", 140), ("ppo", 170), ("dpo", 130)])
+def test_a_recipe_has_few_keys(algorithm: str, limit: int):
+    """Keys as ``align show --all`` prints them for the shipped quickstart. DPO's limit is ours."""
+    assert len(flatten_config(load_recipe(ROOT / "recipes" / "quickstart" / f"{algorithm}.yaml").config)) <= limit

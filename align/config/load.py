@@ -35,6 +35,10 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from align.config.eval import RewardEvaluationConfig
+from align.config.eval_policy import PolicyBenchmarkName, PolicyEvaluationConfig
+from align.config.scale import ScaleConfig
+from align.config.serve import RewardServiceConfig
 from align.config.yaml_reader import (
     COMMAND_LINE,
     DEFAULT,
@@ -124,9 +128,25 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, object]:
     return leaves
 
 
-def list_values(loaded: LoadedConfig) -> list[tuple[str, object, str]]:
-    """Rows of (key, value, origin), in the order of the fields."""
-    return [(key, value, loaded.origin[key]) for key, value in flatten_config(loaded.config).items()]
+def list_values(loaded: LoadedConfig, all_keys: bool = True) -> list[tuple[str, object, str]]:
+    """Rows of (key, value, origin), in the order of the fields; without ``all_keys`` those that differ from their
+    defaults."""
+    leaves = flatten_config(loaded.config)
+    return [(key, value, loaded.origin[key]) for key, value in leaves.items() if all_keys or key in loaded.changed]
+
+
+def load_any(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read the file of any command: a recipe of `align train`, or the file of `align eval`, `align scale` or `align
+    serve`. Its top-level keys tell which: ``algorithm``, ``benchmark``, ``out`` (scale), ``dir`` (a service)."""
+    root = compose_file(file)
+    given = {key.value: node.value for key, node in root.value}
+    given |= {key: node.value for key, node in compose_overrides(overrides)}
+    if "benchmark" in given:
+        policy = given["benchmark"] in get_args(PolicyBenchmarkName)
+        return build_config(PolicyEvaluationConfig if policy else RewardEvaluationConfig, file, overrides)
+    if "algorithm" not in given and given.keys() & {"out", "dir"}:
+        return build_config(ScaleConfig if "out" in given else RewardServiceConfig, file, overrides)
+    return load_recipe(file, overrides)
 
 
 def describe_schema(schema: type) -> dict[str, str]:
