@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.config import GenerativeRewardConfig, ModelConfig, RoleConfig
+from align.config import GenerativeRewardConfig, ModelConfig, RewardConfig, RoleConfig
 from align.utils.redact import redact
 
 Announce = Callable[[str], None]
@@ -28,7 +28,10 @@ def loading(config: RoleConfig) -> str:
     if isinstance(config, GenerativeRewardConfig):
         return loading(config.judge)
     if not isinstance(config, ModelConfig):
-        return f"opening {vars(config).get('url') or vars(config)['function']}"
+        fields = vars(config)
+        return (
+            f"opening {config.source if isinstance(config, RewardConfig) else fields.get('url') or fields['function']}"
+        )
     if config.init:
         return "making random weights"
     folder = Path(config.path).expanduser()

@@ -260,7 +260,9 @@ policy: {{{{path: {{policy}}, dtype: float32, optimizer: {{{{lr: 1e-2}}}}}}}}
 reference: {{{{dtype: float32}}}}
 reward:
   kind: generative
-  generative: {{{{judge: {{{{kind: function, function: {FILE}:words}}}}, custom_roles: true, retries: 1}}}}
+  judge: {{{{kind: function, function: {FILE}:words}}}}
+  custom_roles: true
+  verdict_retries: 1
 prompts_per_step: 8
 truncated: keep
 kl_coef: 0.0

@@ -59,12 +59,11 @@ policy: {{path: {policy}, dtype: float32, optimizer: {{lr: 2e-3}}}}
 reference: {{dtype: float32}}
 reward:
   kind: generative
-  generative:
-    judge: {{path: {judge}, dtype: float32}}
-    form: json
-    custom_roles: true
-    retries: 1
-    sampling: {{max_tokens: 4}}
+  judge: {{path: {judge}, dtype: float32}}
+  form: json
+  custom_roles: true
+  verdict_retries: 1
+  sampling: {{max_tokens: 4}}
 prompts_per_step: 4
 minibatches: 1
 truncated: keep

@@ -128,7 +128,7 @@ def test_a_service_that_fails_gives_what_a_function_gives(tmp_path, toy_data, ti
     (tmp_path / "judge.py").write_text(TRUTH)
     function = f"{{kind: function, function: '{tmp_path / 'judge.py'}:truth'}}"
     url = f"http://127.0.0.1:{service.server_address[1]}"
-    http = f"{{kind: http, http: {{url: '{url}', batch_size: 2, backoff_s: 0.01, max_backoff_s: 0.02}}}}"
+    http = f"{{kind: http, url: '{url}', batch_size: 2, backoff_s: 0.01, max_backoff_s: 0.02}}"
     called = train(tmp_path, algorithm, "function", function, critic=FROM_POLICY, **paths)
     asked = train(tmp_path, algorithm, "http", http, critic=FROM_POLICY, **paths)
     assert f"reward reads text ({url})" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_a_reward_with_another_tokenizer(tmp_path, toy_data, tiny_policy, byte_t
     own = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     other = classifier(tmp_path / "bytes", own, None, 1)
     same = classifier(tmp_path / "words", toy.tokenizer(), None, 1)
-    reward = f"{{path: {other}, dtype: float32, ensemble: {{paths: [{same}], combine: minimum}}}}"
+    reward = f"{{kind: ensemble, path: {other}, dtype: float32, paths: [{same}], combine: minimum}}"
     run = train(tmp_path, "rloo", "r", reward, data=toy_data, policy=tiny_policy)
     out = capsys.readouterr().out
     assert f"reward reads text ({other}: its tokenizer is not the policy's)" in out

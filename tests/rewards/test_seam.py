@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from align import prepare
-from align.config import CheckpointRewardConfig, RewardConfig
+from align.config import RewardConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message
 from align.data.conversations import Conversations
 from align.rewards import scorers
-from align.rewards.base import RewardScorer
+from align.rewards.base import Groups, Ids, RewardScorer
 from align.run import Clock
 from align.types import Packed, Sequences
 from align.workers import local
 from align.workers.base import Spec
 from align.workers.reward import Reward as Role
 from align.workers.reward import RewardWorker
+
+
+@dataclass(frozen=True)
+class WordRewardConfig(RewardConfig):
+    kind: Literal["words"] = "words"
+
+    @property
+    def source(self) -> str:
+        return "words"
+
 
 PROMPT = (Message("user", "say the first word : cat dog"),)
 
@@ -38,12 +49,7 @@ class WordScorer(RewardScorer):
     def fingerprint(cls, config: RewardConfig, seed: int) -> str:
         return "words"
 
-    def score(
-        self,
-        dialogues: Sequence[Dialogue],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> torch.Tensor:
         self.calls += 1
         return torch.tensor([float(len(dialogue.response.split())) for dialogue in dialogues])
 
@@ -56,7 +62,7 @@ class WordScorer(RewardScorer):
 
 
 def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch: pytest.MonkeyPatch):
-    config: Any = CheckpointRewardConfig(kind="words", path="w")  # type: ignore[arg-type]
+    config = WordRewardConfig()
     monkeypatch.setitem(scorers.SCORERS, "words", WordScorer)
     renderer = chat.Renderer(toy.tokenizer())
     recipe: Any = SimpleNamespace(rated=dict, absent=set, reward=config)
@@ -76,6 +82,6 @@ def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch
 
 def test_ids_are_refused_by_a_scorer_of_text():
     with pytest.raises(TypeError, match="WordScorer scores text"):
-        WordScorer(CheckpointRewardConfig(path="p"), torch.device("cpu")).score_ids(
+        WordScorer(WordRewardConfig(), torch.device("cpu")).score_ids(
             Sequences(*[Packed.from_lists([])] * 2, torch.zeros(0, dtype=torch.int64))
         )
