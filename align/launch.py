@@ -109,7 +109,8 @@ def start_training_roles(
         interrupt=run.raise_on_force_quit,
         ray_started=run.stopping.install,  # Ray has set signal handlers of its own
     )
-    absent = dict.fromkeys(config.absent())
+    unset = (name for name, value in vars(config).items() if value is None)
+    absent = dict.fromkeys([*config.absent(), *unset])
     with start_roles(configs, config.executor, slots, config.cluster, run.logs, options) as started:
         roles = SimpleNamespace(**absent, **started)
         if getattr(roles, "sampler", None) is not None:
