@@ -1,8 +1,7 @@
-"""Sections of a recipe that algorithms share. Importing this package loads no torch.
+"""Schemas of recipes and of the files of other commands. Importing this package loads no torch.
 
-Every field is followed by a docstring with its unit and the origin of its default. ``MISSING`` marks
-what a recipe must give. Role sections (`Model` and what extends it) are also the cast list: the launcher
-starts one role for each field of a recipe whose type is a role section, but for those the recipe calls absent.
+A docstring with unit and origin of the default follows every field; ``MISSING`` marks a required value. Each field of a
+recipe whose type is a `RoleConfig` becomes a role, unless it is null or the recipe does not use it.
 """
 
 from align.config.base import (

@@ -1,4 +1,4 @@
-"""Sections of ``align eval reward``."""
+"""Schema of ``align eval reward``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ BenchmarkName = Literal["rm-bench", "judgebench", "rewardbench", "rewardbench2",
 
 @dataclass(frozen=True)
 class BenchmarkDataConfig:
-    """Where the items of a benchmark come from."""
+    """The items of a benchmark."""
 
     path: str = ""
-    """Folder or file with the benchmark's rows, or a hub id. Empty takes the benchmark's own hub id; ``heldout`` has
+    """Folder or file with the benchmark's rows, or a hub id. Empty takes the benchmark's hub id; ``heldout`` has
     none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     split: str = ""
-    """Split of a hub id; of a folder, the files with this in their name, or all where none has it. Empty takes what
-    the benchmark's authors report: ``train`` of RM-Bench, ``gpt`` of JudgeBench, ``filtered`` of RewardBench, ``test``
-    of RewardBench 2. With ``heldout``: ``validation``, the default, or ``train``."""
+    """Split of a hub id; in a folder, the files with this in their name, or all files if there are none. Empty takes
+    the split that the benchmark's authors report: ``train`` of RM-Bench, ``gpt`` of JudgeBench, ``filtered`` of
+    RewardBench, ``test`` of RewardBench 2. With ``heldout``: ``validation``, the default, or ``train``."""
     format: DataFormat = "auto"
     """With ``heldout``, as ``data.format`` of a recipe."""
     domains: list[str] = field(default_factory=list)
@@ -33,9 +33,9 @@ class BenchmarkDataConfig:
     max_spread: int | None = 2
     """With ``heldout``, as ``data.max_spread`` of a recipe."""
     bad_rows: Literal["stop", "skip"] = "stop"
-    """A row that breaks the schema stops the evaluation with its place, or is left out and counted."""
+    """A row that breaks the schema stops the evaluation with its place, or is dropped and counted."""
     max_items: int | None = None
-    """Judge the first items only, for a trial: the numbers are then not the benchmark's. None judges all."""
+    """Score only the first items, for a trial: the numbers are then not the benchmark's. Null scores all."""
 
     def __post_init__(self) -> None:
         if self.max_items is not None and self.max_items < 1:
@@ -44,34 +44,34 @@ class BenchmarkDataConfig:
 
 @dataclass(frozen=True)
 class RewardEvaluationConfig:
-    """A reward model on a benchmark."""
+    """Measure a reward model on a benchmark."""
 
     benchmark: BenchmarkName = MISSING
     """``rm-bench`` (Liu et al. 2024, arXiv 2410.16184), ``judgebench`` (Tan et al. 2024, arXiv 2410.12784),
     ``rewardbench`` (Lambert et al. 2024, arXiv 2403.13787), ``rewardbench2`` (Malik et al. 2025, arXiv 2506.01937), or
-    ``heldout``: pairs of the HelpSteer family."""
+    ``heldout``: held-out pairs of preference data."""
     data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
     """The items."""
     reward: AnyRewardConfig | None = None
     """The reward model; null with ``scores``."""
     scores: str = ""
-    """File with scores that were given before, which are judged instead of a model's."""
+    """File with stored scores, which replace a model's."""
     out: str = ""
-    """Folder of what is written, from which an evaluation that was cut short goes on. Empty: nothing with ``scores``,
-    else a folder of ``runs/evaluation`` that is named by benchmark and model."""
+    """Output folder, from which an interrupted evaluation resumes. Empty: none with ``scores``, else a folder in
+    ``runs/evaluation`` named by benchmark and model."""
     compare: str = ""
-    """An ``items.jsonl`` of another model on the same items, or its folder: differences are reported with intervals."""
+    """An ``items.jsonl`` of another model on the same items, or its folder: prints differences with intervals."""
     prior_sets: bool = False
     """``rewardbench``: count the prior test sets in the overall score with weight 0.5, as its leaderboard once did.
-    NVIDIA leaves them out."""
+    NVIDIA omits them."""
     resamples: int = 1000
     """Bootstrap resamples of prompts; 0 gives no intervals."""
     confidence: float = 0.95
-    """Part of the resamples within an interval."""
+    """Fraction of the resamples within an interval."""
     seed: int = 0
     """Seed of the resamples."""
     executor: Literal["ray", "local"] = "local"
-    """``ray``: the model in worker processes of its own, which share the items. ``local``: in this process."""
+    """``ray``: the model in worker processes, which divide the items. ``local``: in this process."""
     placement: dict[str, str] = field(default_factory=dict)
     """Slots of the role ``reward``, as in a recipe."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

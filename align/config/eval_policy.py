@@ -1,4 +1,4 @@
-"""Sections of ``align eval policy``."""
+"""Schema of ``align eval policy``."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _Greedy = partial(SamplingConfig, temperature=0.0, max_tokens=4096)
 
 @dataclass(frozen=True)
 class QuestionDataConfig:
-    """Where the questions of a benchmark come from."""
+    """The questions of a benchmark."""
 
     path: str = ""
-    """File or folder with the questions, or a hub id. Of a folder its ``question.jsonl`` is read, or all tables that it
-    holds where there is none. Empty takes the benchmark's hub id: ``lmarena-ai/arena-hard-auto-v0.1``,
+    """File or folder with the questions, or a hub id. In a folder, ``question.jsonl`` is read, or, without it, all
+    tables. Empty takes the benchmark's hub id: ``lmarena-ai/arena-hard-auto-v0.1``,
     ``HuggingFaceH4/mt_bench_prompts``, ``allenai/WildBench`` (its config ``v2``); ``prompts`` has none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     references: str = ""
-    """``mt-bench``: file with reference answers as FastChat has them, ``reference_answer/gpt-4.jsonl``. Empty takes
-    that file of the folder, or what the questions hold themselves."""
+    """``mt-bench``: file with reference answers in FastChat's layout, ``reference_answer/gpt-4.jsonl``. Empty takes
+    that file of the folder, or the references in the questions."""
     categories: list[str] = field(default_factory=list)
-    """Ask only questions of these categories; empty asks all."""
+    """Use only questions of these categories; empty uses all."""
     max_items: int | None = None
-    """Ask the first questions only, for a trial: the numbers are then not the benchmark's. None asks all."""
+    """Use only the first questions, for a trial: the numbers are then not the benchmark's. Null uses all."""
 
     def __post_init__(self) -> None:
         if self.max_items is not None and self.max_items < 1:
@@ -41,57 +41,57 @@ class QuestionDataConfig:
 
 @dataclass(frozen=True)
 class PolicyEvaluationConfig:
-    """Answers to the questions of a benchmark, judged by a language model."""
+    """Measure a policy: answers to the questions of a benchmark, judged by a language model."""
 
     benchmark: PolicyBenchmarkName = MISSING
     """``arena-hard`` (Li et al. 2024, arXiv 2406.11939): pairs with a baseline. ``mt-bench`` (Zheng et al. 2023, arXiv
-    2306.05685): two turns, marks of 1 to 10. ``wildbench`` (Lin et al. 2024, arXiv 2406.04770): marks by a checklist.
-    ``prompts``: your own, in pairs where there is a baseline, else with marks."""
+    2306.05685): two turns, scores of 1 to 10. ``wildbench`` (Lin et al. 2024, arXiv 2406.04770): scores by a checklist.
+    ``prompts``: your prompts, in pairs if there is a baseline, else with scores."""
     data: QuestionDataConfig = field(default_factory=QuestionDataConfig)
     """The questions."""
     policy: AnyGeneratorConfig | None = None
     """The generator that answers; null with ``answers``."""
     answers: str = ""
-    """File with answers that were given before, which are judged instead: ``answers.jsonl`` of another evaluation, or
+    """File with stored answers, which replace a policy's: ``answers.jsonl`` of another evaluation, or
     a file in the layout of Arena-Hard, FastChat or WildBench."""
     sampling: SamplingConfig = field(default_factory=_Greedy)
-    """How the policy, and a baseline that is asked, draw their answers. Greedy up to 4,096 tokens, as in Arena-Hard."""
+    """Sampling of the policy and of a baseline model. Greedy up to 4,096 tokens, as in Arena-Hard."""
     temperatures: dict[str, float] = field(default_factory=dict)
-    """Temperature by category, in place of ``sampling.temperature``."""
+    """Temperature by category, which replaces ``sampling.temperature``."""
     baseline: AnyGeneratorConfig | None = None
-    """What the policy is compared with (``arena-hard``, ``prompts``)."""
+    """The generator that the policy is compared with (``arena-hard``, ``prompts``)."""
     baseline_answers: dict[str, str] = field(default_factory=dict)
-    """Files with the answers of the baseline, as ``answers``, by category; ``default`` is for all categories that are
-    not named."""
+    """Files with the answers of the baseline, as ``answers``, by category; ``default`` is for all other
+    categories."""
     judge: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """The LLM-as-judge."""
     judge_form: Literal["benchmark", "helpsteer3", "json"] = "benchmark"
-    """``benchmark``: asked in words for the verdicts of the benchmark. ``helpsteer3``, ``json``: a generative reward
+    """``benchmark``: a judge prompt for the verdicts of the benchmark. ``helpsteer3``, ``json``: a generative reward
     model with this form of verdict, as ``reward.form`` of a recipe."""
     judge_custom_roles: bool = False
     """With ``helpsteer3`` and ``json``, as ``reward.custom_roles`` of a recipe."""
     judge_prompt: str = ""
-    """YAML file with other words for the judge than align's (``judge_form`` ``benchmark``): by kind of question
-    ``user``, and ``system`` where there is one. Kinds and placeholders: docs/evaluation_policy.md."""
+    """YAML file with judge prompts that replace align's (``judge_form: benchmark``): by kind of question ``user``, and
+    optionally ``system``. Kinds and placeholders: docs/evaluation_policy.md."""
     judge_sampling: SamplingConfig = field(default_factory=_Greedy)
-    """How the judge draws its verdicts. Greedy up to 4,096 tokens, as in Arena-Hard."""
+    """Sampling of the judge. Greedy up to 4,096 tokens, as in Arena-Hard."""
     attempts: int = 3
-    """How often the judge is asked at most until a verdict can be read. A game without one has no part in any number,
-    and is counted. 3 is our choice; NeMo-Gym's ``genrm_compare`` asks again three times."""
+    """Maximum number of attempts of the judge at a readable verdict. A game without a verdict is excluded from all
+    numbers, and counted. 3 is our choice; NeMo-Gym's ``genrm_compare`` retries three times."""
     retry_temperature: float = 0.6
-    """Temperature of the further tries where that of ``judge_sampling`` is lower: a greedy judge would repeat itself.
-    NeMo-Gym's for generative reward models."""
+    """Temperature of retries, if that of ``judge_sampling`` is lower: a greedy judge would repeat itself. NeMo-Gym's
+    value for generative reward models."""
     out: str = ""
-    """Folder of what is written, from which an evaluation that was cut short goes on. Empty: a folder of
-    ``runs/evaluation`` that is named by benchmark and recipe."""
+    """Output folder, from which an interrupted evaluation resumes. Empty: a folder in ``runs/evaluation`` named by
+    benchmark and recipe."""
     resamples: int = 100
     """Bootstrap resamples of questions, Arena-Hard's number; 0 gives no intervals."""
     confidence: float = 0.9
-    """Part of the resamples within an interval: from 5 to 95 %, as in Arena-Hard."""
+    """Fraction of the resamples within an interval: from 5 to 95 %, as in Arena-Hard."""
     seed: int = 0
-    """Seed of the resamples, and of what policy, baseline and judge draw."""
+    """Seed of the resamples, and of the sampling of policy, baseline and judge."""
     executor: Literal["ray", "local"] = "local"
-    """``ray``: ``policy``, ``judge`` and ``baseline`` in worker processes of their own. ``local``: in this process."""
+    """``ray``: ``policy``, ``judge`` and ``baseline`` in separate worker processes. ``local``: in this process."""
     placement: dict[str, str] = field(default_factory=dict)
     """Slots of the roles, as in a recipe."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

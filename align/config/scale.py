@@ -1,4 +1,4 @@
-"""Sections of ``align scale``: drafts, feedback, edits, and the choice among them."""
+"""Schema of ``align scale``: drafts, feedback, edits, and the selection among them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from align.config.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class ScalePromptsConfig:
-    """What is answered."""
+    """The prompts to answer."""
 
     path: str = MISSING
     """File of JSON lines with ``prompt`` (text) or ``messages`` or ``context`` (list of {role, content}); else a folder
     or a hub id that is read as ``format``, each conversation once."""
     format: DataFormat = "auto"
-    """As ``data.format`` of a recipe; not read for a file."""
+    """As ``data.format`` of a recipe; not used for a file."""
     split: Literal["validation", "train"] = "validation"
-    """Which split of a folder or hub id."""
+    """Split of a folder or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_prompts: int | None = None
-    """Answer the first ones only; None answers all."""
+    """Answer only the first prompts; null answers all."""
 
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
@@ -37,14 +37,14 @@ class ScalePromptsConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Smaller settings that are measured on the samples of the whole one: of each list, one number is changed and the
-    others stay as they are. Empty lists measure nothing."""
+    """Smaller settings, measured on the samples of the full setting: each number of a list replaces that of the full
+    setting, the others stay. Empty lists measure nothing."""
 
     drafts: list[int] = field(default_factory=list)
     """Numbers of drafts, up to ``drafts``."""
     feedbacks: list[int] = field(default_factory=list)
-    """Numbers of texts of feedback on a draft, up to ``feedbacks``. Each has sets of feedback of its own, so the edits
-    by these are made besides."""
+    """Numbers of feedback texts on a draft, up to ``feedbacks``. Each has different sets of feedback, so their edits
+    are generated in addition."""
     edits: list[int] = field(default_factory=list)
     """Numbers of edits of a draft, up to ``edits``."""
 
@@ -56,53 +56,53 @@ class ScaleConfig:
     policy: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Writes drafts."""
     feedback: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
-    """Says what is to be improved: ``sft`` with ``demonstrates: feedback``."""
+    """Writes feedback on drafts: ``sft`` with ``demonstrates: feedback``."""
     edit: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Rewrites a draft by feedback: ``sft`` with ``demonstrates: edits``, then ``feedback_edit``."""
     select: AnyRewardConfig = field(default_factory=CheckpointRewardConfig)
-    """Chooses among drafts and edits: the highest score wins."""
+    """Selects among drafts and edits: the highest score wins."""
     eval_reward: AnyRewardConfig | None = None
-    """A second reward model that scores the chosen responses for the report; it chooses nothing."""
+    """A second reward model that scores the selected responses for the report; it selects nothing."""
     prompts: ScalePromptsConfig = field(default_factory=ScalePromptsConfig)
-    """What is answered."""
+    """The prompts to answer."""
     editing: EditingConfig = field(default_factory=EditingConfig)
-    """The words in which feedback and edits are asked for, as in training."""
+    """Prompts of feedback and edit models, as in training."""
     drafts: int = 8
     """Drafts of a prompt that are edited. 8: the paper's scaled setting."""
     draft_samples: int | None = None
-    """Drafts that are sampled, of which the ``drafts`` best by ``select`` are edited; None edits all that are
-    sampled."""
+    """Drafts that are sampled, of which the ``drafts`` best by ``select`` are edited; null edits all sampled
+    drafts."""
     feedbacks: int = 10
-    """Texts of feedback that are sampled on each draft. 10: the paper."""
+    """Feedback texts sampled for each draft. 10: the paper."""
     feedbacks_kept: int = 3
-    """Texts that an edit is made by, at most: drawn at random from those that ask for a change. 3: the paper."""
+    """Maximum number of texts for an edit, drawn at random from those that ask for a change. 3: the paper."""
     edits: int = 16
-    """Sets of feedback that are drawn for each draft, each of which gives one edit; equal sets give one together. 16:
-    the paper's scaled setting, 1: its single pass."""
+    """Sets of feedback drawn for each draft; each distinct set gives one edit. 16: the paper's scaled setting, 1: its
+    single pass."""
     draft_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.9))
-    """How drafts are drawn; the paper's values for feedback."""
+    """Sampling of drafts; the paper's values for feedback."""
     feedback_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(max_tokens=128, temperature=0.7, top_p=0.9)
     )
-    """How feedback is drawn: the paper's values, ``max_tokens`` that of the model card."""
+    """Sampling of feedback: the paper's values, ``max_tokens`` that of the model card."""
     edit_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """How edits are drawn. Greedy: the paper."""
+    """Sampling of edits. Greedy: the paper."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    """Smaller settings, for the plots of score against numbers."""
+    """Smaller settings, for plots of the score."""
     max_best_of: int = 512
-    """Best-of-n is measured beside it: of as many samples of the policy as have no more tokens than the whole setting
-    generated for that prompt, up to this many. 0 leaves it out."""
+    """Maximum n of best-of-n, measured for comparison: of as many samples of the policy as have no more tokens than the
+    full setting generated for that prompt. 0 skips it."""
     prompts_at_once: int = 64
-    """Prompts that are under way at a time: what a kill can cost."""
+    """Prompts in flight, whose work is lost if the command is killed."""
     batch_size: int = 256
-    """Most requests of one call to a role. A role takes what waits for it, so smaller calls pass work on sooner."""
+    """Maximum number of requests in one call to a role. Smaller calls pass work on sooner."""
     seed: int = 0
-    """Seed of all that is drawn."""
+    """Seed of all sampling."""
     out: str = MISSING
-    """Folder of what is written, from which a command that was cut short goes on."""
+    """Output folder, from which an interrupted command resumes."""
     executor: Literal["ray", "local"] = "local"
-    """``ray``: each role in worker processes of its own, at work at the same time. ``local``: in this process, one
-    after the other."""
+    """``ray``: each role in separate worker processes, at the same time. ``local``: in this process, one after the
+    other."""
     placement: dict[str, str] = field(default_factory=dict)
     """Slots of ``policy``, ``feedback``, ``edit``, ``select`` and ``eval_reward``, as in a recipe."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,4 +1,4 @@
-"""What `align serve reward` reads."""
+"""Schema of ``align serve reward``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class ReplicasConfig:
-    """Copies of the reward model, each in a process of its own (``executor: ray``)."""
+    """Copies of the reward model, each in a separate process (``executor: ray``)."""
 
     min: int = 1
-    """Replicas at the start, and the fewest."""
+    """Replicas at the start, and the minimum."""
     max: int = 1
-    """The most. Above ``min``, Ray Serve starts and ends replicas as requests come."""
+    """The maximum. Above ``min``, Ray Serve adds and removes replicas with the load."""
     target_requests: float = 4.0
-    """Requests under way for each replica that it aims at."""
+    """Target of the load: requests in flight per replica."""
     gpus: float | None = None
-    """GPUs of a replica, at most 1; a fraction lets several share one. None: 1 where the machine has GPUs, else 0."""
+    """GPUs of a replica, at most 1; a fraction lets several share one. Null: 1 if the machine has GPUs, else 0."""
     shards: int = 1
-    """GPUs, or CPU slots where there are none, over which the weights are spread by ZeRO 3: for a model that one GPU
-    cannot hold. Above 1 there is one replica, and no Ray Serve."""
+    """GPUs, or CPU slots if there are none, over which ZeRO 3 shards the weights, for a model that one GPU cannot hold.
+    Above 1 there is one replica, without Ray Serve."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.max:
@@ -43,40 +43,42 @@ class ReplicasConfig:
 
 @dataclass(frozen=True)
 class RewardServiceConfig:
-    """A reward model behind HTTP: docs/reward_service.md."""
+    """A reward model served over HTTP."""
 
     reward: CheckpointRewardConfig | EnsembleRewardConfig | FunctionRewardConfig = field(
         default_factory=CheckpointRewardConfig
     )
-    """The judge, of any kind but ``http`` and ``generative``."""
+    """The reward model, of any kind except ``http`` and ``generative``."""
     executor: Literal["local", "ray"] = "ray"
-    """``ray``: replicas by Ray Serve, on a Ray of the service's own on 127.0.0.1. ``local``: one in this process."""
+    """``ray``: replicas by Ray Serve, on a Ray cluster that the service starts on 127.0.0.1. ``local``: one replica in
+    this process."""
     dir: str = "runs/reward-service"
     """Folder of logs, and of the files of a Slurm job."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any but 127.0.0.1, ::1 and localhost needs a token."""
+    """Address to listen on. Any except 127.0.0.1, ::1 and localhost requires a token."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     token_env: str = ""
-    """Name of the environment variable that holds the bearer token, of 16 characters and more; empty asks for none."""
+    """Name of the environment variable that holds the bearer token, of at least 16 characters; empty requires none."""
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     """Copies of the model."""
     max_batch_size: int = 64
-    """Conversations that start a batch at once. ``reward.max_tokens_per_micro_batch`` bounds one forward pass."""
+    """Maximum number of conversations of a batch, which then starts at once. ``reward.max_tokens_per_micro_batch``
+    bounds one forward pass."""
     batch_wait_s: float = 0.01
     """Seconds that a batch waits for more requests."""
     max_conversations: int = 256
-    """Conversations of one request."""
+    """Maximum number of conversations of one request."""
     max_request_bytes: int = 16777216
-    """Length of a request's body."""
+    """Maximum length of a request's body."""
     max_queue: int = 4096
-    """Conversations that are waited for at a time; further requests get status 429."""
+    """Maximum number of waiting conversations; further requests get status 429."""
     request_timeout_s: float = 300.0
     """Seconds until a request gets status 504. A replica whose batch takes longer is replaced."""
     start_timeout_s: float = 1800.0
-    """Seconds for replicas to load; later, how long the service may be without any before it ends with status 76."""
+    """Seconds for replicas to load; later, how long the service may lack any replica before it exits with status 76."""
     stop_timeout_s: float = 60.0
-    """Seconds for requests under way when the service is asked to stop."""
+    """Seconds for requests in flight when the service stops."""
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.token_env:
