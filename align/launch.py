@@ -15,7 +15,7 @@ from rich.console import Console
 from align.cluster.roles import StartOptions, start_roles
 from align.config import RecipeConfig
 from align.config.load import LoadedConfig
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.errors import DivergedError, LoadError, PlacementError, WorkerError
 from align.models.exported_files import Exported
 from align.prechecks.roles import check_roles, remote_code, role_configs, with_absolute_paths
@@ -89,7 +89,7 @@ def run_rounds(prepared: Prepared, run: Run) -> None:
 def start_training_roles(
     config: RecipeConfig,
     run: Run,
-    conversations: Mapping[str, Conversations] = MappingProxyType({}),
+    conversations: Mapping[str, ConversationIndex] = MappingProxyType({}),
     exported: Mapping[str, Exported] = MappingProxyType({}),
 ) -> Iterator[SimpleNamespace]:
     """The roles of a recipe, attached to the run; a role that the recipe does not use is None. ``conversations`` are

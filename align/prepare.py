@@ -23,8 +23,8 @@ from align.config import (
 from align.config.load import LoadedConfig
 from align.data import chat, dataset, prompts
 from align.data.chat import Renderer
-from align.data.conversations import Conversations
-from align.data.detect import described, resolved
+from align.data.conversations import ConversationIndex
+from align.data.detect import describe_sources, resolve_format
 from align.errors import DataError
 from align.models import exported_files, positions
 from align.models.exported_files import Exported
@@ -52,7 +52,7 @@ class Prepared:
     identity: Identity
     text_inputs: dict[str, TextInput]
     """Reward roles that score decoded text."""
-    conversations: dict[str, Conversations]
+    conversations: dict[str, ConversationIndex]
     """The texts of the prompts, for each of these roles."""
     notes: list[str]
     """What the user should know about the data, line by line."""
@@ -64,8 +64,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     """Check the roles, then tokenizers and models, then the data that they read. Raises `AlignError`."""
     config: Any = loaded.config
     algorithm = importlib.import_module(f"align.algorithms.{config.algorithm}")
-    config = replace(config, data=resolved(config.data))
-    notes = described(config.data)
+    config = replace(config, data=resolve_format(config.data))
+    notes = describe_sources(config.data)
 
     check_roles(config)
     roles = role_configs(config)
@@ -79,9 +79,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     }
     inputs = text_inputs(config, renderer)
 
-    source = dataset.load(config.data, config.reads())
+    source = dataset.load_dataset(config.data, config.reads())
     templates = [template for text_input in inputs.values() for template in text_input.templates]
-    source, refused = dataset.readable(source, templates, config.data)
+    source, refused = dataset.renderable_rows(source, templates, config.data)
     train_data, counts = algorithm.load_data(config, source, renderer)
     _require_positions(config, roles, train_data, inputs)
     counts |= {f"{name}_by_rewards": count for name, count in refused.items()}
@@ -104,7 +104,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     conversations = {}
     if inputs:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
-        conversations = dict.fromkeys(inputs, Conversations(contexts, renderer))
+        conversations = dict.fromkeys(inputs, ConversationIndex(contexts, renderer))
     checked = inputs, conversations, notes, exported
     return Prepared(config, algorithm, train_data, counts, renderer, description, identity, *checked)
 
@@ -120,7 +120,7 @@ def load_renderer(config: RecipeConfig) -> Renderer:
     (first, tokenizer), *others = tokenizers.items()
     for name, other in others:
         try:
-            chat.require_same(tokenizer, other, first, name)
+            chat.require_same_tokenizer(tokenizer, other, first, name)
         except DataError as error:
             if not isinstance(roles[name], CriticConfig):
                 raise

@@ -138,7 +138,7 @@ def scores_in_batches(folder: Path, texts: list[str], side: str) -> list[float]:
 
 def check_scores(folder: Path, data: Path) -> dict[str, Any]:
     """Scores of the responses of two pairs, by align and by everyone else."""
-    rows = dataset.load(DataConfig(path=str(data), bad_rows="skip")).validation[:2]
+    rows = dataset.load_dataset(DataConfig(path=str(data), bad_rows="skip")).validation[:2]
     dialogues = [Dialogue(row.context, text) for row in rows for text in (row.response1, row.response2)]
     judge: Any = build_scorer(CheckpointRewardConfig(path=str(folder), dtype="float32"), torch.device("cpu"))
     expected = judge.score(dialogues).tolist()

@@ -75,7 +75,7 @@ class Seed:
     def shared(self, recipe: str) -> Path:
         """A model that all seeds start from; trains its own start first."""
         if not (self.out / "data").is_dir():
-            toy_family.write(self.out / "data", ROWS, HELD_OUT, seed=0)
+            toy_family.write_toy_family(self.out / "data", ROWS, HELD_OUT, seed=0)
         role, start = SHARED[recipe]
         path = self.shared(start) if start else self.out / "data" / "tokenizer"
         return self.train(recipe, f"{role}.path={path}", shared=True) / "final"
@@ -89,7 +89,7 @@ def held_out(out: Path) -> list[str]:
 
 def steered(model: Path, instructions: list[str], values: Mapping[str, int], seed: int) -> tuple[float, float]:
     """Mean ground truth and number of words of sampled answers, with ``values`` in the prompt."""
-    form = steering.read(model / steering.NAME).asking(values)
+    form = steering.read_steering_card(model / steering.NAME).asking(values)
     generator = ModelGenerator(
         ModelGeneratorConfig(path=str(model), dtype="float32"), distributed.initialize_alone(), seed
     )

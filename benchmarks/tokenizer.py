@@ -29,7 +29,7 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 def learn(data: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte pairs of the conversations and responses of the training split."""
-    rows = dataset.load(DataConfig(path=str(data), bad_rows="skip")).train
+    rows = dataset.load_dataset(DataConfig(path=str(data), bad_rows="skip")).train
     texts = [text for row in rows for text in (*(turn.content for turn in row.context), row.response1, row.response2)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if not (out / "data").is_dir():
-        toy.write(out / "data", ROWS, HELD_OUT, seed=0)
+        toy.write_toy(out / "data", ROWS, HELD_OUT, seed=0)
     places = [f"data.path={out / 'data'}", f"policy.path={out / 'data' / 'tokenizer'}"]
     base = train("sft", out / "sft", *places)
     runs = [compare(out, base, seed, arguments) for seed in arguments.seeds]

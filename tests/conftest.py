@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from align.data import toy, toy_family
-from align.data.genrm_prompts import Scores
-from align.data.genrm_prompts import write as verdict
+from align.data.genrm_prompts import Verdict
+from align.data.genrm_prompts import format_verdict as verdict
 
 LLAMA = {
     "model_type": "llama",
@@ -56,7 +56,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled task with 300 + 40 rows."""
-    return toy.write(tmp_path_factory.mktemp("toy"), 300, 40, seed=0)
+    return toy.write_toy(tmp_path_factory.mktemp("toy"), 300, 40, seed=0)
 
 
 def _save(auto, folder: Path, tokenizer: PreTrainedTokenizerFast, **fields) -> Path:
@@ -84,7 +84,7 @@ def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def family_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled task with feedback, edits, verdicts and principles, 120 + 20 rows of each."""
-    return toy_family.write(tmp_path_factory.mktemp("family"), 120, 20, seed=0)
+    return toy_family.write_toy_family(tmp_path_factory.mktemp("family"), 120, 20, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +124,7 @@ def _judge(folder: Path, words: list[str]) -> Path:
 def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that writes verdicts of form json on one response or two; some of them are broken."""
     found = [(4, 2, 2), (2, 4, 5), (3, 3, 3), (3, 3, 4), (5, 1, 1), (1, 2, 4), (2, None, None), (4, None, None)]
-    return _judge(tmp_path_factory.mktemp("judge"), [verdict(Scores(*one), "json") for one in found])
+    return _judge(tmp_path_factory.mktemp("judge"), [verdict(Verdict(*one), "json") for one in found])
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         few = ("repeat the words", "say the first word", "say the last word")
         patch.setattr(toy, "OPERATIONS", {name: toy.OPERATIONS[name] for name in few})
         patch.setattr(toy, "MAX_WORDS", 3)
-        data = toy.write(folder / "data", 6000, 120, seed=0)
+        data = toy.write_toy(folder / "data", 6000, 120, seed=0)
     made = {"data": data, "sft": folder / "sft" / "final", "reward": folder / "reward" / "final"}
     for name, algorithm, steps, text in (("sft", "sft", 200, SFT), ("reward", "reward_model", 250, REWARD)):
         recipe = folder / f"{name}.yaml"

@@ -57,9 +57,9 @@ def load_held_out(
     ``counts`` as ``held_out_...``."""
     if not evaluation.every:
         return None
-    loaded = data.dataset.prompts(source.validation, renderer, section.max_prompt_tokens)
+    loaded = data.dataset.tokenize_prompts(source.validation, renderer, section.max_prompt_tokens)
     counts |= {f"held_out_{name}": count for name, count in loaded.counts.items()}
-    prompts = data.prompts.first(loaded.tokens, evaluation.prompts, renderer.stop_ids, NOISE)
+    prompts = data.prompts.first_prompts(loaded.tokens, evaluation.prompts, renderer.stop_ids, NOISE)
     return HeldOutPrompts(prompts, loaded.messages[: evaluation.prompts])
 
 
@@ -113,7 +113,7 @@ class Evaluator:
             metrics[f"heldout/{kind}/response_tokens"] = float(rollouts.mask_BT.sum(1).double().mean())
             metrics[f"heldout/{kind}/truncated"] = 1.0 - float(rollouts.finished_B.double().mean())
             if held_out.originals is not None:
-                copy_P = data.editing.copies(held_out.originals, texts)
+                copy_P = data.editing.unchanged_edits(held_out.originals, texts)
                 metrics[f"heldout/{kind}/copies"] = float(copy_P.double().mean())
             metrics |= self._win_rates(kind, scores)
             answers += [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from align.algorithms.genrm import Config
     from align.config import SamplingConfig
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.rows import Comparison, Context
     from align.roles import PolicyRole
     from align.run import Run
@@ -39,16 +39,20 @@ class HeldOutComparisons:
 
 
 def load_held_out(
-    config: Config, source: Corpus[Comparison], renderer: Renderer, files: Mapping[str, str], counts: dict[str, int]
+    config: Config,
+    source: DataSplits[Comparison],
+    renderer: Renderer,
+    files: Mapping[str, str],
+    counts: dict[str, int],
 ) -> HeldOutComparisons | None:
     """The first pairs of the validation split; None with ``evaluation.every: 0``. Adds row counts by outcome to
     ``counts`` as ``held_out_...``."""
     count = config.evaluation.prompts
     if not config.evaluation.every:
         return None
-    pairs = data.genrm.prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
+    pairs = data.genrm.judge_prompts(source.validation, renderer, config.verdict, config.data.max_prompt_tokens)
     counts |= {f"held_out_{name}": n for name, n in pairs.counts.items()}
-    prompts = data.prompts.first(pairs.tokens, 2 * count, renderer.stop_ids, NOISE)
+    prompts = data.prompts.first_prompts(pairs.tokens, 2 * count, renderer.stop_ids, NOISE)
     return HeldOutComparisons(prompts, pairs.label_P3[: 2 * count], pairs.contexts[:count], files)
 
 
@@ -95,7 +99,7 @@ class GenRMEvaluator:
         label_B3, contexts = self.held_out.label_B3, self.held_out.contexts
         rollouts = self.policy.generate(self.held_out.prompts, sampling).result()
         texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
-        verdict_B3 = data.genrm.read(texts, rollouts.finished_B.tolist(), self.config.verdict.form)
+        verdict_B3 = data.genrm.read_verdicts(texts, rollouts.finished_B.tolist(), self.config.verdict.form)
         agreement = {
             **ops.genrm.agreement(verdict_B3, label_B3),
             **ops.genrm.errors(verdict_B3, label_B3),

@@ -49,8 +49,8 @@ def load_pairs(
 ) -> tuple[PairTask, dict[str, int]]:
     """Pairs of both splits, and what became of their rows."""
     limits = section.max_prompt_tokens, section.max_response_tokens
-    train, counts = data.dataset.pairs(source.train, renderer, *limits)
-    validation, others = data.dataset.pairs(source.validation, renderer, *limits)
+    train, counts = data.dataset.tokenize_pairs(source.train, renderer, *limits)
+    validation, others = data.dataset.tokenize_pairs(source.validation, renderer, *limits)
     return PairTask(train, validation, loss), counts | {f"validation_{name}": n for name, n in others.items()}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from align.config import DataConfig
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.rows import Rating
     from align.types import Batch, Ratings
 
@@ -66,7 +66,7 @@ class RatingTask:
 
 
 def load_ratings(
-    source: Corpus[Rating],
+    source: DataSplits[Rating],
     renderer: Renderer,
     section: DataConfig,
     names: tuple[str, ...],
@@ -75,8 +75,8 @@ def load_ratings(
     """Rated responses of both splits, and what became of their rows. Raises `ConfigError` for an attribute that nobody
     rated, but for those of NeMo-Aligner's nine that have no weight."""
     limits = section.max_prompt_tokens, section.max_response_tokens
-    train, counts = data.dataset.ratings(source.train, renderer, names, *limits)
-    validation, others = data.dataset.ratings(source.validation, renderer, names, *limits)
+    train, counts = data.dataset.tokenize_ratings(source.train, renderer, names, *limits)
+    validation, others = data.dataset.tokenize_ratings(source.validation, renderer, names, *limits)
     rated_A = ops.ratings.is_rated(train.label_BA).any(0).tolist()
     missing = [name for name, rated in zip(names, rated_A, strict=True) if not rated]
     if wrong := [name for name in missing if weights.get(name) or name not in NEMO_ATTRIBUTES]:

@@ -65,7 +65,7 @@ def load_data(
     config: OnPolicyConfig, source: PreferenceData, renderer: Renderer, attempts: int = 1
 ) -> tuple[TrainData, dict[str, int]]:
     """Unique prompts of the training split, held-out prompts, and row counts by outcome."""
-    loaded = data.dataset.prompts(source.train, renderer, config.data.max_prompt_tokens)
+    loaded = data.dataset.tokenize_prompts(source.train, renderer, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(
         loaded.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids, attempts
     )
@@ -135,7 +135,7 @@ def run_updates(
     active = dict(updates)
     num_groups = len(next(iter(updates.values()))[1].sequences) // group
     for groups in data.prompts.minibatches(num_groups, config.minibatches, config.epochs, config.run.seed, step):
-        rows = data.prompts.members(groups, group)
+        rows = data.prompts.group_members(groups, group)
         futures = {name: role.update(batch.select(rows), loss) for name, (role, batch, loss) in active.items()}
         for name, metrics in zip(futures, wait_for_all(*futures.values()), strict=True):
             for key, value in {**metrics, "updates": 1.0}.items():

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align import data, ops
 from align.algorithms import _evaluation, _rollout
-from align.data.steerlm import Form
+from align.data.steerlm import SteeringFormat
 from align.roles import RewardRole
 
 if TYPE_CHECKING:
     from align.config import DataConfig, EvaluationConfig, OnPolicyConfig, RecipeConfig, SteeringConfig
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.rows import Rating
-    from align.data.steerlm_dataset import Asked
+    from align.data.steerlm_dataset import SteeredPrompts
     from align.run import Run
 
 Labels = Literal["reward", "data"]
@@ -30,7 +30,7 @@ class SteerLMData:
     """Responses to train on. The attribute model labels them later unless the data have human labels."""
 
     rows: Sequence[Rating]
-    form: Form
+    form: SteeringFormat
     renderer: Renderer
     held_out: _evaluation.HeldOutPrompts | None
     files: Mapping[str, str]
@@ -48,31 +48,33 @@ def load_data(
     evaluation: EvaluationConfig,
     steering: SteeringConfig,
     labels: Labels,
-    source: Corpus[Any],
+    source: DataSplits[Any],
     renderer: Renderer,
 ) -> tuple[SteerLMData, dict[str, int]]:
     """Responses of the training split, with human labels for ``labels: data``, and row counts by outcome."""
-    form = Form.of(steering, config.data.date)
+    form = SteeringFormat.of(steering, config.data.date)
     files = form.files()
-    rows, counts = data.steerlm_dataset.answers(
+    rows, counts = data.steerlm_dataset.distinct_responses(
         source.train, renderer, config.data.max_prompt_tokens, config.data.max_response_tokens
     )
     if labels == "data":
-        labelled, rating_BA = data.steerlm_dataset.own_ratings(rows, form.names)
+        labelled, rating_BA = data.steerlm_dataset.human_ratings(rows, form.names)
         counts |= {"unrated": len(rows) - len(labelled), "kept": len(labelled)}
-        rows = data.steerlm_dataset.labelled(labelled, ops.steerlm.labels(rating_BA), form.names)
+        rows = data.steerlm_dataset.with_labels(labelled, ops.steerlm.labels(rating_BA), form.names)
     held_out = None
     if evaluation.every:
         requests = [(row.where, row.context, form.values) for row in source.validation]
-        held_out_set = data.steerlm_dataset.asked(requests, renderer, form, config.data.max_prompt_tokens)
-        prompts = data.prompts.first(held_out_set.steered, evaluation.prompts, renderer.stop_ids, _evaluation.NOISE)
+        held_out_set = data.steerlm_dataset.steered_prompts(requests, renderer, form, config.data.max_prompt_tokens)
+        prompts = data.prompts.first_prompts(
+            held_out_set.steered, evaluation.prompts, renderer.stop_ids, _evaluation.NOISE
+        )
         contexts = held_out_set.contexts[: evaluation.prompts]
         held_out = _evaluation.HeldOutPrompts(prompts, contexts, held_out_set.plain.select(prompts.index_P), files)
         counts |= {f"held_out_{name}": count for name, count in held_out_set.counts.items()}
     return SteerLMData(rows, form, renderer, held_out, files), counts
 
 
-def label_ratings(rows: Sequence[Rating], reward: RewardRole, form: Form, run: Run) -> list[Rating]:
+def label_ratings(rows: Sequence[Rating], reward: RewardRole, form: SteeringFormat, run: Run) -> list[Rating]:
     """Label the rows with the attribute model and write them to the run folder. Rows without a finite rating
     (``reward.failed: drop``) are left out."""
     dialogues = [data.chat.Dialogue(row.context, row.response) for row in rows]
@@ -80,9 +82,9 @@ def label_ratings(rows: Sequence[Rating], reward: RewardRole, form: Form, run: R
     rating_BA = ops.groups.joined([reward.rate(dialogues[i : i + PART], form.names).result() for i in starts])
     finite = rating_BA.isfinite().all(1).nonzero().squeeze(1)
     label_BA = ops.steerlm.labels(rating_BA[finite])
-    labelled = data.steerlm_dataset.labelled([rows[i] for i in finite.tolist()], label_BA, form.names)
+    labelled = data.steerlm_dataset.with_labels([rows[i] for i in finite.tolist()], label_BA, form.names)
     name = f"labelled-round-{run.round}.jsonl"
-    run.write_text(name, data.steerlm_dataset.dumps(labelled))
+    run.write_text(name, data.steerlm_dataset.ratings_to_jsonl(labelled))
     run.report(f"{name}: {len(labelled)} responses, {len(rows) - len(labelled)} without a rating left out")
     return labelled
 
@@ -96,7 +98,7 @@ def format_counts(counts: Mapping[str, int]) -> str:
 class LabelGroups(_rollout.TrainData):
     """Prompts that request the labels of the data's responses."""
 
-    prompt_set: Asked
+    prompt_set: SteeredPrompts
     """The requested labels and the conversation, row by row."""
     steerlm: SteerLMData
 
@@ -108,8 +110,8 @@ def group_labels(
     rows, form, renderer = train_data.rows, train_data.form, train_data.renderer
     if labels == "reward":
         rows = label_ratings(rows, reward, form, run)
-    requests = ((row.where, row.context, data.steerlm_dataset.labels(row, form.names)) for row in rows)
-    prompts = data.steerlm_dataset.asked(requests, renderer, form, config.data.max_prompt_tokens)
+    requests = ((row.where, row.context, data.steerlm_dataset.integer_labels(row, form.names)) for row in rows)
+    prompts = data.steerlm_dataset.steered_prompts(requests, renderer, form, config.data.max_prompt_tokens)
     run.report(f"training prompts: {format_counts(prompts.counts)}")
     data.prompts.require_rows(config, prompts.counts["kept"])
     stream = data.prompts.PromptStream(prompts.steered, config.prompts_per_step, config.run.seed, renderer.stop_ids)

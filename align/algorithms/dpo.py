@@ -115,7 +115,7 @@ class DPOData:
 def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tuple[DPOData, dict[str, int]]:
     """Pairs of the training split without ties, and row counts by outcome."""
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    pairs, counts = data.dataset.pairs(source.train, renderer, *limits)
+    pairs, counts = data.dataset.tokenize_pairs(source.train, renderer, *limits)
     return DPOData(pairs, _evaluation.load_held_out(config.evaluation, source, renderer, config.data, counts)), counts
 
 
@@ -124,10 +124,10 @@ def reference_sums(config: Config, pairs: Pairs, roles: DPORoles) -> Callable[[P
     if not config.reference_cache:
         return lambda batch, rows: _preference_loss.reference_sums(roles.reference, batch)
     key = data.cache.fingerprint(config.policy, pairs.sequences, config.run.seed)
-    cached_B = data.cache.remembered(
+    cached_B = data.cache.cached_logprobs(
         config.reference_cache, key, pairs.sequences, partial(_preference_loss.log_prob_sums, roles.policy)
     )
-    return lambda batch, rows: cached_B[data.prompts.members(rows, 2)]
+    return lambda batch, rows: cached_B[data.prompts.group_members(rows, 2)]
 
 
 def gold(config: Config, pairs: Pairs, roles: DPORoles) -> Tensor:
@@ -142,7 +142,7 @@ def train(config: Config, train_data: DPOData, roles: DPORoles, run: Run) -> Non
     evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
     reference = reference_sums(config, train_data.pairs, roles)
     loss = partial(_preference_loss.loss, how=config.loss)
-    order = data.prompts.Order(len(train_data.pairs), config.batch_size, config.run.seed)
+    order = data.prompts.BatchOrder(len(train_data.pairs), config.batch_size, config.run.seed)
     for step in run.steps():
         rows = order.indices(step)
         pairs = train_data.pairs.select(rows)

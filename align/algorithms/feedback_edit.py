@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.rows import Edit
     from align.run import Run
     from align.types import Rollouts
@@ -64,10 +64,10 @@ class FeedbackEditData(_rollout.TrainData):
         originals = [self.originals[row] for row in self.rows(rollouts).tolist()]
         sequences = rollouts.sequences
         texts = [run.decode(ids) for ids in sequences.responses.lists()]
-        return data.editing.copies([originals[prompt] for prompt in sequences.prompt_B.tolist()], texts)
+        return data.editing.unchanged_edits([originals[prompt] for prompt in sequences.prompt_B.tolist()], texts)
 
 
-def load_data(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple[FeedbackEditData, dict[str, int]]:
+def load_data(config: Config, source: DataSplits[Edit], renderer: Renderer) -> tuple[FeedbackEditData, dict[str, int]]:
     """Edit prompts of both splits, and row counts by outcome."""
     limits = config.editing, config.data.max_prompt_tokens
     edits = data.editing.edit_prompts(source.train, renderer, *limits)
@@ -76,8 +76,8 @@ def load_data(config: Config, source: Corpus[Edit], renderer: Renderer) -> tuple
     if config.evaluation.every:
         other, count = data.editing.edit_prompts(source.validation, renderer, *limits), config.evaluation.prompts
         counts |= {f"held_out_{name}": n for name, n in other.counts.items()}
-        prompts = data.prompts.first(other.tokens, count, renderer.stop_ids, _evaluation.NOISE)
-        reward_prompts = data.prompts.first(other.judged, count, renderer.stop_ids, _evaluation.NOISE).tokens
+        prompts = data.prompts.first_prompts(other.tokens, count, renderer.stop_ids, _evaluation.NOISE)
+        reward_prompts = data.prompts.first_prompts(other.judged, count, renderer.stop_ids, _evaluation.NOISE).tokens
         held_out = _evaluation.HeldOutPrompts(
             prompts, other.contexts[:count], reward_prompts, originals=other.originals[:count]
         )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.prompts import PromptStream
     from align.data.rows import Comparison
     from align.run import Run
@@ -97,9 +97,9 @@ class GenRMData:
     """What a trained judge's folder gets beside the model, text by name."""
 
 
-def load_data(config: Config, source: Corpus[Comparison], renderer: Renderer) -> tuple[GenRMData, dict[str, int]]:
+def load_data(config: Config, source: DataSplits[Comparison], renderer: Renderer) -> tuple[GenRMData, dict[str, int]]:
     """Pairs of both splits, and row counts by outcome."""
-    pairs = data.genrm.prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
+    pairs = data.genrm.judge_prompts(source.train, renderer, config.verdict, config.data.max_prompt_tokens)
     stream = data.prompts.PromptStream(pairs.tokens, config.prompts_per_step, config.run.seed, renderer.stop_ids)
     files = genrm_card.files(config.verdict, config.data.date)
     held_out = _genrm_evaluation.load_held_out(config, source, renderer, files, pairs.counts)
@@ -113,7 +113,7 @@ def grade(
     rows = train_data.prompts.order.indices(rollouts.step)
     label_B3 = train_data.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
     texts = [decode(ids) for ids in rollouts.sequences.responses.lists()]
-    verdict_B3 = data.genrm.read(texts, rollouts.finished_B.tolist(), config.verdict.form)
+    verdict_B3 = data.genrm.read_verdicts(texts, rollouts.finished_B.tolist(), config.verdict.form)
     return config.reward_of(verdict_B3, label_B3), ops.genrm.errors(verdict_B3, label_B3)
 
 

@@ -103,7 +103,7 @@ def with_spread(
     while True:
         groups = ops.groups.with_spread(score_B.view(-1, K))[:missing]
         if len(groups):
-            rows = data.prompts.members(groups, K)
+            rows = data.prompts.group_members(groups, K)
             kept.append((rollouts.select(rows), score_B[rows]))
             missing -= len(groups)
         if not missing or attempt == config.max_attempts:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from align import data
 from align.algorithms import _reward_pairs, _reward_ratings
 from align.config import RecipeConfig, TrainedRewardConfig
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.rewards.card import Card, ScoreMoments
 from align.roles import LossFunction, TrainedRewardRole
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.run import Run
     from align.types import Batch
 
@@ -65,7 +65,7 @@ class Config(RecipeConfig):
     """Public benchmarks on which the model is evaluated after training, each with the folder of its data."""
 
     def __post_init__(self) -> None:
-        names, regression = resolve(self.reward.attributes), self.loss == "regression"
+        names, regression = resolve_attributes(self.reward.attributes), self.loss == "regression"
         if regression != bool(names):
             raise ValueError(f"loss regression needs reward.attributes, others none: {self.loss}, {list(names)}")
         if self.center_coef < 0 or (regression and self.center_coef):
@@ -121,9 +121,9 @@ class RewardModelData:
     card: Card
 
 
-def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[RewardModelData, dict[str, int]]:
+def load_data(config: Config, source: DataSplits[Any], renderer: Renderer) -> tuple[RewardModelData, dict[str, int]]:
     """Rows of both splits, and what became of them."""
-    names = resolve(config.reward.attributes)
+    names = resolve_attributes(config.reward.attributes)
     if config.loss == "regression":
         task, counts = _reward_ratings.load_ratings(source, renderer, config.data, names, config.goodness)
     else:
@@ -138,7 +138,7 @@ def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[
 def train(config: Config, train_data: RewardModelData, roles: RewardModelRoles, run: Run) -> None:
     """Visit the rows in seeded order."""
     task, score_B = train_data.task, None
-    order = data.prompts.Order(len(task), config.batch_size, config.run.seed)
+    order = data.prompts.BatchOrder(len(task), config.batch_size, config.run.seed)
     for step in run.steps():
         metrics, held_out = roles.reward.update(task.batch(order.indices(step)), task.loss).result(), {}
         if run.is_last(step) or (config.validate_every and step % config.validate_every == 0):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.run import Run
     from align.types import Sequences
 
@@ -54,7 +54,7 @@ class Config(RecipeConfig):
             raise ValueError(f"responses all is about answers, and demonstrates is {self.demonstrates}")
 
     def reads(self) -> RowKind:
-        return data.tasks.DEMONSTRATIONS[self.demonstrates].reads
+        return data.tasks.SFT_TARGETS[self.demonstrates].reads
 
 
 class SFTRoles(Protocol):
@@ -72,9 +72,9 @@ class SFTData:
     """What the folder of a judge gets beside the model, text by name; nothing of other models."""
 
 
-def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[SFTData, dict[str, int]]:
+def load_data(config: Config, source: DataSplits[Any], renderer: Renderer) -> tuple[SFTData, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
-    made, counts = data.tasks.DEMONSTRATIONS[config.demonstrates].make(source.train, renderer, config)
+    made, counts = data.tasks.SFT_TARGETS[config.demonstrates].make(source.train, renderer, config)
     judges = config.demonstrates == "verdicts"
     return SFTData(made, genrm_card.files(config.verdict, config.data.date) if judges else {}), counts
 
@@ -89,7 +89,7 @@ def loss(*, logprob_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> Loss:
 def train(config: Config, train_data: SFTData, roles: SFTRoles, run: Run) -> None:
     """Visit the demonstrations in seeded order."""
     demonstrations = train_data.demonstrations
-    order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
+    order = data.prompts.BatchOrder(len(demonstrations), config.batch_size, config.run.seed)
     for step in run.steps():
         batch = demonstrations.select(order.indices(step)).batch()
         metrics = roles.policy.update(batch, loss).result()

@@ -1,13 +1,12 @@
-"""SteerLM: supervised fine-tuning on responses after prompts that tell their attributes (Dong et al. 2023, arXiv
-2310.05344; HelpSteer, arXiv 2311.09528).
+"""SteerLM: SFT on responses conditioned on attribute labels in the prompt (Dong et al. 2023, arXiv 2310.05344;
+HelpSteer, arXiv 2311.09528).
 
     L = - sum_i sum_t log pi(y_it | x_i, a_i, y_i<t) / sum_i |y_i|
 
-over the response tokens of an optimizer step. The labels a_i, whole numbers from 0 to 4, are those of people, or of an
-attribute model: its ratings limited to 0 to 4 and rounded. A later round is the paper's bootstrapping: the policy of
-the round before answers training prompts that ask for ``steering.values``, its answers are labelled by the attribute
-model, and the policy learns them after prompts that tell these new labels.
-
+over the response tokens of an optimizer step. The labels a_i, whole numbers from 0 to 4, come from people or from an
+attribute model, whose ratings are clipped to 0 to 4 and rounded. Later rounds are the paper's bootstrapping: the policy
+of the previous round answers training prompts that request ``steering.values``, the attribute model labels the answers,
+and the policy trains on them with these labels in the prompt.
 Left out: labels of earlier turns of a conversation, and the first paper's attribute model, which writes its labels.
 """
 
@@ -29,12 +28,12 @@ from align.config import (
     SamplingConfig,
     SteeringConfig,
 )
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.roles import PolicyRole, RewardRole
 
 if TYPE_CHECKING:
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.data.rows import Rating
     from align.run import Run
 
@@ -94,7 +93,7 @@ class Config(RecipeConfig):
         return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        return {"reward": resolve(self.steering.attributes)} if self.rates else {}
+        return {"reward": resolve_attributes(self.steering.attributes)} if self.rates else {}
 
     def num_rounds(self) -> int:
         return self.rounds
@@ -111,7 +110,9 @@ class SteerLMRoles(Protocol):
     eval_reward: RewardRole | None
 
 
-def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
+def load_data(
+    config: Config, source: DataSplits[Any], renderer: Renderer
+) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
     """Responses of the training split, held-out prompts, and row counts by outcome."""
     train_data, counts = _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
     if config.rounds > 1:  # fewer answers are left where some do not end
@@ -123,14 +124,14 @@ def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[
 def bootstrap(config: Config, train_data: _steerlm.SteerLMData, policy: PolicyRole, run: Run) -> list[Rating]:
     """Answers of the policy to training prompts that request the best labels; truncated answers are left out."""
     contexts = list(dict.fromkeys(row.context for row in train_data.rows))
-    count = min(config.bootstrap_prompts or len(contexts), len(contexts))
-    chosen = data.prompts.Order(len(contexts), count, config.run.seed).indices(run.round).tolist()
+    count, renderer = min(config.bootstrap_prompts or len(contexts), len(contexts)), train_data.renderer
+    chosen = data.prompts.BatchOrder(len(contexts), count, config.run.seed).indices(run.round).tolist()
     requests = [("", contexts[i], train_data.form.values) for i in chosen]
-    steered = data.steerlm_dataset.asked(requests, train_data.renderer, train_data.form, config.data.max_prompt_tokens)
-    prompts = data.prompts.first(steered.steered, count, train_data.renderer.stop_ids, NOISE - run.round)
-    parts = data.steerlm_dataset.parts(prompts, _steerlm.PART)
+    steered = data.steerlm_dataset.steered_prompts(requests, renderer, train_data.form, config.data.max_prompt_tokens)
+    prompts = data.prompts.first_prompts(steered.steered, count, renderer.stop_ids, NOISE - run.round)
+    parts = data.steerlm_dataset.prompt_batches(prompts, _steerlm.PART)
     answered = ((part.index_P, policy.generate(part, config.sampling).result()) for part in parts)
-    rows, counts = data.steerlm_dataset.sampled(steered.contexts, answered, train_data.renderer)
+    rows, counts = data.steerlm_dataset.sampled_responses(steered.contexts, answered, renderer)
     run.report(f"round {run.round}, bootstrap prompts: {_steerlm.format_counts(steered.counts)}")
     run.report(f"round {run.round}, their answers: {_steerlm.format_counts(counts)}")
     return rows
@@ -142,12 +143,12 @@ def train(config: Config, train_data: _steerlm.SteerLMData, roles: SteerLMRoles,
     if roles.reward and (run.round > 1 or config.labels == "reward"):
         rows = _steerlm.label_ratings(rows, roles.reward, train_data.form, run)
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    demonstrations, counts = data.steerlm_dataset.demonstrations(rows, train_data.renderer, train_data.form, *limits)
+    sequences, counts = data.steerlm_dataset.steered_demonstrations(rows, train_data.renderer, train_data.form, *limits)
     run.report(f"round {run.round}, demonstrations: {_steerlm.format_counts(counts)}")
     data.prompts.require_rows(config, counts["kept"])
     evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
-    order = data.prompts.Order(len(demonstrations), config.batch_size, config.run.seed)
+    order = data.prompts.BatchOrder(len(sequences), config.batch_size, config.run.seed)
     for step in run.steps():
-        metrics = roles.policy.update(demonstrations.select(order.indices(step)).batch(), loss).result()
+        metrics = roles.policy.update(sequences.select(order.indices(step)).batch(), loss).result()
         run.log(step, metrics | evaluator.measure(step))
     roles.policy.export(run.final, train_data.files).result()

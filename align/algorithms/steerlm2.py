@@ -26,15 +26,15 @@ from align import data, ops
 from align.algorithms import _candidates, _diagnostics, _rollout, _steerlm
 from align.algorithms._evaluation import Evaluator
 from align.config import OnPolicyConfig, PreviousPolicyConfig, PriorPolicyConfig, SamplingConfig, SteeringConfig
-from align.data.attributes import resolve
-from align.data.steerlm import Form, require_same
+from align.data.attributes import resolve_attributes
+from align.data.steerlm import SteeringFormat, require_same_steering
 from align.roles import Loss, PolicyRole, ReferenceRole, RewardRole, SamplingRole, wait_for_all
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from align.data.chat import Renderer
-    from align.data.dataset import Corpus
+    from align.data.dataset import DataSplits
     from align.run import Run
     from align.types import Batch, Rollouts
 
@@ -69,7 +69,7 @@ class Config(OnPolicyConfig):
         return _steerlm.reads(self.labels, self.data)
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        return {"reward": resolve(self.steering.attributes)}
+        return {"reward": resolve_attributes(self.steering.attributes)}
 
 
 class SteerLM2Roles(Protocol):
@@ -82,9 +82,11 @@ class SteerLM2Roles(Protocol):
     eval_reward: RewardRole | None
 
 
-def load_data(config: Config, source: Corpus[Any], renderer: Renderer) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
+def load_data(
+    config: Config, source: DataSplits[Any], renderer: Renderer
+) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
     """Responses whose labels are asked for, held-out prompts, and what became of the rows."""
-    require_same(Form.of(config.steering), config.policy.path)
+    require_same_steering(SteeringFormat.of(config.steering), config.policy.path)
     return _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import steerlm_dataset as steerlm_dataset
     from . import tasks as tasks
     from . import toy as toy
+    from . import trl as trl
 
 _SUBMODULES = (
     "cache",
@@ -35,6 +36,7 @@ _SUBMODULES = (
     "steerlm_dataset",
     "tasks",
     "toy",
+    "trl",
     "genrm_prompts",
 )
 

@@ -14,7 +14,7 @@ NEMO_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_ATTR
 the first holds the strength of the preference."""
 
 
-def resolve(names: Sequence[str]) -> tuple[str, ...]:
+def resolve_attributes(names: Sequence[str]) -> tuple[str, ...]:
     """``names`` as they are, or the nine of NeMo-Aligner for ``[nemo]``. Raises `ConfigError` for one given twice."""
     found = NEMO_ATTRIBUTES if list(names) == ["nemo"] else tuple(names)
     if repeated := [name for name in dict.fromkeys(found) if found.count(name) > 1]:

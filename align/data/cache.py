@@ -47,7 +47,7 @@ def fingerprint(model: ModelConfig, sequences: Sequences, seed: int) -> str:
     return digest.hexdigest()
 
 
-def remembered(folder: str, key: str, sequences: Sequences, compute: Callable[[Sequences], Tensor]) -> Tensor:
+def cached_logprobs(folder: str, key: str, sequences: Sequences, compute: Callable[[Sequences], Tensor]) -> Tensor:
     """One number for each sequence: read from ``folder/key.safetensors``, or computed in parts and written there.
 
     The file appears whole or not at all. Raises `DataError` for one that cannot be read or has another length.

@@ -369,7 +369,7 @@ def _only_in(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     return any(id != a.pad_token_id or id in b.get_vocab().values() for _, id in more)
 
 
-def require_same(
+def require_same_tokenizer(
     a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, name_a: str = "policy", name_b: str = "reward"
 ) -> None:
     """Raise `DataError` naming sizes and the first difference unless `same_vocabulary` holds."""

@@ -11,7 +11,7 @@ from align.errors import DataError
 from align.types import Packed, Sequences
 
 
-class Conversations:
+class ConversationIndex:
     """Knows every prompt of a run by the ids that it was rendered to."""
 
     def __init__(self, contexts: Iterable[tuple[Message, ...]], renderer: Renderer):

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def pairs(rows: Iterable[Rating], attribute: str = "helpfulness") -> tuple[list[Preference], dict[str, int]]:
+def pairs_from_ratings(
+    rows: Iterable[Rating], attribute: str = "helpfulness"
+) -> tuple[list[Preference], dict[str, int]]:
     """Every two responses in succession to one prompt as a pair, by their ratings of ``attribute``.
 
     The strength is the difference, rounded, 1 to 3. The counts say how many ``pairs`` there were, how many of them were
@@ -54,7 +56,7 @@ def pairs(rows: Iterable[Rating], attribute: str = "helpfulness") -> tuple[list[
     return found, dict(counts)
 
 
-def only(rows: Iterable[Rating], attributes: Sequence[str]) -> tuple[list[Rating], dict[str, int]]:
+def select_attributes(rows: Iterable[Rating], attributes: Sequence[str]) -> tuple[list[Rating], dict[str, int]]:
     """Ratings of ``attributes`` alone, the others as if nobody had given them. Rows that have none of them are dropped
     and counted as ``unrated``."""
     counts: Counter[str] = Counter(rows=0, unrated=0, kept=0)
@@ -69,7 +71,7 @@ def only(rows: Iterable[Rating], attributes: Sequence[str]) -> tuple[list[Rating
     return found, dict(counts)
 
 
-class Target(NamedTuple):
+class OutputFormat(NamedTuple):
     """How rows are written."""
 
     stems: Mapping[str, str]
@@ -81,16 +83,18 @@ class Target(NamedTuple):
     """Whether a tie can be told from a preference by those who read the file."""
 
 
-TARGETS = {
-    "openai": Target(openai.SPLITS, "jsonl", {Preference: openai.preference, Rating: openai.rated}),
-    "nemo": Target(nemo.SPLITS, "jsonl", {Preference: nemo.conversation, Rating: nemo.conversation}),
-    "nemo_text": Target(nemo.SPLITS, "jsonl", {Preference: nemo.regression, Rating: nemo.regression}),
-    "helpsteer3": Target(helpsteer3.SPLITS, "jsonl.gz", {Preference: helpsteer3.written}, ties=True),
+OUTPUT_FORMATS = {
+    "openai": OutputFormat(
+        openai.SPLITS, "jsonl", {Preference: openai.preference_to_json, Rating: openai.rating_to_json}
+    ),
+    "nemo": OutputFormat(nemo.SPLITS, "jsonl", {Preference: nemo.to_conversations, Rating: nemo.to_conversations}),
+    "nemo_text": OutputFormat(nemo.SPLITS, "jsonl", {Preference: nemo.to_texts, Rating: nemo.to_texts}),
+    "helpsteer3": OutputFormat(helpsteer3.SPLITS, "jsonl.gz", {Preference: helpsteer3.preference_to_json}, ties=True),
 }
 """By name of the format. ``nemo`` has conversations and ``nemo_text`` texts with nine numbers; `nemo` reads both."""
 
 
-def write(
+def write_dataset(
     folder: Path, target: str, splits: Mapping[str, Sequence[Preference] | Sequence[Rating]]
 ) -> dict[str, dict[str, int]]:
     """Write the splits into the new folder ``folder``, which appears whole or not at all.
@@ -98,7 +102,7 @@ def write(
     The counts say of each split how many rows were ``written``, and how many not, by reason. Raises `DataError` when
     there is something at ``folder`` already, and when a split would be empty.
     """
-    to, folder = TARGETS[target], folder.expanduser()
+    to, folder = OUTPUT_FORMATS[target], folder.expanduser()
     _require_new(folder)
     counts = {}
     with new_folder(folder) as temporary:
@@ -116,7 +120,7 @@ def _require_new(folder: Path) -> None:
         raise DataError("there is something already", where=str(folder), remedy="name a new folder")
 
 
-def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[Rating]) -> dict[str, int]:
+def _write_split(file: Path, to: OutputFormat, rows: Sequence[Preference] | Sequence[Rating]) -> dict[str, int]:
     counts: Counter[str] = Counter(written=0)
     # No time in the header, so equal rows give equal files.
     with gzip.GzipFile(file, "wb", mtime=0) if file.suffix == ".gz" else file.open("wb") as stream:
@@ -135,7 +139,7 @@ def _write_split(file: Path, to: Target, rows: Sequence[Preference] | Sequence[R
     return dict(counts)
 
 
-def section(arguments: argparse.Namespace) -> DataConfig:
+def data_config(arguments: argparse.Namespace) -> DataConfig:
     """The section ``data`` that a command's arguments amount to: its options, and ``key=value`` with keys of ``data``.
     Raises `ConfigError` for values that it refuses."""
     names = [field.name for field in fields(DataConfig) if getattr(arguments, field.name, None) is not None]
@@ -147,25 +151,25 @@ def section(arguments: argparse.Namespace) -> DataConfig:
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data convert``."""
-    data = section(arguments)
-    reads = "ratings" if arguments.pairs_by else arguments.reads or dataset.usual(data)
+    data = data_config(arguments)
+    reads = "ratings" if arguments.pairs_by else arguments.reads or dataset.default_row_kind(data)
     kind = Rating if reads == "ratings" and not arguments.pairs_by else Preference
-    if kind not in TARGETS[arguments.to].objects:
+    if kind not in OUTPUT_FORMATS[arguments.to].objects:
         raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
     if arguments.attributes and kind is Preference:
         raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --rows ratings")
     _require_new(arguments.out)
-    source = dataset.load(data, reads)
+    source = dataset.load_dataset(data, reads)
     splits: dict[str, Any] = {"train": source.train, "validation": source.validation}
     for split, rows in splits.items():
         console.print(f"{split}: {_listed(asdict(source.counts[split]))}", highlight=False)
         if arguments.pairs_by:
-            splits[split], counts = pairs(rows, arguments.pairs_by)
+            splits[split], counts = pairs_from_ratings(rows, arguments.pairs_by)
             console.print(f"{split}, pairs by {arguments.pairs_by}: {_listed(counts)}", highlight=False)
         elif arguments.attributes:
-            splits[split], counts = only(rows, arguments.attributes)
+            splits[split], counts = select_attributes(rows, arguments.attributes)
             console.print(f"{split}, only {', '.join(arguments.attributes)}: {_listed(counts)}", highlight=False)
-    for split, counts in write(arguments.out, arguments.to, splits).items():
+    for split, counts in write_dataset(arguments.out, arguments.to, splits).items():
         console.print(f"{split}: {_listed(counts)}", highlight=False)
     console.print(f"wrote {arguments.out}", highlight=False)
     return 0

@@ -14,28 +14,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, overload
 
+import align.data
 from align.config import DataConfig, RowKind
-from align.data import helpsteer2, helpsteer3, nemo, openai, trl
+from align.data import helpsteer2, helpsteer3, nemo, openai
 from align.data.chat import Renderer
-from align.data.detect import alone, resolved, trl_reads
-from align.data.mixing import SPLITS, Format, Item, Splits, mixed, split_items
-from align.data.rows import BadRow, Comparison, Edit, Feedback, Preference, Principle, Rating, Row
-from align.data.tokenize import PromptSet, demonstrations, pairs, prompts, ratings
+from align.data.detect import resolve_format, single_source, trl_row_kind
+from align.data.mixing import SPLITS, ParsedItem, RowFormat, SourceSplits, mix_sources, read_source
+from align.data.rows import BadRow, Comparison, DataRow, Edit, Feedback, Preference, Principle, Rating
+from align.data.tokenize import PromptSet, tokenize_demonstrations, tokenize_pairs, tokenize_prompts, tokenize_ratings
 from align.errors import ConfigError, DataError
 
 __all__ = [
-    "Corpus",
+    "DataSplits",
     "Preference",
     "PreferenceData",
     "PromptSet",
     "Rating",
     "RowKind",
     "SplitCounts",
-    "demonstrations",
-    "load",
-    "pairs",
-    "prompts",
-    "ratings",
+    "load_dataset",
+    "tokenize_demonstrations",
+    "tokenize_pairs",
+    "tokenize_prompts",
+    "tokenize_ratings",
 ]
 
 
@@ -64,12 +65,12 @@ class SplitCounts:
     """Prompts with one response, which make no pair (``format: helpsteer`` read as preferences)."""
 
 
-R = TypeVar("R", bound=Row, covariant=True)
-T = TypeVar("T", bound=Row)
+R = TypeVar("R", bound=DataRow, covariant=True)
+T = TypeVar("T", bound=DataRow)
 
 
 @dataclass(frozen=True)
-class Corpus(Generic[R]):
+class DataSplits(Generic[R]):
     """Both splits, without duplicates and without overlap, in the order of the files."""
 
     train: Sequence[R]
@@ -80,46 +81,48 @@ class Corpus(Generic[R]):
     """sha256 over the content and order of the rows kept; equal on every machine."""
 
 
-PreferenceData = Corpus[Preference]
+PreferenceData = DataSplits[Preference]
 
 
-FORMATS: dict[str, dict[RowKind, Format]] = {
+FORMATS: dict[str, dict[RowKind, RowFormat]] = {
     "helpsteer3": {
-        "preferences": Format(helpsteer3.of("preference"), helpsteer3.preference),
-        "comparisons": Format(helpsteer3.compared, helpsteer3.comparison),
-        "feedback": Format(helpsteer3.of("feedback"), helpsteer3.feedback),
-        "edits": Format(helpsteer3.of("edit"), helpsteer3.edit),
-        "principles": Format(helpsteer3.of("principle"), helpsteer3.principle),
+        "preferences": RowFormat(helpsteer3.config_reader("preference"), helpsteer3.parse_preference),
+        "comparisons": RowFormat(helpsteer3.read_comparisons, helpsteer3.parse_comparison),
+        "feedback": RowFormat(helpsteer3.config_reader("feedback"), helpsteer3.parse_feedback),
+        "edits": RowFormat(helpsteer3.config_reader("edit"), helpsteer3.parse_edit),
+        "principles": RowFormat(helpsteer3.config_reader("principle"), helpsteer3.parse_principle),
     },
-    "helpsteer3_edit_quality": {"preferences": Format(helpsteer3.of("edit_quality"), helpsteer3.edit_quality)},
+    "helpsteer3_edit_quality": {
+        "preferences": RowFormat(helpsteer3.config_reader("edit_quality"), helpsteer3.parse_edit_quality)
+    },
     "helpsteer": {
-        "preferences": Format(helpsteer2.rated_groups, helpsteer2.parse_group),
-        "ratings": Format(helpsteer2.rated, helpsteer2.parse_rated),
+        "preferences": RowFormat(helpsteer2.read_prompt_groups, helpsteer2.parse_prompt_group),
+        "ratings": RowFormat(helpsteer2.read_ratings, helpsteer2.parse_rating),
     },
     "helpsteer2": {
-        "preferences": Format(helpsteer2.rated_twos, helpsteer2.parse_twos),
-        "ratings": Format(helpsteer2.rated, helpsteer2.parse_rated),
+        "preferences": RowFormat(helpsteer2.read_rating_pairs, helpsteer2.parse_rating_pair),
+        "ratings": RowFormat(helpsteer2.read_ratings, helpsteer2.parse_rating),
     },
-    "helpsteer2_preference": {"preferences": Format(helpsteer2.compared, helpsteer2.parse_compared)},
-    "helpsteer2_disagreements": {"ratings": Format(helpsteer2.disagreements, helpsteer2.parse_disagreements)},
+    "helpsteer2_preference": {"preferences": RowFormat(helpsteer2.read_preferences, helpsteer2.parse_preference)},
+    "helpsteer2_disagreements": {"ratings": RowFormat(helpsteer2.read_disagreements, helpsteer2.parse_disagreements)},
     "openai": {
-        "preferences": Format(openai.sources, openai.parse_preference),
-        "ratings": Format(openai.sources, openai.parse_rating),
+        "preferences": RowFormat(openai.read_splits, openai.parse_preference),
+        "ratings": RowFormat(openai.read_splits, openai.parse_rating),
     },
     "nemo": {
-        "preferences": Format(nemo.sources_twos, nemo.parse_twos),
-        "ratings": Format(nemo.sources, nemo.parse_ratings),
+        "preferences": RowFormat(nemo.read_row_pairs, nemo.parse_row_pair),
+        "ratings": RowFormat(nemo.read_splits, nemo.parse_ratings),
     },
     "trl": {
-        "preferences": Format(trl.sources, trl.preference),
-        "prompts": Format(trl.sources, trl.prompt),
-        "demonstrations": Format(trl.sources, trl.demonstration),
+        "preferences": RowFormat(openai.read_splits, lambda raw: align.data.trl.parse_preference(raw)),
+        "prompts": RowFormat(openai.read_splits, lambda raw: align.data.trl.parse_prompt(raw)),
+        "demonstrations": RowFormat(openai.read_splits, lambda raw: align.data.trl.parse_demonstration(raw)),
     },
 }
 """By ``data.format``, and by what it can be read as."""
 
 
-def format_of(name: str, reads: RowKind) -> Format:
+def row_format(name: str, reads: RowKind) -> RowFormat:
     """How format ``name`` is read as ``reads``. Prompts and demonstrations are those of its preferences, or prompts
     those of its ratings, where it has none by themselves. Raises `ConfigError` where it cannot be read so."""
     found = FORMATS[name]
@@ -134,66 +137,66 @@ def format_of(name: str, reads: RowKind) -> Format:
     )
 
 
-def items(data: DataConfig, reads: RowKind) -> Splits:
+def dataset_items(data: DataConfig, reads: RowKind) -> SourceSplits:
     """Both splits of a source, or of all sources, row by row, bad rows among them."""
-    data = resolved(data)
+    data = resolve_format(data)
     if data.sources:
-        return mixed(data, lambda one: items(one, reads))
-    return split_items(data, format_of(data.format, reads))
+        return mix_sources(data, lambda one: dataset_items(one, reads))
+    return read_source(data, row_format(data.format, reads))
 
 
-def usual(data: DataConfig) -> RowKind:
+def default_row_kind(data: DataConfig) -> RowKind:
     """What a source is read as where nothing else is asked for: preferences where it holds them."""
-    data = resolved(data)
+    data = resolve_format(data)
     if data.sources:
-        return usual(alone(data, next(iter(data.sources))))
+        return default_row_kind(single_source(data, next(iter(data.sources))))
     if data.format == "trl":
-        return trl_reads(data)
+        return trl_row_kind(data)
     return "preferences" if "preferences" in FORMATS[data.format] else "ratings"
 
 
 @overload
-def load(data: DataConfig, reads: Literal["preferences"] = "preferences") -> Corpus[Preference]: ...
+def load_dataset(data: DataConfig, reads: Literal["preferences"] = "preferences") -> DataSplits[Preference]: ...
 @overload
-def load(data: DataConfig, reads: Literal["ratings"]) -> Corpus[Rating]: ...
+def load_dataset(data: DataConfig, reads: Literal["ratings"]) -> DataSplits[Rating]: ...
 @overload
-def load(data: DataConfig, reads: Literal["comparisons"]) -> Corpus[Comparison]: ...
+def load_dataset(data: DataConfig, reads: Literal["comparisons"]) -> DataSplits[Comparison]: ...
 @overload
-def load(data: DataConfig, reads: Literal["feedback"]) -> Corpus[Feedback]: ...
+def load_dataset(data: DataConfig, reads: Literal["feedback"]) -> DataSplits[Feedback]: ...
 @overload
-def load(data: DataConfig, reads: Literal["edits"]) -> Corpus[Edit]: ...
+def load_dataset(data: DataConfig, reads: Literal["edits"]) -> DataSplits[Edit]: ...
 @overload
-def load(data: DataConfig, reads: Literal["principles"]) -> Corpus[Principle]: ...
+def load_dataset(data: DataConfig, reads: Literal["principles"]) -> DataSplits[Principle]: ...
 @overload
-def load(data: DataConfig, reads: RowKind) -> Corpus[Any]: ...
-def load(data: DataConfig, reads: RowKind = "preferences") -> Corpus[Any]:
+def load_dataset(data: DataConfig, reads: RowKind) -> DataSplits[Any]: ...
+def load_dataset(data: DataConfig, reads: RowKind = "preferences") -> DataSplits[Any]:
     """Read both splits as the section ``data`` of a recipe says.
 
     A duplicate is a row with the context and all responses of an earlier one. A row that is in both splits stays in
-    validation. Ties are kept here, because their prompts are as good as any; `pairs` drops them.
+    validation. Ties are kept here, because their prompts are as good as any; `tokenize_pairs` drops them.
 
     Raises `ConfigError` for a format that does not hold what ``reads`` asks for, and `DataError` for a source that is
     missing or damaged, for a row that breaks the schema (``bad_rows: stop``) and for a split with no rows left.
     """
-    splits = items(data, reads)
-    kept: dict[str, dict[Any, Row]] = {}
+    splits = dataset_items(data, reads)
+    kept: dict[str, dict[Any, DataRow]] = {}
     counts = {}
     for split in reversed(SPLITS):  # validation first: train gives way to it
-        kept[split], counts[split] = _read(splits[split], data, kept.get("validation", {}))
+        kept[split], counts[split] = _filter_rows(splits[split], data, kept.get("validation", {}))
         if split == "train" or not splits.divided:
             _require_rows(split, kept[split], counts[split], data)
     train, validation = (list(kept[split].values()) for split in SPLITS)
-    return Corpus(train, validation, counts, _fingerprint(train, validation))
+    return DataSplits(train, validation, counts, _fingerprint(train, validation))
 
 
-def validation(data: DataConfig, reads: RowKind = "preferences") -> tuple[list[Any], SplitCounts]:
-    """The validation split alone, as `load` has it, and what became of its rows."""
-    rows, counts = _read(items(data, reads)["validation"], data, {})
+def load_validation(data: DataConfig, reads: RowKind = "preferences") -> tuple[list[Any], SplitCounts]:
+    """The validation split alone, as `load_dataset` has it, and what became of its rows."""
+    rows, counts = _filter_rows(dataset_items(data, reads)["validation"], data, {})
     _require_rows("validation", rows, counts, data)
     return list(rows.values()), counts
 
 
-def _require_rows(split: str, rows: Mapping[Any, Row], counts: SplitCounts, data: DataConfig) -> None:
+def _require_rows(split: str, rows: Mapping[Any, DataRow], counts: SplitCounts, data: DataConfig) -> None:
     if not rows:
         remedy = (
             "check data.domains, data.max_rows, data.max_spread and data.validation, and that the file is not empty"
@@ -201,7 +204,9 @@ def _require_rows(split: str, rows: Mapping[Any, Row], counts: SplitCounts, data
         raise DataError(f"no rows of {split} are left: {counts}", where=data.path or None, remedy=remedy)
 
 
-def readable(source: Corpus[R], renderers: Sequence[Renderer], data: DataConfig) -> tuple[Corpus[R], dict[str, int]]:
+def renderable_rows(
+    source: DataSplits[R], renderers: Sequence[Renderer], data: DataConfig
+) -> tuple[DataSplits[R], dict[str, int]]:
     """The corpus without rows whose conversation the template of a reward model refuses, and how many these are.
 
     Raises `DataError` for the first of them with ``data.bad_rows: stop``.
@@ -222,7 +227,7 @@ def readable(source: Corpus[R], renderers: Sequence[Renderer], data: DataConfig)
     return replace(source, **splits), refused
 
 
-def _fingerprint(*splits: Sequence[Row]) -> str:
+def _fingerprint(*splits: Sequence[DataRow]) -> str:
     digest = hashlib.sha256()
     for rows in splits:
         for row in rows:
@@ -231,11 +236,13 @@ def _fingerprint(*splits: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-_Kept = Mapping[Any, Row]
+_Kept = Mapping[Any, DataRow]
 
 
-def _read(source: Iterable[Item], data: DataConfig, elsewhere: _Kept) -> tuple[dict[Any, Row], SplitCounts]:
-    rows: dict[Any, Row] = {}
+def _filter_rows(
+    source: Iterable[ParsedItem], data: DataConfig, elsewhere: _Kept
+) -> tuple[dict[Any, DataRow], SplitCounts]:
+    rows: dict[Any, DataRow] = {}
     bad: Counter[str] = Counter()
     read = other_domain = spread = duplicates = overlap = single = 0
     for where, found in source:

@@ -11,7 +11,7 @@ from typing import Any
 
 from align.config import DataConfig, RowKind
 from align.data import layout, sources
-from align.data.rows import BadRow, decoded
+from align.data.rows import BadRow, parse_row
 from align.errors import ConfigError, DataError
 
 FIRST_ROWS = 20
@@ -41,14 +41,14 @@ FIELDS = sorted({name for forms in COLUMNS.values() for form in forms for name i
 UNPAIRED = ("prompt", "completion", "label")
 
 
-def resolved(data: DataConfig) -> DataConfig:
+def resolve_format(data: DataConfig) -> DataConfig:
     """The section with the format of its source, or of each of its sources, in place of ``auto``.
 
     Raises `DataError` for columns of no format or of several, and for unpaired preferences, and `ConfigError` for
     ``columns`` that are not there.
     """
     if data.sources:
-        found = {name: resolved(alone(data, name)).format for name in data.sources}
+        found = {name: resolve_format(single_source(data, name)).format for name in data.sources}
         return replace(data, sources={name: replace(one, format=found[name]) for name, one in data.sources.items()})
     if data.format != "auto" and not data.columns:
         return data
@@ -62,29 +62,29 @@ def resolved(data: DataConfig) -> DataConfig:
         raise ConfigError(f"data: {error}", remedy="see DataConfig in docs/recipes.md") from error
 
 
-def alone(data: DataConfig, name: str) -> DataConfig:
+def single_source(data: DataConfig, name: str) -> DataConfig:
     """The section of one of its sources."""
     one = data.sources[name]
     own: dict[str, Any] = {key: getattr(one, key) for key in ("path", "format", "revision", "columns")}
     return replace(data, sources={}, **own)
 
 
-def described(data: DataConfig) -> list[str]:
-    """A line for each source: its format, columns and files. ``data`` is `resolved`."""
+def describe_sources(data: DataConfig) -> list[str]:
+    """A line for each source: its format, columns and files. ``data`` is `resolve_format`."""
     if data.sources:
         return [
             f"{name}, weight {one.weight:g}: {line}"
             for name, one in data.sources.items()
-            for line in described(alone(data, name))
+            for line in describe_sources(single_source(data, name))
         ]
     renamed = "".join(f", {field} from {name}" for field, name in data.columns.items())
-    files = sources.files_of(data.path, _stems(data))
+    files = sources.find_table_files(data.path, _stems(data))
     if not files:
         return [f"data: {data.format} from {data.path}{renamed}"]
     held_out = f"validation: {data.validation:.3g} of its prompts, by their hash"
     if "validation" in files:
-        held_out = f"validation from {layout.listed(files['validation'])}"
-    return [f"data: {data.format}{_used(data)}{renamed} from {layout.listed(files['train'])}, {held_out}"]
+        held_out = f"validation from {layout.format_files(files['validation'])}"
+    return [f"data: {data.format}{_used(data)}{renamed} from {layout.format_files(files['train'])}, {held_out}"]
 
 
 def _stems(data: DataConfig) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _used(data: DataConfig) -> str:
     return f" ({', '.join(read)})" if read else ""
 
 
-def trl_reads(data: DataConfig) -> RowKind:
+def trl_row_kind(data: DataConfig) -> RowKind:
     """What the rows of a source of format ``trl`` hold."""
     columns = {name for row in _first_rows(data).values() for name, value in row.items() if value is not None}
     if "chosen" in columns:
@@ -135,9 +135,9 @@ def _first_rows(data: DataConfig) -> dict[str, dict[str, Any]]:
     stems = {"train": "train", "validation": "validation"}
     problem: tuple[str, BadRow] | None = None
     found = {}
-    for where, raw in islice(sources.tables(data, stems)["train"](), FIRST_ROWS):
+    for where, raw in islice(sources.open_tables(data, stems)["train"](), FIRST_ROWS):
         try:
-            found[where] = decoded(raw)
+            found[where] = parse_row(raw)
         except BadRow as error:
             problem = problem or (where, error)
     if not found:

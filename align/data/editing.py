@@ -23,7 +23,7 @@ from torch import Tensor
 from align.config import DataConfig, EditingConfig
 from align.data.chat import Message, Renderer
 from align.data.rows import Context, Edit, Feedback
-from align.data.tokenize import Item, answered, require_some
+from align.data.tokenize import Example, require_kept, tokenize_examples
 from align.types import Packed, Sequences
 
 QUESTION = (
@@ -48,7 +48,7 @@ _STOP = frozenset(_GRAMMAR.split())
 """Words that say nothing of what was asked for, those of HelpSteer3's first sentence among them."""
 
 
-class Config(Protocol):
+class EditingRecipe(Protocol):
     """What demonstrations need of a recipe."""
 
     @property
@@ -74,7 +74,7 @@ def edit_prompt(context: Sequence[Message], response: str, feedback: Sequence[st
     return (*context, Message("assistant", response), Message("user", asked))
 
 
-def asking(feedback: Sequence[str], editing: EditingConfig) -> list[int]:
+def change_requests(feedback: Sequence[str], editing: EditingConfig) -> list[int]:
     """Which texts ask for a change: neither empty nor perfect, and of equal ones the first."""
     first: dict[str, int] = {}
     for number, text in enumerate(feedback):
@@ -83,12 +83,12 @@ def asking(feedback: Sequence[str], editing: EditingConfig) -> list[int]:
     return list(first.values())
 
 
-def effective(feedback: Sequence[str], editing: EditingConfig) -> list[str]:
+def effective_feedback(feedback: Sequence[str], editing: EditingConfig) -> list[str]:
     """The texts that ask for a change, each once, in their order."""
-    return [feedback[number].strip() for number in asking(feedback, editing)]
+    return [feedback[number].strip() for number in change_requests(feedback, editing)]
 
 
-def share(feedback: str, summary: str) -> float:
+def word_overlap(feedback: str, summary: str) -> float:
     """Share of the words of ``feedback`` that ``summary`` has too, 0 to 1.
 
     Each word counts once, by its first five letters, without case; words of grammar and those in which HelpSteer3
@@ -102,15 +102,15 @@ def _words(text: str) -> set[str]:
     return {word[:_STEM] for word in re.findall(r"\w+", text.lower()) if word not in _STOP}
 
 
-def followed(row: Edit, editing: EditingConfig) -> list[str]:
+def followed_feedback(row: Edit, editing: EditingConfig) -> list[str]:
     """The effective feedback that the edit of a row followed."""
-    asked = effective(row.feedback, editing)
+    asked = effective_feedback(row.feedback, editing)
     if editing.used_by == "none":
         return asked
-    return [text for text in asked if share(text, row.change_summary) >= editing.min_overlap]
+    return [text for text in asked if word_overlap(text, row.change_summary) >= editing.min_overlap]
 
 
-def orders(texts: Sequence[str], most: int) -> Iterator[list[str]]:
+def feedback_orders(texts: Sequence[str], most: int) -> Iterator[list[str]]:
     """All orders of ``texts``, or ``most`` of them, evenly spaced in the sequence of all."""
     total = math.factorial(len(texts))
     count = min(total, most)
@@ -123,7 +123,7 @@ def orders(texts: Sequence[str], most: int) -> Iterator[list[str]]:
 
 
 def feedback_demonstrations(
-    rows: Iterable[Feedback], renderer: Renderer, config: Config
+    rows: Iterable[Feedback], renderer: Renderer, config: EditingRecipe
 ) -> tuple[Sequences, dict[str, int]]:
     """One demonstration of each text that people wrote of a response.
 
@@ -132,16 +132,18 @@ def feedback_demonstrations(
     """
     counts = {"rows": 0}
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Example]:
         for row in rows:
             counts["rows"] += 1
             yield row.where, feedback_prompt(row.context, row.response, config.editing), row.feedback
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return answered(items(), renderer, *limits, counts), counts
+    return tokenize_examples(items(), renderer, *limits, counts), counts
 
 
-def edit_demonstrations(rows: Iterable[Edit], renderer: Renderer, config: Config) -> tuple[Sequences, dict[str, int]]:
+def edit_demonstrations(
+    rows: Iterable[Edit], renderer: Renderer, config: EditingRecipe
+) -> tuple[Sequences, dict[str, int]]:
     """One demonstration of each order of the feedback that an edit followed.
 
     The counts say of ``rows`` how many texts of feedback were ``perfect`` (or the same as another) and
@@ -150,13 +152,13 @@ def edit_demonstrations(rows: Iterable[Edit], renderer: Renderer, config: Config
     """
     counts = _counts()
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Example]:
         for row, told in _told(rows, config.editing, counts):
-            for order in orders(told, config.editing.max_permutations):
+            for order in feedback_orders(told, config.editing.max_permutations):
                 yield row.where, edit_prompt(row.context, row.original, order, config.editing), (row.edited,)
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return answered(items(), renderer, *limits, counts), counts
+    return tokenize_examples(items(), renderer, *limits, counts), counts
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def edit_prompts(rows: Iterable[Edit], renderer: Renderer, editing: EditingConfi
             judged.append(conversation)
             kept.append(row)
     counts["kept"] = len(kept)
-    require_some(counts, "edit prompts")
+    require_kept(counts, "edit prompts")
     packed = Packed.from_lists(ids), Packed.from_lists(judged)
     return EditPrompts(*packed, [row.context for row in kept], [row.original for row in kept], counts)
 
@@ -202,7 +204,7 @@ def _counts() -> dict[str, int]:
 def _told(rows: Iterable[Edit], editing: EditingConfig, counts: dict[str, int]) -> Iterator[tuple[Edit, list[str]]]:
     """Rows with the feedback that they followed, without those that have none."""
     for row in rows:
-        asked, told = effective(row.feedback, editing), followed(row, editing)
+        asked, told = effective_feedback(row.feedback, editing), followed_feedback(row, editing)
         counts["rows"] += 1
         counts["perfect"] += len(row.feedback) - len(asked)
         counts["not_followed"] += len(asked) - len(told)
@@ -211,6 +213,6 @@ def _told(rows: Iterable[Edit], editing: EditingConfig, counts: dict[str, int]) 
             yield row, told
 
 
-def copies(originals: Sequence[str], edits: Sequence[str]) -> Tensor:
+def unchanged_edits(originals: Sequence[str], edits: Sequence[str]) -> Tensor:
     """Which edits changed nothing but white space, (B,), bool."""
     return torch.tensor([a.split() == b.split() for a, b in zip(originals, edits, strict=True)], dtype=torch.bool)

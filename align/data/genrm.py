@@ -18,9 +18,9 @@ from torch import Tensor
 from align.config import DataConfig, GenerativeConfig, VerdictConfig
 from align.data import genrm_prompts
 from align.data.chat import Message, Renderer
-from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import Verdict
 from align.data.rows import Comparison, Context
-from align.data.tokenize import Item, answered, require_some
+from align.data.tokenize import Example, require_kept, tokenize_examples
 from align.errors import DataError
 from align.types import Packed, Sequences
 
@@ -43,7 +43,7 @@ _OTHERWISE = re.compile(
 """Other words and bare numbers that may name a response by its place."""
 
 
-def swapped(reason: str) -> str | None:
+def swap_reason(reason: str) -> str | None:
     """What a person said of a pair, as it would be said of the pair in the other order: Response 1 is called Response 2
     and the other way round.
 
@@ -56,14 +56,14 @@ def swapped(reason: str) -> str | None:
     return _NAMED.sub(lambda found: found[1] + "21"[int(found[2]) - 1], reason)
 
 
-def label(row: Comparison) -> Scores | None:
+def verdict_label(row: Comparison) -> Verdict | None:
     """What the verdict on a pair should be, NaN for scores that people did not give; None for a tie."""
     if row.preference == 0:
         return None
-    return Scores(*(row.helpfulness or (NONE, NONE)), RANKING[row.preference])
+    return Verdict(*(row.helpfulness or (NONE, NONE)), RANKING[row.preference])
 
 
-def tensor(scores: Iterable[Scores | None]) -> Tensor:
+def verdict_tensor(scores: Iterable[Verdict | None]) -> Tensor:
     """Verdicts on pairs as rows of first score, second score and ranking, (B, 3); NaN where there is none."""
     rows = [(NONE, NONE, NONE) if one is None else tuple(one) for one in scores]
     return torch.tensor(rows, dtype=torch.float32).view(-1, 3)
@@ -81,7 +81,9 @@ class JudgePrompts:
     counts: dict[str, int]
 
 
-def prompts(rows: Iterable[Comparison], renderer: Renderer, verdict: VerdictConfig, max_tokens: int) -> JudgePrompts:
+def judge_prompts(
+    rows: Iterable[Comparison], renderer: Renderer, verdict: VerdictConfig, max_tokens: int
+) -> JudgePrompts:
     """Every pair in both orders, in the order of the rows.
 
     The counts say of ``rows`` how many were dropped as ``ties``, ``identical`` (responses of the same tokens) or
@@ -91,7 +93,7 @@ def prompts(rows: Iterable[Comparison], renderer: Renderer, verdict: VerdictConf
     require_roles(renderer, verdict, KEYS)
     counts: dict[str, int] = dict.fromkeys(("rows", "ties", "identical", "too_long", "kept", "without_scores"), 0)
     ids: list[list[int]] = []
-    labels: list[Scores] = []
+    labels: list[Verdict] = []
     contexts: list[Context] = []
     for row, wanted in _labelled(rows, counts):
         with renderer.row(row.where, counts):
@@ -100,18 +102,18 @@ def prompts(rows: Iterable[Comparison], renderer: Renderer, verdict: VerdictConf
                 counts["identical" if both[0] == both[1] else "too_long"] += 1
                 continue
             ids += both
-            labels += [wanted, genrm_prompts.swapped(wanted)]
+            labels += [wanted, genrm_prompts.swap_verdict(wanted)]
             contexts.append(row.context)
             counts["without_scores"] += row.helpfulness is None
     counts["kept"] = len(contexts)
-    require_some(counts, "pairs")
-    return JudgePrompts(Packed.from_lists(ids), tensor(labels), contexts, counts)
+    require_kept(counts, "pairs")
+    return JudgePrompts(Packed.from_lists(ids), verdict_tensor(labels), contexts, counts)
 
 
-def _labelled(rows: Iterable[Comparison], counts: dict[str, int]) -> Iterator[tuple[Comparison, Scores]]:
+def _labelled(rows: Iterable[Comparison], counts: dict[str, int]) -> Iterator[tuple[Comparison, Verdict]]:
     for row in rows:
         counts["rows"] += 1
-        wanted = label(row)
+        wanted = verdict_label(row)
         counts["ties"] += wanted is None
         if wanted is not None and row.response1 == row.response2:
             counts["identical"] += 1
@@ -122,7 +124,7 @@ def _labelled(rows: Iterable[Comparison], counts: dict[str, int]) -> Iterator[tu
 def _orders(row: Comparison, verdict: VerdictConfig) -> list[tuple[Message, ...]]:
     how = verdict.form, verdict.custom_roles, verdict.principle
     both = [row.response1, row.response2]
-    return [genrm_prompts.ask(row.context, responses, *how) for responses in (both, both[::-1])]
+    return [genrm_prompts.judge_messages(row.context, responses, *how) for responses in (both, both[::-1])]
 
 
 def require_roles(renderer: Renderer, asked: VerdictConfig | GenerativeConfig, keys: tuple[str, str]) -> None:
@@ -131,7 +133,7 @@ def require_roles(renderer: Renderer, asked: VerdictConfig | GenerativeConfig, k
     if not asked.custom_roles:
         return
     probes = [
-        genrm_prompts.ask(
+        genrm_prompts.judge_messages(
             [Message("user", "1")], responses, "helpsteer3", roles=True, principle=asked.principle and text
         )
         for *responses, text in (("1", "2", "1"), ("2", "2", "1"), ("1", "1", "1"), ("1", "2", "2"))
@@ -147,7 +149,7 @@ def require_roles(renderer: Renderer, asked: VerdictConfig | GenerativeConfig, k
             )
 
 
-class Config(Protocol):
+class VerdictRecipe(Protocol):
     """What demonstrations need of a recipe."""
 
     @property
@@ -161,7 +163,9 @@ class Config(Protocol):
         ...
 
 
-def demonstrations(rows: Iterable[Comparison], renderer: Renderer, config: Config) -> tuple[Sequences, dict[str, int]]:
+def verdict_demonstrations(
+    rows: Iterable[Comparison], renderer: Renderer, config: VerdictRecipe
+) -> tuple[Sequences, dict[str, int]]:
     """Verdicts to imitate: what a person wrote of a pair, then the scores and the ranking of its label; and the same of
     the pair in the other order.
 
@@ -176,28 +180,29 @@ def demonstrations(rows: Iterable[Comparison], renderer: Renderer, config: Confi
     names = ("rows", "ties", "identical", "without_scores", "without_reason", "not_swapped", "unreadable")
     counts: dict[str, int] = dict.fromkeys(names, 0)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Example]:
         for row, wanted in _labelled(rows, counts):
             reasons = [text.strip() for score, text in row.reasons if score * row.preference > 0 and text.strip()]
             if row.helpfulness is None or not reasons:
                 counts["without_scores" if row.helpfulness is None else "without_reason"] += 1
                 continue
-            turned = [other for text in reasons if (other := swapped(text)) is not None]
+            turned = [other for text in reasons if (other := swap_reason(text)) is not None]
             counts["not_swapped"] += len(reasons) - len(turned)
-            both = (reasons, wanted), (turned, genrm_prompts.swapped(wanted))
+            both = (reasons, wanted), (turned, genrm_prompts.swap_verdict(wanted))
             asked = _orders(row, config.verdict)
             for messages, (texts, scores) in zip(asked, both, strict=True):
-                answers = [f"{text}\n{genrm_prompts.write(scores, config.verdict.form)}" for text in texts]
-                sound = [one for one in answers if genrm_prompts.read(one, config.verdict.form, 2) == scores]
+                answers = [f"{text}\n{genrm_prompts.format_verdict(scores, config.verdict.form)}" for text in texts]
+                sound = [one for one in answers if genrm_prompts.parse_verdict(one, config.verdict.form, 2) == scores]
                 counts["unreadable"] += len(answers) - len(sound)
                 yield row.where, messages, sound
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return answered(items(), renderer, *limits, counts), counts
+    return tokenize_examples(items(), renderer, *limits, counts), counts
 
 
-def read(texts: Iterable[str], finished: Iterable[bool], form: genrm_prompts.Form) -> Tensor:
-    """What a judge said of pairs, as `tensor`. An answer that was cut off holds no verdict."""
-    return tensor(
-        genrm_prompts.read(text, form, 2) if ended else None for text, ended in zip(texts, finished, strict=True)
+def read_verdicts(texts: Iterable[str], finished: Iterable[bool], form: genrm_prompts.VerdictForm) -> Tensor:
+    """What a judge said of pairs, as `verdict_tensor`. An answer that was cut off holds no verdict."""
+    return verdict_tensor(
+        genrm_prompts.parse_verdict(text, form, 2) if ended else None
+        for text, ended in zip(texts, finished, strict=True)
     )

@@ -29,10 +29,10 @@ from typing import Any, Literal, NamedTuple
 
 from align.data.chat import Message
 
-Form = Literal["helpsteer3", "json"]
+VerdictForm = Literal["helpsteer3", "json"]
 
 
-class Scores(NamedTuple):
+class Verdict(NamedTuple):
     """What a judge says. ``second`` and ``ranking`` are None where it saw one response."""
 
     first: float
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
     """1 (the first response is much better) to 6 (the second is)."""
 
 
-FALLBACK = Scores(3.0, 3.0, 3.5)
+FALLBACK = Verdict(3.0, 3.0, 3.5)
 """Of two responses whose verdict cannot be read (NeMo-Gym's ``genrm_compare``): no opinion."""
 
 MOST_OBJECTS = 1000
@@ -61,7 +61,7 @@ _KEYS = {1: ("score_1",), 2: ("score_1", "score_2", "ranking")}
 _OBJECT = re.compile(r'\{\s*"')
 
 
-def thought(text: str) -> tuple[str, str]:
+def split_reasoning(text: str) -> tuple[str, str]:
     """Reasoning and answer of a text: before and after its last ``</think>``. All of a text without that mark is the
     answer, or, where it opens ``<think>``, reasoning that did not end."""
     reasoning, mark, answer = text.rpartition(_THOUGHT)
@@ -71,20 +71,20 @@ def thought(text: str) -> tuple[str, str]:
     return (after.strip(), "") if opened and not before.strip() else ("", text.strip())
 
 
-def swapped(scores: Scores) -> Scores:
+def swap_verdict(scores: Verdict) -> Verdict:
     """The same verdict on the responses in the other order."""
     if scores.second is None or scores.ranking is None:
         return scores
-    return Scores(scores.second, scores.first, 7 - scores.ranking)
+    return Verdict(scores.second, scores.first, 7 - scores.ranking)
 
 
-def read(text: str, form: Form, num_responses: int) -> Scores | None:
+def parse_verdict(text: str, form: VerdictForm, num_responses: int) -> Verdict | None:
     """The verdict after the reasoning of a text; None where it breaks the form."""
-    answer = thought(text)[1]
+    answer = split_reasoning(text)[1]
     return _read_boxed(answer, num_responses) if form == "helpsteer3" else _read_json(answer, num_responses)
 
 
-def _read_boxed(answer: str, num_responses: int) -> Scores | None:
+def _read_boxed(answer: str, num_responses: int) -> Verdict | None:
     numbers: list[float] = []
     for name, patterns in _BOXED.items():
         begin, end = f"[The Begin of {name}]", f"[The End of {name}]"
@@ -102,8 +102,8 @@ def _read_boxed(answer: str, num_responses: int) -> Scores | None:
     return _scores(numbers)
 
 
-def _read_json(answer: str, num_responses: int) -> Scores | None:
-    found: set[Scores | None] = set()
+def _read_json(answer: str, num_responses: int) -> Verdict | None:
+    found: set[Verdict | None] = set()
     position, decoder = 0, _DECODER
     for _ in range(MOST_OBJECTS):
         start = _OBJECT.search(answer, position)
@@ -131,7 +131,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(parse_int=float, parse_constant=lambda _: None, object_pairs_hook=_once)
 
 
-def _of_object(value: Any, num_responses: int) -> Scores | None:
+def _of_object(value: Any, num_responses: int) -> Verdict | None:
     if not isinstance(value, dict) or [key for key in _KEYS[2] if key in value] != [*_KEYS[num_responses]]:
         return None
     numbers = [value[key] for key in _KEYS[num_responses]]
@@ -142,11 +142,11 @@ def _of_object(value: Any, num_responses: int) -> Scores | None:
     return _scores(numbers) if in_range else None
 
 
-def _scores(numbers: Sequence[float]) -> Scores:
-    return Scores(numbers[0], *numbers[1:]) if len(numbers) == 3 else Scores(numbers[0], None, None)
+def _scores(numbers: Sequence[float]) -> Verdict:
+    return Verdict(numbers[0], *numbers[1:]) if len(numbers) == 3 else Verdict(numbers[0], None, None)
 
 
-def write(scores: Scores, form: Form, analyses: Sequence[str] = ()) -> str:
+def format_verdict(scores: Verdict, form: VerdictForm, analyses: Sequence[str] = ()) -> str:
     """An answer with this verdict, after an analysis of each response where there are any.
 
     Raises ValueError where it would not be read as ``scores``: scores that are not whole or out of range, an analysis
@@ -162,7 +162,7 @@ def write(scores: Scores, form: Form, analyses: Sequence[str] = ()) -> str:
     else:
         pairs = zip(_KEYS[1 if len(given) == 1 else 2], map(int, shown), strict=True)
         text = "\n".join([*analyses, json.dumps(dict(pairs))])
-    if read(text, form, 1 if scores.second is None else 2) != scores:
+    if parse_verdict(text, form, 1 if scores.second is None else 2) != scores:
         raise ValueError(f"no verdict that can be read: {scores}")
     return text
 
@@ -171,8 +171,8 @@ def _block(name: str, body: str) -> str:
     return f"[The Begin of {name}]\n{body}\n[The End of {name}]"
 
 
-def ask(
-    context: Sequence[Message], responses: Sequence[str], form: Form, roles: bool, principle: str = ""
+def judge_messages(
+    context: Sequence[Message], responses: Sequence[str], form: VerdictForm, roles: bool, principle: str = ""
 ) -> tuple[Message, ...]:
     """The conversation to which a judge answers with a verdict on ``responses``, one or two.
 
@@ -238,7 +238,7 @@ Then rank the two against each other by one whole number:
 5: response 2 is better
 6: response 2 is much better"""
 _BOTH = "Analyse the responses first, then end with your verdict, once, exactly in this form,"
-_FORMATS: dict[tuple[Form, int], str] = {
+_FORMATS: dict[tuple[VerdictForm, int], str] = {
     ("helpsteer3", 2): f"{_BOTH} where x and y are the scores of response 1 and 2, and z is the ranking:\n\n"
     + _block("Individual Scores", r"\boxed{x, y}")
     + "\n"

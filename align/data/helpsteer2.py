@@ -45,15 +45,15 @@ from align.data.rows import (
     Context,
     Preference,
     Rating,
-    at,
+    at_line,
     conversation,
-    decoded,
     integer,
-    require,
-    require_spoken,
+    parse_row,
+    require_fields,
+    require_response,
     text,
 )
-from align.data.sources import Rows, tables
+from align.data.sources import RawRows, open_tables
 
 NO_DOMAIN, LANGUAGE = "", "english"
 _OPINIONS = "three_most_similar_preferences"
@@ -67,13 +67,13 @@ _HELD_OUT_OF = 20
 # A rated response.
 
 
-def rated(data: DataConfig) -> dict[str, Rows]:
+def read_ratings(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, row by row."""
-    found = tables(data, {"train": "train", "validation": "validation"})
+    found = open_tables(data, {"train": "train", "validation": "validation"})
     return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
 
 
-def parse_rated(raw: Any) -> list[Rating]:
+def parse_rating(raw: Any) -> list[Rating]:
     """A response with its ratings. Raises `BadRow`."""
     prompt, response, ratings = _rated(raw)
     floats = {name: float(value) for name, value in ratings.items()}
@@ -82,8 +82,8 @@ def parse_rated(raw: Any) -> list[Rating]:
 
 def _rated(raw: Any) -> tuple[str, str, dict[str, int]]:
     """Prompt, response and ratings."""
-    row = decoded(raw)
-    require(row, _RATED)
+    row = parse_row(raw)
+    require_fields(row, _RATED)
     ratings = {name: integer(name, row[name], 0, 4) for name in HELPSTEER_ATTRIBUTES}
     return text("prompt", row["prompt"]), text("response", row["response"]), ratings
 
@@ -91,31 +91,31 @@ def _rated(raw: Any) -> tuple[str, str, dict[str, int]]:
 # Rated responses to one prompt, in pairs.
 
 
-def rated_twos(data: DataConfig) -> dict[str, Rows]:
+def read_rating_pairs(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, two rows of the file at a time; the last item may hold one."""
-    return {split: in_twos(rows) for split, rows in rated(data).items()}
+    return {split: group_in_twos(rows) for split, rows in read_ratings(data).items()}
 
 
-def in_twos(rows: Rows) -> Rows:
+def group_in_twos(rows: RawRows) -> RawRows:
     """Two rows in succession at a time; the last item may hold one."""
     for first in rows:
         yield first[0], [first, *islice(rows, 1)]
 
 
-def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
+def parse_rating_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference that two rated responses amount to. Raises `BadRow`."""
-    found = parse_group(pair)
+    found = parse_prompt_group(pair)
     if not found:
         raise BadRow("row", "is the last one, and has no second response")
     return found
 
 
-def rated_groups(data: DataConfig) -> dict[str, Rows]:
+def read_prompt_groups(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, the rows in succession that have one prompt at a time; a row that cannot be read is alone."""
-    return {split: _by_prompt(rows) for split, rows in rated(data).items()}
+    return {split: _by_prompt(rows) for split, rows in read_ratings(data).items()}
 
 
-def _by_prompt(rows: Rows) -> Rows:
+def _by_prompt(rows: RawRows) -> RawRows:
     for _, group in groupby(map(_opened, rows), key=lambda row: row[1]["prompt"] if _has_prompt(row[1]) else [row[0]]):
         found = list(group)
         yield found[0][0], found
@@ -124,7 +124,7 @@ def _by_prompt(rows: Rows) -> Rows:
 def _opened(row: tuple[str, Any]) -> tuple[str, Any]:
     """The row decoded, or as it is where it cannot be."""
     with suppress(BadRow):
-        return row[0], decoded(row[1])
+        return row[0], parse_row(row[1])
     return row
 
 
@@ -132,11 +132,11 @@ def _has_prompt(raw: Any) -> bool:
     return isinstance(raw, dict) and isinstance(raw.get("prompt"), str)
 
 
-def parse_group(group: list[tuple[str, Any]]) -> list[Preference]:
+def parse_prompt_group(group: list[tuple[str, Any]]) -> list[Preference]:
     """A preference of every two of the responses to a prompt; none where there is only one. Raises `BadRow`."""
     found = []
     for where, raw in group:
-        with at(where):
+        with at_line(where):
             found.append((where, *_rated(raw)))
             if found[-1][1] != found[0][1]:
                 raise BadRow("prompt", "differs from that of the row before", found[-1][1])
@@ -146,17 +146,17 @@ def parse_group(group: list[tuple[str, Any]]) -> list[Preference]:
         preference = max(-3, min(3, ratings2["helpfulness"] - ratings1["helpfulness"]))
         pairs.append(Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE))
         if preference:
-            with at(where2 if preference > 0 else where1):
-                require_spoken("response", pairs[-1].chosen)
+            with at_line(where2 if preference > 0 else where1):
+                require_response("response", pairs[-1].chosen)
     return pairs
 
 
 # A response with what each annotator said.
 
 
-def disagreements(data: DataConfig) -> dict[str, Rows]:
+def read_disagreements(data: DataConfig) -> dict[str, RawRows]:
     """Both splits of the one table."""
-    table = tables(data, {"train": "disagreements/disagreements"}, data_dir="disagreements")["train"]
+    table = open_tables(data, {"train": "disagreements/disagreements"}, data_dir="disagreements")["train"]
     return {split: islice(_part(split, table()), data.max_rows) for split in ("train", "validation")}
 
 
@@ -165,7 +165,7 @@ def is_held_out(prompt: str) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8]) % _HELD_OUT_OF == 0
 
 
-def _part(split: str, rows: Rows) -> Rows:
+def _part(split: str, rows: RawRows) -> RawRows:
     """Rows of a split. A row whose prompt cannot be read is bad, and counts once: in validation."""
     for where, raw in map(_opened, rows):
         in_train = _has_prompt(raw) and not is_held_out(raw["prompt"])
@@ -175,8 +175,8 @@ def _part(split: str, rows: Rows) -> Rows:
 
 def parse_disagreements(raw: Any) -> list[Rating]:
     """A response with the means of its ratings, and the spread of its helpfulness. Raises `BadRow`."""
-    row = decoded(raw)
-    require(row, _RATED)
+    row = parse_row(raw)
+    require_fields(row, _RATED)
     opinions = {name: _opinions(name, row[name]) for name in HELPSTEER_ATTRIBUTES}
     ratings = {name: sum(values) / len(values) for name, values in opinions.items()}
     spread = max(opinions["helpfulness"]) - min(opinions["helpfulness"])
@@ -193,13 +193,13 @@ def _opinions(name: str, values: object) -> list[int]:
 # One row, with a preference.
 
 
-def compared(data: DataConfig) -> dict[str, Rows]:
+def read_preferences(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, told apart in the one table that holds them."""
-    table = tables(data, {"train": "preference/preference"}, data_dir="preference")["train"]
+    table = open_tables(data, {"train": "preference/preference"}, data_dir="preference")["train"]
     return {split: islice(_only(split, table()), data.max_rows) for split in ("train", "validation")}
 
 
-def _only(split: str, rows: Rows) -> Rows:
+def _only(split: str, rows: RawRows) -> RawRows:
     """Rows of a split. A row without a split that can be read is bad, and counts once: in validation."""
     for where, raw in map(_opened, rows):
         in_train = isinstance(raw, dict) and raw.get("split") == "train"
@@ -207,17 +207,17 @@ def _only(split: str, rows: Rows) -> Rows:
             yield where, raw
 
 
-def parse_compared(raw: Any) -> list[Preference]:
+def parse_preference(raw: Any) -> list[Preference]:
     """The preference of a row, with the spread of the opinions behind it. Raises `BadRow`."""
-    row = decoded(raw)
-    require(row, _COMPARED)
+    row = parse_row(raw)
+    require_fields(row, _COMPARED)
     text("split", row["split"])
     preference = integer("preference_strength", row["preference_strength"], -3, 3)
     context = marked_turns("prompt", text("prompt", row["prompt"]))
     response1, response2 = [text(field, row[field]) for field in ("response_1", "response_2")]
     parsed = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE, _spread(row[_OPINIONS]))
     if preference:
-        require_spoken("response_1" if preference < 0 else "response_2", parsed.chosen)
+        require_response("response_1" if preference < 0 else "response_2", parsed.chosen)
     return [parsed]
 
 

@@ -44,15 +44,15 @@ from align.data.rows import (
     Preference,
     Principle,
     conversation,
-    decoded,
     integer,
-    require,
-    require_spoken,
+    parse_row,
+    require_fields,
+    require_response,
     text,
     texts,
     turns,
 )
-from align.data.sources import Rows, tables
+from align.data.sources import RawRows, open_tables
 from align.errors import DataError
 
 PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
@@ -72,20 +72,20 @@ SPLITS = {split: f"preference/{split}" for split in ("train", "validation")}
 """The file of each split of preferences."""
 
 
-def of(config: str) -> Callable[[DataConfig], dict[str, Rows]]:
+def config_reader(config: str) -> Callable[[DataConfig], dict[str, RawRows]]:
     """What reads both splits of ``config``."""
     return partial(_sources, config)
 
 
-def _sources(config: str, data: DataConfig) -> dict[str, Rows]:
+def _sources(config: str, data: DataConfig) -> dict[str, RawRows]:
     return {split: islice(rows(), data.max_rows) for split, rows in _tables(config, data).items()}
 
 
-def _tables(config: str, data: DataConfig) -> dict[str, Callable[[], Rows]]:
-    return tables(data, {split: f"{config}/{split}" for split in ("train", "validation")}, name=config)
+def _tables(config: str, data: DataConfig) -> dict[str, Callable[[], RawRows]]:
+    return open_tables(data, {split: f"{config}/{split}" for split in ("train", "validation")}, name=config)
 
 
-def compared(data: DataConfig) -> dict[str, Rows]:
+def read_comparisons(data: DataConfig) -> dict[str, RawRows]:
     """Both splits of ``preference``, each row with what all of ``feedback`` says of how helpful responses are."""
     said = _helpfulness(data)
     return {
@@ -93,7 +93,7 @@ def compared(data: DataConfig) -> dict[str, Rows]:
     }
 
 
-def _feedback(data: DataConfig) -> dict[str, Callable[[], Rows]]:
+def _feedback(data: DataConfig) -> dict[str, Callable[[], RawRows]]:
     """Both splits of ``feedback``; none where the source has no such config."""
     folder = Path(data.path).expanduser()
     if folder.exists() and not (folder / "feedback").is_dir():
@@ -114,7 +114,7 @@ def _helpfulness(data: DataConfig) -> dict[bytes, float]:
     for rows in _feedback(data).values():
         for where, raw in rows():
             try:
-                parsed = feedback(raw)
+                parsed = parse_feedback(raw)
             except BadRow as error:
                 if data.bad_rows == "stop":
                     remedy = "mend the row, or leave such rows out: data.bad_rows=skip"
@@ -133,25 +133,25 @@ def _digest(context: Context, response: str) -> bytes:
     return hashlib.sha256(json.dumps([context, response]).encode()).digest()
 
 
-def preference(raw: Any) -> list[Preference]:
+def parse_preference(raw: Any) -> list[Preference]:
     """A row of ``preference``. Raises `BadRow`, as the others do."""
-    raw = decoded(raw)
-    require(raw, _PREFERENCE)
+    raw = parse_row(raw)
+    require_fields(raw, _PREFERENCE)
     preference = integer("overall_preference", raw["overall_preference"], -3, 3)
     response1, response2, domain, language = [
         text(field, raw[field]) for field in ("response1", "response2", "domain", "language")
     ]
     row = Preference(_context(raw), response1, response2, preference, domain, language)
     if preference:
-        require_spoken("response1" if preference < 0 else "response2", row.chosen)
+        require_response("response1" if preference < 0 else "response2", row.chosen)
     return [row]
 
 
-def comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison]:
-    """A row of ``preference`` with its reasons, and the helpfulness of its responses as `compared` found it."""
+def parse_comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison]:
+    """A row of ``preference`` with its reasons, and the helpfulness of its responses as `read_comparisons` found it."""
     raw, said = item
-    raw = decoded(raw)
-    (pair,) = preference(raw)
+    raw = parse_row(raw)
+    (pair,) = parse_preference(raw)
     labels = [said.get(_digest(pair.context, response)) for response in (pair.response1, pair.response2)]
     first, second = labels
     helpfulness = None if first is None or second is None else (first, second)
@@ -172,7 +172,7 @@ def _reasons(raw: dict[str, Any]) -> Iterator[tuple[int, str]]:
         yield integer(field, one["score"], -3, 3), reasoning
 
 
-def written(row: Preference) -> list[dict[str, Any]]:
+def preference_to_json(row: Preference) -> list[dict[str, Any]]:
     """A preference as a row of ``preference``."""
     return [
         {
@@ -186,10 +186,10 @@ def written(row: Preference) -> list[dict[str, Any]]:
     ]
 
 
-def feedback(raw: Any) -> list[Feedback]:
+def parse_feedback(raw: Any) -> list[Feedback]:
     """Both responses of a row of ``feedback``."""
-    raw = decoded(raw)
-    require(raw, _FEEDBACK)
+    raw = parse_row(raw)
+    require_fields(raw, _FEEDBACK)
     context, place = _context(raw), _place(raw)
     found = []
     for i in (1, 2):
@@ -198,10 +198,10 @@ def feedback(raw: Any) -> list[Feedback]:
     return found
 
 
-def edit(raw: Any) -> list[Edit]:
+def parse_edit(raw: Any) -> list[Edit]:
     """A row of ``edit``."""
-    raw = decoded(raw)
-    require(raw, _EDIT)
+    raw = parse_row(raw)
+    require_fields(raw, _EDIT)
     original, edited, summary = [
         text(field, raw[field]) for field in ("original_response", "edited_response", "change_summary")
     ]
@@ -210,23 +210,23 @@ def edit(raw: Any) -> list[Edit]:
     return [Edit(_context(raw), original, edited, texts("feedback", raw["feedback"]), summary, *_place(raw))]
 
 
-def edit_quality(raw: Any) -> list[Preference]:
+def parse_edit_quality(raw: Any) -> list[Preference]:
     """Two pairs of a row of ``edit_quality``: good edit and bad one, good edit and original."""
-    raw = decoded(raw)
-    require(raw, _EDIT_QUALITY)
+    raw = parse_row(raw)
+    require_fields(raw, _EDIT_QUALITY)
     good, *others = [
         text(field, raw[field]) for field in ("good_edited_response", "bad_edited_response", "original_response")
     ]
-    require_spoken("good_edited_response", good)
+    require_response("good_edited_response", good)
     texts("feedback", raw["feedback"])
     context, place = _context(raw), _place(raw)
     return [Preference(context, good, other, -1, *place) for other in others]
 
 
-def principle(raw: Any) -> list[Principle]:
+def parse_principle(raw: Any) -> list[Principle]:
     """A row of ``principle``."""
-    raw = decoded(raw)
-    require(raw, _PRINCIPLE)
+    raw = parse_row(raw)
+    require_fields(raw, _PRINCIPLE)
     fulfilment = raw["fulfilment"]
     if fulfilment not in ("Yes", "No"):
         raise BadRow("fulfilment", "is neither Yes nor No", fulfilment)

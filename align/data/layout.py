@@ -22,7 +22,7 @@ _SHARD = r"(?:[-_.]?(?:part)?[-_.]?\d+(?:-of-\d+)?)?"
 """What may follow the name of a split: ``train-00000-of-00002``."""
 
 
-def named(names: Iterable[str]) -> dict[str, str]:
+def match_splits(names: Iterable[str]) -> dict[str, str]:
     """Which of ``names`` are ``train`` and ``validation``; those that are neither are left out."""
     by_name = {name.lower(): name for name in names}
     kinds = {"train": TRAIN, "validation": VALIDATION}
@@ -30,7 +30,7 @@ def named(names: Iterable[str]) -> dict[str, str]:
     return {kind: several[0] for kind, several in found.items() if several}
 
 
-def splits_of(path: str) -> dict[str, list[Path]] | None:
+def find_split_files(path: str) -> dict[str, list[Path]] | None:
     """The files of ``train`` and ``validation``, or the folders that ``save_to_disk`` wrote; a split without a file is
     left out. None for what is no path here. Raises `DataError` for files that do not say which split they are."""
     place = Path(path).expanduser()
@@ -43,7 +43,7 @@ def splits_of(path: str) -> dict[str, list[Path]] | None:
         return None
     if (place / "dataset_dict.json").is_file():
         names = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        found = {kind: [place / name] for kind, name in named(names).items()}
+        found = {kind: [place / name] for kind, name in match_splits(names).items()}
         if "train" not in found:
             raise DataError(f"no split train, found {', '.join(names)}", where=path, remedy="rename one to train")
         return found
@@ -66,7 +66,7 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
         elif inner in TRAIN + VALIDATION:
             files[inner].append(file)
     unnamed = files.pop("", [])
-    found = {kind: files[name] for kind, name in named(files).items()}
+    found = {kind: files[name] for kind, name in match_splits(files).items()}
     if "train" not in found and unnamed:
         found["train"] = unnamed
     for split, several in found.items():
@@ -84,6 +84,6 @@ def _label(stem: str) -> str:
     return match[1].lower() if match else ""
 
 
-def listed(files: Sequence[Path]) -> str:
+def format_files(files: Sequence[Path]) -> str:
     """Files in a line."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

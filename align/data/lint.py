@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from align.config import DataConfig, RowKind
 from align.data.chat import Renderer
-from align.data.dataset import items
-from align.data.detect import resolved
+from align.data.dataset import dataset_items
+from align.data.detect import resolve_format
 from align.data.mixing import SPLITS
 from align.data.rows import BadRow, Preference, Prompt, Rating
 from align.errors import DataError
@@ -65,7 +65,7 @@ CHECKS: dict[str, tuple[Severity, str]] = {
 
 
 @dataclass
-class Finding:
+class LintFinding:
     """One thing that was found, and how often."""
 
     name: str
@@ -79,7 +79,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Table:
+class LintTable:
     """Numbers for the reader."""
 
     title: str
@@ -88,7 +88,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Report:
+class LintReport:
     """All of it."""
 
     source: str
@@ -96,9 +96,9 @@ class Report:
     reads: str
     rows: Mapping[str, int]
     """Rows that were read of each split, bad ones among them."""
-    findings: list[Finding]
+    findings: list[LintFinding]
     """The worst first."""
-    tables: list[Table]
+    tables: list[LintTable]
 
     def worst(self) -> Severity | None:
         """The severity of the worst finding."""
@@ -118,20 +118,20 @@ def sign_test(successes: int, trials: int) -> float:
 class _Findings:
     def __init__(self, source: str) -> None:
         self.source = f"{Path(source).expanduser()}/"
-        self.by_name: dict[str, Finding] = {}
+        self.by_name: dict[str, LintFinding] = {}
 
     def note(self, name: str, where: str = "", detail: str = "") -> None:
         """Count one case of a check, or of a row that is bad for the reason ``name``."""
         severity, what = CHECKS.get(name, ("error", name))
-        one = self.by_name.setdefault(name, Finding(name, severity, f"{what}: {detail}" if detail else what))
+        one = self.by_name.setdefault(name, LintFinding(name, severity, f"{what}: {detail}" if detail else what))
         one.count += 1
         if where and len(one.places) < PLACES:
             one.places.append(where.removeprefix(self.source))
 
-    def add(self, finding: Finding) -> None:
+    def add(self, finding: LintFinding) -> None:
         self.by_name[finding.name] = finding
 
-    def sorted(self, rows: int) -> list[Finding]:
+    def sorted(self, rows: int) -> list[LintFinding]:
         for one in self.by_name.values():
             if one.places and rows:
                 one.share = one.count / rows
@@ -142,17 +142,17 @@ _Placed = list[tuple[str, Any]]
 """Rows, each with its place."""
 
 
-def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, template: str = "") -> Report:
+def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, template: str = "") -> LintReport:
     """Read everything and say what was found.
 
     ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
     one was asked for. Raises `DataError` for a source that is missing or damaged.
     """
-    data = resolved(data)
+    data = resolve_format(data)
     findings = _Findings(data.path)
     splits: dict[str, _Placed] = {}
     read = {}
-    placed = items(data, reads)
+    placed = dataset_items(data, reads)
     for split in SPLITS:
         splits[split], others = [], 0
         for where, found in placed[split]:
@@ -166,7 +166,7 @@ def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, tem
                 others += 1
         read[split] = len(splits[split]) + others
         if not splits[split] and (split == "train" or not placed.divided):
-            findings.add(Finding(f"empty_{split}", "error", f"{split} has no rows", 1))
+            findings.add(LintFinding(f"empty_{split}", "error", f"{split} has no rows", 1))
     rows = [placed for split in SPLITS for placed in splits[split]]
     distinct = _repetitions(splits, findings)
     lengths, unit = [len(response) for row in distinct for response in _responses(row)], "characters"
@@ -187,7 +187,7 @@ def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, tem
     tables += [_places(row for _, row in rows), _turns(row for _, row in rows)]
     if renderer is not None:
         tables.append(_quantiles(tokens.values()))
-    return Report(
+    return LintReport(
         data.path or ", ".join(data.sources), data.format, reads, read, findings.sorted(sum(read.values())), tables
     )
 
@@ -291,12 +291,12 @@ def _bias(name: str, what: str, successes: int, trials: int, findings: _Findings
     share = successes / trials if trials else None
     severity: Severity = "warning" if p < SIGNIFICANT else "info"
     said = f"{what} ({successes} of {trials}, p = {p:.2g})"
-    findings.add(Finding(name, severity, said, successes, share))
+    findings.add(LintFinding(name, severity, said, successes, share))
 
 
 def _preferences(
     rows: Sequence[Preference], lengths: Sequence[int], unit: str, form: str, findings: _Findings
-) -> list[Table]:
+) -> list[LintTable]:
     both = list(zip(lengths[::2], lengths[1::2], strict=True))
     decided = [(row, pair) for row, pair in zip(rows, both, strict=True) if row.preference]
     if form not in CHOSEN_FIRST:
@@ -308,10 +308,10 @@ def _preferences(
     _bias("length", f"the preferred response is the longer one{mean}", longer, unequal, findings)
     strengths = Counter(row.preference for row in rows)
     shares = [(mark, strengths[mark], _percent(strengths[mark], len(rows))) for mark in range(-3, 4)]
-    return [Table("preference", ("negative: the first is better", "rows", "share"), shares)]
+    return [LintTable("preference", ("negative: the first is better", "rows", "share"), shares)]
 
 
-def _ratings(rows: Sequence[Rating], lengths: Sequence[int], unit: str, findings: _Findings) -> list[Table]:
+def _ratings(rows: Sequence[Rating], lengths: Sequence[int], unit: str, findings: _Findings) -> list[LintTable]:
     names = list(dict.fromkeys(name for row in rows for name in row.ratings))
     table, constant = [], []
     for name in names:
@@ -327,9 +327,9 @@ def _ratings(rows: Sequence[Rating], lengths: Sequence[int], unit: str, findings
             _length_of_rated(rated, unit, findings)
     if constant:
         what = f"an attribute has one value in all rows: {', '.join(constant)}"
-        findings.add(Finding("constant", "warning", what, len(constant)))
+        findings.add(LintFinding("constant", "warning", what, len(constant)))
     columns = ("attribute", "rows", "mean", "deviation", "lowest", "highest", f"correlation with {unit}")
-    return [Table("ratings", columns, table)]
+    return [LintTable("ratings", columns, table)]
 
 
 def _length_of_rated(rated: Sequence[tuple[float, int]], unit: str, findings: _Findings) -> None:
@@ -339,7 +339,7 @@ def _length_of_rated(rated: Sequence[tuple[float, int]], unit: str, findings: _F
     p = math.erfc(abs(z) / math.sqrt(2))
     severity: Severity = "warning" if p < SIGNIFICANT else "info"
     what = f"helpfulness and length in {unit} correlate by {r:+.3f} (n = {n}, p = {p:.2g})"
-    findings.add(Finding("length", severity, what, n))
+    findings.add(LintFinding("length", severity, what, n))
 
 
 def _correlation(rated: Sequence[tuple[float, int]]) -> float | None:
@@ -355,7 +355,7 @@ def _percent(count: int, of: int) -> str:
     return f"{count / of:.1%}" if of else ""
 
 
-def _places(rows: Iterable[Any]) -> Table:
+def _places(rows: Iterable[Any]) -> LintTable:
     counts = Counter((row.language, row.domain) for row in rows)
     domains = sorted({domain for _, domain in counts})
     by_language = Counter[str]()
@@ -365,17 +365,17 @@ def _places(rows: Iterable[Any]) -> Table:
         (language or "(none)", *(counts[language, domain] for domain in domains), total)
         for language, total in by_language.most_common()
     ]
-    return Table("language and domain", ("language", *(domain or "(none)" for domain in domains), "all"), table)
+    return LintTable("language and domain", ("language", *(domain or "(none)" for domain in domains), "all"), table)
 
 
-def _turns(rows: Iterable[Any]) -> Table:
+def _turns(rows: Iterable[Any]) -> LintTable:
     counts = Counter(sum(message.role == "user" for message in row.context) for row in rows)
     total = sum(counts.values())
     table = [(turns, count, _percent(count, total)) for turns, count in sorted(counts.items())]
-    return Table("turns of the user", ("turns", "rows", "share"), table)
+    return LintTable("turns of the user", ("turns", "rows", "share"), table)
 
 
-def _quantiles(lengths: Iterable[tuple[int, ...]]) -> Table:
+def _quantiles(lengths: Iterable[tuple[int, ...]]) -> LintTable:
     """Lower quantiles: a length that occurs."""
     known = list(lengths)
     table = []
@@ -385,4 +385,4 @@ def _quantiles(lengths: Iterable[tuple[int, ...]]) -> Table:
     ):
         if values:
             table.append((name, *(values[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1.0))))
-    return Table("tokens", ("", "median", "95 %", "longest"), table)
+    return LintTable("tokens", ("", "median", "95 %", "longest"), table)

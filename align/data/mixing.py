@@ -15,35 +15,35 @@ from typing import Any, NamedTuple
 
 from align.config import DataConfig
 from align.data.chat import Message
-from align.data.detect import alone
-from align.data.rows import BadRow, Context, Row
-from align.data.sources import Rows
+from align.data.detect import single_source
+from align.data.rows import BadRow, Context, DataRow
+from align.data.sources import RawRows
 
 SPLITS = ("train", "validation")
 
-Item = tuple[str, "Sequence[Row] | BadRow"]
+ParsedItem = tuple[str, "Sequence[Row] | BadRow"]
 """A place, and the rows that were read there or why there are none."""
 
 
-class Format(NamedTuple):
+class RowFormat(NamedTuple):
     """How a source is read as rows of one kind."""
 
-    sources: Callable[[DataConfig], dict[str, Rows]]
+    sources: Callable[[DataConfig], dict[str, RawRows]]
     """Both splits as they come, item by item; the training split alone where there is no other."""
-    parse: Callable[[Any], Sequence[Row]]
+    parse: Callable[[Any], Sequence[DataRow]]
     """The rows of one item. Raises `BadRow`."""
 
 
-class Splits(dict[str, Iterable[Item]]):
+class SourceSplits(dict[str, Iterable[ParsedItem]]):
     """Items by the name of their split."""
 
     divided = False
     """Whether the validation split is a part of what the source has for training."""
 
 
-def split_items(data: DataConfig, form: Format) -> Splits:
+def read_source(data: DataConfig, form: RowFormat) -> SourceSplits:
     """Both splits of one source. Without a validation split of its own, ``data.validation`` of the prompts are it."""
-    found = Splits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
+    found = SourceSplits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
     if "validation" not in found:
         found = _divided(found["train"], data.validation)
     if data.system_prompt:
@@ -52,7 +52,7 @@ def split_items(data: DataConfig, form: Format) -> Splits:
     return found
 
 
-def _parsed(rows: Rows, parse: Callable[[Any], Sequence[Row]]) -> Iterator[Item]:
+def _parsed(rows: RawRows, parse: Callable[[Any], Sequence[DataRow]]) -> Iterator[ParsedItem]:
     for where, raw in rows:
         try:
             yield where, parse(raw)
@@ -60,24 +60,24 @@ def _parsed(rows: Rows, parse: Callable[[Any], Sequence[Row]]) -> Iterator[Item]
             yield where, error
 
 
-def _divided(items: Iterable[Item], fraction: float) -> Splits:
+def _divided(items: Iterable[ParsedItem], fraction: float) -> SourceSplits:
     """Bad rows, whose prompt is not known, stay in train."""
-    parts: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[ParsedItem]] = {split: [] for split in SPLITS}
     for where, rows in items:
-        held_out = not isinstance(rows, BadRow) and bool(rows) and share(rows[0].context) < fraction
+        held_out = not isinstance(rows, BadRow) and bool(rows) and hash_fraction(rows[0].context) < fraction
         parts["validation" if held_out else "train"].append((where, rows))
-    found = Splits(parts)
+    found = SourceSplits(parts)
     found.divided = True
     return found
 
 
-def share(context: Context, salt: str = "") -> float:
+def hash_fraction(context: Context, salt: str = "") -> float:
     """The hash of a conversation as a number in [0, 1), equal on every machine."""
     digest = hashlib.sha256(f"{salt}{json.dumps(context)}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def _with_system(items: Iterable[Item], system: Message) -> Iterator[Item]:
+def _with_system(items: Iterable[ParsedItem], system: Message) -> Iterator[ParsedItem]:
     for where, rows in items:
         if isinstance(rows, BadRow):
             yield where, rows
@@ -85,24 +85,24 @@ def _with_system(items: Iterable[Item], system: Message) -> Iterator[Item]:
             yield where, [_led(row, system) for row in rows]
 
 
-def _led(row: Any, system: Message) -> Row:
+def _led(row: Any, system: Message) -> DataRow:
     return row if row.context[0].role == "system" else replace(row, context=(system, *row.context))
 
 
-def mixed(data: DataConfig, read: Callable[[DataConfig], Splits]) -> Splits:
+def mix_sources(data: DataConfig, read: Callable[[DataConfig], SourceSplits]) -> SourceSplits:
     """The sources of ``data``: their training splits one after the other, each by its weight, and their validation
     splits whole, a row of each in turn."""
-    parts = {name: read(alone(data, name)) for name in data.sources}
-    train = [weighted(list(part["train"]), data.sources[name].weight) for name, part in parts.items()]
+    parts = {name: read(single_source(data, name)) for name in data.sources}
+    train = [sample_by_weight(list(part["train"]), data.sources[name].weight) for name, part in parts.items()]
     turns = zip_longest(*(part["validation"] for part in parts.values()))
-    found = Splits(
+    found = SourceSplits(
         {"train": chain(*train), "validation": (item for turn in turns for item in turn if item is not None)}
     )
     found.divided = all(part.divided for part in parts.values())
     return found
 
 
-def weighted(items: list[Item], weight: float) -> list[Item]:
+def sample_by_weight(items: list[ParsedItem], weight: float) -> list[ParsedItem]:
     """As many of ``items`` as ``weight`` says, those whose prompts have the lowest hash, in their order."""
     if weight == 1 or not items:
         return items
@@ -112,6 +112,6 @@ def weighted(items: list[Item], weight: float) -> list[Item]:
     return [item for number, item in enumerate(items) if number in chosen]
 
 
-def _rank(rows: Sequence[Row] | BadRow) -> float:
+def _rank(rows: Sequence[DataRow] | BadRow) -> float:
     """Bad rows come first: a weight does not hide them."""
-    return -1.0 if isinstance(rows, BadRow) or not rows else share(rows[0].context, "weight")
+    return -1.0 if isinstance(rows, BadRow) or not rows else hash_fraction(rows[0].context, "weight")

@@ -26,21 +26,21 @@ from typing import Any
 from align.config import DataConfig
 from align.data.attributes import NEMO_ATTRIBUTES
 from align.data.chat import Message
-from align.data.helpsteer2 import LANGUAGE, NO_DOMAIN, STRAY, in_twos, marked_turns
+from align.data.helpsteer2 import LANGUAGE, NO_DOMAIN, STRAY, group_in_twos, marked_turns
 from align.data.rows import (
     BadRow,
     Context,
     Preference,
     Rating,
-    at,
-    decoded,
+    at_line,
     integer,
+    parse_row,
     rating,
-    require,
-    require_spoken,
+    require_fields,
+    require_response,
     text,
 )
-from align.data.sources import Rows, tables
+from align.data.sources import RawRows, open_tables
 from align.types import NOT_RATED
 
 SPLITS = {"train": "train", "validation": "val"}
@@ -63,14 +63,14 @@ _Said = tuple[Context, str, dict[str, float]]
 """Context, response and its labels as they stand there, without -100."""
 
 
-def sources(data: DataConfig) -> dict[str, Rows]:
+def read_splits(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, row by row."""
-    return {split: islice(rows(), data.max_rows) for split, rows in tables(data, SPLITS).items()}
+    return {split: islice(rows(), data.max_rows) for split, rows in open_tables(data, SPLITS).items()}
 
 
-def sources_twos(data: DataConfig) -> dict[str, Rows]:
+def read_row_pairs(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, two rows at a time."""
-    return {split: in_twos(rows) for split, rows in sources(data).items()}
+    return {split: group_in_twos(rows) for split, rows in read_splits(data).items()}
 
 
 def parse_ratings(raw: Any) -> list[Rating]:
@@ -83,11 +83,11 @@ def parse_ratings(raw: Any) -> list[Rating]:
     return rows
 
 
-def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
+def parse_row_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference of two rows. Raises `BadRow`."""
     found = []
     for where, raw in pair:
-        with at(where):
+        with at_line(where):
             said = _said(raw)
             if len(said) > 1:
                 raise BadRow("conversations", "has more than one label", len(said))
@@ -104,19 +104,19 @@ def parse_twos(pair: list[tuple[str, Any]]) -> list[Preference]:
     (context, response1, preference), (_, response2, _) = found
     row = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE)
     if preference:
-        with at(pair[preference > 0][0]):
-            require_spoken("response", row.chosen)
+        with at_line(pair[preference > 0][0]):
+            require_response("response", row.chosen)
     return [row]
 
 
 def _said(raw: Any) -> list[_Said]:
     """Every labelled answer of a row; at least one."""
-    row = decoded(raw)
+    row = parse_row(raw)
     return [_from_text(row)] if "text" in row else _from_conversation(row)
 
 
 def _from_text(row: dict[str, Any]) -> _Said:
-    require(row, ("label",))
+    require_fields(row, ("label",))
     said = text("text", row["text"])
     system, user, rest = said.removeprefix(_SYSTEM).partition(_USER)
     if not said.startswith(_SYSTEM) or not user or not rest.endswith(_END):
@@ -128,7 +128,7 @@ def _from_text(row: dict[str, Any]) -> _Said:
 
 
 def _from_conversation(row: dict[str, Any]) -> list[_Said]:
-    require(row, ("conversations",))
+    require_fields(row, ("conversations",))
     turns, mask = row["conversations"], row.get("mask", "User")
     if not isinstance(turns, list) or not turns:
         raise BadRow("conversations", "is not a list of turns", turns)
@@ -180,7 +180,7 @@ def _number(value: str) -> object:
         return value
 
 
-def conversation(row: Preference | Rating) -> list[dict[str, Any]]:
+def to_conversations(row: Preference | Rating) -> list[dict[str, Any]]:
     """A rated response as one conversation, a pair as two. Raises `BadRow` for a text that holds a mark."""
     found = []
     for response, labels in _answers(row):
@@ -194,7 +194,7 @@ def conversation(row: Preference | Rating) -> list[dict[str, Any]]:
     return found
 
 
-def regression(row: Preference | Rating) -> list[dict[str, Any]]:
+def to_texts(row: Preference | Rating) -> list[dict[str, Any]]:
     """A rated response as one text with nine numbers, a pair as two. Raises `BadRow` for a text that holds a mark and
     for a rating outside the nine."""
     found = []

@@ -27,42 +27,42 @@ from align.data.rows import (
     Preference,
     Rating,
     conversation,
-    decoded,
     integer,
+    parse_row,
     rating,
-    require,
-    require_spoken,
+    require_fields,
+    require_response,
     text,
     turns,
 )
-from align.data.sources import Rows, tables
+from align.data.sources import RawRows, open_tables
 
 SPLITS = {"train": "train", "validation": "validation"}
 """The file of each split."""
 
 
-def sources(data: DataConfig) -> dict[str, Rows]:
+def read_splits(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, row by row."""
-    return {split: islice(rows(), data.max_rows) for split, rows in tables(data, SPLITS).items()}
+    return {split: islice(rows(), data.max_rows) for split, rows in open_tables(data, SPLITS).items()}
 
 
 def parse_preference(raw: Any) -> list[Preference]:
     """A pair; the chosen response is the first. Raises `BadRow`."""
-    row = decoded(raw)
-    require(row, ("prompt", "chosen", "rejected"))
+    row = parse_row(raw)
+    require_fields(row, ("prompt", "chosen", "rejected"))
     strength = row.get("strength")
     strength = 1 if strength is None else integer("strength", strength, 0, 3)
-    chosen, rejected = [response(field, row[field]) for field in ("chosen", "rejected")]
+    chosen, rejected = [response_text(field, row[field]) for field in ("chosen", "rejected")]
     if strength:
-        require_spoken("chosen", chosen)
+        require_response("chosen", chosen)
     context = conversation("prompt", turns("prompt", row["prompt"]))
-    return [Preference(context, chosen, rejected, -strength, *place(row))]
+    return [Preference(context, chosen, rejected, -strength, *domain_and_language(row))]
 
 
 def parse_rating(raw: Any) -> list[Rating]:
     """A rated response. Raises `BadRow`."""
-    row = decoded(raw)
-    require(row, ("messages",))
+    row = parse_row(raw)
+    require_fields(row, ("messages",))
     *before, last = turns("messages", row["messages"])
     if last.role != "assistant" or not before:
         raise BadRow("messages", "does not end with an answer of the assistant", last.role)
@@ -72,10 +72,10 @@ def parse_rating(raw: Any) -> list[Rating]:
         raise BadRow("ratings", "is not an object of numbers", given)
     found = {text("ratings", name): rating(f"ratings.{name}", value) for name, value in given.items()}
     ratings = {name: value for name, value in found.items() if value is not None}
-    return [Rating(conversation("messages", before), last.content, ratings, *place(row))]
+    return [Rating(conversation("messages", before), last.content, ratings, *domain_and_language(row))]
 
 
-def response(field: str, value: object) -> str:
+def response_text(field: str, value: object) -> str:
     """Text, or the content of a list of one turn of the assistant. Raises `BadRow`."""
     if not isinstance(value, list):
         return text(field, value)
@@ -85,13 +85,13 @@ def response(field: str, value: object) -> str:
     return found[0].content
 
 
-def place(row: dict[str, Any]) -> tuple[str, str]:
+def domain_and_language(row: dict[str, Any]) -> tuple[str, str]:
     """Domain and language, empty where there is none."""
     domain, language = [row.get(field) for field in ("domain", "language")]
     return text("domain", "" if domain is None else domain), text("language", "" if language is None else language)
 
 
-def preference(row: Preference) -> list[dict[str, Any]]:
+def preference_to_json(row: Preference) -> list[dict[str, Any]]:
     """A pair as one object."""
     return [
         {
@@ -106,7 +106,7 @@ def preference(row: Preference) -> list[dict[str, Any]]:
     ]
 
 
-def rated(row: Rating) -> list[dict[str, Any]]:
+def rating_to_json(row: Rating) -> list[dict[str, Any]]:
     """A rated response as one object."""
     said = _messages([*row.context, Message("assistant", row.response)])
     return [{"messages": said, "ratings": dict(row.ratings), "domain": row.domain, "language": row.language}]

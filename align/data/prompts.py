@@ -32,7 +32,7 @@ def require_rows(recipe: RecipeConfig, num_rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchOrder:
     """Row numbers of each step's batch.
 
     Raises `DataError` when there are no rows and `ValueError` for a batch of none.
@@ -75,9 +75,9 @@ class PromptStream:
     """Ids that end a response."""
 
     @property
-    def order(self) -> Order:
+    def order(self) -> BatchOrder:
         """Which rows of ``tokens`` each step holds."""
-        return Order(len(self.tokens), self.batch_size, self.seed)
+        return BatchOrder(len(self.tokens), self.batch_size, self.seed)
 
     attempts: int = 1
     """Batches that a step may ask for; more than one where groups are sampled again until enough have spread."""
@@ -89,7 +89,7 @@ class PromptStream:
         return Prompts(self.tokens.select(rows), number, self.stop_ids, step)
 
 
-def first(tokens: Packed, count: int, stop_ids: tuple[int, ...], step: int) -> Prompts:
+def first_prompts(tokens: Packed, count: int, stop_ids: tuple[int, ...], step: int) -> Prompts:
     """The first ``count`` prompts, or all where there are fewer, under the name of a step that no training has."""
     index = torch.arange(min(count, len(tokens)))
     return Prompts(tokens.select(index), index, stop_ids, step)
@@ -111,6 +111,6 @@ def _permutation(size: int, seed: int, number: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable").astype(np.int64)
 
 
-def members(groups: Tensor, size: int) -> Tensor:
+def group_members(groups: Tensor, size: int) -> Tensor:
     """Numbers of the sequences in groups of ``size`` neighbours, group after group."""
     return (groups[:, None] * size + torch.arange(size)).flatten()

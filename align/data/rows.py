@@ -21,14 +21,14 @@ MAX = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed:
+class SourceRow:
     """Something that was read."""
 
     where: str = field(default="", compare=False, repr=False)
     """Its place, as file:line."""
 
 
-class Row(Placed):
+class DataRow(SourceRow):
     """What reading needs of a row of any kind."""
 
     KEY: ClassVar[tuple[str, ...]]
@@ -54,7 +54,7 @@ class Row(Placed):
 
 
 @dataclass(frozen=True)
-class Preference(Row):
+class Preference(DataRow):
     """Two responses to one conversation and which of them people preferred."""
 
     KEY = ("context", "response1", "response2")
@@ -86,7 +86,7 @@ class Preference(Row):
 
 
 @dataclass(frozen=True)
-class Prompt(Row):
+class Prompt(DataRow):
     """A conversation that is to be answered."""
 
     KEY = ("context",)
@@ -98,7 +98,7 @@ class Prompt(Row):
 
 
 @dataclass(frozen=True)
-class Demonstration(Row):
+class Demonstration(DataRow):
     """A response to a conversation that is to be imitated."""
 
     KEY = ("context", "response")
@@ -111,7 +111,7 @@ class Demonstration(Row):
 
 
 @dataclass(frozen=True)
-class Comparison(Row):
+class Comparison(DataRow):
     """Two responses to one conversation, which of them people preferred, and what each person wrote: what a judge that
     writes verdicts learns from."""
 
@@ -132,7 +132,7 @@ class Comparison(Row):
 
 
 @dataclass(frozen=True)
-class Rating(Row):
+class Rating(DataRow):
     """A response to a conversation and how people rated it."""
 
     KEY = ("context", "response")
@@ -148,7 +148,7 @@ class Rating(Row):
 
 
 @dataclass(frozen=True)
-class Feedback(Row):
+class Feedback(DataRow):
     """A response to a conversation and what people wrote about it."""
 
     KEY = ("context", "response")
@@ -163,7 +163,7 @@ class Feedback(Row):
 
 
 @dataclass(frozen=True)
-class Edit(Row):
+class Edit(DataRow):
     """A response to a conversation and what a person made of it by the feedback."""
 
     KEY = ("context", "original", "edited")
@@ -179,7 +179,7 @@ class Edit(Row):
 
 
 @dataclass(frozen=True)
-class Principle(Row):
+class Principle(DataRow):
     """Whether a response to a conversation fulfils a principle."""
 
     KEY = ("context", "response", "principle")
@@ -207,7 +207,7 @@ class BadRow(Exception):
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def at_line(where: str) -> Iterator[None]:
     """Name the line ``where`` in a `BadRow` that the block raises."""
     try:
         yield
@@ -216,7 +216,7 @@ def at(where: str) -> Iterator[None]:
         raise
 
 
-def decoded(raw: Any) -> dict[str, Any]:
+def parse_row(raw: Any) -> dict[str, Any]:
     """The JSON object of a line (bytes), or a row of the hub as it is. Raises `BadRow`."""
     if isinstance(raw, bytes):
         try:
@@ -239,7 +239,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def require(row: Mapping[str, Any], fields: Iterable[str]) -> None:
+def require_fields(row: Mapping[str, Any], fields: Iterable[str]) -> None:
     """Raise `BadRow` for the first of ``fields`` that ``row`` lacks."""
     for name in fields:
         if name not in row:
@@ -312,7 +312,7 @@ def conversation(field: str, messages: list[Message]) -> Context:
     return tuple(messages)
 
 
-def require_spoken(field: str, preferred: str) -> None:
+def require_response(field: str, preferred: str) -> None:
     """Raise `BadRow` when the preferred response is empty."""
     if not preferred.strip():
         raise BadRow(field, "is preferred but empty", preferred)

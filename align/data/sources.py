@@ -29,16 +29,16 @@ from datasets.exceptions import DatasetsError
 
 from align.config import DataConfig
 from align.data import layout
-from align.data.rows import BadRow, decoded
+from align.data.rows import BadRow, parse_row
 from align.errors import DataError
 
-Rows = Iterator[tuple[str, Any]]
+RawRows = Iterator[tuple[str, Any]]
 _SUFFIXES = ", ".join(layout.SUFFIXES)
 CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
 """Folders of HelpSteer3, each a data set of its own."""
 
 
-def tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], Rows]]:
+def open_tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], RawRows]]:
     """The tables at ``data.path`` by name; a call begins to read one from its first row.
 
     ``stems`` gives the file of each table below the folder, without its suffix; where there is none of that name, any
@@ -50,23 +50,23 @@ def tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[str, 
     return found if data.columns else {name: rows.args[0] for name, rows in found.items()}
 
 
-def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], Rows]]:
+def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], RawRows]]:
     folder = Path(data.path).expanduser()
     if folder.exists():
-        files = files_of(data.path, stems)
+        files = find_table_files(data.path, stems)
         if "train" not in files:
             raise _missing(folder, stems["train"], data.format)
-        return {name: partial(rows_of, several) for name, several in files.items()}
+        return {name: partial(read_files, several) for name, several in files.items()}
     splits = hub_splits(data, hub)
-    own = layout.named(splits)
+    own = layout.match_splits(splits)
     if "train" not in own:
         raise DataError(f"split train is missing, found {sorted(splits)}", where=data.path)
     wanted = {name: splits[own[name]] for name in stems if name in own}
     return {name: partial(_hub_rows, f"{data.path}/{stems[name]}", table) for name, table in wanted.items()}
 
 
-def files_of(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:
-    """The files of each table of `tables`, those that are there."""
+def find_table_files(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:
+    """The files of each table of `open_tables`, those that are there."""
     folder = Path(path).expanduser()
     candidates = {
         name: [folder / f"{stem}.{suffix}" for suffix in ("jsonl.gz", "jsonl")] for name, stem in stems.items()
@@ -76,7 +76,7 @@ def files_of(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:
     if elsewhere and ("validation" not in stems or any((folder / name).is_dir() for name in CONFIGS)):
         others = {}  # the format's own folders hold it, or nothing does
     else:
-        others = layout.splits_of(path) or {}
+        others = layout.find_split_files(path) or {}
     return {name: files for name in stems if (files := own[name] or others.get(name, []))}
 
 
@@ -96,17 +96,17 @@ def hub_splits(data: DataConfig, hub: Mapping[str, Any]) -> Mapping[str, Any]:
         ) from error
 
 
-def _renamed(rows: Callable[[], Rows], columns: Mapping[str, str]) -> Rows:
+def _renamed(rows: Callable[[], RawRows], columns: Mapping[str, str]) -> RawRows:
     """Rows whose columns have the names that the format gives them. What cannot be read stays as it is."""
     for where, raw in rows():
         with suppress(BadRow):
-            row = decoded(raw)
+            row = parse_row(raw)
             others = {name: value for name, value in row.items() if name not in columns.values()}
             raw = others | {field: row[name] for field, name in columns.items() if name in row}
         yield where, raw
 
 
-def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> Rows:
+def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> RawRows:
     number = 0
     try:
         for number, row in enumerate(table, start=1):
@@ -126,12 +126,12 @@ def _missing(folder: Path, stem: str, form: str) -> DataError:
     return DataError(f"no file of split train; looked for {looked_for}", where=str(folder), remedy=remedy)
 
 
-def rows_of(files: Sequence[Path]) -> Rows:
+def read_files(files: Sequence[Path]) -> RawRows:
     """The rows of files, one after the other; of a folder those that ``save_to_disk`` wrote."""
     return chain.from_iterable(map(_rows, files))
 
 
-def _rows(file: Path) -> Rows:
+def _rows(file: Path) -> RawRows:
     if file.is_dir() or file.suffix == ".parquet":
         return _table_rows(file)
     if file.suffix == ".csv":
@@ -140,10 +140,10 @@ def _rows(file: Path) -> Rows:
         with file.open("rb") as stream:
             if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 return _listed_rows(file)
-    return lines(file)
+    return read_lines(file)
 
 
-def _table_rows(file: Path) -> Rows:
+def _table_rows(file: Path) -> RawRows:
     number = 0
     try:
         if file.is_dir():
@@ -158,7 +158,7 @@ def _table_rows(file: Path) -> Rows:
         raise DataError(message, where=f"{file}:{number}", remedy=remedy) from error
 
 
-def _csv_rows(file: Path) -> Rows:
+def _csv_rows(file: Path) -> RawRows:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         try:
@@ -169,7 +169,7 @@ def _csv_rows(file: Path) -> Rows:
             raise DataError(f"is no CSV: {error}", where=f"{file}:{reader.line_num}", remedy=remedy) from error
 
 
-def _listed_rows(file: Path) -> Rows:
+def _listed_rows(file: Path) -> RawRows:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -177,7 +177,7 @@ def _listed_rows(file: Path) -> Rows:
     yield from ((f"{file}[{number}]", row) for number, row in enumerate(rows))
 
 
-def lines(file: Path) -> Rows:
+def read_lines(file: Path) -> RawRows:
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:

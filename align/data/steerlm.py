@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.steerlm import LABEL_MAX, SteeringConfig
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Turns = tuple["Message", ...]
 
 
 @dataclass(frozen=True)
-class Form:
+class SteeringFormat:
     """Which attributes are told, and how."""
 
     names: tuple[str, ...]
@@ -48,13 +48,13 @@ class Form:
     """What the chat template gets as ``date_string``."""
 
     @classmethod
-    def of(cls, section: SteeringConfig, date: str | None = None) -> Form:
+    def of(cls, section: SteeringConfig, date: str | None = None) -> SteeringFormat:
         """As a recipe says. Raises `ConfigError` for a value of an attribute that is not told."""
-        names = resolve(section.attributes)
+        names = resolve_attributes(section.attributes)
         usual = tuple(USUAL.get(name, LABEL_MAX) for name in names)
         return cls(names, usual, section.place, section.prefix, section.suffix, date).asking(section.values)
 
-    def asking(self, given: Mapping[str, int]) -> Form:
+    def asking(self, given: Mapping[str, int]) -> SteeringFormat:
         """The same form that asks for the values ``given``, of others for what it did. Raises `ConfigError`."""
         for name, value in given.items():
             if name not in self.names:
@@ -95,7 +95,7 @@ class Form:
         return {NAME: card}
 
 
-def read(file: Path) -> Form:
+def read_steering_card(file: Path) -> SteeringFormat:
     """The form that a model's card tells. Raises `ModelError` for one that cannot be read."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -105,19 +105,19 @@ def read(file: Path) -> Form:
         names, values = tuple(found.pop("names")), tuple(found.pop("values"))
         if len(names) != len(values) or not all(type(value) is int for value in values):
             raise ModelError(f"{len(names)} attributes have the values {list(values)}", where=str(file))
-        return Form(names, values, **found)
+        return SteeringFormat(names, values, **found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "export the model again"
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error
 
 
-def require_same(form: Form, folder: str) -> None:
+def require_same_steering(form: SteeringFormat, folder: str) -> None:
     """Raise `ConfigError` where a policy would be told attributes otherwise than its folder says that it learned, and
     `ModelError` for a card that cannot be read. Nothing is known of a model without a card."""
     file = Path(folder).expanduser() / NAME
     if not file.is_file():
         return
-    learned = read(file)
+    learned = read_steering_card(file)
     differing = [name for name in _KEYS if getattr(form, name) != getattr(learned, name)]
     said, wanted = (
         " ".join(f"{_KEYS[name]}={json.dumps(getattr(one, name), ensure_ascii=False)}" for name in differing)

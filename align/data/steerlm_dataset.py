@@ -12,13 +12,13 @@ from torch import Tensor
 from align.data import openai
 from align.data.chat import Renderer
 from align.data.rows import Context, Preference, Rating
-from align.data.steerlm import Form
-from align.data.tokenize import require_some
+from align.data.steerlm import SteeringFormat
+from align.data.tokenize import require_kept
 from align.errors import DataError
 from align.types import Packed, Prompts, Rollouts, Sequences
 
 
-def answers(
+def distinct_responses(
     rows: Iterable[Preference | Rating], renderer: Renderer, max_prompt_tokens: int, max_response_tokens: int
 ) -> tuple[list[Rating], dict[str, int]]:
     """Every response by itself, each of one conversation once; those of pairs, ties among them, have no ratings.
@@ -41,30 +41,30 @@ def answers(
                 counts["kept" if fits else "too_long"] += 1
                 one = Rating(row.context, text, {}, row.domain, row.language, where=row.where) if pair else row
                 found[row.context, text] = one if fits else None
-    require_some(counts, "responses")
+    require_kept(counts, "responses")
     return [row for row in found.values() if row is not None], counts
 
 
-def own_ratings(rows: Sequence[Rating], names: Sequence[str]) -> tuple[list[Rating], Tensor]:
+def human_ratings(rows: Sequence[Rating], names: Sequence[str]) -> tuple[list[Rating], Tensor]:
     """The rows that people rated by all of ``names``, and these ratings, (B, A). Raises `DataError` for none."""
     rated = [row for row in rows if row.ratings.keys() >= set(names)]
     unrated = {"rows": len(rows), f"not rated by all of {', '.join(names)}": len(rows) - len(rated), "kept": len(rated)}
-    require_some(unrated, "rated responses")
+    require_kept(unrated, "rated responses")
     return rated, torch.tensor([[row.ratings[name] for name in names] for row in rated])
 
 
-def labelled(rows: Sequence[Rating], label_BA: Tensor, names: Sequence[str]) -> list[Rating]:
+def with_labels(rows: Sequence[Rating], label_BA: Tensor, names: Sequence[str]) -> list[Rating]:
     """The rows with these labels in place of their ratings."""
     every = [dict(zip(names, map(float, values), strict=True)) for values in label_BA.tolist()]
     return [replace(row, ratings=ratings) for row, ratings in zip(rows, every, strict=True)]
 
 
-def labels(row: Rating, names: Sequence[str]) -> tuple[int, ...]:
+def integer_labels(row: Rating, names: Sequence[str]) -> tuple[int, ...]:
     """The ratings by ``names``, which are whole numbers."""
     return tuple(int(row.ratings[name]) for name in names)
 
 
-def sampled(
+def sampled_responses(
     contexts: Sequence[Context], answered: Iterable[tuple[Tensor, Rollouts]], renderer: Renderer
 ) -> tuple[list[Rating], dict[str, int]]:
     """Responses that ended and say something, without ratings. Each item is rollouts, and before them which of
@@ -89,19 +89,19 @@ def sampled(
     return found, counts
 
 
-def dumps(rows: Iterable[Rating]) -> str:
+def ratings_to_jsonl(rows: Iterable[Rating]) -> str:
     """The rows as `align.data.openai` reads them: a file of ``data.format: openai``."""
-    every = (one for row in rows for one in openai.rated(row))
+    every = (one for row in rows for one in openai.rating_to_json(row))
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every)
 
 
-def parts(prompts: Prompts, size: int) -> Iterator[Prompts]:
+def prompt_batches(prompts: Prompts, size: int) -> Iterator[Prompts]:
     """At most ``size`` prompts at a time."""
     return (prompts.select(index) for index in torch.arange(len(prompts)).split(size))
 
 
-def demonstrations(
-    rows: Iterable[Rating], renderer: Renderer, form: Form, max_prompt_tokens: int, max_response_tokens: int
+def steered_demonstrations(
+    rows: Iterable[Rating], renderer: Renderer, form: SteeringFormat, max_prompt_tokens: int, max_response_tokens: int
 ) -> tuple[Sequences, dict[str, int]]:
     """Responses to imitate, each after a prompt that asks for its own labels.
 
@@ -110,7 +110,7 @@ def demonstrations(
     counts = {"too_long": 0, "kept": 0}
     prompts, responses = [], []
     for row in rows:
-        messages, opening = form.steered(row.context, labels(row, form.names))
+        messages, opening = form.steered(row.context, integer_labels(row, form.names))
         with renderer.row(row.where, counts):
             prompt, (response,) = renderer.dialogue_ids(messages, [row.response], opening)
             fits = len(prompt) <= max_prompt_tokens and len(response) <= max_response_tokens
@@ -118,12 +118,12 @@ def demonstrations(
             if fits:
                 prompts.append(prompt)
                 responses.append(response)
-    require_some(counts, "labelled responses")
+    require_kept(counts, "labelled responses")
     return Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), torch.arange(len(prompts))), counts
 
 
 @dataclass(frozen=True)
-class Asked:
+class SteeredPrompts:
     """Prompts that ask for attributes, each row once."""
 
     steered: Packed
@@ -137,9 +137,12 @@ class Asked:
     """``asked``, of which ``repeated`` and ``too_long`` were dropped, and ``kept``."""
 
 
-def asked(
-    wanted: Iterable[tuple[str, Context, tuple[int, ...]]], renderer: Renderer, form: Form, max_prompt_tokens: int
-) -> Asked:
+def steered_prompts(
+    wanted: Iterable[tuple[str, Context, tuple[int, ...]]],
+    renderer: Renderer,
+    form: SteeringFormat,
+    max_prompt_tokens: int,
+) -> SteeredPrompts:
     """Prompts that ask for ``wanted``, each the place of a row, its conversation and the values, in the order of first
     occurrence. Raises `DataError` when none is left."""
     counts = {"asked": 0, "repeated": 0, "too_long": 0, "kept": 0}
@@ -154,9 +157,9 @@ def asked(
             fits = len(steered) <= max_prompt_tokens
             counts["kept" if fits else "too_long"] += 1
             rows[context, values] = (steered, plain) if fits else None
-    require_some(counts, "prompts")
+    require_kept(counts, "prompts")
     kept = {one: ids for one, ids in rows.items() if ids is not None}
-    return Asked(
+    return SteeredPrompts(
         Packed.from_lists([steered for steered, _ in kept.values()]),
         Packed.from_lists([plain for _, plain in kept.values()]),
         [context for context, _ in kept],

@@ -12,7 +12,7 @@ from align.data.rows import Demonstration, Preference
 from align.types import Sequences
 
 
-class Task(NamedTuple):
+class SFTTarget(NamedTuple):
     """Which rows a model learns to continue, and how."""
 
     reads: RowKind
@@ -25,13 +25,13 @@ def _answers(
     rows: Sequence[Preference | Demonstration], renderer: Renderer, config: Any
 ) -> tuple[Sequences, dict[str, int]]:
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return tokenize.demonstrations(rows, renderer, config.responses, *limits)
+    return tokenize.tokenize_demonstrations(rows, renderer, config.responses, *limits)
 
 
-DEMONSTRATIONS: dict[str, Task] = {
-    "answers": Task("demonstrations", _answers),
-    "verdicts": Task("comparisons", genrm.demonstrations),
-    "feedback": Task("feedback", editing.feedback_demonstrations),
-    "edits": Task("edits", editing.edit_demonstrations),
+SFT_TARGETS: dict[str, SFTTarget] = {
+    "answers": SFTTarget("demonstrations", _answers),
+    "verdicts": SFTTarget("comparisons", genrm.verdict_demonstrations),
+    "feedback": SFTTarget("feedback", editing.feedback_demonstrations),
+    "edits": SFTTarget("edits", editing.edit_demonstrations),
 }
 """By ``demonstrates`` of a recipe."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from align.data.chat import Message, Renderer
-from align.data.rows import Demonstration, Preference, Rating, Row
+from align.data.rows import DataRow, Demonstration, Preference, Rating
 from align.errors import DataError
 from align.types import NOT_RATED, Packed, Pairs, Ratings, Sequences
 
@@ -25,7 +25,7 @@ class PromptSet:
     """``rows``, of which ``repeated`` (same context) and ``too_long`` were dropped, and ``kept``."""
 
 
-def prompts(rows: Iterable[Row], renderer: Renderer, max_tokens: int) -> PromptSet:
+def tokenize_prompts(rows: Iterable[DataRow], renderer: Renderer, max_tokens: int) -> PromptSet:
     """Each context once, in the order of first occurrence. Raises `DataError` when none is left."""
     counts = _counts("rows", "repeated", "too_long", "kept")
     ids: list[list[int]] = []
@@ -45,11 +45,11 @@ def prompts(rows: Iterable[Row], renderer: Renderer, max_tokens: int) -> PromptS
             ids.append(prompt)
             messages.append(row.context)
     counts["kept"] = len(ids)
-    require_some(counts, "prompts")
+    require_kept(counts, "prompts")
     return PromptSet(Packed.from_lists(ids), messages, counts)
 
 
-def pairs(
+def tokenize_pairs(
     rows: Iterable[Preference], renderer: Renderer, max_prompt_tokens: int, max_response_tokens: int
 ) -> tuple[Pairs, dict[str, int]]:
     """Preferred and rejected responses (rows 2i and 2i + 1) that share the prompt i.
@@ -77,13 +77,13 @@ def pairs(
                 responses += [chosen, rejected]
                 strengths.append(row.strength)
     counts["kept"] = len(prompts)
-    require_some(counts, "pairs")
+    require_kept(counts, "pairs")
     prompt_B = torch.arange(len(prompts)).repeat_interleave(2)
     sequences = Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), prompt_B)
     return Pairs(sequences, torch.tensor(strengths, dtype=torch.float32)), counts
 
 
-def demonstrations(
+def tokenize_demonstrations(
     rows: Iterable[Preference | Demonstration],
     renderer: Renderer,
     responses: Literal["preferred", "all"],
@@ -97,7 +97,7 @@ def demonstrations(
     """
     counts = _counts("rows", "ties")
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Example]:
         for row in rows:
             counts["rows"] += 1
             if isinstance(row, Demonstration):
@@ -108,15 +108,15 @@ def demonstrations(
                 continue
             yield row.where, row.context, [row.chosen] if responses == "preferred" else [row.response1, row.response2]
 
-    return answered(items(), renderer, max_prompt_tokens, max_response_tokens, counts), counts
+    return tokenize_examples(items(), renderer, max_prompt_tokens, max_response_tokens, counts), counts
 
 
-Item = tuple[str, Sequence[Message], Sequence[str]]
+Example = tuple[str, Sequence[Message], Sequence[str]]
 """Place of a row, a conversation, and answers to it."""
 
 
-def answered(
-    items: Iterable[Item],
+def tokenize_examples(
+    items: Iterable[Example],
     renderer: Renderer,
     max_prompt_tokens: int,
     max_response_tokens: int,
@@ -143,12 +143,12 @@ def answered(
                 prompts.append(prompt)
                 answers += fitting
     counts["kept"] = len(answers)
-    require_some(counts, "demonstrations")
+    require_kept(counts, "demonstrations")
     packed = Packed.from_lists(prompts), Packed.from_lists(answers)
     return Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64))
 
 
-def ratings(
+def tokenize_ratings(
     rows: Iterable[Rating],
     renderer: Renderer,
     attributes: Sequence[str],
@@ -187,7 +187,7 @@ def ratings(
             responses += [ids for _, ids in kept]
             labels += [[row.ratings.get(name, NOT_RATED) for name in attributes] for row, _ in kept]
     counts["kept"] = len(responses)
-    require_some(counts, "rated responses")
+    require_kept(counts, "rated responses")
     packed = Packed.from_lists(prompts), Packed.from_lists(responses)
     sequences = Sequences(*packed, torch.tensor(prompt_B, dtype=torch.int64))
     return Ratings(sequences, torch.tensor(labels, dtype=torch.float32)), counts
@@ -197,7 +197,7 @@ def _counts(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
-def require_some(counts: Mapping[str, int], what: str) -> None:
+def require_kept(counts: Mapping[str, int], what: str) -> None:
     """Raise `DataError` where nothing was kept."""
     if not counts["kept"]:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "kept")

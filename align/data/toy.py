@@ -127,7 +127,7 @@ def _is_instruction(text: str) -> bool:
     return bool(colon) and request in OPERATIONS and bool(words.split())
 
 
-def write(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
+def write_toy(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
     """Write ``preference/{train,validation}.jsonl.gz`` in HelpSteer3's layout, the same responses rated one by one as
     ``{train,validation}.jsonl.gz`` in HelpSteer2's, and ``tokenizer/`` into ``folder``; the same bytes for one seed.
 
@@ -135,11 +135,11 @@ def write(folder: str | Path, num_train: int, num_validation: int, seed: int) ->
     """
     folder = Path(folder)
     (folder / "preference").mkdir(parents=True, exist_ok=True)
-    drawing = rows(random.Random(seed))
+    drawing = draw_rows(random.Random(seed))
     for split, count in (("validation", num_validation), ("train", num_train)):
         drawn = [next(drawing) for _ in range(count)]
         write_lines(folder / "preference" / f"{split}.jsonl.gz", drawn)
-        write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in rated(row)])
+        write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in rate_responses(row)])
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
@@ -150,7 +150,7 @@ def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-def rated(row: dict[str, Any]) -> list[dict[str, Any]]:
+def rate_responses(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Both responses of a row with their `attributes`, in the schema of HelpSteer2."""
     prompt = row["context"][-1]["content"]
     return [
@@ -176,7 +176,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def rows(rng: random.Random) -> Iterator[dict[str, Any]]:
+def draw_rows(rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows in the schema of HelpSteer3-Preference, each with a new instruction."""
     seen: set[str] = set()
     while True:

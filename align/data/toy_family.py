@@ -48,7 +48,7 @@ _BLOCKS = [
 """Lines of a verdict, each of which is one token."""
 
 
-def write(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
+def write_toy_family(folder: str | Path, num_train: int, num_validation: int, seed: int) -> Path:
     """Write the configs of HelpSteer3 (``preference``, ``feedback``, ``edit``, ``edit_quality``, ``principle``), the
     ratings in HelpSteer2's layout, and ``tokenizer/`` into ``folder``; the same bytes for one seed.
 
@@ -56,10 +56,10 @@ def write(folder: str | Path, num_train: int, num_validation: int, seed: int) ->
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, rng = toy.rows(random.Random(seed)), random.Random(seed + 1)
+    pairs, rng = toy.draw_rows(random.Random(seed)), random.Random(seed + 1)
     for split, count in (("validation", num_validation), ("train", num_train)):
         drawn = list(islice(pairs, count))
-        toy.write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in toy.rated(row)])
+        toy.write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in toy.rate_responses(row)])
         for config, made in _CONFIGS.items():
             (folder / config).mkdir(parents=True, exist_ok=True)
             toy.write_lines(folder / config / f"{split}.jsonl.gz", [made(row, rng) for row in drawn])

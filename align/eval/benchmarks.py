@@ -24,8 +24,8 @@ from datasets.exceptions import DatasetsError
 
 from align.config import BenchmarkDataConfig, DataConfig
 from align.data import dataset
-from align.data.rows import BadRow, conversation, decoded, integer, require, text, texts, turns
-from align.data.sources import lines
+from align.data.rows import BadRow, conversation, integer, parse_row, require_fields, text, texts, turns
+from align.data.sources import read_lines
 from align.errors import DataError
 from align.eval.items import Benchmark, Item, digest, from_text
 from align.eval.protocols import (
@@ -61,7 +61,7 @@ def load(name: str, data: BenchmarkDataConfig) -> Benchmark:
         if data.max_items is not None and len(items) == data.max_items:
             break
         try:
-            item = parse(decoded(raw), stem)
+            item = parse(parse_row(raw), stem)
         except BadRow as error:
             if data.bad_rows == "stop":
                 remedy = f"give the files of {name}, or leave such rows out and have them counted: data.bad_rows=skip"
@@ -142,11 +142,11 @@ def _rows_of(file: Path) -> Iterator[tuple[str, Any]]:
             raise DataError("is not a JSON list of items", where=str(file), remedy="give the benchmark's own file")
         yield from ((f"{file}[{number}]", row) for number, row in enumerate(rows))
     else:
-        yield from lines(file)
+        yield from read_lines(file)
 
 
 def _rm_bench(row: dict[str, Any], stem: str) -> Item:
-    require(row, ("id", "prompt", "chosen", "rejected"))
+    require_fields(row, ("id", "prompt", "chosen", "rejected"))
     domain = text("domain", row.get("domain", stem.removesuffix("_filtered")))
     if domain.split("-")[0] not in RM_BENCH_DOMAINS:
         raise BadRow("domain", f"begins with none of {', '.join(RM_BENCH_DOMAINS)}", domain)
@@ -168,7 +168,7 @@ def category(source: str) -> str:
 
 
 def _judgebench(row: dict[str, Any], stem: str) -> Item:
-    require(row, ("pair_id", "source", "question", "response_A", "response_B", "label"))
+    require_fields(row, ("pair_id", "source", "question", "response_A", "response_B", "label"))
     if row["label"] not in ("A>B", "B>A"):
         raise BadRow("label", "is neither A>B nor B>A", row["label"])
     source, pair_id = text("source", row["source"]), text("pair_id", row["pair_id"])
@@ -179,7 +179,7 @@ def _judgebench(row: dict[str, Any], stem: str) -> Item:
 
 
 def _rewardbench(row: dict[str, Any], stem: str) -> Item:
-    require(row, ("id", "prompt", "chosen", "rejected", "subset"))
+    require_fields(row, ("id", "prompt", "chosen", "rejected", "subset"))
     subset = text("subset", row["subset"])
     if subset not in SECTION_OF:
         raise BadRow("subset", "is none of RewardBench", subset)
@@ -189,7 +189,7 @@ def _rewardbench(row: dict[str, Any], stem: str) -> Item:
 
 
 def _rewardbench2(row: dict[str, Any], stem: str) -> Item:
-    require(row, ("id", "prompt", "chosen", "rejected", "num_correct", "subset"))
+    require_fields(row, ("id", "prompt", "chosen", "rejected", "num_correct", "subset"))
     named = {name.lower(): name for name in REWARDBENCH2_SUBSETS}
     subset = named.get(text("subset", row["subset"]).lower())
     if subset is None:
@@ -223,10 +223,10 @@ def held_out(section: DataConfig, split: str = "validation", max_items: int | No
     """The pairs of one split as items. Nothing else of the data is read, unless the split is ``train``."""
     source = section.path or ", ".join(section.sources)
     if split == "train":
-        found = dataset.load(section)
+        found = dataset.load_dataset(section)
         rows, counts = found.train, found.counts[split]
     else:
-        rows, counts = dataset.validation(section)
+        rows, counts = dataset.load_validation(section)
     judged = [row for row in rows if row.preference][:max_items]
     if not judged:
         raise DataError(f"all {len(rows)} rows of {split} are ties", where=source, remedy="give other data")

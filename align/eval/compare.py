@@ -85,8 +85,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align compare``: print the table and samples side by side."""
     tokenizer = chat.load_tokenizer(str(arguments.before))
     renderer = Renderer(tokenizer)
-    source = dataset.load(DataConfig(path=str(arguments.data)))
-    found = dataset.prompts(source.validation[: arguments.prompts], renderer, max_tokens=512)
+    source = dataset.load_dataset(DataConfig(path=str(arguments.data)))
+    found = dataset.tokenize_prompts(source.validation[: arguments.prompts], renderer, max_tokens=512)
     ids = chat.vocab_size(tokenizer), chat.gaps(tokenizer)
     before = _engine(arguments.before, heads.TokenLogprobs, *ids)
     after = _engine(arguments.after, heads.TokenLogprobs, *ids)

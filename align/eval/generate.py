@@ -14,7 +14,7 @@ from rich.console import Console
 from align.config import ModelGeneratorConfig, SamplingConfig
 from align.data import rows, steerlm
 from align.data.chat import Message
-from align.data.steerlm import Form
+from align.data.steerlm import SteeringFormat
 from align.engines import distributed
 from align.errors import ConfigError, DataError
 from align.generators.base import Request, TextGenerator
@@ -75,12 +75,12 @@ def parsed(text: str | None) -> dict[str, int]:
     return found
 
 
-def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> Form | None:
+def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> SteeringFormat | None:
     """How the model is told attributes, with the values ``given``; None where it is told none. Raises `ConfigError`
     where it is to be told some that it does not know."""
     file = stored_file(section, steerlm.NAME)
     if file is not None:
-        return steerlm.read(Path(file)).asking(given)
+        return steerlm.read_steering_card(Path(file)).asking(given)
     if given:
         raise ConfigError(
             f"{section.path} has no {steerlm.NAME}: it was not trained to be told attributes",
@@ -106,7 +106,7 @@ def prompts(texts: list[str], file: Path | None) -> list[Asked]:
 def _row(line: bytes, where: str) -> Asked:
     """``prompt``, ``messages`` or ``context`` of a row: text, or a list of {role, content} that ends with the user."""
     try:
-        row = rows.decoded(line)
+        row = rows.parse_row(line)
         fields = [name for name in ("prompt", "messages", "context") if name in row]
         if len(fields) != 1:
             raise rows.BadRow("row", "has not one of prompt, messages and context", sorted(row))
@@ -118,7 +118,7 @@ def _row(line: bytes, where: str) -> Asked:
 
 
 def answers(
-    generator: TextGenerator, asked: list[Asked], form: Form | None, sampling: SamplingConfig
+    generator: TextGenerator, asked: list[Asked], form: SteeringFormat | None, sampling: SamplingConfig
 ) -> list[dict[str, Any]]:
     """For each prompt what was asked for, the answers, and which of them ended by themselves."""
     requests = []

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from align.data.chat import Dialogue, Message
-from align.data.rows import BadRow, require
+from align.data.rows import BadRow, require_fields
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ _FIELDS = {
 
 def from_record(found: Mapping[str, Any]) -> Item:
     """The item of an `Item.record`. Raises `BadRow`."""
-    require(found, _FIELDS)
+    require_fields(found, _FIELDS)
     for name, kind in _FIELDS.items():
         if type(found[name]) is not kind:
             raise BadRow(name, f"is not {kind.__name__}", found[name])

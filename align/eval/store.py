@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from align.data.chat import Dialogue
-from align.data.rows import BadRow, decoded
+from align.data.rows import BadRow, parse_row
 from align.errors import ConfigError, DataError, LockError, ModelError
 from align.eval.items import Benchmark, Item
 from align.utils.atomic_write import write_atomic
@@ -44,7 +44,7 @@ class Rows:
         end = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
-                self._keep(decoded(line))
+                self._keep(parse_row(line))
             except (BadRow, KeyError, TypeError, ValueError) as error:
                 remedy = "delete the folder and begin again, or give another one (--out)"
                 raise DataError(f"is damaged: {error!r}", where=f"{path}:{number}", remedy=remedy) from None
@@ -134,7 +134,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return decoded(path.read_bytes())
+        return parse_row(path.read_bytes())
     except BadRow as error:
         remedy = "delete the folder and begin again, or give another one (--out)"
         raise DataError(f"is damaged: {error}", where=str(path), remedy=remedy) from None

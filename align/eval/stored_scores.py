@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import BadRow, decoded, require, text
-from align.data.sources import lines
+from align.data.rows import BadRow, parse_row, require_fields, text
+from align.data.sources import read_lines
 from align.errors import DataError
 from align.eval import benchmarks
 from align.eval.items import Benchmark, Item, from_record
@@ -46,9 +46,9 @@ def read(file: Path, name: str, benchmark: Benchmark | None) -> Scored:
     found: dict[str, tuple[Item | None, list[float]]] = {}
     twice: Counter[str] = Counter()
     verdicts = False
-    for where, raw in lines(file):
+    for where, raw in read_lines(file):
         try:
-            id, item, scores, decided = _line(decoded(raw), name)
+            id, item, scores, decided = _line(parse_row(raw), name)
         except BadRow as error:
             raise DataError(str(error), where=where, remedy="see docs/evaluation.md for what a line may be") from None
         twice[id] += id in found
@@ -88,7 +88,7 @@ def _line(row: dict[str, Any], name: str) -> tuple[str, Item | None, list[float]
     """Id, item where the line describes it, scores with the right responses first, and whether they are decisions."""
     if "pair_id" in row:
         return _judgebench(row, name)
-    require(row, ("id", "scores"))
+    require_fields(row, ("id", "scores"))
     item = None
     if "num_right" in row:
         item = from_record(row)
@@ -103,7 +103,7 @@ def _line(row: dict[str, Any], name: str) -> tuple[str, Item | None, list[float]
 def _judgebench(row: dict[str, Any], name: str) -> tuple[str, Item | None, list[float], bool]:
     if name != "judgebench":
         raise BadRow("pair_id", f"is a field of JudgeBench, not of {name}")
-    require(row, ("pair_id", "source", "label"))
+    require_fields(row, ("pair_id", "source", "label"))
     pair_id, source, label = (text(field, row[field]) for field in ("pair_id", "source", "label"))
     if label not in ("A>B", "B>A"):
         raise BadRow("label", "is neither A>B nor B>A", label)

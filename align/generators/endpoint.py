@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from align.config import EndpointGeneratorConfig, SamplingConfig
-from align.data.rows import BadRow, decoded
+from align.data.rows import BadRow, parse_row
 from align.errors import ConfigError, WorkerError
 from align.generators.base import Completion, Request, TextGenerator
 from align.generators.http import REDIRECT, BearerToken, HttpClient, RetryableError
@@ -119,7 +119,7 @@ def _error_text(data: bytes) -> str:
 def _parse(data: bytes) -> Completion:
     """Raises ValueError for an answer that does not follow the protocol."""
     try:
-        answer = decoded(data)
+        answer = parse_row(data)
         choice = answer["choices"][0]
         message, usage = choice["message"], answer.get("usage") or {}
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""

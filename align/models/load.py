@@ -26,7 +26,7 @@ from align.config import (
     TrainedModelConfig,
     TrainedRewardConfig,
 )
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.data.chat import TRUST
 from align.errors import ModelError
 from align.models import heads, invariance, weights
@@ -280,7 +280,7 @@ def start_of(section: TrainedRewardConfig) -> tuple[int, list[float] | None]:
 
     Raises `ModelError` where the checkpoint's head has other outputs than the recipe names, or none to go on with.
     """
-    names, outputs = resolve(section.attributes), () if section.head == "new" else labels(section)
+    names, outputs = resolve_attributes(section.attributes), () if section.head == "new" else labels(section)
     if not outputs and section.head == "trained" and not section.init:
         raise ModelError(
             f"{section.path}: reward.head is trained, and the checkpoint is no sequence classifier",

@@ -59,6 +59,6 @@ def _compare(weak: Checkpoint, strong: Checkpoint) -> None:
             more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ModelError(f"the {what} differ: {'; '.join(lines)}{more}", where=where, remedy=remedy)
     first, second = (chat.load_tokenizer(one.folder) for one in (weak, strong))
-    chat.require_same(first, second, "WEAK", "STRONG")
+    chat.require_same_tokenizer(first, second, "WEAK", "STRONG")
     if first.chat_template != second.chat_template:
         raise ModelError("the chat templates differ", where=where, remedy=remedy)

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from align.data import chat, dataset
 from align.data.chat import Renderer
-from align.data.convert import section
-from align.data.lint import Finding, Report, lint
+from align.data.convert import data_config
+from align.data.lint import LintFinding, LintReport, lint
 from align.errors import AlignError, ConfigError, DataError
 from align.utils.atomic_write import write_atomic
 
@@ -28,8 +28,8 @@ _COLUMNS = ("severity", "count", "share", "finding", "first places")
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """``align data lint``. The status is 1 where there are errors, or with ``--strict`` warnings."""
-    data = section(arguments)
-    reads = arguments.reads or dataset.usual(data)
+    data = data_config(arguments)
+    reads = arguments.reads or dataset.default_row_kind(data)
     renderer, problem = None, ""
     if arguments.tokenizer:
         tokenizer = chat.load_tokenizer(arguments.tokenizer)
@@ -48,12 +48,12 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     return ERRORS if report.worst() in (("error", "warning") if arguments.strict else ("error",)) else 0
 
 
-def _title(report: Report) -> str:
+def _title(report: LintReport) -> str:
     rows = ", ".join(f"{split} {count}" for split, count in report.rows.items())
     return f"{report.source} ({report.format}, {report.reads}): {rows} rows"
 
 
-def _cells(finding: Finding) -> tuple[str, ...]:
+def _cells(finding: LintFinding) -> tuple[str, ...]:
     share = "" if finding.share is None else f"{finding.share:.1%}"
     return finding.severity, str(finding.count), share, finding.what, ", ".join(finding.places)
 
@@ -62,7 +62,7 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: LintReport, console: Console) -> None:
     """Print all of it."""
     console.print(_title(report), style="bold", highlight=False, markup=False)
     _print(
@@ -85,7 +85,7 @@ def _print(
     console.print(table)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: LintReport) -> str:
     """The report as a page."""
     parts = [f"# {_plain(_title(report))}"]
     if report.findings:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from align.config import CheckpointRewardConfig, CriticConfig, EnsembleRewardConfig, RewardConfig
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.errors import ConfigError, ModelError
 from align.models import load
 from align.models.weights import stored_file
@@ -165,7 +165,7 @@ def _kind(config: CheckpointRewardConfig, stored: Card | None, outputs: tuple[st
 
 def _names(config: CheckpointRewardConfig, stored: Card | None, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the head's outputs, from the recipe, the card or the checkpoint's config."""
-    from_recipe, stored_names = resolve(config.attributes), (stored.attributes if stored else ()) or outputs
+    from_recipe, stored_names = resolve_attributes(config.attributes), (stored.attributes if stored else ()) or outputs
     named = any(name != f"LABEL_{i}" for i, name in enumerate(stored_names))
     if from_recipe and named and len(from_recipe) == len(stored_names) and from_recipe != stored_names:
         raise ModelError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from align.config import GenerativeConfig, GenerativeRewardConfig
 from align.data import genrm, genrm_prompts
 from align.data.chat import Dialogue, Message, Renderer
-from align.data.genrm_prompts import FALLBACK, Scores
+from align.data.genrm_prompts import FALLBACK, Verdict
 from align.generators import models as generators
 from align.generators.base import Completion, Request
 from align.ops.genrm import MIDDLE
@@ -41,7 +41,7 @@ class JudgeTask(NamedTuple):
 class PairVerdict(NamedTuple):
     """A judge's verdict on a `JudgeTask`."""
 
-    scores: Scores
+    scores: Verdict
     """Mean over votes and, for a pair, over both orders. Unreadable votes count as no opinion: (3, 3, 3.5)."""
     agreed: bool | None
     """Whether both orders favor the same response; None if there is one order or an unreadable vote."""
@@ -71,7 +71,10 @@ class GenerativeScorer(RewardScorer):
         keys: Sequence[object] = [dialogue.context for dialogue in dialogues] if groups is None else groups
         rows = [list(group) for _, group in groupby(range(len(dialogues)), keys.__getitem__)]
         strip = self.config.strip_thoughts
-        shown = [Dialogue(d.context, genrm_prompts.thought(d.response)[1] if strip else d.response) for d in dialogues]
+        shown = [
+            Dialogue(d.context, genrm_prompts.split_reasoning(d.response)[1] if strip else d.response)
+            for d in dialogues
+        ]
         by_principle = self.config.form == "principle"
         scores = self._score_by_principle(shown) if by_principle else self._score_by_verdict(shown, rows)
         adjusted = [
@@ -96,8 +99,8 @@ class GenerativeScorer(RewardScorer):
         requests = [task for order in orders for task in order]
         votes = iter(
             self._votes(
-                [genrm_prompts.ask(*task, form, config.custom_roles, config.principle) for task in requests],
-                lambda i, completion: genrm_prompts.read(completion.text, form, len(requests[i].responses)),
+                [genrm_prompts.judge_messages(*task, form, config.custom_roles, config.principle) for task in requests],
+                lambda i, completion: genrm_prompts.parse_verdict(completion.text, form, len(requests[i].responses)),
             )
         )
         merged = [_merge_orders([next(votes) for _ in order], len(order[0].responses)) for order in orders]
@@ -171,28 +174,28 @@ class GenerativeScorer(RewardScorer):
         return votes
 
 
-def _merge_orders(orders: Sequence[Sequence[Scores | None]], num_responses: int) -> PairVerdict:
+def _merge_orders(orders: Sequence[Sequence[Verdict | None]], num_responses: int) -> PairVerdict:
     """One verdict from the votes in one or both orders."""
-    fallback = FALLBACK if num_responses == 2 else Scores(FALLBACK.first, None, None)
+    fallback = FALLBACK if num_responses == 2 else Verdict(FALLBACK.first, None, None)
     unread = any(vote is None for votes in orders for vote in votes)
     forward, *swapped_orders = [[vote or fallback for vote in votes] for votes in orders]
     if not swapped_orders:
         return PairVerdict(_mean(forward), None)
-    swapped_back = [genrm_prompts.swapped(vote) for vote in swapped_orders[0]]
+    swapped_back = [genrm_prompts.swap_verdict(vote) for vote in swapped_orders[0]]
     agreed = None if unread else _favors(_mean(forward)) == _favors(_mean(swapped_back))
     return PairVerdict(_mean([*forward, *swapped_back]), agreed)
 
 
-def _mean(scores: Sequence[Scores]) -> Scores:
+def _mean(scores: Sequence[Verdict]) -> Verdict:
     """One exact sum and one division, so that means are equal if sums are: ``tie_break`` compares them."""
     first, second, ranking = (
         sum(column) / len(column) if None not in column else None for column in zip(*scores, strict=True)
     )
     assert first is not None
-    return Scores(first, second, ranking)
+    return Verdict(first, second, ranking)
 
 
-def _favors(scores: Scores) -> int:
+def _favors(scores: Verdict) -> int:
     """1 for the first response, -1 for the second, 0 for neither."""
     assert scores.ranking is not None
     return (scores.ranking < MIDDLE) - (scores.ranking > MIDDLE)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from align.config import GenerativeConfig
 from align.data.chat import Dialogue, Message
-from align.data.genrm_prompts import Scores, thought
+from align.data.genrm_prompts import Verdict, split_reasoning
 from align.generators.base import Completion
 from align.ops.genrm import MIDDLE
 from align.rewards import texts
@@ -45,7 +45,7 @@ def pairs(num_responses: int, which: Literal["circular", "all"], both_orders: bo
 
 
 def from_verdicts(
-    num_responses: int, compared: Sequence[tuple[int, int]], verdicts: Sequence[Scores], tie_break: bool
+    num_responses: int, compared: Sequence[tuple[int, int]], verdicts: Sequence[Verdict], tie_break: bool
 ) -> list[float]:
     """Score of each response of a group: the mean over its comparisons.
 
@@ -64,11 +64,11 @@ def from_verdicts(
 def adjusted(scores: Sequence[float], responses: Sequence[str], config: GenerativeConfig) -> list[float]:
     """The scores of a group plus the bonuses of ``config``; a single response is unchanged.
 
-    Lengths are in characters, without surrounding whitespace. `thought` splits reasoning and answer.
+    Lengths are in characters, without surrounding whitespace. `split_reasoning` splits reasoning and answer.
     """
     if len(scores) < 2:
         return list(scores)
-    texts_of = [thought(response) for response in responses]
+    texts_of = [split_reasoning(response) for response in responses]
     reasoning, answer = ([len(text[part]) for text in texts_of] for part in (0, 1))
     density = [style_density(text) for _, text in texts_of]
     # The best are chosen by the judge's scores: one bonus does not make a response eligible for the other.
@@ -112,7 +112,7 @@ def ask_principle(dialogue: Dialogue, principle: str) -> tuple[Message, ...]:
 def read_principle(completion: Completion) -> float | None:
     """log p(Yes) - log p(No) at the verdict; 1 or -1 without log-probabilities; None if the answer after the reasoning
     is not Yes or No alone."""
-    match = _YES_NO.fullmatch(thought(completion.text)[1])
+    match = _YES_NO.fullmatch(split_reasoning(completion.text)[1])
     if match is None:
         return None
     if completion.margin is not None and math.isfinite(completion.margin):

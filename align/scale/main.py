@@ -29,8 +29,8 @@ from align.config import (
     ScalePromptsConfig,
 )
 from align.data import dataset
-from align.data.rows import BadRow, Context, conversation, decoded, turns
-from align.data.sources import lines
+from align.data.rows import BadRow, Context, conversation, parse_row, turns
+from align.data.sources import read_lines
 from align.errors import DataError
 from align.eval import reward
 from align.eval import store as scoring
@@ -117,8 +117,8 @@ def read_prompts(section: ScalePromptsConfig) -> list[Context]:
         found = _rows(path)
     else:
         data = DataConfig(path=section.path, format=section.format, revision=section.revision)
-        rows = dataset.validation(data, "prompts")[0] if section.split == "validation" else None
-        found = (row.context for row in (dataset.load(data, "prompts").train if rows is None else rows))
+        rows = dataset.load_validation(data, "prompts")[0] if section.split == "validation" else None
+        found = (row.context for row in (dataset.load_dataset(data, "prompts").train if rows is None else rows))
     contexts = list(islice(dict.fromkeys(found), section.max_prompts))
     if not contexts:
         raise DataError("no prompts are there", where=section.path, remedy="give a file with a row for each prompt")
@@ -126,9 +126,9 @@ def read_prompts(section: ScalePromptsConfig) -> list[Context]:
 
 
 def _rows(path: Path) -> Iterator[Context]:
-    for where, raw in lines(path):
+    for where, raw in read_lines(path):
         try:
-            row = decoded(raw)
+            row = parse_row(raw)
             name = next((name for name in READ_AS if name in row), None)
             if name is None:
                 raise BadRow("row", f"has none of {', '.join(READ_AS)}", sorted(row))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from align.config import ScaleConfig
 from align.data import toy
 from align.data.chat import Message
-from align.data.editing import asking
+from align.data.editing import change_requests
 
 Set = tuple[int, ...]
 """Numbers of the texts that one edit goes by, in the order in which they are shown."""
@@ -59,7 +59,7 @@ def feedback_sets(
     section: ScaleConfig, context: Sequence[Message], draft: int, texts: Sequence[str], edits: int
 ) -> list[Set]:
     """The first ``edits`` sets of feedback on a draft, each once; none where no text asks for a change."""
-    useful = asking(texts, section.editing)
+    useful = change_requests(texts, section.editing)
     name = hashlib.sha256(json.dumps([section.seed, [*map(list, context)], draft]).encode())
 
     def noise(number: int, text: int) -> bytes:

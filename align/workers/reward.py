@@ -12,9 +12,9 @@ from torch import Tensor
 
 from align.config import RewardConfig, RoleConfig, TrainedRewardConfig
 from align.data import chat, collate
-from align.data.attributes import resolve
+from align.data.attributes import resolve_attributes
 from align.data.chat import Dialogue
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.engines import optimizer_state
 from align.engines.deepspeed import Engine
 from align.errors import DivergedError
@@ -72,7 +72,7 @@ class TrainedRewardWorker(TrainedWorker):
         num_labels, combine = load.start_of(section)
         size = chat.vocab_size(self.tokenizer)
         self.model = load.scorer(section, size, spec.seed, head=section.head, num_labels=num_labels, combine=combine)
-        config, names = self.model.config, resolve(section.attributes)
+        config, names = self.model.config, resolve_attributes(section.attributes)
         if spec.exported is not None:
             spec.exported.chat.set_template(self.tokenizer)
             exported_files.set_padding(self.tokenizer, config, spec.exported.chat)
@@ -114,11 +114,11 @@ class Reward(Role):
 
     def __init__(self, ranks: Ranks, section: RoleConfig):
         super().__init__(ranks, section)
-        self._conversations: Conversations | None = None
+        self._conversations: ConversationIndex | None = None
         self._counts: Counter[str] = Counter()
         self._sums: dict[str, tuple[float, int]] = {}  # of metrics that are means: weighted sum, responses
 
-    def read_text(self, conversations: Conversations) -> None:
+    def read_text(self, conversations: ConversationIndex) -> None:
         """Switch this role to scoring decoded text."""
         self._conversations = conversations
 

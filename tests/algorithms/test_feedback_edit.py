@@ -13,7 +13,7 @@ from align.algorithms import feedback_edit
 from align.config import CheckpointRewardConfig, EditingConfig, EvaluationConfig, PolicyConfig, SamplingConfig
 from align.data import editing, toy_family
 from align.data.chat import Message, Renderer
-from align.data.dataset import Corpus
+from align.data.dataset import DataSplits
 from align.data.prompts import PromptStream
 from align.data.rows import Edit
 from align.roles import CompletedFuture
@@ -63,7 +63,7 @@ def test_edits_are_judged_as_answers_to_the_conversation(renderer: Renderer):
         prompts_per_step=2,
         run=SimpleNamespace(seed=3),
     )
-    train_data, counts = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS[::-1], {}, ""), renderer)
+    train_data, counts = feedback_edit.load_data(recipe, DataSplits(ROWS, ROWS[::-1], {}, ""), renderer)
     assert counts["kept"] == 3
     prompts = train_data.prompts.batch(2)
     rows = train_data.prompts.order.indices(2).tolist()
@@ -134,7 +134,7 @@ def test_a_step_against_copies(renderer: Renderer, penalty: float | None, copy: 
         copy_penalty=penalty,
         editing=EditingConfig(instruction="edit\n{feedback}"),
     )
-    train_data, _ = feedback_edit.load_data(recipe, Corpus(ROWS, ROWS, {}, ""), renderer)
+    train_data, _ = feedback_edit.load_data(recipe, DataSplits(ROWS, ROWS, {}, ""), renderer)
     asked = [ROWS[i] for i in train_data.prompts.order.indices(1).tolist()]
     made = Roles(renderer, [text for row in asked for text in (row.original, f"{row.edited} okay", row.edited)])
     run: Any = SimpleNamespace(

@@ -17,8 +17,8 @@ from align.config import DataConfig, EvaluationConfig, PolicyConfig, SamplingCon
 from align.data import genrm as judging
 from align.data import genrm_prompts, toy, toy_family
 from align.data.chat import Message, Renderer
-from align.data.dataset import Corpus
-from align.data.genrm_prompts import Scores
+from align.data.dataset import DataSplits
+from align.data.genrm_prompts import Verdict
 from align.data.rows import Comparison
 from align.rewards import genrm_card
 from align.roles import CompletedFuture
@@ -44,13 +44,13 @@ def renderer() -> Renderer:
 
 
 @pytest.fixture(scope="module")
-def source() -> Corpus[Comparison]:
+def source() -> DataSplits[Comparison]:
     """All six pairs to learn from, and as held-out ones."""
     rows = [
         Comparison((Message("user", word),), "cat", "dog", preference, (), helpfulness, "general", "english")
         for word, (preference, helpfulness) in zip(toy.WORDS, LABELS, strict=False)
     ]
-    return Corpus(rows, rows, {}, "")
+    return DataSplits(rows, rows, {}, "")
 
 
 def answers(prompts: Prompts, texts: list[str], renderer: Renderer, K: int, finished: bool = True) -> Rollouts:
@@ -61,12 +61,12 @@ def answers(prompts: Prompts, texts: list[str], renderer: Renderer, K: int, fini
     return Rollouts(sequences, zero_BT, zero_BT, torch.full((len(texts),), finished), 0.7, prompts.step)
 
 
-def right(prompt: list[int], renderer: Renderer) -> Scores:
+def right(prompt: list[int], renderer: Renderer) -> Verdict:
     """The label of a prompt, read from its text: which pair, and in which order."""
     asked, first, _ = re.split(r"<response_[12]>", renderer.tokenizer.decode(prompt))
     preference, helpfulness = LABELS[toy.WORDS.index(asked.rpartition("<user>")[2])]
-    scores = Scores(*(helpfulness or (3.0, 3.0)), {-3: 1, -2: 2, -1: 3, 1: 4, 2: 5, 3: 6}[preference])
-    return scores if first == "cat" else genrm_prompts.swapped(scores)
+    scores = Verdict(*(helpfulness or (3.0, 3.0)), {-3: 1, -2: 2, -1: 3, 1: 4, 2: 5, 3: 6}[preference])
+    return scores if first == "cat" else genrm_prompts.swap_verdict(scores)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
@@ -76,7 +76,7 @@ def test_every_response_is_graded_by_its_own_label(step: int, source, renderer):
     train_data, counts = genrm.load_data(recipe, source, renderer)
     assert (counts["kept"], counts["without_scores"], len(train_data.prompts.tokens)) == (6, 1, 12)
     prompts = train_data.prompts.batch(step)
-    said = [genrm_prompts.write(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
+    said = [genrm_prompts.format_verdict(right(prompt, renderer), "json") for prompt in prompts.tokens.lists()]
     texts = [text for one in said for text in (one, "Yes")]
     score_B, distance = genrm.grade(recipe, train_data, answers(prompts, texts, renderer, 2), renderer.text)
     assert score_B.tolist() == [0.0, -10.0] * 4
@@ -102,7 +102,7 @@ def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer)
     assert train_data.held_out is not None and train_data.held_out.files == train_data.files
     said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
     imitated = sft.Config(policy=PolicyConfig(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
-    assert sft.load_data(imitated, Corpus(said, said, {}, ""), read)[0].files == train_data.files
+    assert sft.load_data(imitated, DataSplits(said, said, {}, ""), read)[0].files == train_data.files
 
 
 class Run:
@@ -141,7 +141,7 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     recipe = config(evaluation=EvaluationConfig(every=2, prompts=4, keep_best=True))
     held_out = _genrm_evaluation.load_held_out(recipe, source, renderer, genrm_card.files(recipe.verdict, None), {})
     assert held_out is not None and len(held_out.prompts) == 8
-    run, judge = Run(renderer), Judge(renderer, lambda label: genrm_prompts.write(Scores(3, 3, 1), "json"))
+    run, judge = Run(renderer), Judge(renderer, lambda label: genrm_prompts.format_verdict(Verdict(3, 3, 1), "json"))
     evaluator = _genrm_evaluation.GenRMEvaluator(recipe, held_out, judge, run)
     step, start, lines = run.written[0]
     assert (step, run.state["heldout/start/greedy/agreement"], judge.temperatures) == (0, 0.0, [0.0, 0.7])
@@ -156,7 +156,7 @@ def test_held_out_verdicts_when_they_are_due(source, renderer):
     assert [(line["ranking"], line["label"]) for line in lines[:4]] == [(1, 1), (1, 6), (1, 2), (1, 5)]
     assert [line["kind"] for line in lines] == ["greedy"] * 8 + ["sampled"] * 8
     assert [line["prompt"] for line in lines[:4]] == [toy.WORDS[0]] * 2 + [toy.WORDS[1]] * 2
-    judge.say = lambda label: genrm_prompts.write(label, "json")
+    judge.say = lambda label: genrm_prompts.format_verdict(label, "json")
     assert evaluator.measure(1) == {}
     found = evaluator.measure(2)
     assert found["heldout/start/greedy/agreement"] == found["heldout/start/sampled/agreement"] == 0.0
@@ -209,7 +209,7 @@ def read_first_word(texts: list[str], finished: list[bool], form: str) -> torch.
 def test_learns_what_people_prefer(tmp_path: Path, tiny_family: Path, monkeypatch: pytest.MonkeyPatch):
     """A random model comes to rank the response first that people like, wherever it stands, on pairs that it has not
     seen. Rankings are 1 or 6, so with labels that belong to other rows it would learn the opposite."""
-    monkeypatch.setattr(judging, "read", read_first_word)
+    monkeypatch.setattr(judging, "read_verdicts", read_first_word)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(run=tmp_path / "run", data=write_pairs(tmp_path), policy=tiny_family))
     assert main(["train", str(recipe)]) == 0

@@ -60,7 +60,7 @@ def learn(folder: Path, text: str, *overrides: str) -> list[dict]:
     settings = load_recipe(folder / "recipe.yaml", overrides).config
     algorithm = importlib.import_module(f"align.algorithms.{settings.algorithm}")
     renderer = load_renderer(settings)
-    train_data, _ = algorithm.load_data(settings, dataset.load(settings.data), renderer)
+    train_data, _ = algorithm.load_data(settings, dataset.load_dataset(settings.data), renderer)
     run = Run(settings, renderer.text)
     with run, start_training_roles(settings, run) as roles:
         liked = ShareOfLikedWords(renderer.tokenizer.convert_tokens_to_ids(LIKED))
@@ -180,7 +180,7 @@ def share_said(folder: Path, policy: Path) -> float:
     recipe = policy.parents[1] / "recipe.yaml"
     settings = load_recipe(recipe, [f"run.dir={folder / 'judge'}", f"policy.path={policy}"]).config
     renderer = load_renderer(settings)
-    found = dataset.prompts(dataset.load(settings.data).train, renderer, 100)
+    found = dataset.tokenize_prompts(dataset.load_dataset(settings.data).train, renderer, 100)
     asked = PromptStream(found.tokens, 32, 0, renderer.stop_ids).batch(1)
     with Run(settings, renderer.text) as run, start_training_roles(settings, run) as roles:
         rollouts = roles.policy.generate(asked, SamplingConfig(num_samples=4, max_tokens=1)).result()
@@ -243,13 +243,13 @@ def test_sft_learns_the_answers(tmp_path, toy_data, tiny_policy):
     (tmp_path / "recipe.yaml").write_text(text + "batch_size: 20\n")
     settings = load_recipe(tmp_path / "recipe.yaml", ["data.max_rows=20"]).config
     renderer = load_renderer(settings)
-    source = dataset.load(settings.data)
+    source = dataset.load_dataset(settings.data)
     train_data, counts = sft.load_data(settings, source, renderer)
     assert counts["kept"] == counts["rows"] - counts["ties"]
     run = Run(settings, renderer.text)
     with run, start_training_roles(settings, run) as roles:
         sft.train(settings, train_data, roles, run)
-        found = dataset.prompts([row for row in source.train if row.preference], renderer, 100)
+        found = dataset.tokenize_prompts([row for row in source.train if row.preference], renderer, 100)
         stream = PromptStream(found.tokens, len(found.tokens), 0, renderer.stop_ids)
         rollouts = roles.policy.generate(stream.batch(1), SamplingConfig(temperature=0.0, max_tokens=16)).result()
     rows = [row for row in source.train if row.preference]

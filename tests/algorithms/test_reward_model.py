@@ -172,7 +172,7 @@ def trained(
     more = ["run.trackers=[]", "run.seed=3", "reward.dtype=float32", "batch_size=32", "validate_every=0"]
     loaded = settings("reward.optimizer.lr=3e-3", "checkpoint.every=0", *more, *given, *overrides)
     renderer = load_renderer(loaded)
-    train_data, _ = reward_model.load_data(loaded, dataset.load(loaded.data, loaded.reads()), renderer)
+    train_data, _ = reward_model.load_data(loaded, dataset.load_dataset(loaded.data, loaded.reads()), renderer)
     run = Run(loaded, renderer.text)
     exported = {"reward": Exported(loaded.algorithm, exported_files.try_out(loaded.reward, renderer))}
     with run, start_training_roles(loaded, run, exported=exported) as found:

@@ -89,7 +89,7 @@ def test_rows_are_labelled_in_parts_in_their_order(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_steerlm, "PART", 2)
     rows = [Rating((Message("user", "x"),), text, {}, "", "") for text in ("a", "a b c", "a b c d e", "a b", "drop")]
     run, judge = Written(), Counted(missing="drop")
-    form = steering.Form(("verbosity", "helpfulness"), (2, 4), "user", "", "")
+    form = steering.SteeringFormat(("verbosity", "helpfulness"), (2, 4), "user", "", "")
     found = _steerlm.label_ratings(rows, judge, form, run)  # type: ignore[arg-type]
     assert [row.response for row in found] == ["a", "a b c", "a b c d e", "a b"]
     assert [dict(row.ratings) for row in found] == [
@@ -184,7 +184,7 @@ def test_people_s_labels_and_held_out_prompts(tmp_path, family_data, tiny_family
     )
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
     train_data, renderer = prepared.train_data, prepared.renderer
-    source = dataset.load(DataConfig(path=str(family_data), format="helpsteer2"), "ratings")
+    source = dataset.load_dataset(DataConfig(path=str(family_data), format="helpsteer2"), "ratings")
     known = {(row.context, row.response): {name: row.ratings[name] for name in NAMES} for row in source.train}
     assert len(train_data.rows) == prepared.counts["kept"] > 200
     assert all(dict(row.ratings) == known[row.context, row.response] for row in train_data.rows)
@@ -231,7 +231,7 @@ def test_two_rounds_of_steerlm_and_two_of_its_successor(tmp_path, family_data, t
     )
     assert len(first) >= 36 and 0 < len(second) < 80
     assert {tuple(row["ratings"]) for row in first + second} == {NAMES}
-    form = steering.read(folder / "final" / steering.NAME)
+    form = steering.read_steering_card(folder / "final" / steering.NAME)
     assert (form.names, form.values) == (NAMES, (4, 2))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
@@ -265,7 +265,7 @@ def test_the_weight_of_a_sample_by_hand(tmp_path, family_data, tiny_family, tiny
     more = "base.path=b", "labels=data", "data.format=helpsteer2", "sampling.num_samples=2", "prompts_per_step=2"
     settings = recipe(tmp_path, "steerlm2", family_data, tiny_family, tiny_attributes, *more).config
     renderer = Renderer(load_tokenizer(tiny_family))
-    source = dataset.load(settings.data, "ratings")
+    source = dataset.load_dataset(settings.data, "ratings")
     train_data, _ = steerlm2.load_data(settings, source, renderer)
     run = Written()
     groups = _steerlm.group_labels(settings, "data", train_data, None, run)  # type: ignore[arg-type]
@@ -314,7 +314,7 @@ def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypat
 def test_a_policy_that_learned_another_form_is_refused(tmp_path, family_data, tiny_family, tiny_attributes):
     model = tmp_path / "model"
     shutil.copytree(tiny_family, model)
-    for name, text in steering.Form(NAMES, (4, 2), "user", "", "").files().items():
+    for name, text in steering.SteeringFormat(NAMES, (4, 2), "user", "", "").files().items():
         (model / name).write_text(text)
     settings = "steerlm2", family_data, model, tiny_attributes, f"base.path={tiny_family}", "steering.prefix=''"
     with pytest.raises(ConfigError, match=r'learned with steering\.place="user" steering\.suffix=""'):

@@ -3,7 +3,7 @@
 import pytest
 
 from align import data
-from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES, resolve
+from align.data.attributes import HELPSTEER_ATTRIBUTES, NEMO_ATTRIBUTES, resolve_attributes
 from align.errors import ConfigError
 
 
@@ -14,10 +14,10 @@ def test_the_order_of_nemo():
 
 
 def test_nemo_stands_for_nine():
-    assert resolve(["nemo"]) == NEMO_ATTRIBUTES
-    assert resolve(["verbosity", "helpfulness"]) == ("verbosity", "helpfulness")
+    assert resolve_attributes(["nemo"]) == NEMO_ATTRIBUTES
+    assert resolve_attributes(["verbosity", "helpfulness"]) == ("verbosity", "helpfulness")
 
 
 def test_a_name_twice():
     with pytest.raises(ConfigError, match="attributes names b, a twice"):
-        resolve(["b", "a", "a", "b", "c"])
+        resolve_attributes(["b", "a", "a", "b", "c"])

@@ -147,13 +147,13 @@ def test_a_bad_row_stops_with_its_place_and_is_skipped_where_asked(
     sound = HOW[name][3]
     data, file = folder_of(tmp_path, name, [sound("a"), bad])
     with pytest.raises(DataError) as error:
-        dataset.load(data, HOW[name][1])
+        dataset.load_dataset(data, HOW[name][1])
     assert error.value.where == f"{tmp_path}/{file}:2"
     assert error.value.message.startswith(reason) and shown in error.value.message
     assert error.value.remedy is not None and "data.bad_rows=skip" in error.value.remedy
     assert len(error.value.message) < 150
     skipping = DataConfig(path=data.path, format=data.format, bad_rows="skip")
-    [(found, count)] = dataset.load(skipping, HOW[name][1]).counts["train"].bad.items()
+    [(found, count)] = dataset.load_dataset(skipping, HOW[name][1]).counts["train"].bad.items()
     assert found.startswith(reason) and count == 1
 
 
@@ -176,7 +176,7 @@ NEMO_PAIRS = [
 def test_pairs_of_nemo(tmp_path: Path, rows: list[Any], line: int, reason: str):
     layouts.write(tmp_path, "nemo", rows, [layouts.nemo_text("v", one, quality=0) for one in ("x", "y")])
     with pytest.raises(DataError, match=rf"train\.jsonl:{line}: {reason}"):
-        dataset.load(DataConfig(path=str(tmp_path), format="nemo"))
+        dataset.load_dataset(DataConfig(path=str(tmp_path), format="nemo"))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_pairs_of_nemo(tmp_path: Path, rows: list[Any], line: int, reason: str):
 )
 def test_a_format_read_as_what_it_is_not(tmp_path: Path, form: Any, reads: Any, holds: str):
     with pytest.raises(ConfigError, match=holds) as error:
-        dataset.load(DataConfig(path=str(tmp_path), format=form), reads)
+        dataset.load_dataset(DataConfig(path=str(tmp_path), format=form), reads)
     assert "data.format is one of" in str(error.value)
     assert error.value.exit_status == 78
 
@@ -206,7 +206,7 @@ def test_a_format_read_as_what_it_is_not(tmp_path: Path, form: Any, reads: Any, 
 def test_a_folder_without_the_files(tmp_path: Path, form: Any, reads: Any, file: str):
     layouts.put(tmp_path / ("val.jsonl" if file == "train.jsonl" else "preference/train.jsonl"), [layouts.nemo()])
     with pytest.raises(DataError, match="no file of split") as error:
-        dataset.load(DataConfig(path=str(tmp_path), format=form), reads)
+        dataset.load_dataset(DataConfig(path=str(tmp_path), format=form), reads)
     assert f"{tmp_path}/{file}" in error.value.message
     assert error.value.remedy is not None and f"data.format={form}" in error.value.remedy
 
@@ -220,5 +220,5 @@ def test_a_hub_that_stops_giving_rows(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         DataError, match="^nvidia/HelpSteer2/validation:1: the hub gives no more.*: reset by peer\n"
     ) as error:
-        dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2", streaming=True), "ratings")
+        dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2", streaming=True), "ratings")
     assert "data.streaming=false" in str(error.value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align.config import ModelConfig, PolicyConfig
 from align.data import cache
-from align.data.cache import fingerprint, remembered
+from align.data.cache import cached_logprobs, fingerprint
 from align.errors import DataError, SaveError
 from align.types import Packed, Sequences
 
@@ -139,26 +139,26 @@ def test_a_policy_is_known_by_its_weights_and_not_by_how_it_is_trained(folder: P
 
 def test_a_miss_computes_and_a_hit_reads(tmp_path: Path):
     model, place = Counting(), str(tmp_path / "deep" / "cache")
-    first = remembered(place, "key", sequences(), model)
+    first = cached_logprobs(place, "key", sequences(), model)
     assert first.tolist() == [7, 16, 27, 10]
-    second = remembered(place, "key", sequences(), model)
+    second = cached_logprobs(place, "key", sequences(), model)
     assert second.equal(first)
     assert model.sizes == [4]
     assert [path.name for path in (tmp_path / "deep" / "cache").iterdir()] == ["key.safetensors"]
     assert load_file(tmp_path / "deep" / "cache" / "key.safetensors")["logprob_B"].equal(first)
-    assert remembered(place, "other", sequences(), model).equal(first)
+    assert cached_logprobs(place, "other", sequences(), model).equal(first)
     assert model.sizes == [4, 4]
 
 
 def test_every_bit_comes_back(tmp_path: Path):
     numbers = torch.randn(4) * 100
     for _ in range(2):
-        assert remembered(str(tmp_path), "key", sequences(), lambda _: numbers).equal(numbers)
+        assert cached_logprobs(str(tmp_path), "key", sequences(), lambda _: numbers).equal(numbers)
 
 
 def test_the_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    remembered("~/cache", "key", sequences(), Counting())
+    cached_logprobs("~/cache", "key", sequences(), Counting())
     assert (tmp_path / "cache" / "key.safetensors").is_file()
 
 
@@ -166,38 +166,38 @@ def test_large_data_is_asked_for_in_parts_that_part_no_pair(tmp_path: Path, monk
     assert cache.CHUNK % 2 == 0
     monkeypatch.setattr(cache, "CHUNK", 2)
     model = Counting()
-    assert remembered(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
+    assert cached_logprobs(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
     assert model.sizes == [2, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of numbers", None])
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes | None):
     model, file = Counting(), tmp_path / "key.safetensors"
-    remembered(str(tmp_path), "key", sequences(), model)
+    cached_logprobs(str(tmp_path), "key", sequences(), model)
     file.write_bytes(file.read_bytes()[:-4] if content is None else content)  # cut off, or something else
     with pytest.raises(DataError, match="the cache is damaged") as caught:
-        remembered(str(tmp_path), "key", sequences(), model)
+        cached_logprobs(str(tmp_path), "key", sequences(), model)
     assert str(file) in str(caught.value)
     assert "delete the file" in str(caught.value)
     assert model.sizes == [4]
     file.unlink()
-    remembered(str(tmp_path), "key", sequences(), model)
+    cached_logprobs(str(tmp_path), "key", sequences(), model)
     assert model.sizes == [4, 4]
 
 
 def test_a_file_of_another_content_is_an_error(tmp_path: Path):
     save_file({"something": torch.zeros(4)}, tmp_path / "key.safetensors")
     with pytest.raises(DataError, match="damaged"):
-        remembered(str(tmp_path), "key", sequences(), Counting())
+        cached_logprobs(str(tmp_path), "key", sequences(), Counting())
     save_file({"logprob_B": torch.zeros(3)}, tmp_path / "short.safetensors")
     with pytest.raises(DataError, match="3 numbers for 4"):
-        remembered(str(tmp_path), "short", sequences(), Counting())
-    remembered(str(tmp_path), "flipped", sequences(), Counting())
+        cached_logprobs(str(tmp_path), "short", sequences(), Counting())
+    cached_logprobs(str(tmp_path), "flipped", sequences(), Counting())
     content = bytearray((tmp_path / "flipped.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(content)
     with pytest.raises(DataError, match="damaged: its sha256 does not fit"):
-        remembered(str(tmp_path), "flipped", sequences(), Counting())
+        cached_logprobs(str(tmp_path), "flipped", sequences(), Counting())
 
 
 def test_a_computation_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,7 +209,7 @@ def test_a_computation_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: py
         return torch.zeros(len(asked))
 
     with pytest.raises(RuntimeError, match="killed"):
-        remembered(str(tmp_path), "key", sequences(), fail_in_the_second_part)
+        cached_logprobs(str(tmp_path), "key", sequences(), fail_in_the_second_part)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,8 +220,8 @@ def test_a_write_that_is_cut_short_is_not_taken_for_the_file(tmp_path: Path, mon
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(SaveError, match="disk full"):
-            remembered(str(tmp_path), "key", sequences(), Counting())
+            cached_logprobs(str(tmp_path), "key", sequences(), Counting())
     assert list(tmp_path.iterdir()) == []
     model = Counting()
-    assert remembered(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
+    assert cached_logprobs(str(tmp_path), "key", sequences(), model).tolist() == [7, 16, 27, 10]
     assert model.sizes == [4]

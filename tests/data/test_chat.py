@@ -287,7 +287,7 @@ class TestSameVocabulary:
         a, b = make_tokenizer(QWEN), make_tokenizer(None)
         b.pad_token = "<eos>"  # packed ids hold no padding
         assert chat.same_vocabulary(a, b)
-        chat.require_same(a, b)
+        chat.require_same_tokenizer(a, b)
 
     def test_an_entry_that_only_pads_is_no_difference(self):
         a, b, c = make_tokenizer(QWEN), make_tokenizer(QWEN), make_tokenizer(QWEN)
@@ -303,15 +303,15 @@ class TestSameVocabulary:
         assert not chat.same_vocabulary(a, b)
         message = r"policy \(262 entries\) and judge \(263 entries\).*id 6 is '!' in policy and '<new>' in judge"
         with pytest.raises(DataError, match=message):
-            chat.require_same(a, b, name_b="judge")
+            chat.require_same_tokenizer(a, b, name_b="judge")
 
     def test_missing_entry(self):
         a, b = make_tokenizer(QWEN), make_tokenizer(QWEN)
         b.add_tokens(["<more>"])
         with pytest.raises(DataError, match="id 262 is missing in policy and '<more>' in reward"):
-            chat.require_same(a, b)
+            chat.require_same_tokenizer(a, b)
 
     def test_other_end_token(self):
         a, b = make_tokenizer(QWEN), make_tokenizer(QWEN, eos="<eos>")
         with pytest.raises(DataError, match=r"\[0, 5\] in policy and \[0, 1\] in reward"):
-            chat.require_same(a, b)
+            chat.require_same_tokenizer(a, b)

@@ -7,7 +7,7 @@ import torch
 
 from align.data import toy
 from align.data.chat import Dialogue, Message, Renderer, load_tokenizer
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.errors import DataError
 from align.types import Packed, Sequences
 
@@ -23,7 +23,7 @@ def sequences(renderer: Renderer, contexts: list[tuple[Message, ...]], rows: lis
 
 def test_what_was_said_comes_back_in_order():
     renderer = Renderer(toy.tokenizer())
-    known = Conversations([SECOND, FIRST, SECOND], renderer)
+    known = ConversationIndex([SECOND, FIRST, SECOND], renderer)
     asked = sequences(renderer, [FIRST, SECOND], [(1, "ant pen"), (0, "dog cat"), (1, ""), (0, "cat")])
     assert known.dialogues(asked) == [
         Dialogue(SECOND, "ant pen"),
@@ -38,7 +38,7 @@ def test_a_response_that_was_cut_off_is_text_too():
     renderer = Renderer(toy.tokenizer())
     asked = sequences(renderer, [FIRST], [(0, "dog cat okay")])
     cut = Sequences(asked.prompts, Packed.from_lists([asked.responses.lists()[0][:2]]), asked.prompt_B)
-    assert Conversations([FIRST], renderer).dialogues(cut) == [Dialogue(FIRST, "dog cat")]
+    assert ConversationIndex([FIRST], renderer).dialogues(cut) == [Dialogue(FIRST, "dog cat")]
 
 
 def test_any_text_survives_bytes(byte_tokenizer: Path):
@@ -46,10 +46,10 @@ def test_any_text_survives_bytes(byte_tokenizer: Path):
     context = (Message("user", "caf\u00e9  \n\t\u4e2d\u6587 \U0001f600?"),)
     text = " two  spaces, \u00e9 and\n\na line \U0001f600"
     asked = sequences(renderer, [context], [(0, text)])
-    assert Conversations([context], renderer).dialogues(asked) == [Dialogue(context, text)]
+    assert ConversationIndex([context], renderer).dialogues(asked) == [Dialogue(context, text)]
 
 
 def test_an_unknown_prompt_is_named():
     renderer = Renderer(toy.tokenizer())
     with pytest.raises(DataError, match="sort the words : pen ant"):
-        Conversations([FIRST], renderer).dialogues(sequences(renderer, [SECOND], [(0, "ant")]))
+        ConversationIndex([FIRST], renderer).dialogues(sequences(renderer, [SECOND], [(0, "ant")]))

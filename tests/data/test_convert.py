@@ -36,12 +36,12 @@ class TestPairs:
     )
 
     def test_by_helpfulness(self):
-        found, counts = convert.pairs(self.ROWS)
+        found, counts = convert.pairs_from_ratings(self.ROWS)
         assert found == [Preference((Message("user", "a"),), "x", "y", -2, "stem", "english")]
         assert counts == {"unrated": 1, "single": 1, "pairs": 3, "ties": 1, "empty": 1, "kept": 1}
 
     def test_by_another_attribute_and_with_strengths_of_1_to_3(self):
-        found, counts = convert.pairs(self.ROWS, "humor")
+        found, counts = convert.pairs_from_ratings(self.ROWS, "humor")
         assert [(row.response1, row.response2, row.preference) for row in found] == [
             ("x", "y", 1),
             ("x", "z", 3),
@@ -54,13 +54,13 @@ class TestPairs:
         rows = [layouts.rated(f"{pair}", f"{i}", mark) for pair in marks for i, mark in enumerate(pair)]
         layouts.write(tmp_path, "helpsteer2", rows, [layouts.rated("v"), layouts.rated("v", "x")])
         data = DataConfig(path=str(tmp_path), format="helpsteer2")
-        found, counts = convert.pairs(dataset.load(data, "ratings").train)
-        assert found == [row for row in dataset.load(data).train if row.preference]
+        found, counts = convert.pairs_from_ratings(dataset.load_dataset(data, "ratings").train)
+        assert found == [row for row in dataset.load_dataset(data).train if row.preference]
         assert (counts["ties"], counts["kept"]) == (5, 20)
 
 
 def test_only_some_labels():
-    found, counts = convert.only(TestPairs.ROWS[:3], ["helpfulness", "verbosity"])
+    found, counts = convert.select_attributes(TestPairs.ROWS[:3], ["helpfulness", "verbosity"])
     assert [row.ratings for row in found] == [{"helpfulness": 3.0}, {"helpfulness": 1.0}]
     assert counts == {"rows": 3, "unrated": 1, "kept": 2}
 
@@ -70,14 +70,14 @@ def contents(folder: Path) -> list[str]:
 
 
 def load(folder: Path, form: Any, reads: Any) -> Any:
-    return dataset.load(DataConfig(path=str(folder), format=form), reads)
+    return dataset.load_dataset(DataConfig(path=str(folder), format=form), reads)
 
 
 class TestFolders:
     @pytest.mark.parametrize(("to", "form"), [("openai", "openai"), ("nemo", "nemo"), ("nemo_text", "nemo")])
     def test_ratings_there_and_back(self, tmp_path: Path, to: str, form: str):
         train = [rated("a", "x", helpfulness=3.0, verbosity=1.5), rated("b", "y", humor=0.0)]
-        convert.write(tmp_path / "out", to, {"train": train, "validation": train[:1]})
+        convert.write_dataset(tmp_path / "out", to, {"train": train, "validation": train[:1]})
         read = load(tmp_path / "out", form, "ratings")
         found = [(row.context, row.response, row.ratings) for row in read.train]
         assert found == [(row.context, row.response, row.ratings) for row in train[1:]]
@@ -90,7 +90,7 @@ class TestFolders:
         context = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
         marks = [-3, -2, -1, 0, 1, 2, 3]
         train = [Preference(context, f"x{mark}", "y", mark, "stem", "english") for mark in marks]
-        counts = convert.write(tmp_path / "out", to, {"train": train, "validation": train[:1]})
+        counts = convert.write_dataset(tmp_path / "out", to, {"train": train, "validation": train[:1]})
         assert counts["train"] == ({"written": 7} if to == "helpsteer3" else {"written": 6, "ties": 1})
         rows = [row for row in train[1:] if row.preference or to == "helpsteer3"]
         found = [
@@ -108,7 +108,7 @@ class TestFolders:
         names = ("a", "b", "c")
         for source, out in pairwise(names):
             read = load(tmp_path / source, form, "preferences")
-            convert.write(tmp_path / out, form, {"train": read.train, "validation": read.validation})
+            convert.write_dataset(tmp_path / out, form, {"train": read.train, "validation": read.validation})
         assert (
             load(tmp_path / "b", form, "preferences").fingerprint
             == load(tmp_path / "a", form, "preferences").fingerprint
@@ -122,11 +122,11 @@ class TestFolders:
         ties = [Preference((Message("user", "a"),), "x", "y", 0, "", "")]
         good = [Preference((Message("user", "a"),), "x", "y", 1, "", "")]
         with pytest.raises(DataError, match="no rows of validation can be written: ties 1"):
-            convert.write(tmp_path / "out", "openai", {"train": good, "validation": ties})
+            convert.write_dataset(tmp_path / "out", "openai", {"train": good, "validation": ties})
         assert contents(tmp_path) == []
         (tmp_path / "out").mkdir()
         with pytest.raises(DataError, match="out: there is something already"):
-            convert.write(tmp_path / "out", "openai", {"train": good, "validation": good})
+            convert.write_dataset(tmp_path / "out", "openai", {"train": good, "validation": good})
 
     def test_rows_that_a_format_cannot_hold_are_counted(self, tmp_path: Path):
         rows = [
@@ -134,7 +134,7 @@ class TestFolders:
             rated("a", "y", helpfulness=1.0),
             rated("<extra_id_1>User", "y", humor=1.0),
         ]
-        counts = convert.write(tmp_path / "out", "nemo_text", {"train": rows, "validation": rows})
+        counts = convert.write_dataset(tmp_path / "out", "nemo_text", {"train": rows, "validation": rows})
         assert counts["train"] == {
             "written": 1,
             "ratings has an attribute that is not among NeMo's nine": 1,
@@ -199,6 +199,8 @@ class TestCommand:
 
     def test_every_target_is_a_choice(self):
         given = ["data", "convert", "a", "b", "--from", "openai", "--to"]
-        assert [build_parser().parse_args([*given, to]).to for to in convert.TARGETS] == list(convert.TARGETS)
+        assert [build_parser().parse_args([*given, to]).to for to in convert.OUTPUT_FORMATS] == list(
+            convert.OUTPUT_FORMATS
+        )
         with pytest.raises(SystemExit):
             build_parser().parse_args([*given, "parquet"])

@@ -47,7 +47,7 @@ def write(folder: Path, train: list[Any], validation: list[Any] | None = None, s
 
 
 def load(folder: Path, **options: Any) -> dataset.PreferenceData:
-    return dataset.load(DataConfig(path=str(folder), **options))
+    return dataset.load_dataset(DataConfig(path=str(folder), **options))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ class TestSources:
             return load_dataset(str(tmp_path), name, cache_dir=str(tmp_path / "cache"))
 
         monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        read = dataset.load(DataConfig(path="nvidia/HelpSteer3", revision="v1"))
+        read = dataset.load_dataset(DataConfig(path="nvidia/HelpSteer3", revision="v1"))
         assert asked == [("nvidia/HelpSteer3", "preference", "v1")]
         assert (read.counts["train"].kept, read.counts["train"].duplicates) == (2, 1)
         assert read.fingerprint == load(tmp_path).fingerprint
@@ -257,12 +257,12 @@ class TestSources:
 
         monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
         with pytest.raises(DataError, match="nvidia/HelpSteer3: neither a folder.*no route to the hub\n  remedy"):
-            dataset.load(DataConfig(path="nvidia/HelpSteer3"))
+            dataset.load_dataset(DataConfig(path="nvidia/HelpSteer3"))
 
     def test_hub_without_a_split(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train_sft": []})
         with pytest.raises(DataError, match=r"split train is missing, found \['train_sft'\]"):
-            dataset.load(DataConfig(path="nvidia/HelpSteer3"))
+            dataset.load_dataset(DataConfig(path="nvidia/HelpSteer3"))
 
 
 def preference(prompt: str, first: str, second: str, mark: int) -> Preference:
@@ -287,13 +287,13 @@ class TestTokens:
         return [renderer.text(ids) for ids in rows]
 
     def test_prompts(self, renderer: Renderer):
-        found = dataset.prompts(ROWS, renderer, max_tokens=5)
+        found = dataset.tokenize_prompts(ROWS, renderer, max_tokens=5)
         assert self.words(renderer, found.tokens.lists()) == ["cat", "dog sun", "hen", "sun"]
         assert found.messages[1] == (Message("user", "dog sun"),)
         assert found.counts == {"rows": 7, "repeated": 2, "too_long": 1, "kept": 4}
 
     def test_pairs(self, renderer: Renderer):
-        found, counts = dataset.pairs(ROWS, renderer, max_prompt_tokens=5, max_response_tokens=3)
+        found, counts = dataset.tokenize_pairs(ROWS, renderer, max_prompt_tokens=5, max_response_tokens=3)
         assert counts == {"rows": 7, "ties": 1, "too_long": 2, "identical": 1, "kept": 3}
         assert self.words(renderer, found.sequences.prompts.lists()) == ["cat", "dog sun", "sun"]
         assert self.words(renderer, found.sequences.responses.lists()) == [
@@ -306,24 +306,24 @@ class TestTokens:
         assert found.strength_P.tolist() == [3.0, 1.0, 1.0]
 
     def test_preferred_demonstrations(self, renderer: Renderer):
-        found, counts = dataset.demonstrations(ROWS, renderer, "preferred", 5, 3)
+        found, counts = dataset.tokenize_demonstrations(ROWS, renderer, "preferred", 5, 3)
         assert counts == {"rows": 7, "ties": 1, "empty": 0, "too_long": 2, "kept": 4}
         assert self.words(renderer, found.responses.lists()) == ["cat dog", "owl hen", "owl hen", "owl"]
         assert found.prompt_B.tolist() == [0, 1, 2, 3]
 
     def test_all_demonstrations_share_their_prompt(self, renderer: Renderer):
-        found, counts = dataset.demonstrations(ROWS, renderer, "all", 5, 3)
+        found, counts = dataset.tokenize_demonstrations(ROWS, renderer, "all", 5, 3)
         assert counts == {"rows": 7, "ties": 0, "empty": 1, "too_long": 3, "kept": 10}
         assert found.prompt_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
         assert self.words(renderer, found.prompts.lists()) == ["cat", "cat", "dog sun", "hen", "sun", "sun"]
 
     def test_nothing_left(self, renderer: Renderer):
         with pytest.raises(DataError, match="no prompts are left of the data: rows 7, repeated 2, too_long 5"):
-            dataset.prompts(ROWS, renderer, 1)
+            dataset.tokenize_prompts(ROWS, renderer, 1)
         with pytest.raises(DataError, match="no pairs are left of the data: rows 1, ties 1"):
-            dataset.pairs(ROWS[1:2], renderer, 9, 9)
+            dataset.tokenize_pairs(ROWS[1:2], renderer, 9, 9)
         with pytest.raises(DataError, match="no demonstrations are left of the data: rows 1"):
-            dataset.demonstrations(ROWS[:1], renderer, "all", 9, 1)
+            dataset.tokenize_demonstrations(ROWS[:1], renderer, "all", 9, 1)
 
 
 @pytest.mark.skipif(

@@ -49,9 +49,9 @@ def test_prompts_end_with_what_is_asked(renderer: Renderer):
 
 def test_what_asks_for_no_change_is_left_out():
     told = ["Good.", "The response is Perfectly Helpful. x", " ", "Bad.", "Good. ", "The response is not perfect."]
-    assert editing.asking(told, WORDS) == [0, 3, 5]
-    assert editing.effective(told, WORDS) == ["Good.", "Bad.", "The response is not perfect."]
-    assert editing.asking(told, EditingConfig(perfect="")) == [0, 1, 3, 5]
+    assert editing.change_requests(told, WORDS) == [0, 3, 5]
+    assert editing.effective_feedback(told, WORDS) == ["Good.", "Bad.", "The response is not perfect."]
+    assert editing.change_requests(told, EditingConfig(perfect="")) == [0, 1, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,15 @@ def test_what_asks_for_no_change_is_left_out():
     ],
 )
 def test_share_of_words(feedback: str, summary: str, share: float):
-    assert editing.share(feedback, summary) == pytest.approx(share)
+    assert editing.word_overlap(feedback, summary) == pytest.approx(share)
 
 
 def test_all_orders_each_once():
-    assert [*editing.orders("abc", 6)] == [list(order) for order in itertools.permutations("abc")]
-    assert [*editing.orders(["a"], 6)] == [["a"]]
+    assert [*editing.feedback_orders("abc", 6)] == [list(order) for order in itertools.permutations("abc")]
+    assert [*editing.feedback_orders(["a"], 6)] == [["a"]]
     every = [list(order) for order in itertools.permutations("abcd")]
-    assert [*editing.orders("abcd", 6)] == every[::4]
-    assert len({*map(tuple, editing.orders(range(30), 50))}) == 50  # 30! are not listed
+    assert [*editing.feedback_orders("abcd", 6)] == every[::4]
+    assert len({*map(tuple, editing.feedback_orders(range(30), 50))}) == 50  # 30! are not listed
 
 
 def test_edits_become_demonstrations_of_all_orders(renderer: Renderer):
@@ -127,11 +127,11 @@ def test_prompts_of_edits_keep_rows_together(renderer: Renderer):
 
 def test_a_copy_differs_in_white_space_alone():
     edits = ["cat  pig\n", "cat pig okay", "Cat pig", ""]
-    assert editing.copies(["cat pig", "cat pig", "cat pig", ""], edits).tolist() == [True, False, False, True]
+    assert editing.unchanged_edits(["cat pig", "cat pig", "cat pig", ""], edits).tolist() == [True, False, False, True]
 
 
 def test_the_family_data_loads_and_keeps_all_that_was_followed(tmp_path: Path, renderer: Renderer):
-    source = dataset.load(DataConfig(path=str(toy_family.write(tmp_path, 40, 5, seed=0))), "edits")
+    source = dataset.load_dataset(DataConfig(path=str(toy_family.write_toy_family(tmp_path, 40, 5, seed=0))), "edits")
     _, counts = editing.edit_demonstrations(source.train, renderer, config())
     # Summaries of the bundled task repeat every remark that was followed.
     assert counts["rows"] == len(source.train) and counts["not_followed"] == counts["no_feedback"] == 0

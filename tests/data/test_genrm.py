@@ -12,7 +12,7 @@ import pytest
 from align.config import DataConfig, VerdictConfig
 from align.data import genrm, genrm_prompts, toy_family
 from align.data.chat import Message, Renderer
-from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import Verdict
 from align.data.rows import Comparison
 from align.errors import DataError
 
@@ -35,19 +35,19 @@ def renderer() -> Renderer:
 
 @pytest.mark.parametrize(("preference", "ranking"), [(-3, 1), (-2, 2), (-1, 3), (1, 4), (2, 5), (3, 6)])
 def test_the_ranking_of_a_preference(preference: int, ranking: int):
-    assert genrm.label(row(preference)) == Scores(5.0, 1.0, ranking)
-    assert genrm_prompts.swapped(Scores(5.0, 1.0, ranking)).ranking == genrm.RANKING[-preference]
+    assert genrm.verdict_label(row(preference)) == Verdict(5.0, 1.0, ranking)
+    assert genrm_prompts.swap_verdict(Verdict(5.0, 1.0, ranking)).ranking == genrm.RANKING[-preference]
 
 
 def test_labels_that_nobody_gave():
-    assert genrm.label(row(0)) is None
-    first, second, ranking = genrm.label(row(3, helpfulness=None)) or ()
+    assert genrm.verdict_label(row(0)) is None
+    first, second, ranking = genrm.verdict_label(row(3, helpfulness=None)) or ()
     assert math.isnan(first) and math.isnan(second) and ranking == 6
 
 
 def test_every_pair_stands_in_both_orders_with_mirrored_labels(renderer: Renderer):
     rows = [row(), row(0), row(1, response2="cat okay", helpfulness=None), row(response2="cat")]
-    found = genrm.prompts(rows, renderer, ROLES, 99)
+    found = genrm.judge_prompts(rows, renderer, ROLES, 99)
     texts = [renderer.tokenizer.decode(ids) for ids in found.tokens.lists()]
     asked = "<s><user>say the first word : cat dog"
     assert texts == [
@@ -65,10 +65,10 @@ def test_every_pair_stands_in_both_orders_with_mirrored_labels(renderer: Rendere
 
 
 def test_a_pair_is_too_long_as_a_whole(renderer: Renderer):
-    found = genrm.prompts([row(), row(response1="cat " * 30)], renderer, ROLES, 20)
+    found = genrm.judge_prompts([row(), row(response1="cat " * 30)], renderer, ROLES, 20)
     assert (len(found.tokens), found.counts["too_long"]) == (2, 1)
     with pytest.raises(DataError, match="no pairs are left"):
-        genrm.prompts([row()], renderer, ROLES, 3)
+        genrm.judge_prompts([row()], renderer, ROLES, 3)
 
 
 @pytest.mark.parametrize("hidden", ["response_1", "response_2", "principle"])
@@ -80,8 +80,8 @@ def test_a_template_that_leaves_out_a_role_is_refused(hidden: str):
 
     def make(verdict: VerdictConfig) -> Iterator[Callable[[], Any]]:
         config = SimpleNamespace(data=DataConfig(path="x"), verdict=verdict)
-        yield lambda: genrm.prompts([row()], renderer, verdict, 9999)
-        yield lambda: genrm.demonstrations([row()], renderer, config)
+        yield lambda: genrm.judge_prompts([row()], renderer, verdict, 9999)
+        yield lambda: genrm.verdict_demonstrations([row()], renderer, config)
 
     for refused in make(VerdictConfig(custom_roles=True, principle="right")):
         with pytest.raises(DataError, match=f"leaves out turns of the role {hidden}") as caught:
@@ -93,7 +93,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(hidden: str):
 
 def test_responses_of_the_same_tokens_are_identical(renderer: Renderer):
     """The tokenizer knows neither letter."""
-    found = genrm.prompts([row(), row(response1="\u00e9", response2="\u00fc")], renderer, ROLES, 99)
+    found = genrm.judge_prompts([row(), row(response1="\u00e9", response2="\u00fc")], renderer, ROLES, 99)
     assert (found.counts["identical"], found.counts["kept"]) == (1, 1)
 
 
@@ -108,8 +108,8 @@ def test_responses_of_the_same_tokens_are_identical(renderer: Renderer):
     ],
 )
 def test_a_reason_told_the_other_way_round(said: str, turned: str):
-    assert genrm.swapped(said) == turned
-    assert genrm.swapped(turned) == said
+    assert genrm.swap_reason(said) == turned
+    assert genrm.swap_reason(turned) == said
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_reason_told_the_other_way_round(said: str, turned: str):
     ],
 )
 def test_a_reason_that_may_name_a_place_otherwise_is_not_turned(said: str):
-    assert genrm.swapped(said) is None
+    assert genrm.swap_reason(said) is None
 
 
 def test_demonstrations(renderer: Renderer):
@@ -148,13 +148,13 @@ def test_demonstrations(renderer: Renderer):
         row(reasons=(against,)),
     ]
     config = SimpleNamespace(data=DataConfig(path="x"), verdict=ROLES)
-    found, counts = genrm.demonstrations(rows, renderer, config)
+    found, counts = genrm.verdict_demonstrations(rows, renderer, config)
     texts = [renderer.text(ids) for ids in found.responses.lists()]
     assert texts == [
-        f"{SAID}\n{genrm_prompts.write(Scores(5, 1, 2), 'helpsteer3')}",
-        f"All words are right.\n{genrm_prompts.write(Scores(5, 1, 2), 'helpsteer3')}",
+        f"{SAID}\n{genrm_prompts.format_verdict(Verdict(5, 1, 2), 'helpsteer3')}",
+        f"All words are right.\n{genrm_prompts.format_verdict(Verdict(5, 1, 2), 'helpsteer3')}",
         "Response 2 is perfectly helpful. Response 1 is not helpful.\n"
-        + genrm_prompts.write(Scores(1, 5, 5), "helpsteer3"),
+        + genrm_prompts.format_verdict(Verdict(1, 5, 5), "helpsteer3"),
     ]
     assert found.prompt_B.tolist() == [0, 0, 1]
     assert counts == {
@@ -164,15 +164,15 @@ def test_demonstrations(renderer: Renderer):
 
 
 def test_a_reason_that_looks_like_a_verdict_is_no_demonstration(renderer: Renderer):
-    quoted = f"{SAID} {genrm_prompts.write(Scores(1, 5, 6), 'json')}"
+    quoted = f"{SAID} {genrm_prompts.format_verdict(Verdict(1, 5, 6), 'json')}"
     config = SimpleNamespace(data=DataConfig(path="x"), verdict=VerdictConfig(form="json", custom_roles=True))
-    _, counts = genrm.demonstrations([row(reasons=((-1, SAID), (-1, quoted)))], renderer, config)
+    _, counts = genrm.verdict_demonstrations([row(reasons=((-1, SAID), (-1, quoted)))], renderer, config)
     assert (counts["unreadable"], counts["not_swapped"], counts["kept"]) == (1, 1, 2)
 
 
 def test_reading_counts_what_is_cut_off_as_no_verdict():
-    sound = genrm_prompts.write(Scores(5, 1, 2), "json")
-    found = genrm.read([sound, sound, "no"], [True, False, True], "json")
+    sound = genrm_prompts.format_verdict(Verdict(5, 1, 2), "json")
+    found = genrm.read_verdicts([sound, sound, "no"], [True, False, True], "json")
     assert found[0].tolist() == [5, 1, 2]
     assert found[1:].isnan().all()
-    assert genrm.tensor([]).shape == (0, 3)
+    assert genrm.verdict_tensor([]).shape == (0, 3)

@@ -73,11 +73,11 @@ def write_compared(folder: Path, rows: list[Any], suffix: str = "jsonl.gz") -> P
 
 
 def load(folder: Path, **options: Any) -> dataset.PreferenceData:
-    return dataset.load(DataConfig(path=str(folder), format="helpsteer2", **options))
+    return dataset.load_dataset(DataConfig(path=str(folder), format="helpsteer2", **options))
 
 
 def load_compared(folder: Path, **options: Any) -> dataset.PreferenceData:
-    return dataset.load(DataConfig(path=str(folder), format="helpsteer2_preference", **options))
+    return dataset.load_dataset(DataConfig(path=str(folder), format="helpsteer2_preference", **options))
 
 
 def prompts(rows: list[Preference]) -> list[str]:
@@ -319,7 +319,7 @@ class TestSources:
             return load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
         monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        read = dataset.load(DataConfig(path="nvidia/HelpSteer2", revision="v1", format="helpsteer2"))
+        read = dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", revision="v1", format="helpsteer2"))
         assert asked == [("nvidia/HelpSteer2", "v1")]
         assert (read.counts["train"].kept, read.counts["train"].duplicates) == (2, 1)
         assert read.fingerprint == load(tmp_path).fingerprint
@@ -336,7 +336,7 @@ class TestSources:
             return load_dataset(str(tmp_path), data_dir=data_dir, cache_dir=str(tmp_path / "cache"))
 
         monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        read = dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
+        read = dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
         assert asked == [("nvidia/HelpSteer2", "preference", None)]
         assert read.counts["train"] == SplitCounts(3, {}, 0, 0, 0, kept=2, spread=1)
         assert read.fingerprint == load_compared(tmp_path).fingerprint
@@ -345,10 +345,10 @@ class TestSources:
         tables = {"train": pair("a"), "validation": [*pair("b"), rated("c")]}
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: tables)
         with pytest.raises(DataError, match="^nvidia/HelpSteer2/validation:3: row is the last one"):
-            dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2"))
+            dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2"))
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": [compared(), compared("c", "val", 9)]})
         with pytest.raises(DataError, match="^nvidia/HelpSteer2/preference/preference:2: preference_strength is outs"):
-            dataset.load(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
+            dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2_preference"))
 
 
 class TestOptions:
@@ -376,7 +376,7 @@ class TestTokens:
     def test_pairs_of_rated_rows(self, tmp_path: Path, renderer: Renderer):
         dialogue = "cat\n<extra_id_1>Assistant\ndog\n<extra_id_1>User\nsun"
         source = load(write(tmp_path, [*pair("cat", 1, 4), *pair("hen", 2, 2), *pair(dialogue, 2, 1)]))
-        found, counts = dataset.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
+        found, counts = dataset.tokenize_pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
         assert counts == {"rows": 3, "ties": 1, "too_long": 0, "identical": 0, "kept": 2}
         texts = [renderer.text(ids) for ids in found.sequences.responses.lists()]
         assert texts == ["cat pig", "cat dog", "cat dog", "cat pig"]
@@ -388,7 +388,7 @@ class TestTokens:
     def test_pairs_of_compared_rows(self, tmp_path: Path, renderer: Renderer):
         rows = [compared("cat", strength=2), compared("hen", strength=0), compared("sun", strength=-3), HELD_OUT]
         source = load_compared(write_compared(tmp_path, rows))
-        found, counts = dataset.pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
+        found, counts = dataset.tokenize_pairs(source.train, renderer, max_prompt_tokens=20, max_response_tokens=5)
         assert (counts["ties"], counts["kept"]) == (1, 2)
         assert [renderer.text(ids) for ids in found.sequences.responses.lists()] == [
             *("cat pig", "cat dog"),

@@ -21,7 +21,7 @@ CAT = (Message("user", "cat"),)
 
 
 def load(folder: Path, reads: Any, **options: Any) -> Any:
-    return dataset.load(DataConfig(path=str(folder), **options), reads)
+    return dataset.load_dataset(DataConfig(path=str(folder), **options), reads)
 
 
 def test_feedback_is_of_one_response(tmp_path: Path):

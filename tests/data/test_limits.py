@@ -16,11 +16,11 @@ CONTEXT, LONG, SHORT = (Message("user", "cat dog"),), "owl hen pig", "sun"
 PAIR = Preference(CONTEXT, LONG, SHORT, -2, "general", "english")
 RATED = Rating(CONTEXT, LONG, {"helpfulness": 1}, "general", "english")
 READERS: dict[str, Callable[[Any, Renderer, int, int], Mapping[str, int]]] = {
-    "pairs": lambda copies, renderer, *limits: tokenize.pairs([PAIR, *copies], renderer, *limits)[1],
-    "demonstrations": lambda copies, renderer, *limits: tokenize.demonstrations(
+    "pairs": lambda copies, renderer, *limits: tokenize.tokenize_pairs([PAIR, *copies], renderer, *limits)[1],
+    "demonstrations": lambda copies, renderer, *limits: tokenize.tokenize_demonstrations(
         [PAIR, *copies], renderer, "preferred", *limits
     )[1],
-    "ratings": lambda copies, renderer, *limits: tokenize.ratings(
+    "ratings": lambda copies, renderer, *limits: tokenize.tokenize_ratings(
         [RATED, *(Rating(row.context, row.response1, {"helpfulness": 1}, "general", "english") for row in copies)],
         renderer,
         ["helpfulness"],
@@ -40,4 +40,4 @@ def test_the_limit_itself_is_allowed(name: str, prompt: int, response: int, kept
 
 @pytest.mark.parametrize(("limit", "kept"), [(5, 2), (4, 1)])
 def test_a_prompt_of_exactly_the_limit_is_sampled_from(limit: int, kept: int):
-    assert tokenize.prompts([PAIR, FITS], Renderer(toy.tokenizer()), limit).counts["kept"] == kept
+    assert tokenize.tokenize_prompts([PAIR, FITS], Renderer(toy.tokenizer()), limit).counts["kept"] == kept

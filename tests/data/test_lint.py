@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from align.config import DataConfig
 from align.data import dataset, toy
 from align.data.chat import Renderer
-from align.data.lint import Report, lint, sign_test
+from align.data.lint import LintReport, lint, sign_test
 from align.errors import DataError
 
 HELD_OUT = layouts.preference("held out", 0, **{"domain": "stem", "language": "english"})
@@ -23,21 +23,21 @@ HELD_OUT = layouts.preference("held out", 0, **{"domain": "stem", "language": "e
 
 def run(
     folder: Path, train: list[Any], validation: list[Any] | None = None, renderer: Any = None, **options: Any
-) -> Report:
+) -> LintReport:
     layouts.write(folder, "helpsteer3", train, [HELD_OUT] if validation is None else validation)
     return lint(DataConfig(path=str(folder), **options), "preferences", renderer)
 
 
-def found(report: Report) -> dict[str, int]:
+def found(report: LintReport) -> dict[str, int]:
     """Counts by name, the two biases left out."""
     return {one.name: one.count for one in report.findings if one.name not in ("position", "length")}
 
 
-def one(report: Report, name: str) -> Any:
+def one(report: LintReport, name: str) -> Any:
     return next(finding for finding in report.findings if finding.name == name)
 
 
-def table(report: Report, title: str) -> list[tuple[Any, ...]]:
+def table(report: LintReport, title: str) -> list[tuple[Any, ...]]:
     return next(one.rows for one in report.tables if one.title == title)
 
 
@@ -167,7 +167,7 @@ class TestBiases:
 
 
 class TestRatings:
-    def run(self, folder: Path, rows: list[Any]) -> Report:
+    def run(self, folder: Path, rows: list[Any]) -> LintReport:
         layouts.write(folder, "openai", rows, [layouts.messages("v")])
         return lint(DataConfig(path=str(folder), format="openai"), "ratings")
 
@@ -210,7 +210,7 @@ class TestTokens:
         layouts.preference("pig", response1="cat dog hen", response2="cat dog hen"),
     )
 
-    def run(self, folder: Path, renderer: Renderer) -> Report:
+    def run(self, folder: Path, renderer: Renderer) -> LintReport:
         limits = {"max_prompt_tokens": 6, "max_response_tokens": 3}
         return run(folder, list(self.ROWS), renderer=renderer, **limits)
 
@@ -230,8 +230,8 @@ class TestTokens:
     def test_agrees_with_what_training_drops(self, tmp_path: Path):
         renderer = Renderer(tokenizer())
         report = self.run(tmp_path, renderer)
-        rows = dataset.load(DataConfig(path=str(tmp_path))).train
-        _, counts = dataset.pairs(rows, renderer, 6, 3)
+        rows = dataset.load_dataset(DataConfig(path=str(tmp_path))).train
+        _, counts = dataset.tokenize_pairs(rows, renderer, 6, 3)
         # A pair that is too long is not compared there.
         assert counts == {"rows": 6, "ties": 0, "too_long": 4, "identical": 1, "kept": 1}
         assert found(report)["long_prompt"] + found(report)["long_response"] == counts["too_long"]

@@ -20,7 +20,7 @@ LABELS = {"helpfulness": 3.0, "verbosity": 1.0}
 
 def load(folder: Path, reads: Any, train: list[Any], validation: list[Any]) -> Any:
     layouts.write(folder, "nemo", train, validation)
-    return dataset.load(DataConfig(path=str(folder), format="nemo"), reads)
+    return dataset.load_dataset(DataConfig(path=str(folder), format="nemo"), reads)
 
 
 def nine(**labels: float) -> list[float]:
@@ -92,7 +92,7 @@ CONTEXTS = [
 ]
 
 
-@pytest.mark.parametrize("written", [nemo.conversation, nemo.regression])
+@pytest.mark.parametrize("written", [nemo.to_conversations, nemo.to_texts])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_is_written_is_read_back_equal(written: Any, context: Any):
     rated = Rating(context, "cat\ndog\n", {"helpfulness": 10 / 3, "verbosity": 0.0}, "", "english")
@@ -100,17 +100,17 @@ def test_what_is_written_is_read_back_equal(written: Any, context: Any):
     assert nemo.parse_ratings(json.dumps(one).encode()) == [rated]
     pair = Preference(context, "x\n", "", -3, "", "english")
     lines = [(str(n), json.dumps(one).encode()) for n, one in enumerate(written(pair))]
-    assert nemo.parse_twos(lines) == [pair]
+    assert nemo.parse_row_pair(lines) == [pair]
 
 
 def test_the_written_text_is_that_of_nemo():
-    [one] = nemo.regression(Rating(CAT, "cat dog", LABELS, "", ""))
+    [one] = nemo.to_texts(Rating(CAT, "cat dog", LABELS, "", ""))
     assert one == layouts.nemo_text(**LABELS)
-    [one] = nemo.conversation(Rating(CAT, "cat dog", LABELS, "", ""))
+    [one] = nemo.to_conversations(Rating(CAT, "cat dog", LABELS, "", ""))
     assert one == layouts.nemo()
 
 
-@pytest.mark.parametrize("written", [nemo.conversation, nemo.regression])
+@pytest.mark.parametrize("written", [nemo.to_conversations, nemo.to_texts])
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -19,7 +19,7 @@ CAT = (Message("user", "cat"),)
 
 def load(folder: Path, reads: Any, train: list[Any], validation: list[Any], **options: Any) -> Any:
     layouts.write(folder, "openai", train, validation)
-    return dataset.load(DataConfig(path=str(folder), format="openai", **options), reads)
+    return dataset.load_dataset(DataConfig(path=str(folder), format="openai", **options), reads)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_what_is_written_is_read_back_equal():
     context = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c\u2028"))
     pair = Preference(context, "x", "", -3, "code", "python")
     rated = Rating(context, "", {"helpfulness": 10 / 3, "own": -1.0}, "", "")
-    [pair_object], [rated_object] = openai.preference(pair), openai.rated(rated)
+    [pair_object], [rated_object] = openai.preference_to_json(pair), openai.rating_to_json(rated)
     assert openai.parse_preference(json.dumps(pair_object).encode()) == [pair]
     assert openai.parse_rating(json.dumps(rated_object).encode()) == [rated]
     assert (pair_object["strength"], pair_object["margin"]) == (3, 3.0)
 
 
 def test_the_chosen_response_is_written_first():
-    [written] = openai.preference(Preference(CAT, "worse", "better", 2, "", ""))
+    [written] = openai.preference_to_json(Preference(CAT, "worse", "better", 2, "", ""))
     assert (written["chosen"][0]["content"], written["rejected"][0]["content"]) == ("better", "worse")
     [read] = openai.parse_preference(written)
     assert (read.chosen, read.rejected, read.strength, read.preference) == ("better", "worse", 2, -2)

@@ -66,9 +66,9 @@ READ: dict[str, tuple[dict[str, Any], str, Any]] = {
 def test_a_row_of_each_form(tmp_path: Path, name: str):
     row, reads, parsed = READ[name]
     file = layouts.put(tmp_path / "own.jsonl", [row])
-    read = dataset.load(DataConfig(path=str(file), validation=0), reads)  # type: ignore[arg-type]
+    read = dataset.load_dataset(DataConfig(path=str(file), validation=0), reads)  # type: ignore[arg-type]
     assert read.train == [parsed] and read.train[0].where == f"{file}:1"
-    assert detect.resolved(DataConfig(path=str(file))).format == "trl"
+    assert detect.resolve_format(DataConfig(path=str(file))).format == "trl"
 
 
 def test_implicit_prompts_are_those_of_trl(tmp_path: Path):
@@ -77,7 +77,7 @@ def test_implicit_prompts_are_those_of_trl(tmp_path: Path):
     for number in range(20):
         before = [f"{number} {i}" for i in range(2 * rng.randrange(3) + 1)]
         rows.append({"chosen": said(*before, f"yes {number}"), "rejected": said(*before, f"no {number}")})
-    read = dataset.load(DataConfig(path=str(layouts.put(tmp_path / "own.jsonl", rows)), validation=0)).train
+    read = dataset.load_dataset(DataConfig(path=str(layouts.put(tmp_path / "own.jsonl", rows)), validation=0)).train
     for row, known in zip(rows, map(extract_prompt, rows), strict=True):
         [ours] = [one for one in read if one.chosen == row["chosen"][-1]["content"]]
         assert [turn._asdict() for turn in ours.context] == known["prompt"]
@@ -92,11 +92,11 @@ def test_the_rows_of_the_page(tmp_path: Path):
         data = DataConfig(path=str(layouts.put(tmp_path / "own.jsonl", [row])), validation=0)
         for reads in ("preferences", "demonstrations", "prompts"):
             if reads in known:
-                [read] = dataset.load(data, reads).train  # type: ignore[arg-type]
+                [read] = dataset.load_dataset(data, reads).train  # type: ignore[arg-type]
                 assert read.context == (Message("user", "2 + 2?"),)
             else:
                 with pytest.raises(DataError, match="is missing"):
-                    dataset.load(data, reads)  # type: ignore[arg-type]
+                    dataset.load_dataset(data, reads)  # type: ignore[arg-type]
 
 
 KTO = {"prompt": "cat", "completion": "dog", "label": True}
@@ -129,7 +129,7 @@ def test_what_is_refused(tmp_path: Path, name: str):
     row, message = REFUSED[name]
     layouts.put(tmp_path / "own.jsonl", [row])
     with pytest.raises(DataError) as caught:
-        dataset.load(DataConfig(path=str(tmp_path / "own.jsonl")))
+        dataset.load_dataset(DataConfig(path=str(tmp_path / "own.jsonl")))
     assert message in str(caught.value) and caught.value.remedy
 
 
@@ -171,11 +171,13 @@ def parts(folder: Path) -> Path:
 def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, written: Any):
     (tmp_path / "data").mkdir()
     path = str(written(tmp_path))
-    read = dataset.load(DataConfig(path=path, validation=0.2))
-    known = dataset.load(DataConfig(path=str(layouts.put(tmp_path / "x" / "train.jsonl", ROWS)), validation=0.2))
+    read = dataset.load_dataset(DataConfig(path=path, validation=0.2))
+    known = dataset.load_dataset(
+        DataConfig(path=str(layouts.put(tmp_path / "x" / "train.jsonl", ROWS)), validation=0.2)
+    )
     assert read.fingerprint == known.fingerprint
     assert len(read.train) + len(read.validation) == 40 and 2 <= len(read.validation) <= 14
-    [line] = detect.described(detect.resolved(DataConfig(path=path, validation=0.2)))
+    [line] = detect.describe_sources(detect.resolve_format(DataConfig(path=path, validation=0.2)))
     assert line.startswith("data: trl (prompt, chosen, rejected) from ")
     assert "validation: 0.2 of its prompts" in line
 
@@ -184,30 +186,30 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, written: Any):
 def test_the_names_of_a_validation_split(tmp_path: Path, name: str):
     layouts.put(tmp_path / "train.jsonl", ROWS[:30])
     layouts.put(tmp_path / f"{name}.jsonl", ROWS[30:])
-    read = dataset.load(DataConfig(path=str(tmp_path)))
+    read = dataset.load_dataset(DataConfig(path=str(tmp_path)))
     assert (len(read.train), len(read.validation)) == (30, 10)
-    assert detect.described(detect.resolved(DataConfig(path=str(tmp_path))))[0].endswith(
+    assert detect.describe_sources(detect.resolve_format(DataConfig(path=str(tmp_path))))[0].endswith(
         f"from {tmp_path}/{name}.jsonl"
     )
     splits = {"train": datasets.Dataset.from_list(ROWS[:30]), name: datasets.Dataset.from_list(ROWS[30:])}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
-    assert dataset.load(DataConfig(path=str(tmp_path / "saved"))).fingerprint == read.fingerprint
+    assert dataset.load_dataset(DataConfig(path=str(tmp_path / "saved"))).fingerprint == read.fingerprint
 
 
 def test_files_that_do_not_say_what_they_are(tmp_path: Path):
     layouts.put(tmp_path / "train.jsonl", ROWS)
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "train.parquet"))
     with pytest.raises(DataError, match=r"train is there as \.jsonl and \.parquet"):
-        dataset.load(DataConfig(path=str(tmp_path)))
+        dataset.load_dataset(DataConfig(path=str(tmp_path)))
     with pytest.raises(DataError, match="no file of a training split"):
-        dataset.load(DataConfig(path=str(layouts.put(tmp_path / "other" / "test.jsonl", ROWS).parent)))
-    assert layout.splits_of("org/name") is None
+        dataset.load_dataset(DataConfig(path=str(layouts.put(tmp_path / "other" / "test.jsonl", ROWS).parent)))
+    assert layout.find_split_files("org/name") is None
 
 
 class TestSplit:
     def split(self, folder: Path, rows: list[Any], **options: Any) -> tuple[set[str], set[str]]:
         layouts.put(folder / "own.jsonl", rows)
-        read = dataset.load(DataConfig(path=str(folder / "own.jsonl"), **options))
+        read = dataset.load_dataset(DataConfig(path=str(folder / "own.jsonl"), **options))
         train, held_out = ({row.context[-1].content for row in rows} for rows in (read.train, read.validation))
         return train, held_out
 
@@ -222,31 +224,31 @@ class TestSplit:
         assert self.split(tmp_path, rows, validation=0.5)[1] >= held_out
 
     def test_its_size(self):
-        shares = [mixing.share((Message("user", str(i)),)) for i in range(2000)]
+        shares = [mixing.hash_fraction((Message("user", str(i)),)) for i in range(2000)]
         assert abs(sum(one < 0.05 for one in shares) / 2000 - 0.05) < 0.015
 
     def test_is_pinned(self):
         digest = hashlib.sha256(b'[["user", "cat"]]').hexdigest()
-        assert mixing.share((USER,)) == int(digest[:16], 16) / 2**64
+        assert mixing.hash_fraction((USER,)) == int(digest[:16], 16) / 2**64
 
     def test_a_bad_row_is_of_train(self, tmp_path: Path):
         """Its prompt is not known; what reads the validation split alone does not stop at it."""
         layouts.put(tmp_path / "own.jsonl", [*ROWS, b"{"])
         data = DataConfig(path=str(tmp_path / "own.jsonl"), validation=0.3)
-        rows, counts = dataset.validation(data)
+        rows, counts = dataset.load_validation(data)
         assert len(rows) == counts.kept > 0
         with pytest.raises(DataError, match=r"own\.jsonl:41: row is not JSON"):
-            dataset.load(data)
+            dataset.load_dataset(data)
 
 
 def test_a_system_prompt_only_where_there_is_none(tmp_path: Path):
     rows = [{"prompt": said("a"), "chosen": "x", "rejected": "y"}, {"prompt": said("b", system="own"), **EXPLICIT}]
     rows[1]["prompt"] = said("b", system="own")
     file = layouts.put(tmp_path / "own.jsonl", rows)
-    read = dataset.load(DataConfig(path=str(file), system_prompt="s", validation=0)).train
+    read = dataset.load_dataset(DataConfig(path=str(file), system_prompt="s", validation=0)).train
     assert [row.context[0] for row in read] == [SYSTEM, Message("system", "own")]
     folder = layouts.write(tmp_path / "3", "helpsteer3", [layouts.preference()], [layouts.preference("v")])
-    both = dataset.load(DataConfig(path=str(folder), system_prompt="s"))
+    both = dataset.load_dataset(DataConfig(path=str(folder), system_prompt="s"))
     assert both.train[0].context[0] == both.validation[0].context[0] == SYSTEM
 
 
@@ -254,13 +256,13 @@ def test_columns_have_other_names(tmp_path: Path):
     rows = [{"question": row["prompt"], "a": row["chosen"], "b": row["rejected"], "prompt": 7} for row in ROWS]
     file = layouts.put(tmp_path / "own.jsonl", rows)
     columns = {"prompt": "question", "chosen": "a", "rejected": "b"}
-    read = dataset.load(DataConfig(path=str(file), columns=columns))
+    read = dataset.load_dataset(DataConfig(path=str(file), columns=columns))
     layouts.put(tmp_path / "plain.jsonl", ROWS)
-    assert read.fingerprint == dataset.load(DataConfig(path=str(tmp_path / "plain.jsonl"))).fingerprint
+    assert read.fingerprint == dataset.load_dataset(DataConfig(path=str(tmp_path / "plain.jsonl"))).fingerprint
     with pytest.raises(ConfigError, match="no column 'c' for rejected"):
-        dataset.load(DataConfig(path=str(file), columns=columns | {"rejected": "c"}))
+        dataset.load_dataset(DataConfig(path=str(file), columns=columns | {"rejected": "c"}))
     with pytest.raises(ConfigError, match="'promt' is no column of any format") as caught:
-        dataset.load(DataConfig(path=str(file), columns={"promt": "question"}))
+        dataset.load_dataset(DataConfig(path=str(file), columns={"promt": "question"}))
     assert "did you mean `prompt`" in str(caught.value)
 
 
@@ -275,16 +277,16 @@ class TestSources:
         return DataConfig(path="", sources=sources)
 
     def test_weights_by_counting(self, tmp_path: Path):
-        read = dataset.load(self.data(tmp_path, 1.0, 0.25, 0.005))
+        read = dataset.load_dataset(self.data(tmp_path, 1.0, 0.25, 0.005))
         source = [row.context[0].content[0] for row in read.train]
         assert [source.count(number) for number in "012"] == [100, 25, 1]
         assert [row.context[0].content for row in read.validation] == ["t 0", "t 1", "t 2", "cat"]
         assert read.counts["validation"].duplicates == 2
 
     def test_are_the_same_again_and_nested(self, tmp_path: Path):
-        first, again = (dataset.load(self.data(tmp_path, 1.0, 0.25)) for _ in range(2))
+        first, again = (dataset.load_dataset(self.data(tmp_path, 1.0, 0.25)) for _ in range(2))
         assert first.fingerprint == again.fingerprint
-        assert set(first.train) < set(dataset.load(self.data(tmp_path, 1.0, 0.5)).train)
+        assert set(first.train) < set(dataset.load_dataset(self.data(tmp_path, 1.0, 0.5)).train)
 
     def test_of_several_formats(self, tmp_path: Path):
         layouts.write(tmp_path / "3", "helpsteer3", [layouts.preference()], [layouts.preference("v")])
@@ -294,25 +296,27 @@ class TestSources:
             "chat": SourceConfig(path=str(tmp_path / "chat.jsonl")),
         }
         data = DataConfig(path="", sources=sources, validation=0)
-        read = dataset.load(data, "demonstrations")
+        read = dataset.load_dataset(data, "demonstrations")
         assert [type(row) for row in read.train] == [Preference, Demonstration]
-        assert [one.format for one in detect.resolved(data).sources.values()] == ["helpsteer3", "trl"]
-        assert [line.split(": data: ")[1][:10] for line in detect.described(detect.resolved(data))] == [
+        assert [one.format for one in detect.resolve_format(data).sources.values()] == ["helpsteer3", "trl"]
+        assert [line.split(": data: ")[1][:10] for line in detect.describe_sources(detect.resolve_format(data))] == [
             "helpsteer3",
             "trl (messa",
         ]
         with pytest.raises(AlignError, match=r"chat\.jsonl:1: chosen is missing"):
-            dataset.load(data)
+            dataset.load_dataset(data)
 
 
 def test_the_layout_of_helpsteer3_is_found_first(tmp_path: Path):
     layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
     layouts.write(tmp_path, "helpsteer2", [layouts.rated()] * 2, [layouts.rated("v")] * 2)
-    named, found = (dataset.load(DataConfig(path=str(tmp_path), format=form)) for form in ("helpsteer3", "auto"))
+    named, found = (
+        dataset.load_dataset(DataConfig(path=str(tmp_path), format=form)) for form in ("helpsteer3", "auto")
+    )
     assert found == named
     flat = datasets.Dataset.from_list([layouts.preference(), layouts.preference("v")])
     flat.to_parquet(str(tmp_path / "flat.parquet"))
-    assert len(dataset.load(DataConfig(path=str(tmp_path / "flat.parquet"), validation=0)).train) == 2
+    assert len(dataset.load_dataset(DataConfig(path=str(tmp_path / "flat.parquet"), validation=0)).train) == 2
 
 
 def test_lint_and_convert_take_keys_of_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from align.data.prompts import Order, PromptStream, first, members, minibatches
+from align.data.prompts import BatchOrder, PromptStream, first_prompts, group_members, minibatches
 from align.errors import DataError
 from align.types import Packed
 
 
 def test_each_epoch_visits_every_row_once_across_batch_borders():
-    order = Order(size=5, batch_size=3, seed=7)
+    order = BatchOrder(size=5, batch_size=3, seed=7)
     rows = torch.cat([order.indices(step) for step in range(1, 6)]).tolist()  # 15 rows, three epochs
     epochs = [rows[0:5], rows[5:10], rows[10:15]]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
@@ -22,37 +22,37 @@ def test_each_epoch_visits_every_row_once_across_batch_borders():
 
 
 def test_a_step_does_not_depend_on_what_was_asked_before():
-    in_turn = [Order(10, 4, 3).indices(step).tolist() for step in range(1, 9)]
-    assert Order(10, 4, 3).indices(8).tolist() == in_turn[7]
-    assert Order(10, 4, 4).indices(8).tolist() != in_turn[7]
+    in_turn = [BatchOrder(10, 4, 3).indices(step).tolist() for step in range(1, 9)]
+    assert BatchOrder(10, 4, 3).indices(8).tolist() == in_turn[7]
+    assert BatchOrder(10, 4, 4).indices(8).tolist() != in_turn[7]
 
 
 def test_the_order_is_pinned():
     # Resuming with another version of numpy or of this module must not change the order.
-    assert Order(6, 6, 0).indices(1).tolist() == [0, 2, 1, 5, 4, 3]
+    assert BatchOrder(6, 6, 0).indices(1).tolist() == [0, 2, 1, 5, 4, 3]
 
 
 def test_a_batch_larger_than_the_data_wraps():
-    rows = Order(size=2, batch_size=5, seed=0).indices(1).tolist()
+    rows = BatchOrder(size=2, batch_size=5, seed=0).indices(1).tolist()
     assert sorted(rows[:2]) == sorted(rows[2:4]) == [0, 1]
     assert len(rows) == 5
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**63, 2**64 + 5])
 def test_any_seed(seed: int):
-    assert sorted(Order(4, 4, seed).indices(1).tolist()) == [0, 1, 2, 3]
+    assert sorted(BatchOrder(4, 4, seed).indices(1).tolist()) == [0, 1, 2, 3]
 
 
 def test_no_rows_is_an_error():
     with pytest.raises(DataError, match="no rows"):
-        Order(size=0, batch_size=1, seed=0)
+        BatchOrder(size=0, batch_size=1, seed=0)
 
 
 def test_senseless_arguments():
     with pytest.raises(ValueError, match="batch_size"):
-        Order(size=1, batch_size=0, seed=0)
+        BatchOrder(size=1, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="count from 1"):
-        Order(size=1, batch_size=1, seed=0).indices(0)
+        BatchOrder(size=1, batch_size=1, seed=0).indices(0)
 
 
 def test_stream_numbers_prompts_within_the_step():
@@ -91,11 +91,13 @@ def test_an_attempt_does_not_depend_on_what_was_asked_before():
 
 
 def test_the_first_prompts():
-    held_out = first(Packed.from_lists(TEXTS), 3, (7, 8), -1)
+    held_out = first_prompts(Packed.from_lists(TEXTS), 3, (7, 8), -1)
     assert held_out.tokens.lists() == TEXTS[:3]
     assert held_out.index_P.tolist() == [0, 1, 2]
     assert (held_out.stop_ids, held_out.step) == ((7, 8), -1)
-    assert first(Packed.from_lists(TEXTS[:2]), 3, (7,), -1).tokens.lists() == TEXTS[:2]  # all where there are fewer
+    assert (
+        first_prompts(Packed.from_lists(TEXTS[:2]), 3, (7,), -1).tokens.lists() == TEXTS[:2]
+    )  # all where there are fewer
 
 
 @pytest.mark.parametrize(("groups", "count"), [(10, 3), (8, 4), (5, 5), (64, 8), (7, 1)])
@@ -131,14 +133,14 @@ def test_fewer_groups_than_minibatches_leave_some_empty():
 
 
 def test_members_of_groups():
-    assert members(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
-    assert members(torch.tensor([1]), 1).tolist() == [1]
-    assert members(torch.tensor([], dtype=torch.int64), 3).tolist() == []
+    assert group_members(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    assert group_members(torch.tensor([1]), 1).tolist() == [1]
+    assert group_members(torch.tensor([], dtype=torch.int64), 3).tolist() == []
 
 
 def test_the_package_loads_no_torch_and_names_its_submodules():
     script = (
         "import sys; from align import data; assert 'torch' not in sys.modules; assert 'prompts' in dir(data); "
-        "assert data.prompts.Order(1, 1, 0); assert not hasattr(data, 'nothing')"
+        "assert data.prompts.BatchOrder(1, 1, 0); assert not hasattr(data, 'nothing')"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -25,7 +25,7 @@ ALL = {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2
 
 
 def load(folder: Path, reads: Any = "ratings", form: Any = "helpsteer2", **options: Any) -> Any:
-    return dataset.load(DataConfig(path=str(folder), format=form, **options), reads)
+    return dataset.load_dataset(DataConfig(path=str(folder), format=form, **options), reads)
 
 
 def helpsteer1(folder: Path, train: list[Any], **options: Any) -> Any:
@@ -175,7 +175,7 @@ class TestTokens:
 
     def test_labels_and_shared_prompts(self):
         renderer = Renderer(toy.tokenizer())
-        found, counts = dataset.ratings(self.rows(), renderer, ["verbosity", "helpfulness"], 5, 3)
+        found, counts = dataset.tokenize_ratings(self.rows(), renderer, ["verbosity", "helpfulness"], 5, 3)
         assert counts == {"rows": 7, "unrated": 2, "too_long": 2, "kept": 3}
         torch.testing.assert_close(found.label_BA, torch.tensor([[1.5, 3.0], [0.0, NOT_RATED], [NOT_RATED, 2.0]]))
         assert [renderer.text(ids) for ids in found.sequences.responses.lists()] == ["cat dog", "", "owl"]
@@ -184,7 +184,7 @@ class TestTokens:
 
     def test_it_is_what_the_renderer_gives_row_by_row(self):
         renderer, rows = Renderer(toy.tokenizer()), self.rows()
-        found, _ = dataset.ratings(rows, renderer, ["helpfulness"], 99, 99)
+        found, _ = dataset.tokenize_ratings(rows, renderer, ["helpfulness"], 99, 99)
         slow = [
             (renderer.prompt_ids(r.context), renderer.response_ids(r.context, r.response))
             for r in rows
@@ -195,7 +195,7 @@ class TestTokens:
 
     def test_nothing_left(self):
         with pytest.raises(DataError, match="no rated responses are left of the data: rows 7, unrated 7, too_long 0"):
-            dataset.ratings(self.rows(), Renderer(toy.tokenizer()), ["toxicity"], 9, 9)
+            dataset.tokenize_ratings(self.rows(), Renderer(toy.tokenizer()), ["toxicity"], 9, 9)
 
 
 RECIPE = """
@@ -227,4 +227,4 @@ def test_a_run_says_what_became_of_its_ratings(tmp_path: Path):
     assert source["validation"]["bad"] == {"row is not JSON": 1}
     assert prepared.description["prepared"]["kept"] == 1
     data = prepared.config.data
-    assert prepared.description["fingerprint"] == dataset.load(data, "ratings").fingerprint
+    assert prepared.description["fingerprint"] == dataset.load_dataset(data, "ratings").fingerprint

@@ -12,13 +12,13 @@ import pytest
 from align.config import DataConfig
 from align.data import toy
 from align.data.chat import Message, Renderer, load_tokenizer
-from align.data.dataset import demonstrations, load
+from align.data.dataset import load_dataset, tokenize_demonstrations
 from align.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.write(tmp_path_factory.mktemp("toy"), num_train=600, num_validation=60, seed=1)
+    return toy.write_toy(tmp_path_factory.mktemp("toy"), num_train=600, num_validation=60, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_the_same_responses_are_rated_one_by_one_in_the_layout_of_helpsteer2(fol
         for row, response in ((first, pair["response1"]), (second, pair["response2"])):
             assert (row.pop("prompt"), row.pop("response")) == (prompt, response)
             assert row == toy.attributes(prompt, response)
-    found = load(DataConfig(path=str(folder), format="helpsteer2"), "ratings")
+    found = load_dataset(DataConfig(path=str(folder), format="helpsteer2"), "ratings")
     assert found.counts["validation"].read == 120
     assert found.train[0].ratings == labels
 
 
 def test_every_quality_and_few_ties(folder: Path):
-    rows = load(DataConfig(path=str(folder))).train
+    rows = load_dataset(DataConfig(path=str(folder))).train
     scores = Counter(
         toy.score(toy.instruction_of(row.context), text) for row in rows for text in (row.response1, row.response2)
     )
@@ -137,7 +137,7 @@ def test_every_quality_and_few_ties(folder: Path):
 
 
 def test_splits_share_no_prompt_and_no_prompt_repeats(folder: Path):
-    data = load(DataConfig(path=str(folder)))
+    data = load_dataset(DataConfig(path=str(folder)))
     train, validation = ({row.context for row in rows} for rows in (data.train, data.validation))
     assert (len(train), len(validation)) == (600, 60)
     assert not train & validation
@@ -145,7 +145,7 @@ def test_splits_share_no_prompt_and_no_prompt_repeats(folder: Path):
 
 def test_written_bytes_depend_on_the_seed_alone(tmp_path: Path):
     def contents(name: str, seed: int) -> dict[str, bytes]:
-        root = toy.write(tmp_path / name, 5, 5, seed)
+        root = toy.write_toy(tmp_path / name, 5, 5, seed)
         return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
     first = contents("a", 3)
@@ -176,7 +176,9 @@ def test_tokenizer_round_trip_beside_a_model(folder: Path, model_type: str | Non
 
 def test_no_word_is_unknown_to_the_tokenizer(folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
-    sequences, counts = demonstrations(load(DataConfig(path=str(folder))).train, renderer, "all", 99, 99)
+    sequences, counts = tokenize_demonstrations(
+        load_dataset(DataConfig(path=str(folder))).train, renderer, "all", 99, 99
+    )
     assert counts["kept"] == 1200
     assert renderer.tokenizer.unk_token_id not in sequences.responses.ids_N.tolist()
     assert renderer.tokenizer.unk_token_id not in sequences.prompts.ids_N.tolist()

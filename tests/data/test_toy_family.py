@@ -14,14 +14,14 @@ import pytest
 from align.config import DataConfig
 from align.data import dataset, genrm_prompts, helpsteer3, toy, toy_family
 from align.data.chat import Message, Renderer, load_tokenizer
-from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import Verdict
 
 CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_family.write(tmp_path_factory.mktemp("family"), num_train=200, num_validation=20, seed=1)
+    return toy_family.write_toy_family(tmp_path_factory.mktemp("family"), num_train=200, num_validation=20, seed=1)
 
 
 def rows(folder: Path, config: str, split: str = "train") -> list[dict[str, Any]]:
@@ -121,18 +121,18 @@ def test_principles_are_judged_by_their_rule(folder: Path):
 
 @pytest.mark.parametrize("reads", ["preferences", "comparisons", "feedback", "edits", "principles"])
 def test_every_config_can_be_read(folder: Path, reads: Any):
-    assert len(dataset.load(DataConfig(path=str(folder)), reads).train) >= 200 - (reads == "principles")
+    assert len(dataset.load_dataset(DataConfig(path=str(folder)), reads).train) >= 200 - (reads == "principles")
 
 
 def test_comparisons_are_labelled_by_the_score(folder: Path):
-    for row in dataset.load(DataConfig(path=str(folder)), "comparisons").train:
+    for row in dataset.load_dataset(DataConfig(path=str(folder)), "comparisons").train:
         text = row.context[-1].content
         assert row.helpfulness == (1 + toy.score(text, row.response1), 1 + toy.score(text, row.response2))
 
 
 def test_written_bytes_depend_on_the_seed_alone(tmp_path: Path):
     def contents(name: str, seed: int) -> dict[str, bytes]:
-        root = toy_family.write(tmp_path / name, 5, 5, seed)
+        root = toy_family.write_toy_family(tmp_path / name, 5, 5, seed)
         return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
     first = contents("a", 3)
@@ -144,8 +144,8 @@ def test_written_bytes_depend_on_the_seed_alone(tmp_path: Path):
 def test_the_tokenizer_writes_every_text_back(folder: Path):
     renderer = Renderer(load_tokenizer(folder / "tokenizer"))
     texts = [
-        genrm_prompts.write(Scores(4, 2, 2), "helpsteer3", ("Response 1 is right.", "Response 2 is not.")),
-        genrm_prompts.write(Scores(4, 2, 2), "json"),
+        genrm_prompts.format_verdict(Verdict(4, 2, 2), "helpsteer3", ("Response 1 is right.", "Response 2 is not.")),
+        genrm_prompts.format_verdict(Verdict(4, 2, 2), "json"),
         "<think>\nWord 1 should be cat.\n</think>\nYes",
         "<extra_id_2>helpfulness:4,verbosity:1\n",
         *toy_family.PRINCIPLES,
@@ -161,7 +161,9 @@ def test_the_tokenizer_writes_every_text_back(folder: Path):
 
 def test_the_template_knows_the_roles_of_a_judge():
     renderer = Renderer(toy_family.tokenizer())
-    asked = genrm_prompts.ask((Message("user", "cat"),), ("dog", "pig"), "helpsteer3", True, "no word too much")
+    asked = genrm_prompts.judge_messages(
+        (Message("user", "cat"),), ("dog", "pig"), "helpsteer3", True, "no word too much"
+    )
     written = renderer.tokenizer.decode(renderer.prompt_ids(asked))
     assert written == "<s><user>cat<principle>no word too much<response_1>dog<response_2>pig<assistant>"
     assert renderer.stop_ids == (2,)

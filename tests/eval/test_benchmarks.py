@@ -93,7 +93,7 @@ def test_the_hub_is_asked_for_the_split_that_the_authors_report(monkeypatch: pyt
 
 
 def test_heldout_pairs_have_their_strength_and_lose_ties(tmp_path: Path):
-    folder = toy.write(tmp_path / "toy", 40, 30, seed=0)
+    folder = toy.write_toy(tmp_path / "toy", 40, 30, seed=0)
     found = benchmarks.load("heldout", BenchmarkDataConfig(str(folder)))
     assert {one.strength for one in found.items} <= {1, 2, 3} and found.items[0].tags["domain"]
     assert len({one.id for one in found.items}) == len(found.items)
@@ -143,5 +143,5 @@ def test_what_a_recipe_holds_out_is_read_alone(tmp_path: Path):
         stream.write("{\n")
     data = DataConfig(path=str(file), columns={"prompt": "question"}, validation=0.3)
     found = benchmarks.held_out(data)
-    held_out, _ = dataset.validation(data)
+    held_out, _ = dataset.load_validation(data)
     assert [item.context for item in found.items] == [row.context for row in held_out] and len(held_out) > 3

@@ -11,7 +11,7 @@ import pytest
 from align import cli
 from align.config import SamplingConfig, SteeringConfig
 from align.data.chat import Message
-from align.data.steerlm import Form
+from align.data.steerlm import SteeringFormat
 from align.errors import ConfigError, DataError
 from align.eval import generate
 from align.generators.base import Completion, Request
@@ -31,7 +31,7 @@ class Echo:
 def test_answers_stand_beside_their_prompts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(generate, "CALL", 3)
     asked = generate.prompts(["a", "b"], None)
-    form = Form.of(SteeringConfig(attributes=["verbosity", "helpfulness"])).asking({"verbosity": 1})
+    form = SteeringFormat.of(SteeringConfig(attributes=["verbosity", "helpfulness"])).asking({"verbosity": 1})
     generator = Echo()
     found = generate.answers(generator, asked, form, SamplingConfig(num_samples=2))  # type: ignore[arg-type]
     told = {"verbosity": 1, "helpfulness": 4}
@@ -93,7 +93,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory, tiny_family: Path) -> Path
     """A model that says it was told attributes."""
     folder = tmp_path_factory.mktemp("steered") / "m"
     shutil.copytree(tiny_family, folder)
-    for name, text in Form.of(SteeringConfig(attributes=["helpfulness", "verbosity"])).files().items():
+    for name, text in SteeringFormat.of(SteeringConfig(attributes=["helpfulness", "verbosity"])).files().items():
         (folder / name).write_text(text)
     return folder
 

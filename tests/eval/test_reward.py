@@ -285,7 +285,7 @@ class TestAfterTraining:
         )
 
     def test_heldout_without_a_folder_is_the_recipes_own_data(self, tmp_path: Path):
-        toy.write(tmp_path / "toy", 20, 10, seed=0)
+        toy.write_toy(tmp_path / "toy", 20, 10, seed=0)
         (plan,) = reward.planned(trained(tmp_path, heldout=""))
         section, benchmark = plan.args
         assert section.data == BenchmarkDataConfig(str(tmp_path / "toy"), max_spread=1)
@@ -293,7 +293,7 @@ class TestAfterTraining:
 
     @pytest.mark.slow
     def test_a_run_is_judged_when_it_has_ended(self, tmp_path: Path, byte_models, capsys: pytest.CaptureFixture[str]):
-        toy.write(tmp_path / "toy", 20, 10, seed=0)
+        toy.write_toy(tmp_path / "toy", 20, 10, seed=0)
         recipe = Path(__file__).parents[2] / "recipes" / "quickstart" / "reward_model.yaml"
         values = {
             "run.dir": tmp_path / "run",

@@ -24,7 +24,7 @@ from align.config import (
 )
 from align.data import toy_family
 from align.data.chat import Dialogue, Message
-from align.data.genrm_prompts import FALLBACK, Scores
+from align.data.genrm_prompts import FALLBACK, Verdict
 from align.errors import ConfigError, DataError, ModelError
 from align.generators.base import Completion, Request
 from align.rewards import genrm, genrm_card, genrm_groups, scorers
@@ -73,7 +73,7 @@ def test_a_judge_that_favours_a_place_does_no_harm_in_both_orders():
     partial = judge("partial")
     assert partial.score(GROUP).tolist() == [1.5, 3.5, 2.5, 4.5]
     equal = compare(partial, "a b", "c d")
-    assert equal.scores == Scores(2.5, 2.5, 3.5) and equal.agreed is False
+    assert equal.scores == Verdict(2.5, 2.5, 3.5) and equal.agreed is False
     assert partial.score([Dialogue(A, "a b"), Dialogue(A, "c d")]).tolist() == [2.5, 2.5]
     once = judge("partial", pairs="all", both_orders=False)
     assert once.score([Dialogue(A, "a b"), Dialogue(A, "c d")]).tolist() == [3.0, 2.0]
@@ -124,15 +124,15 @@ def test_votes_have_numbers_and_their_mean_counts():
         )
         for _ in requests
     ]
-    assert compare(one, "x", "y").scores == Scores(4.5, 2, 3.5)
+    assert compare(one, "x", "y").scores == Verdict(4.5, 2, 3.5)
 
 
 def test_equal_scores_are_equal_however_they_come_about():
     """Over both orders both have 17 / 6; means of means, 9 / 3 and 8 / 3 and 10 / 3 and 7 / 3, differ by rounding."""
-    there = [Scores(1, 4, 2), Scores(4, 4, 2), Scores(4, 2, 2)]
-    back = [Scores(2, 2, 5), Scores(3, 2, 5), Scores(2, 4, 5)]
+    there = [Verdict(1, 4, 2), Verdict(4, 4, 2), Verdict(4, 2, 2)]
+    back = [Verdict(2, 2, 5), Verdict(3, 2, 5), Verdict(2, 4, 5)]
     found = genrm._merge_orders([there, back], 2).scores
-    assert found == Scores(17 / 6, 17 / 6, 2)
+    assert found == Verdict(17 / 6, 17 / 6, 2)
     assert genrm_groups.from_verdicts(2, [(0, 1)], [found], tie_break=True) == [17 / 6 + 1.5, 17 / 6 - 1.5]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.config import FunctionGeneratorConfig, GenerativeConfig
-from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import Verdict
 from align.rewards import genrm_groups
 
 JUDGE = FunctionGeneratorConfig(function="m:f")
@@ -23,7 +23,7 @@ def test_which_pairs_are_compared():
 def test_a_response_has_the_mean_over_its_comparisons():
     """(0, 1): 4 and 2. (1, 2): 3 and 3 with ranking 5, so a = -1.5: 1.5 and 4.5. (2, 0): 3 and 4.
     Means: (4 + 4) / 2, (2 + 1.5) / 2, (4.5 + 3) / 2; without the tie-break 4, 2.5, 3."""
-    verdicts = [Scores(4, 2, 1), Scores(3, 3, 5), Scores(3, 4, 4)]
+    verdicts = [Verdict(4, 2, 1), Verdict(3, 3, 5), Verdict(3, 4, 4)]
     compared = [(0, 1), (1, 2), (2, 0)]
     assert genrm_groups.from_verdicts(3, compared, verdicts, tie_break=True) == [4, 1.75, 3.75]
     assert genrm_groups.from_verdicts(3, compared, verdicts, tie_break=False) == [4, 2.5, 3]

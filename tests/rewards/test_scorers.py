@@ -34,7 +34,7 @@ from transformers import (
 
 from align.config import EnsembleRewardConfig, FunctionRewardConfig
 from align.data.chat import Message, Renderer
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.errors import DataError, ModelError
 from align.rewards import card, scorers
 from align.rewards.card import Card, ScoreMoments
@@ -126,7 +126,7 @@ def test_batches_and_neighbours_change_no_score(save: Save, kind: str):
 def test_ids_and_text_give_the_same_score(save: Save, own: Card | None):
     path = save(AutoModelForSequenceClassification, num_labels=1, own=own)
     judge = opened(path)
-    said = Conversations([FIRST, SECOND], Renderer(words())).dialogues(ids_of(words(), DIALOGUES))
+    said = ConversationIndex([FIRST, SECOND], Renderer(words())).dialogues(ids_of(words(), DIALOGUES))
     assert said == DIALOGUES
     assert torch.allclose(judge.score(said), judge.score_ids(ids_of(words(), DIALOGUES)), atol=1e-6)
 
@@ -135,7 +135,7 @@ def test_another_tokenizer_reads_the_same_conversation(save: Save, byte_tokenize
     """The policy's words reach a model over bytes as its own template writes them."""
     own = PreTrainedTokenizerFast.from_pretrained(byte_tokenizer)
     path = save(AutoModelForSequenceClassification, own, num_labels=1)
-    said = Conversations([SECOND, FIRST], Renderer(words())).dialogues(ids_of(words(), DIALOGUES))
+    said = ConversationIndex([SECOND, FIRST], Renderer(words())).dialogues(ids_of(words(), DIALOGUES))
     text = "<user>reverse the words : cat dog sun<assistant>sun dog cat</s>"
     assert rendered(path, said[0])[0].tolist() == own.encode(text, add_special_tokens=False)
     wanted = [float(last_logits(AutoModelForSequenceClassification, path, rendered(path, one))) for one in DIALOGUES]
@@ -218,7 +218,7 @@ def test_what_a_judge_starts_from_is_told_apart(save: Save, tmp_path: Path):
 
 
 def test_an_unknown_prompt_is_no_conversation():
-    known = Conversations([FIRST], Renderer(words()))
+    known = ConversationIndex([FIRST], Renderer(words()))
     with pytest.raises(DataError, match="sort the words : wolf ant"):
         known.dialogues(ids_of(words(), DIALOGUES))
 

@@ -14,7 +14,7 @@ from align import prepare
 from align.config import RewardConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.rewards import scorers
 from align.rewards.base import Groups, Ids, RewardScorer
 from align.run import Clock
@@ -71,7 +71,7 @@ def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch
 
     ranks = local.bring_up(RewardWorker, Spec("reward", 0, 1, config, 0, 1, 60.0), Clock())
     role = Role(ranks, config)
-    role.read_text(Conversations([PROMPT], renderer))
+    role.read_text(ConversationIndex([PROMPT], renderer))
     ids = [renderer.response_ids(PROMPT, text) for text in ("cat", "cat dog")]
     prompts = Packed.from_lists([renderer.prompt_ids(PROMPT)])
     sequences = Sequences(prompts, Packed.from_lists(ids), torch.tensor([0, 0]))

@@ -39,7 +39,7 @@ placement: {{policy: "0,2", reference: 1, reward: 3}}
 
 def main(folder: Path) -> None:
     """Data of 60 + 10 rows, a policy, a reward model, and recipe.yaml."""
-    toy.write(folder / "data", 60, 10, seed=0)
+    toy.write_toy(folder / "data", 60, 10, seed=0)
     tokenizer = toy.tokenizer()
     settings = AutoConfig.for_model("llama", vocab_size=len(tokenizer), **LLAMA)
     for name, auto, labels in (

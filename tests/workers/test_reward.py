@@ -26,7 +26,7 @@ from align.config import (
 )
 from align.data import chat, collate, toy
 from align.data.chat import Dialogue, Message
-from align.data.conversations import Conversations
+from align.data.conversations import ConversationIndex
 from align.errors import DivergedError
 from align.roles import CompletedFuture, MeteredRole
 from align.run import Clock
@@ -109,7 +109,7 @@ def test_ids_of_the_responses_go_along_with_their_text():
         torch.tensor([0, 1]),
     )
     role = Role(ranks := Pretended(2), FunctionRewardConfig(function="m:f"))
-    role.read_text(Conversations(contexts, renderer))
+    role.read_text(ConversationIndex(contexts, renderer))
     assert role.score(sequences).result().tolist() == [1, 2]
     sent = [pair for dialogues, ids, _ in ranks.arguments for pair in zip(dialogues, ids, strict=True)]
     assert sorted(sent) == [

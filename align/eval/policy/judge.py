@@ -136,7 +136,9 @@ class Bench:
         responses = responses[::-1] if game.swapped else responses
         if self.section.judge_form != "benchmark":
             context = question.conversation(said[: game.turn])
-            return genrm_prompts.ask(context, responses, self.section.judge_form, self.section.judge_custom_roles)
+            return genrm_prompts.judge_messages(
+                context, responses, self.section.judge_form, self.section.judge_custom_roles
+            )
         kind = _kind(game, self.section)
         asked, *more = question.context[-1].content, *question.follow_ups
         values = {"question": prompts.spoken(question.context), "answer": responses[0], "checklist": ""}
@@ -157,7 +159,7 @@ class Bench:
         form, pairwise = self.section.judge_form, self.section.pairwise
         if form == "benchmark":
             return prompts.preference(text) if pairwise else prompts.mark(text)
-        scores = genrm_prompts.read(text, form, 2 if pairwise else 1)
+        scores = genrm_prompts.parse_verdict(text, form, 2 if pairwise else 1)
         return prompts.of_ranking(scores) if pairwise else prompts.of_score(scores)
 
 

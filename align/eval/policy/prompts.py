@@ -162,14 +162,14 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 def preference(text: str) -> str | None:
     """The verdict on a pair, one of five; None where there is none, or more than one."""
-    found = {PREFERENCES.get(one) for one in re.findall(r"\[\[([AB<>=]+)\]\]", genrm_prompts.thought(text)[1])}
+    found = {PREFERENCES.get(one) for one in re.findall(r"\[\[([AB<>=]+)\]\]", genrm_prompts.split_reasoning(text)[1])}
     return found.pop() if len(found) == 1 else None
 
 
 def mark(text: str) -> float | None:
     """The mark from 1 to 10; None where there is none, or more than one. Of a text without double brackets around a
     number the ``score`` of a JSON object counts, as WildBench asks for it."""
-    answer = genrm_prompts.thought(text)[1]
+    answer = genrm_prompts.split_reasoning(text)[1]
     written = re.findall(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]", answer)
     written = written or re.findall(r'"score"\s*:\s*"?(-?\d+(?:\.\d+)?)"?\s*[,}]', answer)
     found = set(map(float, written))
@@ -177,11 +177,11 @@ def mark(text: str) -> float | None:
     return number if number is not None and LOWEST <= number <= HIGHEST else None
 
 
-def of_ranking(scores: genrm_prompts.Scores | None) -> str | None:
+def of_ranking(scores: genrm_prompts.Verdict | None) -> str | None:
     """What a generative reward model says of a pair, as a preference."""
     return None if scores is None or scores.ranking is None else RANKINGS[round(scores.ranking) - 1]
 
 
-def of_score(scores: genrm_prompts.Scores | None) -> float | None:
+def of_score(scores: genrm_prompts.Verdict | None) -> float | None:
     """What a generative reward model says of one response, 1 to 5, as a mark: 1 is 1, 5 is 10, and linear between."""
     return None if scores is None else LOWEST + (scores.first - 1) * (HIGHEST - LOWEST) / 4

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from align.config import QuestionDataConfig
 from align.data import genrm_prompts
 from align.data.chat import Message
-from align.data.rows import BadRow, Context, conversation, decoded, require, text, texts, turns
+from align.data.rows import BadRow, Context, conversation, parse_row, require_fields, text, texts, turns
 from align.errors import DataError
 from align.eval import benchmarks
 
@@ -118,7 +118,7 @@ class Answer(NamedTuple):
     @property
     def shown(self) -> tuple[str, ...]:
         """The texts without reasoning: what a judge and the next turn see."""
-        return tuple(genrm_prompts.thought(one)[1] for one in self.texts)
+        return tuple(genrm_prompts.split_reasoning(one)[1] for one in self.texts)
 
 
 def load(name: str, data: QuestionDataConfig) -> Questions:
@@ -132,7 +132,7 @@ def load(name: str, data: QuestionDataConfig) -> Questions:
         if data.max_items is not None and len(found) == data.max_items:
             break
         try:
-            one = PARSERS[name](decoded(raw), number)
+            one = PARSERS[name](parse_row(raw), number)
         except BadRow as error:
             raise DataError(str(error), where=where, remedy=f"give the questions of {name}: data.path") from None
         if data.categories and one.category not in data.categories:
@@ -179,7 +179,7 @@ def stored(file: Path) -> dict[str, Answer]:
     found: dict[str, Answer] = {}
     for where, _, raw in benchmarks.tables(str(file), "", None):
         try:
-            id, answer = _answer(decoded(raw))
+            id, answer = _answer(parse_row(raw))
         except BadRow as error:
             remedy = "see docs/evaluation_policy.md for what a row of answers may be"
             raise DataError(str(error), where=where, remedy=remedy) from None
@@ -255,7 +255,7 @@ def _id(row: Mapping[str, Any], *names: str) -> str:
 
 
 def _arena_hard(row: dict[str, Any], number: int) -> Question:
-    require(row, ("category",))
+    require_fields(row, ("category",))
     if "prompt" not in row and len(_list("turns", row)) != 1:
         raise BadRow("turns", "is not one turn", row["turns"])
     said = text("prompt", row["prompt"]) if "prompt" in row else _content("turns", row["turns"][0])
@@ -264,7 +264,7 @@ def _arena_hard(row: dict[str, Any], number: int) -> Question:
 
 
 def _mt_bench(row: dict[str, Any], number: int) -> Question:
-    require(row, ("category",))
+    require_fields(row, ("category",))
     said = texts("turns", row.get("turns", row.get("prompt")))
     references = row.get("reference") or []
     if len(said) != 2 or not isinstance(references, list) or len(references) not in (0, 2):
@@ -279,7 +279,7 @@ def _mt_bench(row: dict[str, Any], number: int) -> Question:
 
 
 def _wildbench(row: dict[str, Any], number: int) -> Question:
-    require(row, ("session_id", "conversation_input", "checklist", "primary_tag"))
+    require_fields(row, ("session_id", "conversation_input", "checklist", "primary_tag"))
     tags = [row["primary_tag"], *(row.get("secondary_tags") or [])]
     if unknown := [tag for tag in tags if tag not in TASKS]:
         raise BadRow("primary_tag or secondary_tags", f"is none of {', '.join(TASKS)}", unknown[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.data.chat import Message
-from align.data.genrm_prompts import Scores
+from align.data.genrm_prompts import Verdict
 from align.errors import ConfigError
 from align.eval.policy import prompts
 
@@ -82,10 +82,10 @@ def test_a_mark(text: str, mark: float | None):
 
 
 def test_what_a_generative_reward_model_says_in_the_terms_of_a_benchmark():
-    rankings = [prompts.of_ranking(Scores(3, 3, float(ranking))) for ranking in range(1, 7)]
+    rankings = [prompts.of_ranking(Verdict(3, 3, float(ranking))) for ranking in range(1, 7)]
     assert rankings == ["A>>B", "A>B", "A>B", "B>A", "B>A", "B>>A"]
-    assert [prompts.of_score(Scores(score, None, None)) for score in (1, 2, 3, 4, 5)] == [1, 3.25, 5.5, 7.75, 10]
-    assert prompts.of_ranking(None) is prompts.of_score(None) is prompts.of_ranking(Scores(3, None, None)) is None
+    assert [prompts.of_score(Verdict(score, None, None)) for score in (1, 2, 3, 4, 5)] == [1, 3.25, 5.5, 7.75, 10]
+    assert prompts.of_ranking(None) is prompts.of_score(None) is prompts.of_ranking(Verdict(3, None, None)) is None
 
 
 @pytest.mark.parametrize("kind", prompts.FIELDS)
