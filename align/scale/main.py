@@ -61,7 +61,8 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
 
     Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
     """
-    roles = {name: one for name in ROLES if (one := getattr(section, name))}
+    models = section.policy, section.feedback, section.edit, section.select, section.judge
+    roles = {name: model for name, model in zip(ROLES, models, strict=True) if model}
     slots = placement.resolve(section.placement, roles)
     prompts = read_prompts(section.prompts)
     path = Path(section.out).expanduser() / RESULTS
