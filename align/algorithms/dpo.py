@@ -13,7 +13,7 @@ Left out: pairs with more than two responses, and a reference that moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -119,11 +119,13 @@ def load_data(config: Config, source: PreferenceData, renderer: Renderer) -> tup
     return DPOData(pairs, _evaluation.load_held_out(config.evaluation, source, renderer, config.data, counts)), counts
 
 
-def reference_sums(config: Config, pairs: Pairs, roles: DPORoles) -> Callable[[Pairs, Tensor], Tensor]:
-    """A function from pairs and their row numbers to reference log-probabilities of their responses, nats."""
+def reference_sums(
+    config: Config, pairs: Pairs, roles: DPORoles, fingerprints: Mapping[str, str]
+) -> Callable[[Pairs, Tensor], Tensor]:
+    """A function from pairs and row numbers to reference log-probabilities (nats), cached by model."""
     if not config.reference_cache:
         return lambda batch, rows: _preference_loss.reference_sums(roles.reference, batch)
-    key = data.cache.fingerprint(config.policy, pairs.sequences, config.run.seed)
+    key = data.cache.cache_key(fingerprints["policy"], config.policy.dtype, pairs.sequences)
     cached_B = data.cache.cached_logprobs(
         config.reference_cache, key, pairs.sequences, partial(_preference_loss.log_prob_sums, roles.policy)
     )
@@ -140,7 +142,7 @@ def gold(config: Config, pairs: Pairs, roles: DPORoles) -> Tensor:
 def train(config: Config, train_data: DPOData, roles: DPORoles, run: Run) -> None:
     """Train on the pairs in seeded order."""
     evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
-    reference = reference_sums(config, train_data.pairs, roles)
+    reference = reference_sums(config, train_data.pairs, roles, run.identity.models)
     loss = partial(_preference_loss.loss, how=config.loss)
     order = data.prompts.BatchOrder(len(train_data.pairs), config.batch_size, config.run.seed)
     for step in run.steps():

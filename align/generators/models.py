@@ -47,7 +47,7 @@ class ModelGenerator(TextGenerator):
 
     @classmethod
     def fingerprint(cls, config: ModelGeneratorConfig, seed: int) -> str:
-        return identity.fingerprint(config, seed)
+        return identity.model_fingerprint(config, seed)
 
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False

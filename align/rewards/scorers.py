@@ -49,7 +49,7 @@ class _Checkpoints(RewardScorer):
 
     @classmethod
     def fingerprint(cls, config: CheckpointRewardConfig, seed: int) -> str:
-        models = [identity.fingerprint(member, seed) for member in checkpoint_format.members(config)]
+        models = [identity.model_fingerprint(member, seed) for member in checkpoint_format.members(config)]
         return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()
 
 
@@ -159,11 +159,11 @@ SCORERS: dict[str, type[RewardScorer]] = {
 
 
 def fingerprint(config: RoleConfig, seed: int) -> str:
-    """Hash of what a role starts from; see `align.models.identity.fingerprint` and `RewardScorer.fingerprint`."""
+    """Hash of what a role starts from; see `align.models.identity.model_fingerprint` and `RewardScorer.fingerprint`."""
     if isinstance(config, RewardConfig):
         return scorer_class(config).fingerprint(config, seed)
     assert isinstance(config, ModelConfig)
-    return identity.fingerprint(config, seed)
+    return identity.model_fingerprint(config, seed)
 
 
 def scorer_class(config: Any) -> type[RewardScorer]:

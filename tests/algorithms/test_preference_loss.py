@@ -28,6 +28,7 @@ from align.config import (
     RunConfig,
     SamplingConfig,
 )
+from align.models.identity import model_fingerprint
 from align.roles import CompletedFuture, Loss
 from align.types import Packed, Pairs, Rollouts, Sequences
 
@@ -227,15 +228,14 @@ class Cast:
         self.eval_reward = None
 
 
-def test_cached_reference_numbers_are_those_of_the_policy_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dpo.data.cache, "fingerprint", lambda *_: "key")
+def test_cached_reference_numbers_are_those_of_the_policy_by_row(tmp_path: Path):
     settings, model = configured(reference_cache=str(tmp_path)), Model()
     for _ in range(2):  # computed, then read
-        look_up = dpo.reference_sums(settings, pairs(), Cast(model))  # type: ignore[arg-type]
+        look_up = dpo.reference_sums(settings, pairs(), Cast(model), {"policy": "p"})  # type: ignore[arg-type]
         rows = torch.tensor([1, 0])
         assert look_up(pairs().select(rows), rows).tolist() == [*SUMS[2:], *SUMS[:2]]
     assert len(model.temperatures) == 1
-    workers = dpo.reference_sums(configured(), pairs(), Cast(model))  # type: ignore[arg-type]
+    workers = dpo.reference_sums(configured(), pairs(), Cast(model), {})  # type: ignore[arg-type]
     assert workers(pairs().select(rows), rows).tolist() == [*SUMS[2:], *SUMS[:2]]
 
 
@@ -248,7 +248,8 @@ def test_random_weights_of_another_seed_are_not_found_in_the_cache(tmp_path: Pat
             reference_cache=str(tmp_path),
             run=RunConfig(seed=seed),
         )
-        dpo.reference_sums(settings, pairs(), Cast(model))  # type: ignore[arg-type]
+        fingerprints = {"policy": model_fingerprint(settings.policy, seed)}
+        dpo.reference_sums(settings, pairs(), Cast(model), fingerprints)  # type: ignore[arg-type]
     assert len(model.temperatures) == len(list(tmp_path.iterdir())) == 2
 
 

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.config import ModelConfig, PolicyConfig
 from align.data import cache
-from align.data.cache import cached_logprobs, fingerprint
+from align.data.cache import cache_key, cached_logprobs
 from align.errors import DataError, SaveError
 from align.types import Packed, Sequences
 
@@ -36,56 +35,13 @@ class Counting:
         return torch.tensor([float(sum(row)) for row in asked.responses.lists()])
 
 
-# Fingerprint
+# Key
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model of two weight files."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    for number in (1, 2):
-        save_file({"w": torch.full((4,), float(number))}, tmp_path / "model" / f"model-{number}-of-2.safetensors")
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"an older format")
-    (tmp_path / "model" / "README.md").write_text("hello")
-    return tmp_path / "model"
-
-
-def test_the_same_model_and_pairs_have_one_key(folder: Path):
-    key = fingerprint(ModelConfig(path=str(folder)), sequences(), 0)
-    assert len(key) == 64
-    assert key == fingerprint(ModelConfig(path=str(folder)), sequences(), 0)
-    # What the numbers do not depend on: the file's date, how the model is run, other files, the seed of a run.
-    os.utime(folder / "config.json", (0, 0))
-    (folder / "README.md").write_text("another")
-    assert key == fingerprint(ModelConfig(path=str(folder), max_tokens_per_micro_batch=7, zero_stage=3), sequences(), 1)
-    copy = folder.with_name("copy")
-    folder.rename(copy)
-    assert key == fingerprint(ModelConfig(path=str(copy)), sequences(), 0)
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "pytorch_model.bin"]
-)
-def test_other_weights_have_another_key(folder: Path, name: str):
-    before = fingerprint(ModelConfig(path=str(folder)), sequences(), 0)
-    content = bytearray((folder / name).read_bytes())
-    content[-1] ^= 1
-    (folder / name).write_bytes(content)
-    assert fingerprint(ModelConfig(path=str(folder)), sequences(), 0) != before
-
-
-def test_weights_under_another_name_have_another_key(folder: Path):
-    before = fingerprint(ModelConfig(path=str(folder)), sequences(), 0)
-    (folder / "model-2-of-2.safetensors").rename(folder / "other.safetensors")
-    assert fingerprint(ModelConfig(path=str(folder)), sequences(), 0) != before
-
-
-def test_another_dtype_has_another_key(folder: Path):
-    keys = {
-        fingerprint(ModelConfig(path=str(folder), dtype=dtype), sequences(), 0) for dtype in ("float32", "bfloat16")
-    }
-    assert len(keys) == 2
+def test_the_key_is_one_of_model_dtype_and_sequences():
+    key = cache_key("a model", "float32", sequences())
+    assert len(key) == 64 and key == cache_key("a model", "float32", sequences())
+    assert len({key, cache_key("another", "float32", sequences()), cache_key("a model", "bfloat16", sequences())}) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,41 +56,11 @@ def test_another_dtype_has_another_key(folder: Path):
     ],
     ids=["token", "cut", "order", "prompts", "prompt of a response", "fewer"],
 )
-def test_other_pairs_have_another_key(folder: Path, other: Sequences):
-    assert fingerprint(ModelConfig(path=str(folder)), other, 0) != fingerprint(
-        ModelConfig(path=str(folder)), sequences(), 0
-    )
+def test_other_pairs_have_another_key(other: Sequences):
+    assert cache_key("a model", "float32", other) != cache_key("a model", "float32", sequences())
 
 
-def test_random_weights_are_known_by_their_architecture_and_seed(folder: Path):
-    init = {"model_type": "llama", "hidden_size": 32}
-    key = fingerprint(ModelConfig(path=str(folder), init=init), sequences(), 0)
-    assert key == fingerprint(ModelConfig(path="elsewhere", init=dict(reversed(init.items()))), sequences(), 0)
-    others = [
-        fingerprint(ModelConfig(path=str(folder), init=init), sequences(), 1),
-        fingerprint(ModelConfig(path=str(folder), init=init | {"hidden_size": 64}), sequences(), 0),
-        fingerprint(ModelConfig(path=str(folder)), sequences(), 0),
-    ]
-    assert len({key, *others}) == 4
-
-
-def test_a_hub_id_is_known_by_the_commit_it_resolves_to(monkeypatch: pytest.MonkeyPatch):
-    commits = {None: "aaa", "v1": "aaa", "v2": "bbb"}
-    monkeypatch.setattr(
-        cache, "cached_file", lambda path, name, revision: f"/hub/models--x/snapshots/{commits[revision]}/{name}"
-    )
-    keys = {rev: fingerprint(ModelConfig(path="x/y", revision=rev), sequences(), 0) for rev in commits}
-    assert keys[None] == keys["v1"] != keys["v2"]
-    assert fingerprint(ModelConfig(path="x/z"), sequences(), 0) != keys[None]
-
-
-def test_a_policy_is_known_by_its_weights_and_not_by_how_it_is_trained(folder: Path):
-    assert fingerprint(PolicyConfig(path=str(folder)), sequences(), 0) == fingerprint(
-        ModelConfig(path=str(folder)), sequences(), 0
-    )
-
-
-# What is remembered
+# What is cached
 
 
 def test_a_miss_computes_and_a_hit_reads(tmp_path: Path):
