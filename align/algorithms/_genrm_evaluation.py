@@ -101,8 +101,8 @@ class GenRMEvaluator:
         texts = [self.run.decode(ids) for ids in rollouts.sequences.responses.lists()]
         verdict_B3 = data.genrm.read_verdicts(texts, rollouts.finished_B.tolist(), self.config.verdict.form)
         agreement = {
-            **ops.genrm.agreement(verdict_B3, label_B3),
-            **ops.genrm.errors(verdict_B3, label_B3),
+            **ops.genrm.verdict_agreement(verdict_B3, label_B3),
+            **ops.genrm.verdict_errors(verdict_B3, label_B3),
             "reward": float(self.config.reward_of(verdict_B3, label_B3).double().mean()),
             "response_tokens": float(rollouts.mask_BT.sum(1).double().mean()),
             "truncated": 1.0 - float(rollouts.finished_B.double().mean()),

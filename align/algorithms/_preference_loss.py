@@ -23,7 +23,7 @@ def log_prob_sums(role: ReferenceRole | PolicyRole, sequences: Sequences) -> Ten
 def reference_sums(reference: ReferenceRole | None, pairs: Pairs) -> Tensor:
     """log pi_ref of both responses of each pair; 0 where the loss reads no reference and so there is none."""
     if reference is None:
-        return ops.groups.interleaved(0.0 * pairs.strength_P, 0.0 * pairs.strength_P)
+        return ops.advantages.interleave(0.0 * pairs.strength_P, 0.0 * pairs.strength_P)
     return log_prob_sums(reference, pairs.sequences)
 
 

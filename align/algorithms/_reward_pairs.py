@@ -40,7 +40,7 @@ class PairTask:
         score_B = reward.score(self.validation.sequences).result()
         batch = self.validation.batch()
         value = self.loss(score_B=score_B, mask_BT=batch.sequences.mask_BT, **batch.columns)
-        measured = ops.preferences.summary(score_B[0::2] - score_B[1::2])
+        measured = ops.losses.preference_metrics(score_B[0::2] - score_B[1::2])
         return {"loss": float(value.sum / value.count), **measured}, score_B
 
 

@@ -55,13 +55,13 @@ class RatingTask:
         error, count = ops.losses.squared_error(attribute_BA, label_BA)
         metrics = {"loss": float(error / count)}
         for name, predicted_B, label_B in zip(self.names, attribute_BA.T, label_BA.T, strict=True):
-            metrics |= {f"{name}/{key}": n for key, n in ops.ratings.summary(predicted_B, label_B).items()}
+            metrics |= {f"{name}/{key}": n for key, n in ops.losses.rating_metrics(predicted_B, label_B).items()}
         weight_A = label_BA.new_tensor([self.weights.get(name, 0.0) for name in self.names])
-        score_B = ops.ratings.goodness(attribute_BA, weight_A)
-        label_B = ops.ratings.labelled_goodness(label_BA, weight_A)
-        difference_P = ops.ratings.differences(score_B, label_B, self.validation.sequences.prompt_B)
+        score_B = ops.losses.goodness(attribute_BA, weight_A)
+        label_B = ops.losses.label_goodness(label_BA, weight_A)
+        difference_P = ops.losses.rated_differences(score_B, label_B, self.validation.sequences.prompt_B)
         if len(difference_P):
-            metrics |= ops.preferences.summary(difference_P)
+            metrics |= ops.losses.preference_metrics(difference_P)
         return metrics, score_B
 
 
@@ -77,7 +77,7 @@ def load_ratings(
     limits = section.max_prompt_tokens, section.max_response_tokens
     train, counts = data.dataset.tokenize_ratings(source.train, renderer, names, *limits)
     validation, others = data.dataset.tokenize_ratings(source.validation, renderer, names, *limits)
-    rated_A = ops.ratings.is_rated(train.label_BA).any(0).tolist()
+    rated_A = ops.losses.is_rated(train.label_BA).any(0).tolist()
     missing = [name for name, rated in zip(names, rated_A, strict=True) if not rated]
     if wrong := [name for name in missing if weights.get(name) or name not in NEMO_ATTRIBUTES]:
         raise ConfigError(

@@ -79,7 +79,7 @@ def label_ratings(rows: Sequence[Rating], reward: RewardRole, form: SteeringForm
     (``reward.failed: drop``) are left out."""
     dialogues = [data.chat.Dialogue(row.context, row.response) for row in rows]
     starts = range(0, len(dialogues), PART)
-    rating_BA = ops.groups.joined([reward.rate(dialogues[i : i + PART], form.names).result() for i in starts])
+    rating_BA = ops.advantages.concatenate([reward.rate(dialogues[i : i + PART], form.names).result() for i in starts])
     finite = rating_BA.isfinite().all(1).nonzero().squeeze(1)
     label_BA = ops.steerlm.labels(rating_BA[finite])
     labelled = data.steerlm_dataset.with_labels([rows[i] for i in finite.tolist()], label_BA, form.names)

@@ -54,9 +54,9 @@ def select_best(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[Ba
     """The best response to each prompt that has one, and its mean score."""
     num_samples = config.sampling.num_samples
     score_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, score_B)
-    best_P, _, _ = ops.groups.best_and_worst(score_PK, usable_PK)
+    best_P, _, _ = ops.advantages.best_and_worst(score_PK, usable_PK)
     prompts = usable_PK.any(1).nonzero().squeeze(1)
-    rows = ops.groups.rows(prompts, best_P[prompts], num_samples)
+    rows = ops.advantages.sequence_index(prompts, best_P[prompts], num_samples)
     kept = score_B[rows]
     statistics = {
         "best_reward": float(kept.mean()) if len(kept) else 0.0,

@@ -136,7 +136,7 @@ def gold(config: Config, pairs: Pairs, roles: DPORoles) -> Tensor:
     """Numbers whose difference in a pair is the target d* of ``rpo_*``."""
     if config.gold == "reward" and roles.reward:
         return roles.reward.score(pairs.sequences).result()
-    return ops.groups.interleaved(pairs.strength_P, 0.0 * pairs.strength_P)
+    return ops.advantages.interleave(pairs.strength_P, 0.0 * pairs.strength_P)
 
 
 def train(config: Config, train_data: DPOData, roles: DPORoles, run: Run) -> None:

@@ -10,7 +10,7 @@ A copy is y again but for white space. From s on everything is `align.algorithms
 edit model gave its input back in about 30 % of cases after supervised fine-tuning; there the reward model alone, which
 learned good edits against copies, is what speaks against them (``copy_penalty: null``).
 
-The models before and beside it are recipes of other algorithms: ``sft`` with ``demonstrates: feedback`` or ``edits``,
+The models before and beside it are recipes of other algorithms: ``sft`` with ``target: feedback`` or ``edits``,
 ``reward_model`` for the Edit reward model and for the one that selects. Left out: sampling new feedback.
 """
 

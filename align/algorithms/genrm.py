@@ -74,7 +74,7 @@ class Config(grpo.Config):
     def reward_of(self, verdict_B3: Tensor, label_B3: Tensor) -> Tensor:
         """R of each verdict, (B,)."""
         weights = self.format_penalty, self.score_weight, self.ranking_weight
-        return ops.genrm.reward(verdict_B3, label_B3, *weights)
+        return ops.genrm.verdict_reward(verdict_B3, label_B3, *weights)
 
 
 class GenRMRoles(Protocol):
@@ -114,7 +114,7 @@ def grade(
     label_B3 = train_data.label_R3[rows].repeat_interleave(config.sampling.num_samples, 0)
     texts = [decode(ids) for ids in rollouts.sequences.responses.lists()]
     verdict_B3 = data.genrm.read_verdicts(texts, rollouts.finished_B.tolist(), config.verdict.form)
-    return config.reward_of(verdict_B3, label_B3), ops.genrm.errors(verdict_B3, label_B3)
+    return config.reward_of(verdict_B3, label_B3), ops.genrm.verdict_errors(verdict_B3, label_B3)
 
 
 def train(config: Config, train_data: GenRMData, roles: GenRMRoles, run: Run) -> None:

@@ -101,7 +101,7 @@ def with_spread(
         return rollouts, score_B, 1
     attempt, kept = 1, list[tuple["Rollouts", "Tensor"]]()
     while True:
-        groups = ops.groups.with_spread(score_B.view(-1, K))[:missing]
+        groups = ops.advantages.groups_with_spread(score_B.view(-1, K))[:missing]
         if len(groups):
             rows = data.prompts.group_members(groups, K)
             kept.append((rollouts.select(rows), score_B[rows]))
@@ -112,7 +112,7 @@ def with_spread(
         score_B = roles.reward.score(rollouts.sequences).result()
         attempt += 1
     parts, scores = zip(*(kept or [(rollouts, score_B)]), strict=True)
-    return type(rollouts).concatenate(parts), ops.groups.joined(scores), attempt
+    return type(rollouts).concatenate(parts), ops.advantages.concatenate(scores), attempt
 
 
 def make_batch(
@@ -122,9 +122,9 @@ def make_batch(
     rollouts, K = scored.rollouts, config.sampling.num_samples
     kl_B = ops.kl.per_sequence(rewards.kl_BT, rollouts.mask_BT, config.kl_reduction)
     reward_PK = ops.rewards.subtract_kl(rewards.reward_B, kl_B, rewards.kl_in_reward).view(-1, K)
-    compare = ops.advantages.group_standardized if config.normalize else ops.advantages.group_centred
+    compare = ops.advantages.group_standardized if config.normalize else ops.advantages.group_centered
     advantage_PK, learnable_PK = compare(reward_PK, rewards.usable_B.view(-1, K))
-    advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
+    advantage_BT = ops.advantages.broadcast_to_tokens(advantage_PK.flatten(), rollouts.mask_BT)
     statistics = rewards.statistics | {
         "learnable": float(learnable_PK.double().mean()),
         "groups_without_spread": 1.0 - float((advantage_PK != 0).any(1).double().mean()),

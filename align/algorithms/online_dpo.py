@@ -69,11 +69,11 @@ def choose_pairs(config: Config, rollouts: Rollouts, score_B: Tensor) -> tuple[P
     """Pairs of best and worst, and the scores of their responses."""
     num_samples = config.sampling.num_samples
     score_PK, usable_PK = _candidates.comparable_candidates(config, rollouts, score_B)
-    best_P, worst_P, gap_P = ops.groups.best_and_worst(score_PK, usable_PK)
+    best_P, worst_P, gap_P = ops.advantages.best_and_worst(score_PK, usable_PK)
     prompts = (gap_P > 0).nonzero().squeeze(1)
-    chosen, rejected = (ops.groups.rows(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
+    chosen, rejected = (ops.advantages.sequence_index(prompts, k_P[prompts], num_samples) for k_P in (best_P, worst_P))
     pairs = rollouts.pairs(chosen, rejected, gap_P[prompts])
-    gold_B = ops.groups.interleaved(score_PK.flatten()[chosen], score_PK.flatten()[rejected])
+    gold_B = ops.advantages.interleave(score_PK.flatten()[chosen], score_PK.flatten()[rejected])
     statistics = {"learnable": len(prompts) / len(gap_P), "gap": float(gap_P[prompts].mean()) if len(prompts) else 0.0}
     return pairs, gold_B, statistics
 

@@ -79,7 +79,7 @@ def make_batch(
     mask_BT, K = scored.rollouts.mask_BT, config.sampling.num_samples
     above_B, learnable_B = rewards.reward_B, rewards.usable_B
     if config.baseline == "group":
-        above_PK, learnable_PK = ops.advantages.group_centred(above_B.view(-1, K), learnable_B.view(-1, K))
+        above_PK, learnable_PK = ops.advantages.group_centered(above_B.view(-1, K), learnable_B.view(-1, K))
         above_B, learnable_B = above_PK.flatten(), learnable_PK.flatten()
     if greedy_B is not None:
         learnable_B = learnable_B & greedy_B.isfinite()

@@ -55,7 +55,7 @@ def make_batch(
     kl_B = ops.kl.per_sequence(rewards.kl_BT, rollouts.mask_BT, config.kl_reduction)
     reward_B = ops.rewards.subtract_kl(rewards.reward_B, kl_B, rewards.kl_in_reward)
     advantage_PK, learnable_PK = ops.advantages.leave_one_out(reward_B.view(-1, K), rewards.usable_B.view(-1, K))
-    advantage_BT = ops.advantages.spread(advantage_PK.flatten(), rollouts.mask_BT)
+    advantage_BT = ops.advantages.broadcast_to_tokens(advantage_PK.flatten(), rollouts.mask_BT)
     statistics = rewards.statistics | {"learnable": float(learnable_PK.double().mean())}
     return _rollout.policy_batch(scored, advantage_BT, learnable_PK.flatten()), statistics
 

@@ -4,7 +4,7 @@
 
 over the response tokens of an optimizer step, end-of-turn token included; prompts are not learned.
 What is demonstrated is answers (of HelpSteer3-Preference the preferred one of each row or both), verdicts of a judge,
-feedback, or edits; see `align.data.tasks`.
+feedback, or edits; see `align.data.sft_targets`.
 
 Left out: packing several conversations into one row (the packed layout needs none), and learning from earlier assistant
 turns of a conversation.
@@ -39,22 +39,22 @@ class Config(RecipeConfig):
     """The model that learns."""
     batch_size: int = 128
     """Demonstrations of an optimizer step. 128: HelpSteer2's first stage of SFT (arXiv 2406.08673)."""
-    demonstrates: Literal["answers", "verdicts", "feedback", "edits"] = "answers"
-    """What the model learns to write: ``answers`` to a conversation; ``verdicts`` on two answers, with the annotators'
-    reasons, as a start for ``genrm``; ``feedback`` on an answer; or ``edits``, better answers by feedback."""
+    target: Literal["responses", "genrm_verdicts", "feedback", "edits"] = "responses"
+    """What the model learns to write: ``responses`` to a conversation; ``genrm_verdicts`` on two responses, with the
+    annotators' reasons, as a start for ``genrm``; ``feedback`` on a response; ``edits`` of a response by feedback."""
     responses: Literal["preferred", "all"] = "preferred"
-    """Imitate the preferred response of each row, or both. Only with ``answers``."""
+    """Imitate the preferred response of each row, or both. Only with ``target: responses``."""
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
-    """Prompt and answer format of a judge. Used with ``verdicts``."""
+    """Prompt and answer format of a judge. Used with ``genrm_verdicts``."""
     editing: EditingConfig = field(default_factory=EditingConfig)
     """Prompts of feedback and edit models. Used with ``feedback`` and ``edits``."""
 
     def __post_init__(self) -> None:
-        if self.responses == "all" and self.demonstrates != "answers":
-            raise ValueError(f"responses all is about answers, and demonstrates is {self.demonstrates}")
+        if self.responses == "all" and self.target != "responses":
+            raise ValueError(f"responses=all requires target=responses. Got target={self.target}")
 
     def reads(self) -> RowKind:
-        return data.tasks.SFT_TARGETS[self.demonstrates].reads
+        return data.sft_targets.SFT_TARGETS[self.target].reads
 
 
 class SFTRoles(Protocol):
@@ -74,8 +74,8 @@ class SFTData:
 
 def load_data(config: Config, source: DataSplits[Any], renderer: Renderer) -> tuple[SFTData, dict[str, int]]:
     """Demonstrations of the training split, and what became of its rows."""
-    made, counts = data.tasks.SFT_TARGETS[config.demonstrates].make(source.train, renderer, config)
-    judges = config.demonstrates == "verdicts"
+    made, counts = data.sft_targets.SFT_TARGETS[config.target].tokenize(source.train, renderer, config)
+    judges = config.target == "genrm_verdicts"
     return SFTData(made, genrm_card.files(config.verdict, config.data.date) if judges else {}), counts
 
 

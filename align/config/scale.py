@@ -56,9 +56,9 @@ class ScaleConfig:
     policy: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """Writes drafts."""
     feedback: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
-    """Writes feedback on drafts: ``sft`` with ``demonstrates: feedback``."""
+    """Writes feedback on drafts: ``sft`` with ``target: feedback``."""
     edit: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
-    """Rewrites a draft by feedback: ``sft`` with ``demonstrates: edits``, then ``feedback_edit``."""
+    """Rewrites a draft by feedback: ``sft`` with ``target: edits``, then ``feedback_edit``."""
     select: AnyRewardConfig = field(default_factory=CheckpointRewardConfig)
     """Selects among drafts and edits: the highest score wins."""
     eval_reward: AnyRewardConfig | None = None

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from . import genrm_prompts as genrm_prompts
     from . import openai as openai
     from . import prompts as prompts
+    from . import sft_targets as sft_targets
     from . import steerlm_dataset as steerlm_dataset
-    from . import tasks as tasks
     from . import toy as toy
     from . import trl as trl
 
@@ -34,7 +34,7 @@ _SUBMODULES = (
     "openai",
     "prompts",
     "steerlm_dataset",
-    "tasks",
+    "sft_targets",
     "toy",
     "trl",
     "genrm_prompts",

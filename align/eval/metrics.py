@@ -13,7 +13,7 @@ import torch
 
 from align.eval.items import Item
 from align.eval.protocols import Numbers
-from align.ops import preferences
+from align.ops import losses
 
 LENGTHS = {
     "right one under half as long": (0.0, 0.5),
@@ -132,17 +132,17 @@ def accuracies(
 
 
 def calibration(found: Pairs) -> dict[str, Any]:
-    """Expected calibration error, and each bin of the reliability diagram; see `align.ops.preferences`."""
+    """Expected calibration error, and each bin of the reliability diagram; see `align.ops.losses`."""
     difference_P = torch.from_numpy(found.difference_P)
-    edges = np.linspace(0.5, 1.0, preferences.NUM_BINS + 1).tolist()
+    edges = np.linspace(0.5, 1.0, losses.NUM_BINS + 1).tolist()
     bins = [
         {"from": low, "to": high, "count": int(count), "confidence": total / count, "accuracy": right / count}
         for low, high, (count, total, right) in zip(
-            edges, edges[1:], preferences.reliability(difference_P).tolist(), strict=False
+            edges, edges[1:], losses.reliability(difference_P).tolist(), strict=False
         )
         if count
     ]
-    return {"expected_calibration_error": preferences.expected_calibration_error(difference_P), "bins": bins}
+    return {"expected_calibration_error": losses.expected_calibration_error(difference_P), "bins": bins}
 
 
 def margins(found: Pairs) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Advantages: how much better a response is than its baseline."""
+"""Advantages, how much better a response is than its baseline, and selection of samples by reward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from align.types import checked
@@ -34,13 +36,13 @@ def group_standardized(
 
     Returns the advantages and which responses have one, as `leave_one_out` does. Samples with equal rewards get 0.
     """
-    centred_PK, learnable_PK = _centred(reward_PK, usable_PK)
-    variance_P1 = centred_PK.square().sum(1, keepdim=True) / (usable_PK.sum(1, keepdim=True) - 1).clamp(min=1)
-    return (centred_PK / (variance_P1.sqrt() + 1e-6)).to(reward_PK.dtype), learnable_PK
+    centered_PK, learnable_PK = _centered(reward_PK, usable_PK)
+    variance_P1 = centered_PK.square().sum(1, keepdim=True) / (usable_PK.sum(1, keepdim=True) - 1).clamp(min=1)
+    return (centered_PK / (variance_P1.sqrt() + 1e-6)).to(reward_PK.dtype), learnable_PK
 
 
 @checked
-def group_centred(
+def group_centered(
     reward_PK: Float[Tensor, "P K"], usable_PK: Bool[Tensor, "P K"]
 ) -> tuple[Float[Tensor, "P K"], Bool[Tensor, "P K"]]:
     """Dr. GRPO: ``A_i = R_i - mean`` over the usable samples of a prompt, itself included (Liu et al. 2025, arXiv
@@ -48,11 +50,11 @@ def group_centred(
 
     Returns the advantages and which responses have one, as `leave_one_out` does.
     """
-    centred_PK, learnable_PK = _centred(reward_PK, usable_PK)
-    return centred_PK.to(reward_PK.dtype), learnable_PK
+    centered_PK, learnable_PK = _centered(reward_PK, usable_PK)
+    return centered_PK.to(reward_PK.dtype), learnable_PK
 
 
-def _centred(reward_PK: Tensor, usable_PK: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(reward_PK: Tensor, usable_PK: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards minus their mean, in float64, where n equal float32 rewards differ from their mean by 0 exactly: what
     rounding left of them would be divided by a std as small."""
     kept_PK = torch.where(usable_PK, reward_PK, 0.0).double()
@@ -114,6 +116,46 @@ def whiten(x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Te
 
 
 @checked
-def spread(x_B: Float[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def broadcast_to_tokens(x_B: Float[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """One number a response on each of its tokens, 0 where there is none."""
     return torch.where(mask_BT, x_B[:, None], 0.0)
+
+
+# Choosing among the K samples of each prompt, and among groups of samples.
+
+
+@checked
+def groups_with_spread(reward_PK: Float[Tensor, "P K"]) -> Int[Tensor, " G"]:
+    """Numbers of the groups whose rewards are all finite and not all alike, in order: the others teach nothing (DAPO,
+    Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
+    finite_P = reward_PK.isfinite().all(1)
+    return (finite_P & (reward_PK.amax(1) > reward_PK.amin(1))).nonzero().squeeze(1)
+
+
+@checked
+def best_and_worst(
+    reward_PK: Float[Tensor, "P K"], usable_PK: Bool[Tensor, "P K"]
+) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Float[Tensor, " P"]]:
+    """Numbers k of the usable samples with the highest and the lowest reward of each prompt, the first of equals, and
+    how far apart these rewards are: 0 where fewer than two samples are usable."""
+    highest = torch.where(usable_PK, reward_PK, -torch.inf).max(1)
+    lowest = torch.where(usable_PK, reward_PK, torch.inf).min(1)
+    gap_P = torch.where(usable_PK.sum(1) >= 2, highest.values - lowest.values, 0.0)
+    return highest.indices, lowest.indices, gap_P
+
+
+@checked
+def sequence_index(prompt_P: Int[Tensor, " G"], sample_P: Int[Tensor, " G"], num_samples: int) -> Int[Tensor, " G"]:
+    """Numbers of the sequences that are sample k of prompt p."""
+    return prompt_P * num_samples + sample_P
+
+
+@checked
+def interleave(first_P: Float[Tensor, " P"], second_P: Float[Tensor, " P"]) -> Float[Tensor, " B"]:
+    """Numbers of pairs as rows 2i and 2i + 1."""
+    return torch.stack([first_P, second_P], 1).flatten()
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Numbers of several requests of one step, one after the other."""
+    return torch.cat(list(parts))

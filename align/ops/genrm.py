@@ -18,7 +18,7 @@ MIDDLE = 3.5
 
 
 @checked
-def reward(
+def verdict_reward(
     verdict_B3: Float[Tensor, "B 3"],
     label_B3: Float[Tensor, "B 3"],
     format_penalty: float,
@@ -29,21 +29,21 @@ def reward(
     Nano's report, with C1 = 10 and c = C2 = 1). A term without a label is left out."""
     weight_3 = verdict_B3.new_tensor([score_weight, score_weight, ranking_weight])
     distance_B3 = torch.where(label_B3.isfinite(), (verdict_B3 - label_B3).abs(), 0.0)
-    return torch.where(broken(verdict_B3), -format_penalty, -(distance_B3 * weight_3).sum(1))
+    return torch.where(is_unreadable(verdict_B3), -format_penalty, -(distance_B3 * weight_3).sum(1))
 
 
 @checked
-def broken(verdict_B3: Float[Tensor, "B 3"]) -> Bool[Tensor, " B"]:
+def is_unreadable(verdict_B3: Float[Tensor, "B 3"]) -> Bool[Tensor, " B"]:
     """Which verdicts could not be read."""
     return verdict_B3.isnan().any(1)
 
 
 @checked
-def errors(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) -> dict[str, float]:
+def verdict_errors(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) -> dict[str, float]:
     """Percent of verdicts that cannot be read (``format_violations``), and of the others the mean distance from the
     label: ``ranking_error``, and ``score_error`` where there are such labels."""
     distance_B3 = (verdict_B3 - label_B3).abs().double()
-    found = {"format_violations": 100.0 * float(broken(verdict_B3).double().mean())}
+    found = {"format_violations": 100.0 * float(is_unreadable(verdict_B3).double().mean())}
     for name, error in (("ranking_error", distance_B3[:, 2]), ("score_error", distance_B3[:, :2])):
         known = error[error.isfinite()]
         found |= {name: float(known.mean())} if len(known) else {}
@@ -51,7 +51,7 @@ def errors(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) -> 
 
 
 @checked
-def agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) -> dict[str, float]:
+def verdict_agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) -> dict[str, float]:
     """How often verdicts side with people, in percent of pairs; rows 2i and 2i + 1 are a pair and the same pair in the
     other order.
 
@@ -60,7 +60,7 @@ def agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) 
     both of whose verdicts can be read, where there are any, those of which both rankings prefer the same response, or
     neither.
     """
-    lean_P2 = torch.where(broken(verdict_B3), 0.0, verdict_B3[:, 2] - MIDDLE).view(-1, 2)
+    lean_P2 = torch.where(is_unreadable(verdict_B3), 0.0, verdict_B3[:, 2] - MIDDLE).view(-1, 2)
     first_P, second_P = lean_P2[:, 0], -lean_P2[:, 1]
     label_P = label_B3[0::2, 2] - MIDDLE
     percent = lambda right_P: 100.0 * float(right_P.double().mean())  # noqa: E731
@@ -68,6 +68,6 @@ def agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 3"]) 
         "agreement": percent((first_P + second_P) * label_P > 0),
         "first_order": percent(first_P * label_P > 0),
     }
-    read_P = ~broken(verdict_B3).view(-1, 2).any(1)
+    read_P = ~is_unreadable(verdict_B3).view(-1, 2).any(1)
     same_P = (first_P.sign() == second_P.sign())[read_P]
     return found | ({"order_consistency": percent(same_P)} if len(same_P) else {})

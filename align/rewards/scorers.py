@@ -115,7 +115,7 @@ class CheckpointScorer(_Checkpoints):
 
     def _score(self, outputs: dict[str, Tensor]) -> Tensor:
         if self.attribute_names:
-            score_B = ops.ratings.goodness(outputs["attribute_BA"], torch.tensor(self.head_spec.weights))
+            score_B = ops.losses.goodness(outputs["attribute_BA"], torch.tensor(self.head_spec.weights))
         else:
             score_B = outputs["score_B"]
         moments = self.head_spec.moments

@@ -101,7 +101,7 @@ def test_a_judge_s_folder_tells_how_it_learned(tmp_path: Path, source, renderer)
     assert (card["form"], card["date"]) == ("json", section.date)
     assert train_data.held_out is not None and train_data.held_out.files == train_data.files
     said = [replace(row, reasons=((row.preference, "All right"),)) for row in source.train]
-    imitated = sft.Config(policy=PolicyConfig(path="p"), data=section, demonstrates="verdicts", verdict=recipe.verdict)
+    imitated = sft.Config(policy=PolicyConfig(path="p"), data=section, target="genrm_verdicts", verdict=recipe.verdict)
     assert sft.load_data(imitated, DataSplits(said, said, {}, ""), read)[0].files == train_data.files
 
 

@@ -311,7 +311,7 @@ CASES = [
     ("steerlm", "reward=null labels=data rounds=2", ["reward = None", "labels = 'data'", "rounds = 2"]),
     ("steerlm", "eval_reward.path=s", ["eval_reward.path = 's'"]),
     ("steerlm2", "sampling.num_samples=1", ["sampling.num_samples = 1"]),
-    ("sft", "responses=all demonstrates=edits", ["responses = 'all'", "demonstrates = 'edits'"]),
+    ("sft", "responses=all target=edits", ["responses = 'all'", "target = 'edits'"]),
     ("genrm", "format_penalty=-1", ["format_penalty = -1.0"]),
     ("genrm", "max_attempts=2", ["max_attempts = 2"]),
     ("reward_model", "loss=regression", ["loss = 'regression'"]),

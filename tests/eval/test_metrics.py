@@ -9,7 +9,7 @@ import torch
 from align.eval import metrics
 from align.eval.items import Item
 from align.eval.protocols import heldout
-from align.ops import preferences
+from align.ops import losses
 
 
 def item(id: str, prompt: str = "", lengths: tuple[int, ...] = (10, 10), strength: int = 0, **tags: str) -> Item:
@@ -121,10 +121,10 @@ def test_calibration_by_hand():
 
 def test_bins_of_the_diagram_add_up_to_the_error():
     difference = torch.from_numpy(np.random.default_rng(0).normal(1, 2, 500))
-    bins = preferences.reliability(difference)
+    bins = losses.reliability(difference)
     assert bins[:, 0].sum() == 500
     slow = sum(abs(right - confidence) for _, confidence, right in bins.tolist()) / 500
-    assert preferences.expected_calibration_error(difference) == pytest.approx(slow)
+    assert losses.expected_calibration_error(difference) == pytest.approx(slow)
 
 
 def test_margins_have_zero_between_two_bins_and_lose_none():

@@ -85,13 +85,13 @@ def test_a_constant_added_to_a_group_changes_nothing_and_advantages_sum_to_zero(
     assert advantage.abs().sum() > 1
 
 
-GROUPS = {"standardized": advantages.group_standardized, "centred": advantages.group_centred}
+GROUPS = {"standardized": advantages.group_standardized, "centred": advantages.group_centered}
 
 
 def test_groups_by_hand():
     # [1, 3, 8]: mean 4, deviations -3, -1, 4, variance (9 + 1 + 16)/2 = 13 over K - 1.
     reward, usable = torch.tensor([[1.0, 3.0, 8.0]], dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
-    assert advantages.group_centred(reward, usable)[0].tolist() == [[-3, -1, 4]]
+    assert advantages.group_centered(reward, usable)[0].tolist() == [[-3, -1, 4]]
     deviation = math.sqrt(13) + 1e-6
     expected = [-3 / deviation, -1 / deviation, 4 / deviation]
     assert advantages.group_standardized(reward, usable)[0][0].tolist() == pytest.approx(expected, abs=1e-12)
@@ -143,7 +143,7 @@ def test_centred_is_leave_one_out_made_smaller():
     torch.manual_seed(1)
     reward, usable = torch.randn(5, 4, dtype=torch.float64), torch.ones(5, 4, dtype=torch.bool)
     torch.testing.assert_close(
-        advantages.group_centred(reward, usable)[0], leave_one_out(reward, usable)[0] * 3 / 4, atol=1e-12, rtol=0
+        advantages.group_centered(reward, usable)[0], leave_one_out(reward, usable)[0] * 3 / 4, atol=1e-12, rtol=0
     )
 
 
@@ -291,4 +291,8 @@ def test_whitened_numbers_have_mean_0_and_variance_1_in_any_order():
 
 
 def test_spread_by_hand():
-    assert advantages.spread(torch.tensor([2.0, -1.0, NAN]), MASK).tolist() == [[2, 2, 2], [-1, 0, 0], [0, 0, 0]]
+    assert advantages.broadcast_to_tokens(torch.tensor([2.0, -1.0, NAN]), MASK).tolist() == [
+        [2, 2, 2],
+        [-1, 0, 0],
+        [0, 0, 0],
+    ]

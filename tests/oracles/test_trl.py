@@ -316,7 +316,7 @@ def test_group_losses(name: str, kl_coef: float, folder: Path):
     logprob_BT = run.moved(0.02)
     answer, clipped_share = run.online.loss()
     if level == "token":
-        advantage_BT = advantages.spread(run.advantage_B, run.mask_BT)
+        advantage_BT = advantages.broadcast_to_tokens(run.advantage_B, run.mask_BT)
         loss_BT, clipped_BT = policy_losses.clipped(logprob_BT, run.old_BT, advantage_BT, run.mask_BT, clip, delta)
     else:
         loss_BT, clipped_BT = policy_losses.sequence_clipped(
@@ -349,5 +349,5 @@ def test_group_advantages(scaled: bool, folder: Path):
         std_P = torch.tensor([row[ok].std() for row, ok in zip(score_PK, usable_PK, strict=True)])
         ours_PK = ours_PK * ((std_P + 1e-6) / (std_P + 1e-4))[:, None]  # TRL adds 1e-4 where we add 1e-6
     else:
-        ours_PK, _ = advantages.group_centred(score_PK, usable_PK)
+        ours_PK, _ = advantages.group_centered(score_PK, usable_PK)
     torch.testing.assert_close(ours_PK.flatten(), run.advantage_B, atol=1e-6, rtol=1e-6)

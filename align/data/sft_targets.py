@@ -1,4 +1,4 @@
-"""What supervised fine-tuning can demonstrate beside answers, by the name that a recipe gives it."""
+"""What supervised fine-tuning can imitate: the values of ``target`` in a recipe."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from align.types import Sequences
 
 
 class SFTTarget(NamedTuple):
-    """Which rows a model learns to continue, and how."""
+    """Which rows a model learns from, and how they become demonstrations."""
 
     reads: RowKind
-    """What the data is read as."""
-    make: Callable[[Sequence[Any], Renderer, Any], tuple[Sequences, dict[str, int]]]
-    """Demonstrations of rows, by the recipe (`align.algorithms.sft.Config`), and what became of the rows."""
+    """How the data is read."""
+    tokenize: Callable[[Sequence[Any], Renderer, Any], tuple[Sequences, dict[str, int]]]
+    """Takes rows, renderer and recipe (`align.algorithms.sft.Config`). Returns demonstrations and counts of rows."""
 
 
-def _answers(
+def _responses(
     rows: Sequence[Preference | Demonstration], renderer: Renderer, config: Any
 ) -> tuple[Sequences, dict[str, int]]:
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
@@ -29,9 +29,8 @@ def _answers(
 
 
 SFT_TARGETS: dict[str, SFTTarget] = {
-    "answers": SFTTarget("demonstrations", _answers),
-    "verdicts": SFTTarget("comparisons", genrm.verdict_demonstrations),
+    "responses": SFTTarget("demonstrations", _responses),
+    "genrm_verdicts": SFTTarget("comparisons", genrm.verdict_demonstrations),
     "feedback": SFTTarget("feedback", editing.feedback_demonstrations),
     "edits": SFTTarget("edits", editing.edit_demonstrations),
 }
-"""By ``demonstrates`` of a recipe."""
