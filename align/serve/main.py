@@ -226,7 +226,7 @@ def _start_backend(
         with start_reward(reward, "ray", slots, cluster, logs, to_stdout) as role:
             stop.install()
             scorer = ShardedScorer(role)
-            yield Batcher(scorer, config), scorer.check
+            yield Batcher(scorer, config), scorer.raise_if_lost
     else:
         session = Session(cluster)
         to_stdout("starting Ray on this machine")

@@ -64,7 +64,7 @@ class ShardedScorer(RewardScorer):
             self._lost = error
             raise
 
-    def check(self) -> None:
+    def raise_if_lost(self) -> None:
         """Raise the `WorkerError` after which workers were not restarted."""
         if self._lost is not None:
             raise self._lost
