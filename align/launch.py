@@ -18,7 +18,7 @@ from align.config.load import LoadedConfig
 from align.data.conversations import ConversationIndex
 from align.errors import DivergedError, LoadError, PlacementError, WorkerError
 from align.models.exported_files import Exported
-from align.prechecks.roles import check_roles, remote_code, role_configs, with_absolute_paths
+from align.prechecks.roles import plan_roles
 from align.prepare import Prepared, prepare
 from align.run import Run, StopRequests
 from align.utils import fault_injection
@@ -40,12 +40,13 @@ def train(loaded: LoadedConfig, console: Console) -> None:
         counts = ", ".join(f"{n} {name}" for name, n in prepared.counts.items())
         text_roles = [f"{name} reads text ({item.reason})" for name, item in prepared.text_inputs.items()]
         head = f"{prepared.config.algorithm}: {counts}"
-        for line in [head, *prepared.notes, *remote_code(prepared.config), *text_roles]:
+        for line in [head, *prepared.notes, *prepared.remote_code, *text_roles]:
             console.print(line, highlight=False)
         if run.progress.step:
             console.print(f"resuming after step {run.progress.step}", highlight=False)
         run_with_recovery(prepared, run)
-    console.print(f"done: {run.final}", highlight=False)
+        final = run.final
+    console.print(f"done: {final}", highlight=False)
 
 
 def open_run(prepared: Prepared, stopping: StopRequests | None) -> Run:
@@ -95,11 +96,10 @@ def start_training_roles(
     """The roles of a recipe, attached to the run; a role that the recipe does not use is None. ``conversations`` are
     the texts of the prompts, for each reward role that reads text; ``exported`` is what the folders of exported models
     say."""
-    slots = check_roles(config)
-    configs = {name: with_absolute_paths(role) for name, role in role_configs(config).items()}
+    plan = plan_roles(config)
     options = StartOptions(
         seed=config.run.seed,
-        total_steps=config.run.steps * config.updates_per_step(),
+        total_steps=plan.total_updates,
         skip_non_finite=config.run.non_finite == "skip",
         exported=exported,
         clock=run.clock,
@@ -109,16 +109,14 @@ def start_training_roles(
         interrupt=run.raise_on_force_quit,
         ray_started=run.stopping.install,  # Ray has set signal handlers of its own
     )
-    unset = (name for name, value in vars(config).items() if value is None)
-    absent = dict.fromkeys([*config.absent(), *unset])
-    with start_roles(configs, config.executor, slots, config.cluster, run.logs, options) as started:
-        roles = SimpleNamespace(**absent, **started)
+    with start_roles(plan.configs, config.executor, plan.slots, config.cluster, run.logs, options) as started:
+        roles = SimpleNamespace(**dict.fromkeys(plan.absent), **started)
         if getattr(roles, "sampler", None) is not None:
             roles.policy.sampled_by(roles.sampler)
         for name, dialogues in conversations.items():
             started[name].read_text(dialogues)
         worlds = {
-            name: {"world_size": role.ranks.world_size, "zero_stage": configs[name].zero_stage}
+            name: {"world_size": role.ranks.world_size, "zero_stage": plan.configs[name].zero_stage}
             for name, role in started.items()
         }
         run.attach(roles, worlds)

@@ -30,7 +30,7 @@ from align.models import exported_files, positions
 from align.models.exported_files import Exported
 from align.models.load import check as check_model
 from align.models.load import check_lora
-from align.prechecks.roles import check_roles, dtype_notes, role_configs
+from align.prechecks.roles import check_roles, dtype_notes, remote_code, role_configs
 from align.rewards import checkpoint_format, scorers
 from align.rewards.base import TextInput
 from align.run import Identity
@@ -56,6 +56,8 @@ class Prepared:
     """The texts of the prompts, for each of these roles."""
     notes: list[str]
     """What the user should know about the data, line by line."""
+    remote_code: list[str]
+    """A line for each role that runs code from its model's repository."""
     exported: dict[str, Exported]
     """What the folders of exported models say, by role."""
 
@@ -69,7 +71,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
 
     check_roles(config)
     roles = role_configs(config)
-    notes_on_dtypes = dtype_notes(loaded)
+    notes_on_dtypes, code = dtype_notes(loaded), remote_code(config)
 
     renderer = load_renderer(config)
     exported = {
@@ -77,7 +79,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         for name, role in roles.items()
         if isinstance(role, (PolicyConfig, TrainedRewardConfig))
     }
-    inputs = text_inputs(config, renderer)
+    inputs = text_inputs(config, roles, renderer)
 
     source = dataset.load_dataset(config.data, config.reads())
     templates = [template for text_input in inputs.values() for template in text_input.templates]
@@ -105,7 +107,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     if inputs:
         contexts = (row.context for rows in (source.train, source.validation) for row in rows)
         conversations = dict.fromkeys(inputs, ConversationIndex(contexts, renderer))
-    checked = inputs, conversations, notes, exported
+    checked = inputs, conversations, notes, code, exported
     return Prepared(config, algorithm, train_data, counts, renderer, description, identity, *checked)
 
 
@@ -142,12 +144,12 @@ def _load_tokenizer(role: ModelConfig) -> Any:
     return chat.load_tokenizer(role.path, role.revision, role.trust_remote_code)
 
 
-def text_inputs(config: RecipeConfig, renderer: Renderer) -> dict[str, TextInput]:
+def text_inputs(config: RecipeConfig, roles: Mapping[str, RoleConfig], renderer: Renderer) -> dict[str, TextInput]:
     """Reward roles that score decoded text, after checking everything that their scorers need."""
     for name, attributes in config.rated().items():
         checkpoint_format.require_attributes(getattr(config, name), attributes)
     inputs = {}
-    for name, role in role_configs(config).items():
+    for name, role in roles.items():
         if isinstance(role, RewardConfig):
             scorer = scorers.scorer_class(role)
             text_input = scorer.check(role, name, renderer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from align.config import (
     CriticConfig,
@@ -21,6 +21,25 @@ from align.config import (
 from align.config.load import LoadedConfig
 from align.errors import ConfigError
 from align.prechecks import placement
+
+
+class RolePlan(NamedTuple):
+    """What it takes to start the roles of a recipe."""
+
+    configs: dict[str, RoleConfig]
+    """By name, with absolute paths, trained roles first."""
+    slots: dict[str, tuple[int, ...]]
+    absent: set[str]
+    """Roles that the recipe does not use."""
+    total_updates: int
+    """Optimizer steps of each trained role."""
+
+
+def plan_roles(config: RecipeConfig) -> RolePlan:
+    """Check the roles of a recipe and plan their start. Raises `ConfigError` as `check_roles`."""
+    slots = check_roles(config)
+    configs = {name: with_absolute_paths(role) for name, role in role_configs(config).items()}
+    return RolePlan(configs, slots, config.absent(), config.run.steps * config.updates_per_step())
 
 
 def role_configs(config: RecipeConfig) -> dict[str, RoleConfig]:

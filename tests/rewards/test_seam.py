@@ -15,6 +15,7 @@ from align.config import RewardConfig
 from align.data import chat, toy
 from align.data.chat import Dialogue, Message
 from align.data.conversations import ConversationIndex
+from align.prechecks.roles import role_configs
 from align.rewards import scorers
 from align.rewards.base import Groups, Ids, RewardScorer
 from align.run import Clock
@@ -66,7 +67,7 @@ def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch
     monkeypatch.setitem(scorers.SCORERS, "words", WordScorer)
     renderer = chat.Renderer(toy.tokenizer())
     recipe: Any = SimpleNamespace(rated=dict, absent=set, reward=config)
-    assert list(prepare.text_inputs(recipe, renderer)) == ["reward"]
+    assert list(prepare.text_inputs(recipe, role_configs(recipe), renderer)) == ["reward"]
     assert scorers.fingerprint(config, 0) == "words"
 
     ranks = local.bring_up(RewardWorker, Spec("reward", 0, 1, config, 0, 1, 60.0), Clock())
