@@ -16,7 +16,7 @@ the first holds the strength of the preference."""
 
 def resolve_attributes(names: Sequence[str]) -> tuple[str, ...]:
     """``names`` as they are, or the nine of NeMo-Aligner for ``[nemo]``. Raises `ConfigError` for one given twice."""
-    found = NEMO_ATTRIBUTES if list(names) == ["nemo"] else tuple(names)
-    if repeated := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
+    attributes = NEMO_ATTRIBUTES if list(names) == ["nemo"] else tuple(names)
+    if repeated := [name for name in dict.fromkeys(attributes) if attributes.count(name) > 1]:
         raise ConfigError(f"attributes names {', '.join(repeated)} twice", remedy="name each attribute once")
-    return found
+    return attributes

@@ -31,11 +31,11 @@ TRUST = (
 
 _PROBE = "Hello  world's end.\n\n\tdef f(x): return x+1  # 123456 caf\u00e9 \u4e2d\u6587 \U0001f600 </s>"
 
-_ASKED_FOR_TODAY = "asked for today's date"
+_DATE_REQUESTED = "asked for today's date"
 
 # A macro hides the global of the same name, so every branch of a template that reads the clock raises. The newline is
 # taken away by Jinja's trim_blocks and leaves the template at the start of a line, where it was.
-_NO_CLOCK = f'{{% macro strftime_now(format) %}}{{{{ raise_exception("{_ASKED_FOR_TODAY}") }}}}{{% endmacro %}}\n'
+_NO_CLOCK = f'{{% macro strftime_now(format) %}}{{{{ raise_exception("{_DATE_REQUESTED}") }}}}{{% endmacro %}}\n'
 
 
 class Message(NamedTuple):
@@ -86,8 +86,11 @@ def load_tokenizer(
         file = cached_file(path, "tokenizer.json", **branch, _raise_exceptions_for_missing_entries=False)
         if isinstance(tokenizer, PreTrainedTokenizerFast) and file:
             raw = Tokenizer.from_file(file)
-            own = type(tokenizer).__module__.startswith("transformers.")  # no code of the checkpoint
-            longer, other = own and len(tokenizer) > raw.get_vocab_size(), _cuts_differently(tokenizer, raw)
+            from_transformers = type(tokenizer).__module__.startswith("transformers.")  # no code of the checkpoint
+            longer, other = (
+                from_transformers and len(tokenizer) > raw.get_vocab_size(),
+                _cuts_differently(tokenizer, raw),
+            )
             plain = PreTrainedTokenizerFast.from_pretrained(path, **branch) if longer or other else tokenizer
             tokenizer = plain if other or len(plain) < len(tokenizer) else tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
@@ -202,7 +205,7 @@ class Renderer:
             raise RenderError("the prompt has no tokens", public="the prompt has no tokens", where=self._name)
         if ids[:2] == [self._bos, self._bos]:
             message = f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})"
-            quoted = any(str(self.tokenizer.bos_token) in one.content for one in messages)
+            quoted = any(str(self.tokenizer.bos_token) in message.content for message in messages)
             remedy = "write it once in the template, and not in the messages"
             raise RenderError(message, public=message if quoted else "", where=self._name, remedy=remedy)
         return ids
@@ -300,7 +303,7 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # an expression of a template may raise anything
-            if str(error) != _ASKED_FOR_TODAY:
+            if str(error) != _DATE_REQUESTED:
                 raise self._failure(error, messages) from error
         raise DataError(
             "the template writes today's date, so the same run would differ from day to day",
@@ -313,7 +316,7 @@ class Renderer:
 
     def _failure(self, error: Exception, messages: Sequence[Message]) -> RenderError:
         """What a template's exception says: a fault of the conversation where it is from ``raise_exception``."""
-        roles = ", ".join(one.role for one in messages)[:200]
+        roles = ", ".join(message.role for message in messages)[:200]
         public = f"the reward model's chat template refuses a conversation of these roles: {roles}"
         refused = type(error) is TemplateError
         return RenderError(
@@ -324,8 +327,8 @@ class Renderer:
         """The first special token that the template writes after an answer."""
         answer = "answer"
         text = self._render([Message("user", "question"), Message("assistant", answer)], add_generation_prompt=False)
-        _, found, after = text.rpartition(answer)
-        if not found:
+        _, marker, after = text.rpartition(answer)
+        if not marker:
             raise DataError("the template leaves out the assistant's words", where=self._name)
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.update(self.tokenizer.all_special_ids)

@@ -33,7 +33,7 @@ def pairs_from_ratings(
     rows were ``unrated``, or ``single``: the only rated one of their prompt.
     """
     counts: Counter[str] = Counter(unrated=0, single=0, pairs=0, ties=0, empty=0, kept=0)
-    found = []
+    preferences = []
     for context, group in groupby(rows, key=lambda row: row.context):
         members = list(group)
         rated = [row for row in members if attribute in row.ratings]
@@ -49,26 +49,26 @@ def pairs_from_ratings(
             preference = strength if difference > 0 else -strength
             row = Preference(context, first.response, second.response, preference, first.domain, first.language)
             if row.chosen.strip():
-                found.append(row)
+                preferences.append(row)
             else:
                 counts["empty"] += 1
-    counts["kept"] = len(found)
-    return found, dict(counts)
+    counts["kept"] = len(preferences)
+    return preferences, dict(counts)
 
 
 def select_attributes(rows: Iterable[Rating], attributes: Sequence[str]) -> tuple[list[Rating], dict[str, int]]:
     """Ratings of ``attributes`` alone, the others as if nobody had given them. Rows that have none of them are dropped
     and counted as ``unrated``."""
     counts: Counter[str] = Counter(rows=0, unrated=0, kept=0)
-    found = []
+    selected = []
     for row in rows:
         counts["rows"] += 1
         ratings = {name: row.ratings[name] for name in attributes if name in row.ratings}
         if ratings:
-            found.append(replace(row, ratings=ratings))
-    counts["kept"] = len(found)
-    counts["unrated"] = counts["rows"] - len(found)
-    return found, dict(counts)
+            selected.append(replace(row, ratings=ratings))
+    counts["kept"] = len(selected)
+    counts["unrated"] = counts["rows"] - len(selected)
+    return selected, dict(counts)
 
 
 class OutputFormat(NamedTuple):
@@ -133,8 +133,8 @@ def _write_split(file: Path, to: OutputFormat, rows: Sequence[Preference] | Sequ
             except BadRow as error:
                 counts[error.reason] += 1
                 continue
-            for one in objects:
-                stream.write(json.dumps(one, ensure_ascii=False).encode() + b"\n")
+            for item in objects:
+                stream.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
             counts["written"] += 1
     return dict(counts)
 

@@ -125,14 +125,14 @@ FORMATS: dict[str, dict[RowKind, RowFormat]] = {
 def row_format(name: str, reads: RowKind) -> RowFormat:
     """How format ``name`` is read as ``reads``. Prompts and demonstrations are those of its preferences, or prompts
     those of its ratings, where it has none by themselves. Raises `ConfigError` where it cannot be read so."""
-    found = FORMATS[name]
+    formats_by_kind = FORMATS[name]
     others: dict[str, tuple[RowKind, ...]] = {"prompts": ("preferences", "ratings"), "demonstrations": ("preferences",)}
     for kind in (reads, *others.get(reads, ())):
-        if kind in found:
-            return found[kind]
+        if kind in formats_by_kind:
+            return formats_by_kind[kind]
     formats = ", ".join(sorted(other for other, several in FORMATS.items() if reads in several))
     raise ConfigError(
-        f"data.format={name} holds {' and '.join(found)}, not {reads}",
+        f"data.format={name} holds {' and '.join(formats_by_kind)}, not {reads}",
         remedy=f"take data that holds {reads}: data.format is one of {formats}",
     )
 
@@ -141,7 +141,7 @@ def dataset_items(data: DataConfig, reads: RowKind) -> SourceSplits:
     """Both splits of a source, or of all sources, row by row, bad rows among them."""
     data = resolve_format(data)
     if data.sources:
-        return mix_sources(data, lambda one: dataset_items(one, reads))
+        return mix_sources(data, lambda source: dataset_items(source, reads))
     return read_source(data, row_format(data.format, reads))
 
 
@@ -214,13 +214,13 @@ def renderable_rows(
     refused: dict[str, int] = {}
     if not renderers:
         return source, refused
-    own = [renderer.with_bad_rows(data.bad_rows) for renderer in renderers]
+    row_renderers = [renderer.with_bad_rows(data.bad_rows) for renderer in renderers]
     splits = {}
     for split, rows in zip(SPLITS, (source.train, source.validation), strict=True):
         splits[split] = []
         for row in rows:
             with ExitStack() as stack:
-                for renderer in own:
+                for renderer in row_renderers:
                     stack.enter_context(renderer.row(row.where, refused))
                     renderer.prompt_ids(row.context)
                 splits[split].append(row)
@@ -236,26 +236,26 @@ def _fingerprint(*splits: Sequence[DataRow]) -> str:
     return digest.hexdigest()
 
 
-_Kept = Mapping[Any, DataRow]
+_RowsByKey = Mapping[Any, DataRow]
 
 
 def _filter_rows(
-    source: Iterable[ParsedItem], data: DataConfig, elsewhere: _Kept
+    source: Iterable[ParsedItem], data: DataConfig, elsewhere: _RowsByKey
 ) -> tuple[dict[Any, DataRow], SplitCounts]:
     rows: dict[Any, DataRow] = {}
     bad: Counter[str] = Counter()
     read = other_domain = spread = duplicates = overlap = single = 0
-    for where, found in source:
-        if isinstance(found, BadRow):
+    for where, parsed in source:
+        if isinstance(parsed, BadRow):
             if data.bad_rows == "stop":
                 remedy = "mend the row, or leave such rows out and have them counted: data.bad_rows=skip"
-                raise DataError(str(found), where=found.where or where, remedy=remedy)
-            bad[found.reason] += 1
+                raise DataError(str(parsed), where=parsed.where or where, remedy=remedy)
+            bad[parsed.reason] += 1
             read += 1
             continue
-        read += max(1, len(found))
-        single += not found
-        for row in found:
+        read += max(1, len(parsed))
+        single += not parsed
+        for row in parsed:
             if data.domains and row.domain not in data.domains:
                 other_domain += 1
             elif data.max_spread is not None and row.spread > data.max_spread:

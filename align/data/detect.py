@@ -48,8 +48,10 @@ def resolve_format(data: DataConfig) -> DataConfig:
     ``columns`` that are not there.
     """
     if data.sources:
-        found = {name: resolve_format(single_source(data, name)).format for name in data.sources}
-        return replace(data, sources={name: replace(one, format=found[name]) for name, one in data.sources.items()})
+        formats = {name: resolve_format(single_source(data, name)).format for name in data.sources}
+        return replace(
+            data, sources={name: replace(source, format=formats[name]) for name, source in data.sources.items()}
+        )
     if data.format != "auto" and not data.columns:
         return data
     form = data.format if data.format != "auto" else HUB.get(data.path) or _by_folder(data.path)
@@ -64,17 +66,17 @@ def resolve_format(data: DataConfig) -> DataConfig:
 
 def single_source(data: DataConfig, name: str) -> DataConfig:
     """The section of one of its sources."""
-    one = data.sources[name]
-    own: dict[str, Any] = {key: getattr(one, key) for key in ("path", "format", "revision", "columns")}
-    return replace(data, sources={}, **own)
+    source = data.sources[name]
+    fields: dict[str, Any] = {key: getattr(source, key) for key in ("path", "format", "revision", "columns")}
+    return replace(data, sources={}, **fields)
 
 
 def describe_sources(data: DataConfig) -> list[str]:
     """A line for each source: its format, columns and files. ``data`` is `resolve_format`."""
     if data.sources:
         return [
-            f"{name}, weight {one.weight:g}: {line}"
-            for name, one in data.sources.items()
+            f"{name}, weight {source.weight:g}: {line}"
+            for name, source in data.sources.items()
             for line in describe_sources(single_source(data, name))
         ]
     renamed = "".join(f", {field} from {name}" for field, name in data.columns.items())
@@ -89,12 +91,12 @@ def describe_sources(data: DataConfig) -> list[str]:
 
 def _stems(data: DataConfig) -> dict[str, str]:
     """The files of both splits, without suffix. Of HelpSteer3's folders that of preferences, or the first there is."""
-    own = "val" if data.format == "nemo" else "validation"
+    validation = "val" if data.format == "nemo" else "validation"
     configs = _configs(data.path) if data.format.startswith("helpsteer3") else []
     return (
-        {"train": f"{configs[0]}/train", "validation": f"{configs[0]}/{own}"}
+        {"train": f"{configs[0]}/train", "validation": f"{configs[0]}/{validation}"}
         if configs
-        else {"train": "train", "validation": own}
+        else {"train": "train", "validation": validation}
     )
 
 
@@ -117,10 +119,10 @@ def trl_row_kind(data: DataConfig) -> RowKind:
 
 def _by_folder(path: str) -> str | None:
     """The format of a folder with HelpSteer3's own files."""
-    there = _configs(path)
-    if there == ["edit_quality"]:
+    configs = _configs(path)
+    if configs == ["edit_quality"]:
         return "helpsteer3_edit_quality"
-    return "helpsteer3" if there else None
+    return "helpsteer3" if configs else None
 
 
 def _configs(path: str) -> list[str]:
@@ -134,21 +136,21 @@ def _first_rows(data: DataConfig) -> dict[str, dict[str, Any]]:
     """The first rows that can be read, by their place, with their columns renamed. Raises `DataError` for none."""
     stems = {"train": "train", "validation": "validation"}
     problem: tuple[str, BadRow] | None = None
-    found = {}
+    rows = {}
     for where, raw in islice(sources.open_tables(data, stems)["train"](), FIRST_ROWS):
         try:
-            found[where] = parse_row(raw)
+            rows[where] = parse_row(raw)
         except BadRow as error:
             problem = problem or (where, error)
-    if not found:
+    if not rows:
         where, message = (problem[0], str(problem[1])) if problem else (data.path, "has no rows")
         remedy = "give JSON lines, Parquet or CSV, or name the format: data.format"
         raise DataError(f"the format cannot be found: {message}", where=where, remedy=remedy)
-    return found
+    return rows
 
 
 def _require_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    there = {name for row in rows.values() for name in row}
+    columns = {name for row in rows.values() for name in row}
     for name, column in data.columns.items():
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
@@ -156,36 +158,36 @@ def _require_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) ->
             raise ConfigError(
                 f"data.columns: {name!r} is no column of any format", remedy=f"{hint}names: {', '.join(FIELDS)}"
             )
-        if name not in there:
+        if name not in columns:
             raise ConfigError(
                 f"data.columns: the first rows have no column {column!r} for {name}",
                 where=data.path,
-                remedy=f"columns there: {', '.join(sorted(there))}",
+                remedy=f"columns there: {', '.join(sorted(columns))}",
             )
 
 
 def _by_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> Any:
     first = next(iter(rows))
-    there = {name for row in rows.values() for name, value in row.items() if value is not None}
-    if there >= set(UNPAIRED):
+    columns_present = {name for row in rows.values() for name, value in row.items() if value is not None}
+    if columns_present >= set(UNPAIRED):
         raise DataError(
             f"unpaired preferences ({', '.join(UNPAIRED)}): no algorithm of align learns from them",
             where=first,
             remedy="give pairs, rows with chosen and rejected; or leave label out to imitate every completion with sft",
         )
-    forms = {name: [form for form in several if there >= set(form)] for name, several in COLUMNS.items()}
+    forms = {name: [form for form in several if columns_present >= set(form)] for name, several in COLUMNS.items()}
     if forms["nemo"] == [("conversations",)] and not _labelled(rows):
         forms["nemo"] = []
-    own = [form for form in forms["trl"] if form != ("prompt",)]
+    trl_forms = [form for form in forms["trl"] if form != ("prompt",)]
     candidates = [name for name, several in forms.items() if several and name != "trl"]
     if candidates == ["helpsteer2", "helpsteer"] and _lists(rows):
         candidates = ["helpsteer2_disagreements"]
-    if candidates == ["openai"] or (not candidates and len(_kinds(own)) <= 1 and forms["trl"]):
+    if candidates == ["openai"] or (not candidates and len(_kinds(trl_forms)) <= 1 and forms["trl"]):
         return candidates[0] if candidates else "trl"
-    candidates += [f"trl with {' and '.join(form)}" for form in own if candidates or len(_kinds(own)) > 1]
+    candidates += [f"trl with {' and '.join(form)}" for form in trl_forms if candidates or len(_kinds(trl_forms)) > 1]
     if len(candidates) == 1:
         return candidates[0]
-    columns = ", ".join(sorted(there))
+    columns = ", ".join(sorted(columns_present))
     if not candidates:
         needs = "; ".join(f"{name}: {' or '.join(', '.join(form) for form in some)}" for name, some in COLUMNS.items())
         remedy = f"name them as a format does, or say which they are: data.columns={{prompt: NAME, ...}}. {needs}"

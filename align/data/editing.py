@@ -69,9 +69,9 @@ def feedback_prompt(context: Sequence[Message], response: str, editing: EditingC
 
 def edit_prompt(context: Sequence[Message], response: str, feedback: Sequence[str], editing: EditingConfig) -> Context:
     """What an edit model answers: the feedback is numbered from 1."""
-    told = "\n".join(f"{number}. {text}" for number, text in enumerate(feedback, start=1))
-    asked = (editing.instruction or INSTRUCTION).replace("{feedback}", told)
-    return (*context, Message("assistant", response), Message("user", asked))
+    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(feedback, start=1))
+    instruction = (editing.instruction or INSTRUCTION).replace("{feedback}", numbered)
+    return (*context, Message("assistant", response), Message("user", instruction))
 
 
 def change_requests(feedback: Sequence[str], editing: EditingConfig) -> list[int]:
@@ -94,8 +94,8 @@ def word_overlap(feedback: str, summary: str) -> float:
     Each word counts once, by its first five letters, without case; words of grammar and those in which HelpSteer3
     states how helpful a response is do not count. 0 for a text of such words alone.
     """
-    told, done = _words(feedback), _words(summary)
-    return len(told & done) / len(told) if told else 0.0
+    feedback_words, summary_words = _words(feedback), _words(summary)
+    return len(feedback_words & summary_words) / len(feedback_words) if feedback_words else 0.0
 
 
 def _words(text: str) -> set[str]:
@@ -104,10 +104,10 @@ def _words(text: str) -> set[str]:
 
 def followed_feedback(row: Edit, editing: EditingConfig) -> list[str]:
     """The effective feedback that the edit of a row followed."""
-    asked = effective_feedback(row.feedback, editing)
+    requests = effective_feedback(row.feedback, editing)
     if editing.used_by == "none":
-        return asked
-    return [text for text in asked if word_overlap(text, row.change_summary) >= editing.min_overlap]
+        return requests
+    return [text for text in requests if word_overlap(text, row.change_summary) >= editing.min_overlap]
 
 
 def feedback_orders(texts: Sequence[str], most: int) -> Iterator[list[str]]:
@@ -153,8 +153,8 @@ def edit_demonstrations(
     counts = _counts()
 
     def items() -> Iterator[Example]:
-        for row, told in _told(rows, config.editing, counts):
-            for order in feedback_orders(told, config.editing.max_permutations):
+        for row, feedback in _followed_rows(rows, config.editing, counts):
+            for order in feedback_orders(feedback, config.editing.max_permutations):
                 yield row.where, edit_prompt(row.context, row.original, order, config.editing), (row.edited,)
 
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
@@ -181,9 +181,9 @@ def edit_prompts(rows: Iterable[Edit], renderer: Renderer, editing: EditingConfi
     ids: list[list[int]] = []
     judged: list[list[int]] = []
     kept: list[Edit] = []
-    for row, told in _told(rows, editing, counts):
+    for row, feedback in _followed_rows(rows, editing, counts):
         with renderer.row(row.where, counts):
-            prompt = renderer.prompt_ids(edit_prompt(row.context, row.original, told, editing))
+            prompt = renderer.prompt_ids(edit_prompt(row.context, row.original, feedback, editing))
             conversation = renderer.prompt_ids(row.context)
             if len(prompt) > max_tokens:
                 counts["too_long"] += 1
@@ -201,16 +201,18 @@ def _counts() -> dict[str, int]:
     return dict.fromkeys(("rows", "perfect", "not_followed", "no_feedback"), 0)
 
 
-def _told(rows: Iterable[Edit], editing: EditingConfig, counts: dict[str, int]) -> Iterator[tuple[Edit, list[str]]]:
+def _followed_rows(
+    rows: Iterable[Edit], editing: EditingConfig, counts: dict[str, int]
+) -> Iterator[tuple[Edit, list[str]]]:
     """Rows with the feedback that they followed, without those that have none."""
     for row in rows:
-        asked, told = effective_feedback(row.feedback, editing), followed_feedback(row, editing)
+        requests, followed = effective_feedback(row.feedback, editing), followed_feedback(row, editing)
         counts["rows"] += 1
-        counts["perfect"] += len(row.feedback) - len(asked)
-        counts["not_followed"] += len(asked) - len(told)
-        counts["no_feedback"] += not told
-        if told:
-            yield row, told
+        counts["perfect"] += len(row.feedback) - len(requests)
+        counts["not_followed"] += len(requests) - len(followed)
+        counts["no_feedback"] += not followed
+        if followed:
+            yield row, followed
 
 
 def unchanged_edits(originals: Sequence[str], edits: Sequence[str]) -> Tensor:

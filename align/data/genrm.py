@@ -53,7 +53,7 @@ def swap_reason(reason: str) -> str | None:
     rest, named = _NAMED.subn(" ", reason)
     if not named or _OTHERWISE.search(rest):
         return None
-    return _NAMED.sub(lambda found: found[1] + "21"[int(found[2]) - 1], reason)
+    return _NAMED.sub(lambda match: match[1] + "21"[int(match[2]) - 1], reason)
 
 
 def verdict_label(row: Comparison) -> Verdict | None:
@@ -65,7 +65,7 @@ def verdict_label(row: Comparison) -> Verdict | None:
 
 def verdict_tensor(scores: Iterable[Verdict | None]) -> Tensor:
     """Verdicts on pairs as rows of first score, second score and ranking, (B, 3); NaN where there is none."""
-    rows = [(NONE, NONE, NONE) if one is None else tuple(one) for one in scores]
+    rows = [(NONE, NONE, NONE) if verdict is None else tuple(verdict) for verdict in scores]
     return torch.tensor(rows, dtype=torch.float32).view(-1, 3)
 
 
@@ -95,14 +95,14 @@ def judge_prompts(
     ids: list[list[int]] = []
     labels: list[Verdict] = []
     contexts: list[Context] = []
-    for row, wanted in _labelled(rows, counts):
+    for row, expected in _labeled(rows, counts):
         with renderer.row(row.where, counts):
-            both = [renderer.prompt_ids(asked) for asked in _orders(row, verdict)]
+            both = [renderer.prompt_ids(messages) for messages in _orders(row, verdict)]
             if both[0] == both[1] or max(map(len, both)) > max_tokens:
                 counts["identical" if both[0] == both[1] else "too_long"] += 1
                 continue
             ids += both
-            labels += [wanted, genrm_prompts.swap_verdict(wanted)]
+            labels += [expected, genrm_prompts.swap_verdict(expected)]
             contexts.append(row.context)
             counts["without_scores"] += row.helpfulness is None
     counts["kept"] = len(contexts)
@@ -110,15 +110,15 @@ def judge_prompts(
     return JudgePrompts(Packed.from_lists(ids), verdict_tensor(labels), contexts, counts)
 
 
-def _labelled(rows: Iterable[Comparison], counts: dict[str, int]) -> Iterator[tuple[Comparison, Verdict]]:
+def _labeled(rows: Iterable[Comparison], counts: dict[str, int]) -> Iterator[tuple[Comparison, Verdict]]:
     for row in rows:
         counts["rows"] += 1
-        wanted = verdict_label(row)
-        counts["ties"] += wanted is None
-        if wanted is not None and row.response1 == row.response2:
+        verdict = verdict_label(row)
+        counts["ties"] += verdict is None
+        if verdict is not None and row.response1 == row.response2:
             counts["identical"] += 1
-        elif wanted is not None:
-            yield row, wanted
+        elif verdict is not None:
+            yield row, verdict
 
 
 def _orders(row: Comparison, verdict: VerdictConfig) -> list[tuple[Message, ...]]:
@@ -127,20 +127,20 @@ def _orders(row: Comparison, verdict: VerdictConfig) -> list[tuple[Message, ...]
     return [genrm_prompts.judge_messages(row.context, responses, *how) for responses in (both, both[::-1])]
 
 
-def require_roles(renderer: Renderer, asked: VerdictConfig | GenerativeConfig, keys: tuple[str, str]) -> None:
+def require_roles(renderer: Renderer, section: VerdictConfig | GenerativeConfig, keys: tuple[str, str]) -> None:
     """Raise `DataError` for a template that leaves out a turn of a custom role: its judge would rank what it does not
     see. ``keys`` are those of ``custom_roles`` and of the template."""
-    if not asked.custom_roles:
+    if not section.custom_roles:
         return
     probes = [
         genrm_prompts.judge_messages(
-            [Message("user", "1")], responses, "helpsteer3", roles=True, principle=asked.principle and text
+            [Message("user", "1")], responses, "helpsteer3", roles=True, principle=section.principle and text
         )
         for *responses, text in (("1", "2", "1"), ("2", "2", "1"), ("1", "1", "1"), ("1", "2", "2"))
     ]
     first, *others = (renderer.prompt_ids(probe) for probe in probes)
     for role, ids in zip(("response_1", "response_2", "principle"), others, strict=True):
-        if ids == first and (role != "principle" or asked.principle):
+        if ids == first and (role != "principle" or section.principle):
             raise DataError(
                 f"the chat template leaves out turns of the role {role}",
                 where=renderer.tokenizer.name_or_path or None,
@@ -181,18 +181,22 @@ def verdict_demonstrations(
     counts: dict[str, int] = dict.fromkeys(names, 0)
 
     def items() -> Iterator[Example]:
-        for row, wanted in _labelled(rows, counts):
+        for row, verdict in _labeled(rows, counts):
             reasons = [text.strip() for score, text in row.reasons if score * row.preference > 0 and text.strip()]
             if row.helpfulness is None or not reasons:
                 counts["without_scores" if row.helpfulness is None else "without_reason"] += 1
                 continue
             turned = [other for text in reasons if (other := swap_reason(text)) is not None]
             counts["not_swapped"] += len(reasons) - len(turned)
-            both = (reasons, wanted), (turned, genrm_prompts.swap_verdict(wanted))
-            asked = _orders(row, config.verdict)
-            for messages, (texts, scores) in zip(asked, both, strict=True):
+            both = (reasons, verdict), (turned, genrm_prompts.swap_verdict(verdict))
+            prompts = _orders(row, config.verdict)
+            for messages, (texts, scores) in zip(prompts, both, strict=True):
                 answers = [f"{text}\n{genrm_prompts.format_verdict(scores, config.verdict.form)}" for text in texts]
-                sound = [one for one in answers if genrm_prompts.parse_verdict(one, config.verdict.form, 2) == scores]
+                sound = [
+                    answer
+                    for answer in answers
+                    if genrm_prompts.parse_verdict(answer, config.verdict.form, 2) == scores
+                ]
                 counts["unreadable"] += len(answers) - len(sound)
                 yield row.where, messages, sound
 

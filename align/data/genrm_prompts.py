@@ -103,12 +103,12 @@ def _read_boxed(answer: str, num_responses: int) -> Verdict | None:
 
 
 def _read_json(answer: str, num_responses: int) -> Verdict | None:
-    found: set[Verdict | None] = set()
+    verdicts: set[Verdict | None] = set()
     position, decoder = 0, _DECODER
     for _ in range(MOST_OBJECTS):
         start = _OBJECT.search(answer, position)
         if start is None:
-            return found.pop() if len(found) == 1 else None
+            return verdicts.pop() if len(verdicts) == 1 else None
         try:
             value, position = decoder.raw_decode(answer, start.start())
         except json.JSONDecodeError as error:
@@ -117,18 +117,18 @@ def _read_json(answer: str, num_responses: int) -> Verdict | None:
         except RecursionError:
             return None
         if "overall" in value or "score_1" in value:
-            found.add(_of_object(value.get("overall", value), num_responses))
+            verdicts.add(_of_object(value.get("overall", value), num_responses))
     return None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; one that names a key twice is a verdict that cannot be read."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else {"score_1": None}
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else {"score_1": None}
 
 
 # Whole numbers as floats too: Python refuses to read an integer of thousands of digits.
-_DECODER = json.JSONDecoder(parse_int=float, parse_constant=lambda _: None, object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(parse_int=float, parse_constant=lambda _: None, object_pairs_hook=_unique_keys)
 
 
 def _of_object(value: Any, num_responses: int) -> Verdict | None:
@@ -152,15 +152,15 @@ def format_verdict(scores: Verdict, form: VerdictForm, analyses: Sequence[str] =
     Raises ValueError where it would not be read as ``scores``: scores that are not whole or out of range, an analysis
     that itself looks like a verdict.
     """
-    given = [number for number in scores if number is not None]
-    shown = [f"{number:.0f}" for number in given]
+    numbers = [number for number in scores if number is not None]
+    digits = [f"{number:.0f}" for number in numbers]
     if form == "helpsteer3":
         blocks = [_block(f"Analysis on Response {i}", text) for i, text in enumerate(analyses, start=1)]
-        blocks.append(_block("Individual Scores", f"\\boxed{{{', '.join(shown[:2])}}}"))
-        blocks += [_block("Ranking Score", f"\\boxed{{{shown[2]}}}")] if len(shown) == 3 else []
+        blocks.append(_block("Individual Scores", f"\\boxed{{{', '.join(digits[:2])}}}"))
+        blocks += [_block("Ranking Score", f"\\boxed{{{digits[2]}}}")] if len(digits) == 3 else []
         text = "\n".join(blocks)
     else:
-        pairs = zip(_KEYS[1 if len(given) == 1 else 2], map(int, shown), strict=True)
+        pairs = zip(_KEYS[1 if len(numbers) == 1 else 2], map(int, digits), strict=True)
         text = "\n".join([*analyses, json.dumps(dict(pairs))])
     if parse_verdict(text, form, 1 if scores.second is None else 2) != scores:
         raise ValueError(f"no verdict that can be read: {scores}")
@@ -181,8 +181,12 @@ def judge_messages(
     of the user, whose parts are marked by a word that occurs in none of them.
     """
     if roles:
-        told = [Message("principle", principle)] if principle else []
-        return (*context, *told, *(Message(f"response_{i}", text) for i, text in enumerate(responses, start=1)))
+        principle_turns = [Message("principle", principle)] if principle else []
+        return (
+            *context,
+            *principle_turns,
+            *(Message(f"response_{i}", text) for i, text in enumerate(responses, start=1)),
+        )
     fence = fence_word([turn.content for turn in context] + [*responses, principle])
     parts = [
         _TASK[len(responses)],

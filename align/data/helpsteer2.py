@@ -69,18 +69,18 @@ _HELD_OUT_OF = 20
 
 def read_ratings(data: DataConfig) -> dict[str, RawRows]:
     """Both splits, row by row."""
-    found = open_tables(data, {"train": "train", "validation": "validation"})
-    return {split: islice(rows(), data.max_rows) for split, rows in found.items()}
+    split_rows = open_tables(data, {"train": "train", "validation": "validation"})
+    return {split: islice(rows(), data.max_rows) for split, rows in split_rows.items()}
 
 
 def parse_rating(raw: Any) -> list[Rating]:
     """A response with its ratings. Raises `BadRow`."""
-    prompt, response, ratings = _rated(raw)
+    prompt, response, ratings = _parse_ratings(raw)
     floats = {name: float(value) for name, value in ratings.items()}
     return [Rating(marked_turns("prompt", prompt), response, floats, NO_DOMAIN, LANGUAGE)]
 
 
-def _rated(raw: Any) -> tuple[str, str, dict[str, int]]:
+def _parse_ratings(raw: Any) -> tuple[str, str, dict[str, int]]:
     """Prompt, response and ratings."""
     row = parse_row(raw)
     require_fields(row, _RATED)
@@ -104,10 +104,10 @@ def group_in_twos(rows: RawRows) -> RawRows:
 
 def parse_rating_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference that two rated responses amount to. Raises `BadRow`."""
-    found = parse_prompt_group(pair)
-    if not found:
+    preferences = parse_prompt_group(pair)
+    if not preferences:
         raise BadRow("row", "is the last one, and has no second response")
-    return found
+    return preferences
 
 
 def read_prompt_groups(data: DataConfig) -> dict[str, RawRows]:
@@ -117,8 +117,8 @@ def read_prompt_groups(data: DataConfig) -> dict[str, RawRows]:
 
 def _by_prompt(rows: RawRows) -> RawRows:
     for _, group in groupby(map(_opened, rows), key=lambda row: row[1]["prompt"] if _has_prompt(row[1]) else [row[0]]):
-        found = list(group)
-        yield found[0][0], found
+        rows_of_prompt = list(group)
+        yield rows_of_prompt[0][0], rows_of_prompt
 
 
 def _opened(row: tuple[str, Any]) -> tuple[str, Any]:
@@ -134,15 +134,15 @@ def _has_prompt(raw: Any) -> bool:
 
 def parse_prompt_group(group: list[tuple[str, Any]]) -> list[Preference]:
     """A preference of every two of the responses to a prompt; none where there is only one. Raises `BadRow`."""
-    found = []
+    responses = []
     for where, raw in group:
         with at_line(where):
-            found.append((where, *_rated(raw)))
-            if found[-1][1] != found[0][1]:
-                raise BadRow("prompt", "differs from that of the row before", found[-1][1])
-    context = marked_turns("prompt", found[0][1])
+            responses.append((where, *_parse_ratings(raw)))
+            if responses[-1][1] != responses[0][1]:
+                raise BadRow("prompt", "differs from that of the row before", responses[-1][1])
+    context = marked_turns("prompt", responses[0][1])
     pairs = []
-    for (where1, _, response1, ratings1), (where2, _, response2, ratings2) in combinations(found, 2):
+    for (where1, _, response1, ratings1), (where2, _, response2, ratings2) in combinations(responses, 2):
         preference = max(-3, min(3, ratings2["helpfulness"] - ratings1["helpfulness"]))
         pairs.append(Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE))
         if preference:

@@ -87,9 +87,10 @@ def _tables(config: str, data: DataConfig) -> dict[str, Callable[[], RawRows]]:
 
 def read_comparisons(data: DataConfig) -> dict[str, RawRows]:
     """Both splits of ``preference``, each row with what all of ``feedback`` says of how helpful responses are."""
-    said = _helpfulness(data)
+    helpfulness = _helpfulness(data)
     return {
-        split: ((where, (raw, said)) for where, raw in rows) for split, rows in _sources("preference", data).items()
+        split: ((where, (raw, helpfulness)) for where, raw in rows)
+        for split, rows in _sources("preference", data).items()
     }
 
 
@@ -110,7 +111,7 @@ def _helpfulness(data: DataConfig) -> dict[bytes, float]:
     """Helpfulness by context and response: the median of what people said, the lower of two in the middle, so that a
     label is always one that somebody gave. Both splits are read whole, ``data.max_rows`` or not: a pair may have its
     feedback anywhere. Of a response that occurs twice the first is taken."""
-    found: dict[bytes, float] = {}
+    scores: dict[bytes, float] = {}
     for rows in _feedback(data).values():
         for where, raw in rows():
             try:
@@ -124,8 +125,8 @@ def _helpfulness(data: DataConfig) -> dict[bytes, float]:
                 words = [match[1].lower() for text in row.feedback if (match := _PHRASE.match(text))]
                 if words:
                     score = statistics.median_low([1 + PHRASES.index(word) for word in words])
-                    found.setdefault(_digest(row.context, row.response), float(score))
-    return found
+                    scores.setdefault(_digest(row.context, row.response), float(score))
+    return scores
 
 
 def _digest(context: Context, response: str) -> bytes:
@@ -149,27 +150,27 @@ def parse_preference(raw: Any) -> list[Preference]:
 
 def parse_comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison]:
     """A row of ``preference`` with its reasons, and the helpfulness of its responses as `read_comparisons` found it."""
-    raw, said = item
+    raw, scores = item
     raw = parse_row(raw)
     (pair,) = parse_preference(raw)
-    labels = [said.get(_digest(pair.context, response)) for response in (pair.response1, pair.response2)]
+    labels = [scores.get(_digest(pair.context, response)) for response in (pair.response1, pair.response2)]
     first, second = labels
     helpfulness = None if first is None or second is None else (first, second)
-    seen = pair.context, pair.response1, pair.response2, pair.preference
-    return [Comparison(*seen, tuple(_reasons(raw)), helpfulness, pair.domain, pair.language)]
+    pair_fields = pair.context, pair.response1, pair.response2, pair.preference
+    return [Comparison(*pair_fields, tuple(_reasons(raw)), helpfulness, pair.domain, pair.language)]
 
 
 def _reasons(raw: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Score and reasoning of each annotator; none where the field is missing, as in files that hold pairs alone."""
     field = "individual_preference"
-    found = raw.get(field)
-    if not isinstance(found, list | None):
-        raise BadRow(field, "is not a list", found)
-    for one in found or ():
-        if not isinstance(one, dict) or not {"score", "reasoning"} <= one.keys():
-            raise BadRow(field, "has an entry without score and reasoning", one)
-        reasoning = "" if one["reasoning"] is None else text(field, one["reasoning"])
-        yield integer(field, one["score"], -3, 3), reasoning
+    opinions = raw.get(field)
+    if not isinstance(opinions, list | None):
+        raise BadRow(field, "is not a list", opinions)
+    for opinion in opinions or ():
+        if not isinstance(opinion, dict) or not {"score", "reasoning"} <= opinion.keys():
+            raise BadRow(field, "has an entry without score and reasoning", opinion)
+        reasoning = "" if opinion["reasoning"] is None else text(field, opinion["reasoning"])
+        yield integer(field, opinion["score"], -3, 3), reasoning
 
 
 def preference_to_json(row: Preference) -> list[dict[str, Any]]:
@@ -190,12 +191,12 @@ def parse_feedback(raw: Any) -> list[Feedback]:
     """Both responses of a row of ``feedback``."""
     raw = parse_row(raw)
     require_fields(raw, _FEEDBACK)
-    context, place = _context(raw), _place(raw)
-    found = []
+    context, place = _context(raw), _domain_and_language(raw)
+    rows = []
     for i in (1, 2):
-        response, said = text(f"response{i}", raw[f"response{i}"]), texts(f"feedback{i}", raw[f"feedback{i}"])
-        found.append(Feedback(context, response, said, *place))
-    return found
+        response, comments = text(f"response{i}", raw[f"response{i}"]), texts(f"feedback{i}", raw[f"feedback{i}"])
+        rows.append(Feedback(context, response, comments, *place))
+    return rows
 
 
 def parse_edit(raw: Any) -> list[Edit]:
@@ -207,7 +208,9 @@ def parse_edit(raw: Any) -> list[Edit]:
     ]
     if not edited.strip():
         raise BadRow("edited_response", "is empty", edited)
-    return [Edit(_context(raw), original, edited, texts("feedback", raw["feedback"]), summary, *_place(raw))]
+    return [
+        Edit(_context(raw), original, edited, texts("feedback", raw["feedback"]), summary, *_domain_and_language(raw))
+    ]
 
 
 def parse_edit_quality(raw: Any) -> list[Preference]:
@@ -219,7 +222,7 @@ def parse_edit_quality(raw: Any) -> list[Preference]:
     ]
     require_response("good_edited_response", good)
     texts("feedback", raw["feedback"])
-    context, place = _context(raw), _place(raw)
+    context, place = _context(raw), _domain_and_language(raw)
     return [Preference(context, good, other, -1, *place) for other in others]
 
 
@@ -230,16 +233,16 @@ def parse_principle(raw: Any) -> list[Principle]:
     fulfilment = raw["fulfilment"]
     if fulfilment not in ("Yes", "No"):
         raise BadRow("fulfilment", "is neither Yes nor No", fulfilment)
-    response, said = text("response", raw["response"]), text("principle", raw["principle"])
-    if not said.strip():
-        raise BadRow("principle", "is empty", said)
-    return [Principle(_context(raw), response, said, fulfilment == "Yes", *_place(raw))]
+    response, principle = text("response", raw["response"]), text("principle", raw["principle"])
+    if not principle.strip():
+        raise BadRow("principle", "is empty", principle)
+    return [Principle(_context(raw), response, principle, fulfilment == "Yes", *_domain_and_language(raw))]
 
 
 def _context(raw: dict[str, Any]) -> Context:
     return conversation("context", turns("context", raw["context"]))
 
 
-def _place(raw: dict[str, Any]) -> tuple[str, str]:
+def _domain_and_language(raw: dict[str, Any]) -> tuple[str, str]:
     """Domain and language."""
     return text("domain", raw["domain"]), text("language", raw["language"])

@@ -26,8 +26,8 @@ def match_splits(names: Iterable[str]) -> dict[str, str]:
     """Which of ``names`` are ``train`` and ``validation``; those that are neither are left out."""
     by_name = {name.lower(): name for name in names}
     kinds = {"train": TRAIN, "validation": VALIDATION}
-    found = {kind: [by_name[name] for name in known if name in by_name] for kind, known in kinds.items()}
-    return {kind: several[0] for kind, several in found.items() if several}
+    matches = {kind: [by_name[name] for name in aliases if name in by_name] for kind, aliases in kinds.items()}
+    return {kind: several[0] for kind, several in matches.items() if several}
 
 
 def find_split_files(path: str) -> dict[str, list[Path]] | None:
@@ -43,10 +43,10 @@ def find_split_files(path: str) -> dict[str, list[Path]] | None:
         return None
     if (place / "dataset_dict.json").is_file():
         names = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        found = {kind: [place / name] for kind, name in match_splits(names).items()}
-        if "train" not in found:
+        splits = {kind: [place / name] for kind, name in match_splits(names).items()}
+        if "train" not in splits:
             raise DataError(f"no split train, found {', '.join(names)}", where=path, remedy="rename one to train")
-        return found
+        return splits
     if (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
         return {"train": [place]}
     return _by_name(place)
@@ -66,16 +66,16 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
         elif inner in TRAIN + VALIDATION:
             files[inner].append(file)
     unnamed = files.pop("", [])
-    found = {kind: files[name] for kind, name in match_splits(files).items()}
-    if "train" not in found and unnamed:
-        found["train"] = unnamed
-    for split, several in found.items():
+    splits = {kind: files[name] for kind, name in match_splits(files).items()}
+    if "train" not in splits and unnamed:
+        splits["train"] = unnamed
+    for split, several in splits.items():
         kinds = sorted({suffix for file in several for suffix in SUFFIXES if file.name.endswith(suffix)})
         if len(kinds) > 1:
             names = ", ".join(file.name for file in several[:4])
             remedy = "keep one of them, or give one file as data.path"
             raise DataError(f"{split} is there as {' and '.join(kinds)}: {names}", where=str(folder), remedy=remedy)
-    return found
+    return splits
 
 
 def _label(stem: str) -> str:

@@ -123,22 +123,22 @@ class _Findings:
     def note(self, name: str, where: str = "", detail: str = "") -> None:
         """Count one case of a check, or of a row that is bad for the reason ``name``."""
         severity, what = CHECKS.get(name, ("error", name))
-        one = self.by_name.setdefault(name, LintFinding(name, severity, f"{what}: {detail}" if detail else what))
-        one.count += 1
-        if where and len(one.places) < PLACES:
-            one.places.append(where.removeprefix(self.source))
+        finding = self.by_name.setdefault(name, LintFinding(name, severity, f"{what}: {detail}" if detail else what))
+        finding.count += 1
+        if where and len(finding.places) < PLACES:
+            finding.places.append(where.removeprefix(self.source))
 
     def add(self, finding: LintFinding) -> None:
         self.by_name[finding.name] = finding
 
     def sorted(self, rows: int) -> list[LintFinding]:
-        for one in self.by_name.values():
-            if one.places and rows:
-                one.share = one.count / rows
-        return sorted(self.by_name.values(), key=lambda one: SEVERITIES.index(one.severity))
+        for finding in self.by_name.values():
+            if finding.places and rows:
+                finding.share = finding.count / rows
+        return sorted(self.by_name.values(), key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-_Placed = list[tuple[str, Any]]
+_LocatedRows = list[tuple[str, Any]]
 """Rows, each with its place."""
 
 
@@ -150,18 +150,18 @@ def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, tem
     """
     data = resolve_format(data)
     findings = _Findings(data.path)
-    splits: dict[str, _Placed] = {}
+    splits: dict[str, _LocatedRows] = {}
     read = {}
     placed = dataset_items(data, reads)
     for split in SPLITS:
         splits[split], others = [], 0
-        for where, found in placed[split]:
-            if isinstance(found, BadRow):
-                findings.note(found.reason, found.where or where)
+        for where, parsed in placed[split]:
+            if isinstance(parsed, BadRow):
+                findings.note(parsed.reason, parsed.where or where)
                 others += 1
                 continue
-            splits[split] += [(where, row) for row in found]
-            if not found:
+            splits[split] += [(where, row) for row in parsed]
+            if not parsed:
                 findings.note("single", where)
                 others += 1
         read[split] = len(splits[split]) + others
@@ -176,17 +176,17 @@ def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, tem
     if renderer is not None:
         _check_tokenizer(renderer, findings)
         tokens = _check_tokens(rows, renderer, data, findings)
-        known = [tokens.get(id(row)) for row in distinct]
-        distinct = [row for row, ids in zip(distinct, known, strict=True) if ids]
-        lengths, unit = [length for ids in known if ids for length in ids[1:]], "tokens"
+        token_lengths = [tokens.get(id(row)) for row in distinct]
+        distinct = [row for row, ids in zip(distinct, token_lengths, strict=True) if ids]
+        lengths, unit = [length for ids in token_lengths if ids for length in ids[1:]], "tokens"
     _check_texts(rows, data, findings)
     if reads == "preferences":
         tables = _preferences(distinct, lengths, unit, data.format, findings)
     else:
         tables = _ratings(distinct, lengths, unit, findings) if reads == "ratings" else []
-    tables += [_places(row for _, row in rows), _turns(row for _, row in rows)]
+    tables += [_domain_table(row for _, row in rows), _turn_table(row for _, row in rows)]
     if renderer is not None:
-        tables.append(_quantiles(tokens.values()))
+        tables.append(_token_table(tokens.values()))
     return LintReport(
         data.path or ", ".join(data.sources), data.format, reads, read, findings.sorted(sum(read.values())), tables
     )
@@ -202,7 +202,7 @@ def _responses(row: Any) -> list[str]:
     return [row.response1, row.response2] if isinstance(row, Preference) else [row.response]
 
 
-def _repetitions(splits: Mapping[str, _Placed], findings: _Findings) -> list[Any]:
+def _repetitions(splits: Mapping[str, _LocatedRows], findings: _Findings) -> list[Any]:
     """Note what occurs more than once; the rows that are left, each once, without those of train that are in
     validation."""
     labels: dict[str, dict[Any, Any]] = {split: {} for split in SPLITS}
@@ -210,15 +210,15 @@ def _repetitions(splits: Mapping[str, _Placed], findings: _Findings) -> list[Any
     held_out = {row.key for _, row in splits["validation"]}, {row.context for _, row in splits["validation"]}
     for split in SPLITS:
         for where, row in splits[split]:
-            seen, in_train = labels[split], split == "train"
+            labels_by_key, in_train = labels[split], split == "train"
             if in_train and row.context in held_out[1]:
                 findings.note("shared_prompts", where)
-            if row.key in seen:
+            if row.key in labels_by_key:
                 findings.note("duplicates", where)
-                if seen[row.key] != _label(row):
+                if labels_by_key[row.key] != _label(row):
                     findings.note("contradictory", where)
                 continue
-            seen[row.key] = _label(row)
+            labels_by_key[row.key] = _label(row)
             if in_train and row.key in held_out[0]:
                 findings.note("overlap", where)
             else:
@@ -226,7 +226,7 @@ def _repetitions(splits: Mapping[str, _Placed], findings: _Findings) -> list[Any
     return distinct
 
 
-def _check_texts(rows: _Placed, data: DataConfig, findings: _Findings) -> None:
+def _check_texts(rows: _LocatedRows, data: DataConfig, findings: _Findings) -> None:
     for where, row in rows:
         if data.max_spread is not None and row.spread > data.max_spread:
             findings.note("spread", where)
@@ -258,7 +258,7 @@ def _check_tokenizer(renderer: Renderer, findings: _Findings) -> None:
 
 
 def _check_tokens(
-    rows: _Placed, renderer: Renderer, data: DataConfig, findings: _Findings
+    rows: _LocatedRows, renderer: Renderer, data: DataConfig, findings: _Findings
 ) -> dict[int, tuple[int, ...]]:
     """Note what only token ids show; by ``id`` of a row, the tokens of prompt and responses."""
     lengths = {}
@@ -290,8 +290,8 @@ def _bias(name: str, what: str, successes: int, trials: int, findings: _Findings
     p = sign_test(successes, trials)
     share = successes / trials if trials else None
     severity: Severity = "warning" if p < SIGNIFICANT else "info"
-    said = f"{what} ({successes} of {trials}, p = {p:.2g})"
-    findings.add(LintFinding(name, severity, said, successes, share))
+    message = f"{what} ({successes} of {trials}, p = {p:.2g})"
+    findings.add(LintFinding(name, severity, message, successes, share))
 
 
 def _preferences(
@@ -355,7 +355,7 @@ def _percent(count: int, of: int) -> str:
     return f"{count / of:.1%}" if of else ""
 
 
-def _places(rows: Iterable[Any]) -> LintTable:
+def _domain_table(rows: Iterable[Any]) -> LintTable:
     counts = Counter((row.language, row.domain) for row in rows)
     domains = sorted({domain for _, domain in counts})
     by_language = Counter[str]()
@@ -368,20 +368,20 @@ def _places(rows: Iterable[Any]) -> LintTable:
     return LintTable("language and domain", ("language", *(domain or "(none)" for domain in domains), "all"), table)
 
 
-def _turns(rows: Iterable[Any]) -> LintTable:
+def _turn_table(rows: Iterable[Any]) -> LintTable:
     counts = Counter(sum(message.role == "user" for message in row.context) for row in rows)
     total = sum(counts.values())
     table = [(turns, count, _percent(count, total)) for turns, count in sorted(counts.items())]
     return LintTable("turns of the user", ("turns", "rows", "share"), table)
 
 
-def _quantiles(lengths: Iterable[tuple[int, ...]]) -> LintTable:
+def _token_table(lengths: Iterable[tuple[int, ...]]) -> LintTable:
     """Lower quantiles: a length that occurs."""
-    known = list(lengths)
+    row_lengths = list(lengths)
     table = []
     for name, values in (
-        ("prompt", sorted(one[0] for one in known)),
-        ("response", sorted(length for one in known for length in one[1:])),
+        ("prompt", sorted(row[0] for row in row_lengths)),
+        ("response", sorted(length for row in row_lengths for length in row[1:])),
     ):
         if values:
             table.append((name, *(values[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1.0))))

@@ -43,13 +43,13 @@ class SourceSplits(dict[str, Iterable[ParsedItem]]):
 
 def read_source(data: DataConfig, form: RowFormat) -> SourceSplits:
     """Both splits of one source. Without a validation split of its own, ``data.validation`` of the prompts are it."""
-    found = SourceSplits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
-    if "validation" not in found:
-        found = _divided(found["train"], data.validation)
+    splits = SourceSplits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
+    if "validation" not in splits:
+        splits = _divided(splits["train"], data.validation)
     if data.system_prompt:
-        for split, items in found.items():
-            found[split] = _with_system(items, Message("system", data.system_prompt))
-    return found
+        for split, items in splits.items():
+            splits[split] = _with_system(items, Message("system", data.system_prompt))
+    return splits
 
 
 def _parsed(rows: RawRows, parse: Callable[[Any], Sequence[DataRow]]) -> Iterator[ParsedItem]:
@@ -66,9 +66,9 @@ def _divided(items: Iterable[ParsedItem], fraction: float) -> SourceSplits:
     for where, rows in items:
         held_out = not isinstance(rows, BadRow) and bool(rows) and hash_fraction(rows[0].context) < fraction
         parts["validation" if held_out else "train"].append((where, rows))
-    found = SourceSplits(parts)
-    found.divided = True
-    return found
+    splits = SourceSplits(parts)
+    splits.divided = True
+    return splits
 
 
 def hash_fraction(context: Context, salt: str = "") -> float:
@@ -95,11 +95,11 @@ def mix_sources(data: DataConfig, read: Callable[[DataConfig], SourceSplits]) ->
     parts = {name: read(single_source(data, name)) for name in data.sources}
     train = [sample_by_weight(list(part["train"]), data.sources[name].weight) for name, part in parts.items()]
     turns = zip_longest(*(part["validation"] for part in parts.values()))
-    found = SourceSplits(
+    splits = SourceSplits(
         {"train": chain(*train), "validation": (item for turn in turns for item in turn if item is not None)}
     )
-    found.divided = all(part.divided for part in parts.values())
-    return found
+    splits.divided = all(part.divided for part in parts.values())
+    return splits
 
 
 def sample_by_weight(items: list[ParsedItem], weight: float) -> list[ParsedItem]:

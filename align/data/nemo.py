@@ -59,7 +59,7 @@ _SYSTEM, _USER, _ASSISTANT, _END = (
     "\n<extra_id_2>",
 )
 
-_Said = tuple[Context, str, dict[str, float]]
+_Answer = tuple[Context, str, dict[str, float]]
 """Context, response and its labels as they stand there, without -100."""
 
 
@@ -76,7 +76,7 @@ def read_row_pairs(data: DataConfig) -> dict[str, RawRows]:
 def parse_ratings(raw: Any) -> list[Rating]:
     """A row for each labelled turn of the assistant. Raises `BadRow`."""
     rows = []
-    for context, response, labels in _said(raw):
+    for context, response, labels in _answers_of(raw):
         for name, value in labels.items():
             rating(f"label {name}", value, 0, 4)
         rows.append(Rating(context, response, labels, NO_DOMAIN, LANGUAGE))
@@ -85,23 +85,23 @@ def parse_ratings(raw: Any) -> list[Rating]:
 
 def parse_row_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference of two rows. Raises `BadRow`."""
-    found = []
+    responses = []
     for where, raw in pair:
         with at_line(where):
-            said = _said(raw)
-            if len(said) > 1:
-                raise BadRow("conversations", "has more than one label", len(said))
-            context, response, labels = said[0]
+            answers = _answers_of(raw)
+            if len(answers) > 1:
+                raise BadRow("conversations", "has more than one label", len(answers))
+            context, response, labels = answers[0]
             quality = labels.get("quality")
             strength = int(quality) if quality is not None and quality == int(quality) else quality
-            found.append((context, response, integer("label quality", strength, -3, 3)))
-            if context != found[0][0]:
+            responses.append((context, response, integer("label quality", strength, -3, 3)))
+            if context != responses[0][0]:
                 raise BadRow("prompt", "differs from that of the row before", context[-1].content)
-            if strength != found[0][2]:
+            if strength != responses[0][2]:
                 raise BadRow("label quality", "differs from that of the row before", strength)
-    if len(found) < 2:
+    if len(responses) < 2:
         raise BadRow("row", "is the last one, and has no second response")
-    (context, response1, preference), (_, response2, _) = found
+    (context, response1, preference), (_, response2, _) = responses
     row = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE)
     if preference:
         with at_line(pair[preference > 0][0]):
@@ -109,31 +109,31 @@ def parse_row_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     return [row]
 
 
-def _said(raw: Any) -> list[_Said]:
+def _answers_of(raw: Any) -> list[_Answer]:
     """Every labelled answer of a row; at least one."""
     row = parse_row(raw)
     return [_from_text(row)] if "text" in row else _from_conversation(row)
 
 
-def _from_text(row: dict[str, Any]) -> _Said:
+def _from_text(row: dict[str, Any]) -> _Answer:
     require_fields(row, ("label",))
-    said = text("text", row["text"])
-    system, user, rest = said.removeprefix(_SYSTEM).partition(_USER)
-    if not said.startswith(_SYSTEM) or not user or not rest.endswith(_END):
-        raise BadRow("text", "lacks the marks of NeMo", said)
+    content = text("text", row["text"])
+    system, user, rest = content.removeprefix(_SYSTEM).partition(_USER)
+    if not content.startswith(_SYSTEM) or not user or not rest.endswith(_END):
+        raise BadRow("text", "lacks the marks of NeMo", content)
     prompt, assistant, response = rest.removesuffix(_END).rpartition(_ASSISTANT)
     if not assistant:
-        raise BadRow("text", "has no turn of the assistant", said)
+        raise BadRow("text", "has no turn of the assistant", content)
     return marked_turns("text", prompt, _system(system)), _unmarked("text", response), _labels(row["label"])
 
 
-def _from_conversation(row: dict[str, Any]) -> list[_Said]:
+def _from_conversation(row: dict[str, Any]) -> list[_Answer]:
     require_fields(row, ("conversations",))
     turns, mask = row["conversations"], row.get("mask", "User")
     if not isinstance(turns, list) or not turns:
         raise BadRow("conversations", "is not a list of turns", turns)
     system = _system(text("system", row.get("system", SYSTEM)))
-    found: list[_Said] = []
+    answers: list[_Answer] = []
     before = ""
     for turn in turns:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -141,11 +141,11 @@ def _from_conversation(row: dict[str, Any]) -> list[_Said]:
         value, user = text("conversations", turn["value"]), turn["from"] == mask
         if not user and turn.get("label"):
             context = marked_turns("conversations", before.removeprefix(_USER), system)
-            found.append((context, _unmarked("conversations", value), _labels(turn["label"])))
+            answers.append((context, _unmarked("conversations", value), _labels(turn["label"])))
         before += (_USER if user else _ASSISTANT) + value
-    if not found:
+    if not answers:
         raise BadRow("conversations", "has no answer with a label")
-    return found
+    return answers
 
 
 def _system(system: str) -> list[Message]:
@@ -162,15 +162,15 @@ def _labels(value: object) -> dict[str, float]:
     """Numbers by attribute, without those that nobody rated."""
     if isinstance(value, str):
         pairs = [part.partition(":")[::2] for part in value.split(",")]
-        given: dict[str, object] = {name.strip(): _number(number) for name, number in pairs}
-        if len(given) < len(pairs):
+        values: dict[str, object] = {name.strip(): _number(number) for name, number in pairs}
+        if len(values) < len(pairs):
             raise BadRow("label", "has two values for one attribute", value)
     elif isinstance(value, list) and len(value) == len(NEMO_ATTRIBUTES):
-        given = dict(zip(NEMO_ATTRIBUTES, value, strict=True))
+        values = dict(zip(NEMO_ATTRIBUTES, value, strict=True))
     else:
         raise BadRow("label", f"is neither text nor {len(NEMO_ATTRIBUTES)} numbers", value)
-    found = {name: rating(f"label {name}", number) for name, number in given.items()}
-    return {name: number for name, number in found.items() if number is not None}
+    numbers = {name: rating(f"label {name}", number) for name, number in values.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _number(value: str) -> object:
@@ -182,30 +182,30 @@ def _number(value: str) -> object:
 
 def to_conversations(row: Preference | Rating) -> list[dict[str, Any]]:
     """A rated response as one conversation, a pair as two. Raises `BadRow` for a text that holds a mark."""
-    found = []
+    conversations = []
     for response, labels in _answers(row):
         system, turns = _parts(row.context, response)
         if not labels or set(",:") & set("".join(labels)):
             raise BadRow("ratings", "cannot be written as a label", [*labels])
         label = ",".join(f"{name}:{int(n) if n.is_integer() else n}" for name, n in labels.items())
-        said = [{"from": one.role.capitalize(), "value": one.content, "label": None} for one in turns]
-        said[-1]["label"] = label
-        found.append({"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said})
-    return found
+        messages = [{"from": turn.role.capitalize(), "value": turn.content, "label": None} for turn in turns]
+        messages[-1]["label"] = label
+        conversations.append({"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": messages})
+    return conversations
 
 
 def to_texts(row: Preference | Rating) -> list[dict[str, Any]]:
     """A rated response as one text with nine numbers, a pair as two. Raises `BadRow` for a text that holds a mark and
     for a rating outside the nine."""
-    found = []
+    rows = []
     for response, labels in _answers(row):
         if others := labels.keys() - set(NEMO_ATTRIBUTES):
             raise BadRow("ratings", "has an attribute that is not among NeMo's nine", min(others))
         system, turns = _parts(row.context, response)
-        said = "".join((_ASSISTANT if one.role == "assistant" else _USER) + one.content for one in turns)
+        dialogue = "".join((_ASSISTANT if turn.role == "assistant" else _USER) + turn.content for turn in turns)
         label = [labels.get(name, NOT_RATED) for name in NEMO_ATTRIBUTES]
-        found.append({"text": f"{_SYSTEM}{system}{said}{_END}", "label": label})
-    return found
+        rows.append({"text": f"{_SYSTEM}{system}{dialogue}{_END}", "label": label})
+    return rows
 
 
 def _answers(row: Preference | Rating) -> list[tuple[str, dict[str, float]]]:
@@ -219,5 +219,5 @@ def _parts(context: Context, response: str) -> tuple[str, Sequence[Message]]:
     for message in (*context, Message("assistant", response)):
         if stray := STRAY.search(message.content):
             raise BadRow(message.role, "says a mark of NeMo's format", stray[0])
-    spoken = [*context, Message("assistant", response)]
-    return (spoken[0].content, spoken[1:]) if spoken[0].role == "system" else (SYSTEM, spoken)
+    messages = [*context, Message("assistant", response)]
+    return (messages[0].content, messages[1:]) if messages[0].role == "system" else (SYSTEM, messages)

@@ -66,12 +66,12 @@ def parse_rating(raw: Any) -> list[Rating]:
     *before, last = turns("messages", row["messages"])
     if last.role != "assistant" or not before:
         raise BadRow("messages", "does not end with an answer of the assistant", last.role)
-    given = row.get("ratings")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise BadRow("ratings", "is not an object of numbers", given)
-    found = {text("ratings", name): rating(f"ratings.{name}", value) for name, value in given.items()}
-    ratings = {name: value for name, value in found.items() if value is not None}
+    values = row.get("ratings")
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise BadRow("ratings", "is not an object of numbers", values)
+    numbers = {text("ratings", name): rating(f"ratings.{name}", value) for name, value in values.items()}
+    ratings = {name: value for name, value in numbers.items() if value is not None}
     return [Rating(conversation("messages", before), last.content, ratings, *domain_and_language(row))]
 
 
@@ -79,10 +79,10 @@ def response_text(field: str, value: object) -> str:
     """Text, or the content of a list of one turn of the assistant. Raises `BadRow`."""
     if not isinstance(value, list):
         return text(field, value)
-    found = turns(field, value)
-    if len(found) != 1 or found[0].role != "assistant":
-        raise BadRow(field, "is neither text nor one turn of the assistant", [turn.role for turn in found])
-    return found[0].content
+    messages = turns(field, value)
+    if len(messages) != 1 or messages[0].role != "assistant":
+        raise BadRow(field, "is neither text nor one turn of the assistant", [turn.role for turn in messages])
+    return messages[0].content
 
 
 def domain_and_language(row: dict[str, Any]) -> tuple[str, str]:
@@ -108,8 +108,8 @@ def preference_to_json(row: Preference) -> list[dict[str, Any]]:
 
 def rating_to_json(row: Rating) -> list[dict[str, Any]]:
     """A rated response as one object."""
-    said = _messages([*row.context, Message("assistant", row.response)])
-    return [{"messages": said, "ratings": dict(row.ratings), "domain": row.domain, "language": row.language}]
+    messages = _messages([*row.context, Message("assistant", row.response)])
+    return [{"messages": messages, "ratings": dict(row.ratings), "domain": row.domain, "language": row.language}]
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:

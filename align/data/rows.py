@@ -232,11 +232,11 @@ def parse_row(raw: Any) -> dict[str, Any]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Of two values under one name ``json`` would take the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise BadRow("row", "has two values under one key", name)
-    return found
+    return value
 
 
 def require_fields(row: Mapping[str, Any], fields: Iterable[str]) -> None:
@@ -282,16 +282,16 @@ def texts(field: str, value: object) -> tuple[str, ...]:
     """``value``, when it is a list of at least one text. Raises `BadRow`."""
     if not isinstance(value, list) or not value:
         raise BadRow(field, "is not a list of texts", value)
-    return tuple(text(field, one) for one in value)
+    return tuple(text(field, item) for item in value)
 
 
 def turns(field: str, value: object) -> list[Message]:
     """A list of {role, content}, or text: the user's only turn. Raises `BadRow`."""
-    found = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(found, list) or not found:
-        raise BadRow(field, "is neither text nor a list of turns", found)
+    items = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(items, list) or not items:
+        raise BadRow(field, "is neither text nor a list of turns", items)
     messages = []
-    for turn in found:
+    for turn in items:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise BadRow(field, "has a turn without role and content", turn)
         messages.append(Message(text(field, turn["role"]), text(field, turn["content"])))
@@ -304,8 +304,8 @@ def conversation(field: str, messages: list[Message]) -> Context:
     Raises `BadRow` for any other order of roles and for an empty last turn.
     """
     roles = [message.role for message in messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+    dialogue_roles = roles[1:] if roles[0] == "system" else roles
+    if dialogue_roles != ["user", "assistant"] * (len(dialogue_roles) // 2) + ["user"]:
         raise BadRow(field, "roles do not alternate from user to user", roles)
     if not messages[-1].content.strip():
         raise BadRow(field, "ends with an empty user turn", messages[-1].content)

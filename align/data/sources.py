@@ -46,8 +46,8 @@ def open_tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[
     the source does not have is left out. Raises `DataError` for a source or a table that is missing, and while reading
     for a damaged file.
     """
-    found = {name: partial(_renamed, rows, data.columns) for name, rows in _tables(data, stems, hub).items()}
-    return found if data.columns else {name: rows.args[0] for name, rows in found.items()}
+    tables = {name: partial(_renamed, rows, data.columns) for name, rows in _tables(data, stems, hub).items()}
+    return tables if data.columns else {name: rows.args[0] for name, rows in tables.items()}
 
 
 def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) -> dict[str, Callable[[], RawRows]]:
@@ -58,11 +58,11 @@ def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) 
             raise _missing(folder, stems["train"], data.format)
         return {name: partial(read_files, several) for name, several in files.items()}
     splits = hub_splits(data, hub)
-    own = layout.match_splits(splits)
-    if "train" not in own:
+    split_names = layout.match_splits(splits)
+    if "train" not in split_names:
         raise DataError(f"split train is missing, found {sorted(splits)}", where=data.path)
-    wanted = {name: splits[own[name]] for name in stems if name in own}
-    return {name: partial(_hub_rows, f"{data.path}/{stems[name]}", table) for name, table in wanted.items()}
+    tables = {name: splits[split_names[name]] for name in stems if name in split_names}
+    return {name: partial(_hub_rows, f"{data.path}/{stems[name]}", table) for name, table in tables.items()}
 
 
 def find_table_files(path: str, stems: Mapping[str, str]) -> dict[str, list[Path]]:

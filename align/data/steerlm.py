@@ -54,12 +54,12 @@ class SteeringFormat:
         usual = tuple(USUAL.get(name, LABEL_MAX) for name in names)
         return cls(names, usual, section.place, section.prefix, section.suffix, date).asking(section.values)
 
-    def asking(self, given: Mapping[str, int]) -> SteeringFormat:
-        """The same form that asks for the values ``given``, of others for what it did. Raises `ConfigError`."""
-        for name, value in given.items():
+    def asking(self, requested: Mapping[str, int]) -> SteeringFormat:
+        """The same form that asks for the values ``requested``, of others for what it did. Raises `ConfigError`."""
+        for name, value in requested.items():
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, n=1)
-                hint = "".join(f"did you mean `{one}`? " for one in near)
+                hint = "".join(f"did you mean `{name_near}`? " for name_near in near)
                 raise ConfigError(
                     f"{name}={value}: the policy is told no attribute of this name",
                     remedy=f"{hint}attributes: {', '.join(self.names)}",
@@ -68,26 +68,26 @@ class SteeringFormat:
                 raise ConfigError(
                     f"{name}={value} is outside 0 to {LABEL_MAX}", remedy="give a whole number from 0 to 4"
                 )
-        asked = zip(self.names, self.values, strict=True)
-        return replace(self, values=tuple(given.get(name, value) for name, value in asked))
+        defaults = zip(self.names, self.values, strict=True)
+        return replace(self, values=tuple(requested.get(name, value) for name, value in defaults))
 
     def text(self, values: Sequence[int]) -> str:
         """The attributes as they are told, prefix and suffix included."""
-        told = ",".join(f"{name}:{value}" for name, value in zip(self.names, values, strict=True))
-        return f"{self.prefix}{told}{self.suffix}"
+        pairs = ",".join(f"{name}:{value}" for name, value in zip(self.names, values, strict=True))
+        return f"{self.prefix}{pairs}{self.suffix}"
 
     def steered(self, context: Turns, values: Sequence[int] | None = None) -> tuple[Turns, str]:
         """A conversation that asks for ``values``, or for those of the form, and the first words of its answer."""
-        told = self.text(self.values if values is None else values)
+        labels = self.text(self.values if values is None else values)
         if self.place == "assistant":
-            return context, told
+            return context, labels
         if self.place == "user":
             *before, last = context
-            return (*before, last._replace(content=last.content + told)), ""
+            return (*before, last._replace(content=last.content + labels)), ""
         first = context[0]
         if first.role != "system":
-            return (first._replace(role="system", content=told), *context), ""
-        return (first._replace(content=first.content + told), *context[1:]), ""
+            return (first._replace(role="system", content=labels), *context), ""
+        return (first._replace(content=first.content + labels), *context[1:]), ""
 
     def files(self) -> dict[str, str]:
         """Text by name of what a model's folder gets: the card."""
@@ -98,14 +98,14 @@ class SteeringFormat:
 def read_steering_card(file: Path) -> SteeringFormat:
     """The form that a model's card tells. Raises `ModelError` for one that cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = found.pop("version")
+        card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = card.pop("version")
         if version != VERSION:
             raise ModelError(f"version {version} of this file is not known", where=str(file), remedy="update align")
-        names, values = tuple(found.pop("names")), tuple(found.pop("values"))
+        names, values = tuple(card.pop("names")), tuple(card.pop("values"))
         if len(names) != len(values) or not all(type(value) is int for value in values):
             raise ModelError(f"{len(names)} attributes have the values {list(values)}", where=str(file))
-        return SteeringFormat(names, values, **found)
+        return SteeringFormat(names, values, **card)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "export the model again"
         raise ModelError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from error
@@ -119,13 +119,13 @@ def require_same_steering(form: SteeringFormat, folder: str) -> None:
         return
     learned = read_steering_card(file)
     differing = [name for name in _KEYS if getattr(form, name) != getattr(learned, name)]
-    said, wanted = (
-        " ".join(f"{_KEYS[name]}={json.dumps(getattr(one, name), ensure_ascii=False)}" for name in differing)
-        for one in (learned, form)
+    in_card, in_recipe = (
+        " ".join(f"{_KEYS[name]}={json.dumps(getattr(steering, name), ensure_ascii=False)}" for name in differing)
+        for steering in (learned, form)
     )
     if differing:
         raise ConfigError(
-            f"this policy learned with {said} and would be told with {wanted}",
+            f"this policy learned with {in_card} and would be told with {in_recipe}",
             where=folder,
-            remedy=f"tell it as it learned: {said}",
+            remedy=f"tell it as it learned: {in_card}",
         )

@@ -27,22 +27,22 @@ def distinct_responses(
     how many were ``kept``. Raises `DataError` when none is left.
     """
     counts: dict[str, int] = {"responses": 0, "empty": 0, "repeated": 0, "too_long": 0, "kept": 0}
-    found: dict[tuple[Context, str], Rating | None] = {}
+    responses: dict[tuple[Context, str], Rating | None] = {}
     for row in rows:
         pair = isinstance(row, Preference)
         for text in (row.response1, row.response2) if pair else (row.response,):
             counts["responses"] += 1
-            if not text.strip() or (row.context, text) in found:
+            if not text.strip() or (row.context, text) in responses:
                 counts["repeated" if text.strip() else "empty"] += 1
                 continue
             with renderer.row(row.where, counts):
                 prompt, (ids,) = renderer.dialogue_ids(row.context, [text])
                 fits = len(prompt) <= max_prompt_tokens and len(ids) <= max_response_tokens
                 counts["kept" if fits else "too_long"] += 1
-                one = Rating(row.context, text, {}, row.domain, row.language, where=row.where) if pair else row
-                found[row.context, text] = one if fits else None
+                rating = Rating(row.context, text, {}, row.domain, row.language, where=row.where) if pair else row
+                responses[row.context, text] = rating if fits else None
     require_kept(counts, "responses")
-    return [row for row in found.values() if row is not None], counts
+    return [row for row in responses.values() if row is not None], counts
 
 
 def human_ratings(rows: Sequence[Rating], names: Sequence[str]) -> tuple[list[Rating], Tensor]:
@@ -74,25 +74,27 @@ def sampled_responses(
     Raises `DataError` when none is left.
     """
     counts: dict[str, int] = dict.fromkeys(("answers", "truncated", "empty", "kept"), 0)
-    found: list[Rating] = []
+    responses: list[Rating] = []
     for index_P, rollouts in answered:
         texts = [renderer.text(ids) for ids in rollouts.sequences.responses.lists()]
-        asked = index_P[rollouts.sequences.prompt_B].tolist()
+        context_index = index_P[rollouts.sequences.prompt_B].tolist()
         counts["answers"] += len(texts)
-        for i, text, ended in zip(asked, texts, rollouts.finished_B.tolist(), strict=True):
-            became = "truncated" if not ended else "kept" if text.strip() else "empty"
-            counts[became] += 1
-            found += [Rating(contexts[i], text, {}, "", "")] if became == "kept" else []
-    if not found:
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise DataError(f"no answer of the policy is left to learn from: {told}", remedy="raise sampling.max_tokens")
-    return found, counts
+        for i, text, ended in zip(context_index, texts, rollouts.finished_B.tolist(), strict=True):
+            outcome = "truncated" if not ended else "kept" if text.strip() else "empty"
+            counts[outcome] += 1
+            responses += [Rating(contexts[i], text, {}, "", "")] if outcome == "kept" else []
+    if not responses:
+        outcomes = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(
+            f"no answer of the policy is left to learn from: {outcomes}", remedy="raise sampling.max_tokens"
+        )
+    return responses, counts
 
 
 def ratings_to_jsonl(rows: Iterable[Rating]) -> str:
     """The rows as `align.data.openai` reads them: a file of ``data.format: openai``."""
-    every = (one for row in rows for one in openai.rating_to_json(row))
-    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every)
+    rows_json = (row_json for row in rows for row_json in openai.rating_to_json(row))
+    return "".join(json.dumps(row_json, ensure_ascii=False) + "\n" for row_json in rows_json)
 
 
 def prompt_batches(prompts: Prompts, size: int) -> Iterator[Prompts]:
@@ -138,16 +140,16 @@ class SteeredPrompts:
 
 
 def steered_prompts(
-    wanted: Iterable[tuple[str, Context, tuple[int, ...]]],
+    requests: Iterable[tuple[str, Context, tuple[int, ...]]],
     renderer: Renderer,
     form: SteeringFormat,
     max_prompt_tokens: int,
 ) -> SteeredPrompts:
-    """Prompts that ask for ``wanted``, each the place of a row, its conversation and the values, in the order of first
+    """Prompts for ``requests``: the place of a row, its conversation, and the requested values; in the order of first
     occurrence. Raises `DataError` when none is left."""
     counts = {"asked": 0, "repeated": 0, "too_long": 0, "kept": 0}
     rows: dict[tuple[Context, tuple[int, ...]], tuple[list[int], list[int]] | None] = {}
-    for where, context, values in wanted:
+    for where, context, values in requests:
         counts["asked"] += 1
         if (context, values) in rows:
             counts["repeated"] += 1
@@ -158,7 +160,7 @@ def steered_prompts(
             counts["kept" if fits else "too_long"] += 1
             rows[context, values] = (steered, plain) if fits else None
     require_kept(counts, "prompts")
-    kept = {one: ids for one, ids in rows.items() if ids is not None}
+    kept = {request: ids for request, ids in rows.items() if ids is not None}
     return SteeredPrompts(
         Packed.from_lists([steered for steered, _ in kept.values()]),
         Packed.from_lists([plain for _, plain in kept.values()]),

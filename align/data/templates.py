@@ -111,13 +111,13 @@ class _Meter:
         """Values that come one by one, as a list."""
         if not isinstance(values, Iterator):
             return values
-        found, weight = [], 0
+        items, weight = [], 0
         for value in values:
             weight += self.weigh(value)
             self.require(weight)
             self.spend(1)
-            found.append(value)
-        return found
+            items.append(value)
+        return items
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -147,7 +147,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, bytes, int)):
-            args = tuple(meter.items(one) for one in args)
+            args = tuple(meter.items(argument) for argument in args)
             _check_method(meter, owner, name, [*args, *kwargs.values()])
         return meter.pay(super().call(__context, __obj, *args, **kwargs))
 
@@ -205,9 +205,9 @@ def _filtered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         meter = _METER.get()
         if name in CONTAINERS:
             meter.spend(1 + (len(value) // 8 if isinstance(value, Sized) and not isinstance(value, Undefined) else 0))
-            for one in [*args, *kwargs.values()]:
-                meter.require(abs(one) if isinstance(one, int) and name in ("batch", "slice") else 0)
-                if name == "sum" and isinstance(one, (list, tuple)):
+            for argument in [*args, *kwargs.values()]:
+                meter.require(abs(argument) if isinstance(argument, int) and name in ("batch", "slice") else 0)
+                if name == "sum" and isinstance(argument, (list, tuple)):
                     raise TemplateLimitError("it adds up lists")
         else:
             value = meter.items(value)
@@ -222,7 +222,12 @@ def _filtered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _check_filter(meter: _Meter, name: str, value: Any, others: list[Any]) -> None:
     """Refuse a filter that writes too long a text."""
     weight = meter.write(value)
-    most = max([0, *(one if isinstance(one, int) else meter.weigh(one) for one in others)])
+    most = max(
+        [
+            0,
+            *(argument if isinstance(argument, int) else meter.weigh(argument) for argument in others),
+        ]
+    )
     if name == "replace" and len(others) > 1:
         weight = _replaced(str(value), others[0], meter.weigh(others[1]))
     elif name == "join":
@@ -232,7 +237,7 @@ def _check_filter(meter: _Meter, name: str, value: Any, others: list[Any]) -> No
     elif name == "indent":
         weight += (1 + str(value).count("\n")) * most
     elif name in ("wordwrap", "urlize", "xmlattr"):
-        weight *= 1 + max([0, *(meter.weigh(one) for one in others if isinstance(one, str))])
+        weight *= 1 + max([0, *(meter.weigh(argument) for argument in others if isinstance(argument, str))])
     elif name in ("tojson", "pprint") and not isinstance(value, str):
         weight *= 1 + _depth(value) * most
     elif name == "format":
@@ -278,7 +283,7 @@ class _Metering(NodeTransformer):
         """``{{ ... }}``"""
         self.generic_visit(node)
         plain = (nodes.TemplateData, nodes.Const)
-        node.nodes = [one if isinstance(one, plain) else _filter("_write", one) for one in node.nodes]
+        node.nodes = [part if isinstance(part, plain) else _filter("_write", part) for part in node.nodes]
         return node
 
     def visit_List(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Node:
@@ -328,7 +333,7 @@ def _concat(_: Any, values: list[Any]) -> str:
 def _environment() -> _Environment:
     # transformers has no public name for its environment; a template's own rendering would not let itself be bounded.
     theirs = chat_template_utils._compile_jinja_template("").environment
-    extensions = [type(one) for one in theirs.extensions.values()]
+    extensions = [type(extension) for extension in theirs.extensions.values()]
     ours = _Environment(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
     ours.globals = {name: value for name, value in theirs.globals.items() if name != "lipsum"}
     ours.filters = {name: _filtered(name, function) for name, function in theirs.filters.items()}

@@ -30,13 +30,13 @@ def tokenize_prompts(rows: Iterable[DataRow], renderer: Renderer, max_tokens: in
     counts = _counts("rows", "repeated", "too_long", "kept")
     ids: list[list[int]] = []
     messages: list[tuple[Message, ...]] = []
-    seen: set[tuple[Message, ...]] = set()
+    contexts: set[tuple[Message, ...]] = set()
     for row in rows:
         counts["rows"] += 1
-        if row.context in seen:
+        if row.context in contexts:
             counts["repeated"] += 1
             continue
-        seen.add(row.context)
+        contexts.add(row.context)
         with renderer.row(row.where, counts):
             prompt = renderer.prompt_ids(row.context)
             if len(prompt) > max_tokens:
@@ -132,11 +132,15 @@ def tokenize_examples(
     answers: list[list[int]] = []
     prompt_B: list[int] = []
     for where, messages, texts in items:
-        spoken = [text for text in texts if text.strip()]
-        counts["empty"] += len(texts) - len(spoken)
+        nonempty = [text for text in texts if text.strip()]
+        counts["empty"] += len(texts) - len(nonempty)
         with renderer.row(where, counts):
-            prompt, ids = renderer.dialogue_ids(messages, spoken)
-            fitting = [one for one in ids if len(prompt) <= max_prompt_tokens and len(one) <= max_response_tokens]
+            prompt, ids = renderer.dialogue_ids(messages, nonempty)
+            fitting = [
+                answer_ids
+                for answer_ids in ids
+                if len(prompt) <= max_prompt_tokens and len(answer_ids) <= max_response_tokens
+            ]
             counts["too_long"] += len(ids) - len(fitting)
             if fitting:
                 prompt_B += [len(prompts)] * len(fitting)
@@ -172,15 +176,15 @@ def tokenize_ratings(
         counts["unrated"] += len(members) - len(rated)
         if not rated:
             continue
-        known: list[tuple[Rating, list[int]]] = []
+        rendered: list[tuple[Rating, list[int]]] = []
         prompt: list[int] = []
         for row in rated:
             with renderer.row(row.where, counts):
                 prompt, (response,) = renderer.dialogue_ids(context, [row.response])
-                known.append((row, response))
+                rendered.append((row, response))
         fits = len(prompt) <= max_prompt_tokens
-        kept = [one for one in known if fits and len(one[1]) <= max_response_tokens]
-        counts["too_long"] += len(known) - len(kept)
+        kept = [pair for pair in rendered if fits and len(pair[1]) <= max_response_tokens]
+        counts["too_long"] += len(rendered) - len(kept)
         if kept:
             prompt_B += [len(prompts)] * len(kept)
             prompts.append(prompt)

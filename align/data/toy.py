@@ -137,9 +137,9 @@ def write_toy(folder: str | Path, num_train: int, num_validation: int, seed: int
     (folder / "preference").mkdir(parents=True, exist_ok=True)
     drawing = draw_rows(random.Random(seed))
     for split, count in (("validation", num_validation), ("train", num_train)):
-        drawn = [next(drawing) for _ in range(count)]
-        write_lines(folder / "preference" / f"{split}.jsonl.gz", drawn)
-        write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in rate_responses(row)])
+        split_rows = [next(drawing) for _ in range(count)]
+        write_lines(folder / "preference" / f"{split}.jsonl.gz", split_rows)
+        write_lines(folder / f"{split}.jsonl.gz", [rating for row in split_rows for rating in rate_responses(row)])
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
@@ -178,13 +178,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def draw_rows(rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows in the schema of HelpSteer3-Preference, each with a new instruction."""
-    seen: set[str] = set()
+    instructions: set[str] = set()
     while True:
         words = rng.sample(WORDS, rng.randint(MIN_WORDS, MAX_WORDS))
         instruction = f"{rng.choice(list(OPERATIONS))} : {' '.join(words)}"
-        if instruction in seen:
+        if instruction in instructions:
             continue
-        seen.add(instruction)
+        instructions.add(instruction)
         yield _row(instruction, rng)
 
 

@@ -58,11 +58,13 @@ def write_toy_family(folder: str | Path, num_train: int, num_validation: int, se
     folder.mkdir(parents=True, exist_ok=True)
     pairs, rng = toy.draw_rows(random.Random(seed)), random.Random(seed + 1)
     for split, count in (("validation", num_validation), ("train", num_train)):
-        drawn = list(islice(pairs, count))
-        toy.write_lines(folder / f"{split}.jsonl.gz", [one for row in drawn for one in toy.rate_responses(row)])
+        split_rows = list(islice(pairs, count))
+        toy.write_lines(
+            folder / f"{split}.jsonl.gz", [rating for row in split_rows for rating in toy.rate_responses(row)]
+        )
         for config, made in _CONFIGS.items():
             (folder / config).mkdir(parents=True, exist_ok=True)
-            toy.write_lines(folder / config / f"{split}.jsonl.gz", [made(row, rng) for row in drawn])
+            toy.write_lines(folder / config / f"{split}.jsonl.gz", [made(row, rng) for row in split_rows])
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
@@ -79,37 +81,37 @@ def _phrase(instruction: str, response: str) -> str:
 def _remark(instruction: str, response: str, rng: random.Random) -> str:
     right, words = toy.answer(instruction), response.split()
     wrong = [i for i, word in enumerate(right) if words[i : i + 1] != [word]]
-    found = [f"Word {i + 1} should be {right[i]}." for i in wrong]
+    remarks = [f"Word {i + 1} should be {right[i]}." for i in wrong]
     if len(words) != len(right):
-        found.append(f"It should have {len(right)} words.")
-    return rng.choice(found) if found else "All words are right."
+        remarks.append(f"It should have {len(right)} words.")
+    return rng.choice(remarks) if remarks else "All words are right."
 
 
 def _with_reasons(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """A pair in which everybody says why: the right answer, to which a verdict holds both responses. ``rng`` is not
     used."""
     reason = f"It should be {' '.join(toy.answer(row['context'][-1]['content']))}."
-    told = [{"score": one["score"], "reasoning": reason} for one in row["individual_preference"]]
-    return {**row, "individual_preference": told}
+    opinions = [{"score": opinion["score"], "reasoning": reason} for opinion in row["individual_preference"]]
+    return {**row, "individual_preference": opinions}
 
 
 def _feedback(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     instruction = row["context"][-1]["content"]
-    told = {f"feedback{i}": [feedback(instruction, row[f"response{i}"], rng) for _ in range(3)] for i in (1, 2)}
-    return {**_place(row), "response1": row["response1"], "response2": row["response2"], **told}
+    comments = {f"feedback{i}": [feedback(instruction, row[f"response{i}"], rng) for _ in range(3)] for i in (1, 2)}
+    return {**_place(row), "response1": row["response1"], "response2": row["response2"], **comments}
 
 
 def _edit(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """A wrong answer and the right one. The summary repeats the remarks that were followed, as they are."""
     instruction = row["context"][-1]["content"]
     original = toy.answer_below(instruction, 4, rng)
-    told = [feedback(instruction, original, rng) for _ in range(3)]
-    followed = list(dict.fromkeys(text.partition(". ")[2] for text in told))
+    comments = [feedback(instruction, original, rng) for _ in range(3)]
+    followed = list(dict.fromkeys(text.partition(". ")[2] for text in comments))
     return {
         **_place(row),
         "original_response": original,
         "edited_response": " ".join(toy.answer(instruction)),
-        "feedback": told,
+        "feedback": comments,
         "change_summary": "Now: " + " ".join(followed),
     }
 
@@ -119,13 +121,13 @@ def _edit_quality(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     instruction = row["context"][-1]["content"]
     original = toy.answer_below(instruction, 4, rng)
     bad = toy.answer_below(instruction, 1 + int(toy.score(instruction, original)), rng)
-    told = [feedback(instruction, original, rng) for _ in range(3)]
+    comments = [feedback(instruction, original, rng) for _ in range(3)]
     return {
         **_place(row),
         "original_response": original,
         "good_edited_response": " ".join(toy.answer(instruction)),
         "bad_edited_response": bad,
-        "feedback": told,
+        "feedback": comments,
     }
 
 
@@ -158,21 +160,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = [*toy.WORDS, *toy.FILLER, *requests, *_WORDS.split(), *PHRASES, *NEMO_ATTRIBUTES, *named]
     signs = [*" \n0123456789", *".,:;{}[]()\"'\\-/<>!?*#"]
     entries = ["<pad>", "<s>", "</s>", "<unk>", *marks, *(f"{word}{_END}" for word in dict.fromkeys(words)), *signs]
-    found = Tokenizer(models.WordLevel({entry: id for id, entry in enumerate(entries)}, unk_token="<unk>"))
-    found.normalizer = normalizers.Sequence(
+    words_tokenizer = Tokenizer(models.WordLevel({entry: id for id, entry in enumerate(entries)}, unk_token="<unk>"))
+    words_tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex("(?<=[A-Za-z_])(?![A-Za-z_])"), _END),
             normalizers.Replace(Regex(f"{_END} (?=[A-Za-z_])"), _END),
         ]
     )
-    found.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
-    found.decoder = decoders.Sequence(
+    words_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    words_tokenizer.decoder = decoders.Sequence(
         [decoders.Fuse(), decoders.Replace(Regex(f"{_END}(?=[A-Za-z_])"), " "), decoders.Replace(_END, "")]
     )
     lines = [*_BLOCKS, "\\boxed{", "<think>", "</think>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
-    found.add_tokens([AddedToken(line, normalized=False) for line in lines])
+    words_tokenizer.add_tokens([AddedToken(line, normalized=False) for line in lines])
     return PreTrainedTokenizerFast(
-        tokenizer_object=found,
+        tokenizer_object=words_tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

@@ -43,11 +43,11 @@ def verdict_errors(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, "B 
     """Percent of verdicts that cannot be read (``format_violations``), and of the others the mean distance from the
     label: ``ranking_error``, and ``score_error`` where there are such labels."""
     distance_B3 = (verdict_B3 - label_B3).abs().double()
-    found = {"format_violations": 100.0 * float(is_unreadable(verdict_B3).double().mean())}
+    metrics = {"format_violations": 100.0 * float(is_unreadable(verdict_B3).double().mean())}
     for name, error in (("ranking_error", distance_B3[:, 2]), ("score_error", distance_B3[:, :2])):
-        known = error[error.isfinite()]
-        found |= {name: float(known.mean())} if len(known) else {}
-    return found
+        labeled = error[error.isfinite()]
+        metrics |= {name: float(labeled.mean())} if len(labeled) else {}
+    return metrics
 
 
 @checked
@@ -64,10 +64,10 @@ def verdict_agreement(verdict_B3: Float[Tensor, "B 3"], label_B3: Float[Tensor, 
     first_P, second_P = lean_P2[:, 0], -lean_P2[:, 1]
     label_P = label_B3[0::2, 2] - MIDDLE
     percent = lambda right_P: 100.0 * float(right_P.double().mean())  # noqa: E731
-    found = {
+    metrics = {
         "agreement": percent((first_P + second_P) * label_P > 0),
         "first_order": percent(first_P * label_P > 0),
     }
     read_P = ~is_unreadable(verdict_B3).view(-1, 2).any(1)
     same_P = (first_P.sign() == second_P.sign())[read_P]
-    return found | ({"order_consistency": percent(same_P)} if len(same_P) else {})
+    return metrics | ({"order_consistency": percent(same_P)} if len(same_P) else {})

@@ -117,17 +117,17 @@ def rating_metrics(predicted_B: Float[Tensor, " B"], label_B: Float[Tensor, " B"
     predicted, label = predicted_B[rated_B].double(), label_B[rated_B].double()
     if not len(label):
         return {}
-    found = {"mse": float((predicted - label).square().mean())}
+    metrics = {"mse": float((predicted - label).square().mean())}
     centred, other = predicted - predicted.mean(), label - label.mean()
     scale = float(centred.norm() * other.norm())
-    return found | {"correlation": float(centred @ other) / scale} if scale > 0 else found
+    return metrics | {"correlation": float(centred @ other) / scale} if scale > 0 else metrics
 
 
 @checked
 def goodness(attribute_BA: Float[Tensor, "B A"], weight_A: Float[Tensor, " A"]) -> Float[Tensor, " B"]:
     """``sum_k w_k r_k`` in float32; attributes of weight 0 are not read (HelpSteer2, arXiv 2406.08673)."""
-    read = (weight_A != 0).nonzero().squeeze(1)
-    return (attribute_BA[:, read].double() @ weight_A[read].double()).float()
+    weighted = (weight_A != 0).nonzero().squeeze(1)
+    return (attribute_BA[:, weighted].double() @ weight_A[weighted].double()).float()
 
 
 @checked

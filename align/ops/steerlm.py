@@ -28,7 +28,7 @@ weight is infinite. Others lie below it only within 1e-26 of these."""
 KL_EPSILON = 1e-8
 """Added to both weights in `divergence`; NeMo-Aligner."""
 
-_NODES, _WEIGHTS = (torch.from_numpy(one) for one in np.polynomial.legendre.leggauss(64))
+_NODES, _WEIGHTS = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(64))
 
 
 @checked
