@@ -124,24 +124,20 @@ GENERATORS: dict[str, type[TextGenerator]] = {
 }
 
 
+def generator_class(config: GeneratorConfig) -> type[TextGenerator]:
+    """The class that answers for a section."""
+    return GENERATORS[config.kind]
+
+
 def build_generator(config: GeneratorConfig, device: torch.device, seed: int = 0) -> TextGenerator:
     """The generator of a section, ready to answer. Raises `ModelError`, `ConfigError` or `DataError` with a remedy."""
-    return GENERATORS[config.kind](config, device, seed)
-
-
-def check(config: GeneratorConfig, name: str = "generator") -> Renderer | None:
-    """See `TextGenerator.check`."""
-    return GENERATORS[config.kind].check(config, name)
-
-
-def fingerprint(config: GeneratorConfig, seed: int) -> str:
-    """See `TextGenerator.fingerprint`."""
-    return GENERATORS[config.kind].fingerprint(config, seed)
+    return generator_class(config)(config, device, seed)
 
 
 def identity_keys(name: str, config: GeneratorConfig, seed: int) -> dict[str, Any]:
-    """Everything that the answers depend on, by key below ``name``. Raises as `check` does."""
-    renderer = check(config, name)
+    """Everything that the answers depend on, by key below ``name``. Raises as `TextGenerator.check` does."""
+    generator = generator_class(config)
+    renderer = generator.check(config, name)
     keys = {f"{name}.{field}": vars(config)[field] for field in IDENTITY_FIELDS if field in vars(config)}
-    content = f"{fingerprint(config, seed)} {renderer.fingerprint if renderer else ''}"
+    content = f"{generator.fingerprint(config, seed)} {renderer.fingerprint if renderer else ''}"
     return keys | {f"{name}, its content": hashlib.sha256(content.encode()).hexdigest()}

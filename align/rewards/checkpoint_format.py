@@ -43,11 +43,6 @@ class HeadSpec:
     """The model was trained by align, on conversations that end with the end-of-turn token whatever the template
     writes after it."""
 
-    @property
-    def own_template(self) -> bool:
-        """Whether recipe or checkpoint fix the template or date for this model."""
-        return self.chat_template is not None or self.date is not None
-
 
 def members(config: CheckpointRewardConfig) -> list[CheckpointRewardConfig]:
     """The models of a reward role, ``path`` first. Further members are loaded from the hub's default branch and run no

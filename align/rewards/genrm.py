@@ -60,11 +60,11 @@ class GenerativeScorer(RewardScorer):
     @classmethod
     def check(cls, config: GenerativeRewardConfig, name: str, renderer: Renderer | None) -> TextInput:
         """Also raises `AlignError` if the template ignores the roles, or if the judge was trained on another form."""
-        return TextInput(config.source, check_judge(config))
+        return TextInput(config.source, check_judge(config, name))
 
     @classmethod
     def fingerprint(cls, config: GenerativeRewardConfig, seed: int) -> str:
-        return generators.fingerprint(config.judge, seed)
+        return generators.generator_class(config.judge).fingerprint(config.judge, seed)
 
     def score(self, dialogues: Sequence[Dialogue], completion_ids: Ids = None, groups: Groups = None) -> Tensor:
         """See `RewardScorer.score`. The responses of a group are compared; a group of one is scored alone."""
@@ -201,16 +201,16 @@ def _favors(scores: Verdict) -> int:
     return (scores.ranking < MIDDLE) - (scores.ranking > MIDDLE)
 
 
-def check_judge(config: GenerativeConfig) -> str:
+def check_judge(config: GenerativeConfig, name: str = "reward") -> str:
     """Check everything that a judge needs; returns the fingerprint of its template, empty if it is not a local model.
 
     Raises `AlignError` with a remedy: missing model, function or key, a template that ignores the roles, a judge that
     was trained on another form.
     """
-    renderer = generators.check(config.judge)
+    renderer = generators.generator_class(config.judge).check(config.judge, f"{name}.judge")
     genrm_card.require_same(config)
     if renderer is None:
         return ""
-    keys = "reward.custom_roles", "reward.judge.chat_template"
+    keys = f"{name}.custom_roles", f"{name}.judge.chat_template"
     genrm.require_roles(renderer, config, keys)
     return renderer.fingerprint

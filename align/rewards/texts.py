@@ -109,9 +109,9 @@ def text_reason(head_spec: HeadSpec, tokenizer: PreTrainedTokenizerBase, run: Re
         return "it reads a question after each response"
     if not chat.same_vocabulary(run.tokenizer, tokenizer):
         return "its tokenizer is not the policy's"
-    if head_spec.own_template:
-        if head_spec.chat_template is not None:
-            tokenizer.chat_template = head_spec.chat_template
+    if head_spec.chat_template is not None:
+        tokenizer.chat_template = head_spec.chat_template
+    if head_spec.chat_template is not None or head_spec.date is not None:
         renderer = Renderer(tokenizer, date=head_spec.date, section="reward")
         if (renderer.template, renderer.date) != (run.template, run.date):
             return "its chat template or date is not the run's"

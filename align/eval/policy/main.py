@@ -108,7 +108,7 @@ def _check_judge(section: PolicyEvaluationConfig) -> None:
         judge = replace(judge, zero_stage=0, offload_parameters=False)
     asked = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
     genrm_card.require_same(asked, JUDGE_KEYS)
-    renderer = generators.check(section.judge, "judge")
+    renderer = generators.generator_class(section.judge).check(section.judge, "judge")
     if renderer is not None:
         require_roles(renderer, asked, ("judge_custom_roles", "judge.chat_template"))
 
