@@ -1,7 +1,7 @@
-"""Files of a checkpoint: hashed while they are written, and on the disk before anything names them.
+"""Files of a checkpoint: hashed while they are written, and synced before the manifest names them.
 
-Tensors go to the safetensors format, which can carry no code: 8 bytes with the length of a JSON header, the header
-with dtype, shape and offsets of each tensor, then the tensors themselves, little-endian and without gaps.
+Tensors are written in the safetensors format, which can carry no code: 8 bytes with the length of a JSON
+header, the header with dtype, shape and offsets of each tensor, then the tensors, little-endian and without gaps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FileRecord:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is a relative POSIX path that stays below its folder, in its one spelling, and free for use."""
+    """Whether a name is a normalized relative POSIX path below its folder, and not the manifest."""
     path = PurePosixPath(name)
     below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts
     return below and name.isprintable() and name not in (".", MANIFEST)
@@ -53,7 +53,7 @@ def is_plain(name: str) -> bool:
 def write_bytes(folder: Path, name: str, content: bytes) -> FileRecord:
     """Write ``content`` to the new file ``name`` of a checkpoint that `CheckpointStore.begin` has begun.
 
-    Raises `SaveError` where the system refuses, ValueError for a name that leaves the folder or is the manifest's.
+    Raises `SaveError` if the system refuses, ValueError for a name that leaves the folder or is the manifest's.
     """
     return _write(folder, name, [content])
 
@@ -69,18 +69,18 @@ def write_tensors(
 ) -> FileRecord:
     """The same with CPU tensors of the dtypes in `DTYPES`, as a safetensors file with ``metadata`` in its header.
 
-    Bytes go from the tensors to the file without a second copy, but for tensors that are not contiguous: these are
-    copied one at a time. Raises ValueError for a tensor of another dtype or device.
+    Contiguous tensors are written without a copy; others are copied one by one. Raises ValueError for a tensor of
+    another dtype or device.
     """
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
             kind = f"{tensor.layout}, {tensor.dtype}, on {tensor.device}"
-            raise ValueError(f"{name}: tensor {key!r} ({kind}) is no dense CPU tensor of a dtype that is stored")
-    # Largest elements first, so that each tensor begins at a multiple of its element size, as readers in place need it.
+            raise ValueError(f"{name}: tensor {key!r} ({kind}) is not a dense CPU tensor of a supported dtype")
+    # Largest elements first: each tensor starts at a multiple of its element size, as memory-mapped readers need.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     if "__metadata__" in tensors or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{name}: metadata is text by name, and no tensor is called __metadata__")
+        raise ValueError(f"{name}: metadata must be text by name, and no tensor may be named __metadata__")
     end = 0
     for key in order:
         start, end = end, end + tensors[key].numel() * tensors[key].element_size()
@@ -100,7 +100,7 @@ def _file(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryvi
 
 def _write(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> FileRecord:
     if not is_plain(name):
-        raise ValueError(f"{name!r} is no name for a file of a checkpoint")
+        raise ValueError(f"{name!r} is not a valid name for a file of a checkpoint")
     path = folder / name
     with saving(path):
         step = re.search(r"step-([0-9]+)", folder.name)

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint, and the proof that a folder is what its manifest says.
+"""The manifest of a checkpoint, and the check that a folder matches its manifest.
 
-``manifest.json`` is the one file without a record. It carries the sha256 of its own content, and is read only in the
-exact text in which it was written, so that no change to it goes unseen.
+``manifest.json`` is the only file without a record. It holds the sha256 of its own content and is accepted only in the
+exact text in which it was written, so every change to it is detected.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SCHEMA = 2
 KEYS = {"schema": int, "step": int, "round": int, "epoch": int, "files": list, "facts": dict, "metrics": dict}
 RECORD_KEYS = {"name": str, "size": int, "sha256": str}
 READERS = 4
-"""Files that are hashed at the same time."""
+"""Files that are hashed in parallel."""
 
 
-class UnsoundError(Exception):
-    """A folder that is not what a checkpoint must be: which file, and why."""
+class DamagedError(Exception):
+    """A folder that is not a valid checkpoint: which file, and why."""
 
     def __init__(self, file: str, reason: str):
         super().__init__(f"{file}: {reason}")
@@ -40,7 +40,7 @@ class UnsoundError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds, and of when it is."""
+    """What a checkpoint holds, and when it was written."""
 
     schema: int
     """`SCHEMA` of the version that wrote it."""
@@ -49,25 +49,25 @@ class Manifest:
     round: int
     """Round that this step belongs to."""
     epoch: int
-    """Number of the owner of the run folder who wrote it."""
+    """Number of the owner of the run folder that wrote it."""
     files: tuple[FileRecord, ...]
-    """Every file but the manifest."""
+    """Every file except the manifest."""
     facts: dict[str, Any]
     """JSON that a resume compares: versions, world sizes and ZeRO stages by role, fingerprints."""
     metrics: dict[str, float]
-    """Numbers of the step, for `sections.Checkpoint.best_by`."""
+    """Metrics of the step, for `CheckpointConfig.best_by`."""
 
     def text(self) -> str:
         """The text of ``manifest.json``."""
         files = sorted((asdict(record) for record in self.files), key=lambda record: record["name"])
         metrics = {name: float(value) for name, value in self.metrics.items()}
-        facts = json.loads(json.dumps(self.facts))  # as they read back: names are text, tuples are lists
+        facts = json.loads(json.dumps(self.facts))  # as JSON returns them: keys are text, tuples are lists
         return sealed({**vars(self), "files": files, "facts": facts, "metrics": metrics})
 
     @classmethod
     def read(cls, text: bytes, where: Path) -> Manifest:
-        """The manifest of the text of the file ``where``. Raises ValueError for one that is damaged, `ConfigError` for
-        one that is whole but of another schema."""
+        """Parse the text of the file ``where``. Raises ValueError if it is damaged, `ConfigError` if it is intact but
+        has another schema."""
         content = unsealed(text)
         if content.get("schema") != SCHEMA:
             message = f"has schema {content.get('schema')!r}, and this version of align reads {SCHEMA}"
@@ -78,7 +78,7 @@ class Manifest:
         if wrong := [key for key, kind in KEYS.items() if type(content[key]) is not kind]:
             raise ValueError(f"{wrong[0]} is {content[wrong[0]]!r}, not of type {KEYS[wrong[0]].__name__}")
         if not all(type(value) is float for value in content["metrics"].values()):
-            raise ValueError("metrics holds what is not a number with a point")
+            raise ValueError("metrics holds a value that is not a float")
         return cls(**{**content, "files": read_records(content["files"])})
 
 
@@ -90,7 +90,7 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(text: bytes) -> dict[str, Any]:
-    """The content, as it was sealed. Raises ValueError."""
+    """The content of a sealed text. Raises ValueError if the text was changed."""
     try:
         content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
@@ -99,12 +99,12 @@ def unsealed(text: bytes) -> dict[str, Any]:
         raise ValueError("is not a manifest: it has no sha256")
     del content["sha256"]
     if sealed(content).encode() != text:
-        raise ValueError("was changed after it was written: its sha256 does not fit")
+        raise ValueError("was changed after it was written: its sha256 does not match")
     return content
 
 
 def read_records(entries: Any) -> tuple[FileRecord, ...]:
-    """The files that a manifest lists. Raises ValueError."""
+    """The file records of a manifest. Raises ValueError."""
     if not isinstance(entries, list):
         raise ValueError("lists no files")
     files = tuple(_record(entry) for entry in entries)
@@ -127,9 +127,9 @@ def name_of(step: int) -> str:
 
 
 def scan(folder: Path) -> tuple[dict[str, int], list[Path]]:
-    """Sizes of all files below ``folder`` by name, and all folders, the deepest first.
+    """Sizes of all files below ``folder`` by name, and all folders, deepest first.
 
-    Raises `UnsoundError` for symbolic links, what is neither file nor folder, and what another user owns or may write.
+    Raises `DamagedError` for symbolic links and other special files, and for what another user owns or may write.
     """
     sizes: dict[str, int] = {}
     folders: list[Path] = []
@@ -139,11 +139,11 @@ def scan(folder: Path) -> tuple[dict[str, int], list[Path]]:
             folders.insert(0, Path(place))
             for path in (Path(place, name) for name in (*below, *files)):
                 name = path.relative_to(folder).as_posix()
-                found = check_owner(path, name)
-                if not stat.S_ISDIR(found.st_mode):
-                    sizes[name] = found.st_size
+                status = check_owner(path, name)
+                if not stat.S_ISDIR(status.st_mode):
+                    sizes[name] = status.st_size
     except OSError as error:
-        raise UnsoundError(str(error.filename), f"cannot be looked at: {error.strerror}") from error
+        raise DamagedError(str(error.filename), f"cannot be read: {error.strerror}") from error
     return sizes, folders
 
 
@@ -152,59 +152,59 @@ def _raise(error: OSError) -> None:
 
 
 def check_owner(path: Path, name: str) -> os.stat_result:
-    """Raise `UnsoundError` unless ``path`` is a file or folder that only this user, or root, can have written."""
+    """Raise `DamagedError` unless ``path`` is a file or folder that only this user or root can have written."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError as error:
-        raise UnsoundError(name, f"cannot be looked at: {error.strerror}") from error
-    if stat.S_ISLNK(found.st_mode):
-        raise UnsoundError(name, "is a symbolic link")
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise UnsoundError(name, "is neither a file nor a folder")
-    if found.st_uid not in (os.geteuid(), 0):
-        raise UnsoundError(name, f"belongs to user {found.st_uid}, not to user {os.geteuid()} or root")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnsoundError(name, f"may be written by other users (mode {stat.S_IMODE(found.st_mode):04o})")
-    return found
+        raise DamagedError(name, f"cannot be read: {error.strerror}") from error
+    if stat.S_ISLNK(status.st_mode):
+        raise DamagedError(name, "is a symbolic link")
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise DamagedError(name, "is neither a file nor a folder")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise DamagedError(name, f"belongs to user {status.st_uid}, not to user {os.geteuid()} or root")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise DamagedError(name, f"may be written by other users (mode {stat.S_IMODE(status.st_mode):04o})")
+    return status
 
 
 def compare(manifest: Manifest, sizes: Mapping[str, int]) -> None:
-    """Raise `UnsoundError` unless these are the manifest's files and no others, in their sizes."""
+    """Raise `DamagedError` unless these are exactly the manifest's files, with their sizes."""
     for record in manifest.files:
         if record.name not in sizes:
-            raise UnsoundError(record.name, "is missing")
+            raise DamagedError(record.name, "is missing")
         if sizes[record.name] != record.size:
-            raise UnsoundError(record.name, f"has {sizes[record.name]} bytes, the manifest says {record.size}")
+            raise DamagedError(record.name, f"has {sizes[record.name]} bytes, the manifest says {record.size}")
     if extra := sizes.keys() - {record.name for record in manifest.files}:
-        raise UnsoundError(min(extra), "is not in the manifest")
+        raise DamagedError(min(extra), "is not in the manifest")
 
 
 def inspect(folder: Path) -> Manifest:
-    """The manifest of a published checkpoint whose files are there in their sizes. Raises `UnsoundError`.
+    """The manifest of a published checkpoint, after comparing names and sizes of its files. Raises `DamagedError`.
 
-    A manifest that is whole but of another version is no damage: `ConfigError`.
+    A manifest that is intact but of another version is not damage: `ConfigError`.
     """
     sizes, _ = scan(folder)
     if sizes.pop(MANIFEST, None) is None:
-        raise UnsoundError(MANIFEST, "is missing")
+        raise DamagedError(MANIFEST, "is missing")
     try:
         manifest = Manifest.read((folder / MANIFEST).read_bytes(), folder / MANIFEST)
     except (OSError, ValueError) as error:
-        raise UnsoundError(MANIFEST, str(error)) from error
+        raise DamagedError(MANIFEST, str(error)) from error
     compare(manifest, sizes)
     if folder.name != name_of(manifest.step):
-        raise UnsoundError(MANIFEST, f"is that of step {manifest.step}")
+        raise DamagedError(MANIFEST, f"is that of step {manifest.step}")
     return manifest
 
 
 def verify(folder: Path) -> Manifest:
-    """The same, with every file's content compared with its sha256."""
+    """As `inspect`; also compares the sha256 of every file."""
     manifest = inspect(folder)
-    with ThreadPoolExecutor(READERS) as pool:  # hashing lets other threads run
-        found = pool.map(lambda record: _sha256(folder, record.name), manifest.files)
-        for record, sha256 in zip(manifest.files, found, strict=True):
+    with ThreadPoolExecutor(READERS) as pool:  # hashing releases the interpreter lock
+        hashes = pool.map(lambda record: _sha256(folder, record.name), manifest.files)
+        for record, sha256 in zip(manifest.files, hashes, strict=True):
             if sha256 != record.sha256:
-                raise UnsoundError(record.name, "its sha256 is not that of the manifest")
+                raise DamagedError(record.name, "its sha256 is not that of the manifest")
     return manifest
 
 
@@ -215,13 +215,13 @@ def read_file(folder: Path, name: str) -> bytes:
     """
     record = next((record for record in inspect(folder).files if record.name == name), None)
     if record is None:
-        raise UnsoundError(name, "is not in the manifest")
+        raise DamagedError(name, "is not in the manifest")
     try:
         content = (folder / name).read_bytes()
     except OSError as error:
-        raise UnsoundError(name, f"cannot be read: {error.strerror}") from error
+        raise DamagedError(name, f"cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise UnsoundError(name, "its sha256 is not that of the manifest")
+        raise DamagedError(name, "its sha256 is not that of the manifest")
     return content
 
 
@@ -235,4 +235,4 @@ def _sha256(folder: Path, name: str) -> str:
         with (folder / name).open("rb") as file:
             return sha256_of(file)
     except OSError as error:
-        raise UnsoundError(name, f"cannot be read: {error.strerror}") from error
+        raise DamagedError(name, f"cannot be read: {error.strerror}") from error

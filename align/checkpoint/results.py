@@ -1,8 +1,8 @@
-"""Model folders that are published as a result: ``final``, ``best``, and what `align merge` and `align convert` write.
+"""Model folders that are published as a result: ``final``, ``best``, output of `align merge` and `align convert`.
 
-Beside the files of the model lies ``align_manifest.json``, which names each of them with size and sha256. It is written
-after they are on the disk and before the folder gets its name, so that a folder which agrees with it is whole. Loaders
-of transformers and vLLM open files by name and pass it over. Files that a user adds later are not looked at.
+``align_manifest.json`` lists each file of the model with size and sha256. It is written after the files are synced and
+before the folder gets its final name, so a folder that matches it is complete. Loaders of transformers and vLLM open
+files by name and ignore it. Files that a user adds later are not checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from align.checkpoint.files import FileRecord
-from align.checkpoint.manifest import READERS, UnsoundError, read_records, sealed, sha256_of, unsealed
+from align.checkpoint.manifest import READERS, DamagedError, read_records, sealed, sha256_of, unsealed
 from align.errors import AlignError, ModelError
 from align.utils.atomic_write import new_folder, sync_folder, write_new
 from align.utils.disk import open_file
@@ -27,16 +27,18 @@ RESULT_SCHEMA = 1
 
 @contextmanager
 def new_result(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` with its manifest when the block ends well, and is deleted when it
-    does not. Raises `ModelError` where ``out`` is there already, `SaveError` where the disk refuses."""
+    """A new folder that becomes ``out``, with a manifest, if the block ends without an error, and is deleted otherwise.
+
+    Raises `ModelError` if ``out`` exists, `SaveError` if the disk refuses.
+    """
     if os.path.lexists(out):
-        raise ModelError(f"{out} exists already", remedy="name a folder that is not there")
+        raise ModelError(f"{out} exists already", remedy="name a folder that does not exist")
     with new_folder(out, _seal) as temporary:
         yield temporary
 
 
 def _seal(folder: Path) -> None:
-    """Bring all files to the disk and write the manifest that names them."""
+    """Sync all files, and write the manifest that lists them."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(READERS) as pool:
         records = list(pool.map(lambda name: _synced(folder, name), names))
@@ -52,8 +54,8 @@ def _synced(folder: Path, name: str) -> FileRecord:
         return FileRecord(name, os.fstat(file.fileno()).st_size, sha256_of(file))
 
 
-def require_sound(folder: Path) -> None:
-    """Raise `UnsoundError`, which names the file, unless every file of a result is what its manifest says."""
+def verify_result(folder: Path) -> None:
+    """Raise `DamagedError`, which names the file, unless every file of a result matches its manifest."""
     try:
         with open_file(folder / RESULT_MANIFEST) as file:
             content = unsealed(file.read())
@@ -62,7 +64,7 @@ def require_sound(folder: Path) -> None:
         records = read_records(content.get("files"))
     except (AlignError, ValueError) as error:
         reason = error.message if isinstance(error, AlignError) else str(error)
-        raise UnsoundError(RESULT_MANIFEST, reason) from error
+        raise DamagedError(RESULT_MANIFEST, reason) from error
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(lambda record: _require_file(folder, record), records))
 
@@ -72,8 +74,8 @@ def _require_file(folder: Path, record: FileRecord) -> None:
         with open_file(folder / record.name) as file:
             size = os.fstat(file.fileno()).st_size
             if size != record.size:
-                raise UnsoundError(record.name, f"has {size} bytes, the manifest says {record.size}")
+                raise DamagedError(record.name, f"has {size} bytes, the manifest says {record.size}")
             if sha256_of(file) != record.sha256:
-                raise UnsoundError(record.name, "its sha256 is not that of the manifest")
+                raise DamagedError(record.name, "its sha256 is not that of the manifest")
     except AlignError as error:
-        raise UnsoundError(record.name, error.message) from error
+        raise DamagedError(record.name, error.message) from error

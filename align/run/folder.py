@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import CheckpointStore, SavedCheckpoint, UnsoundError, listed, read_file, require_sound
+from align.checkpoint import CheckpointStore, DamagedError, SavedCheckpoint, list_folder, read_file, verify_result
 from align.config import RecipeConfig
 from align.config.load import flatten_config, format_config
 from align.errors import ConfigError
@@ -137,7 +137,7 @@ class Folder:
         names = (f"attempt-{number}" for number in count(1))
         attempt = self.path / next(name for name in names if not os.path.lexists(self.path / name))
         (attempt / "logs").mkdir(parents=True, mode=0o700)
-        items = [item for item in listed(self.path) if not BEFORE_A_RUN.fullmatch(item.name)]
+        items = [item for item in list_folder(self.path) if not BEFORE_A_RUN.fullmatch(item.name)]
         for item in sorted(items, key=lambda item: item.name == "identity.json"):  # last: it marks the folder as a run
             os.rename(item, attempt / item.name)
         for log in (self.path / "logs").glob("*.log"):
@@ -272,7 +272,7 @@ class Folder:
             try:
                 progress = json.loads(read_file(folder, "driver.json"))
                 self._bests[step] = self._best(progress["round"], progress["state"])
-            except (UnsoundError, ConfigError) as error:
+            except (DamagedError, ConfigError) as error:
                 self.report(f"{folder} is damaged, and no run resumes from it: {error}")
                 self._bests[step] = set()
         return self._bests[step]
@@ -291,7 +291,7 @@ class Folder:
 def damage_of(model: Path) -> str | None:
     """The first damage in a model folder, as file and reason; None if it is as it was written."""
     try:
-        require_sound(model)
-    except UnsoundError as error:
+        verify_result(model)
+    except DamagedError as error:
         return str(error)
     return None

@@ -127,7 +127,7 @@ def test_damage_is_named_and_an_older_checkpoint_is_taken(store, small, file, ch
         store.open(store.folder / name_of(30))
     assert refused.value.exit_status == 78
     assert any(f"{name}: " in refused.value.message for name in possible)
-    assert refused.value.remedy == f"the newest sound one there is {store.folder / name_of(last)}"
+    assert refused.value.remedy == f"the newest valid one there is {store.folder / name_of(last)}"
     assert store.steps() == [10, 20, 30]  # nothing was renamed
 
     found = store.newest()
@@ -178,7 +178,7 @@ def rename(folder: Path) -> str:
 @pytest.mark.parametrize("change", [add_file, add_link, add_pipe, open_file, open_folder, open_all, rename])
 def test_a_folder_that_others_may_have_changed_is_refused(store, change):
     file = change(store.folder / name_of(30))
-    with pytest.raises(ConfigError, match=f"sound checkpoint: {file}: "):
+    with pytest.raises(ConfigError, match=f"valid checkpoint: {file}: "):
         store.open(store.folder / name_of(30))
     assert store.newest().manifest.step == 20
 
@@ -215,7 +215,7 @@ def test_no_checkpoint_is_a_fresh_start_and_damaged_ones_are_not(store, tmp_path
     for step in (10, 20, 30):
         (store.folder / name_of(step) / "driver.json").unlink()
     for _ in range(2):  # all are set aside the first time
-        with pytest.raises(ConfigError, match="none is sound") as refused:
+        with pytest.raises(ConfigError, match="none is valid") as refused:
             store.newest()
         assert refused.value.exit_status == 78
     assert len(store.notes) == 3 and store.steps() == []
@@ -238,7 +238,7 @@ def test_only_a_published_name_is_opened(store, name):
         shutil.copytree(store.folder / name_of(30), store.folder / name)
     with pytest.raises(ConfigError) as refused:
         store.open(store.folder / name)
-    assert refused.value.remedy == f"the newest sound one there is {store.folder / name_of(30)}"
+    assert refused.value.remedy == f"the newest valid one there is {store.folder / name_of(30)}"
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_given_out(store):

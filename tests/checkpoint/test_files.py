@@ -121,7 +121,7 @@ def test_files_and_folders_are_for_this_user_alone_whatever_the_umask(tmp_path):
 def test_a_name_outside_the_folder_or_with_two_spellings_is_refused(tmp_path, name):
     folder = tmp_path / "in"
     folder.mkdir()
-    with pytest.raises(ValueError, match="is no name for a file"):
+    with pytest.raises(ValueError, match="is not a valid name for a file"):
         checkpoint.write_bytes(folder, name, b"1")
     assert list(folder.iterdir()) == [] and list(tmp_path.iterdir()) == [folder]
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from align.checkpoint import RESULT_MANIFEST, UnsoundError, new_result, require_sound
+from align.checkpoint import RESULT_MANIFEST, DamagedError, new_result, verify_result
 from align.errors import ConfigError, ModelError, SaveError
 from align.utils import disk
 from align.utils.atomic_write import write_atomic
@@ -56,7 +56,7 @@ DAMAGE = {
 
 def test_a_published_result_is_sound_and_files_of_others_do_not_matter(result):
     (result / "README.md").write_text("mine")
-    require_sound(result)
+    verify_result(result)
     assert sorted(path.name for path in result.parent.iterdir()) == ["final"]
     assert {name: (result / name).read_bytes() for name in FILES} == FILES
 
@@ -65,23 +65,23 @@ def test_a_published_result_is_sound_and_files_of_others_do_not_matter(result):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_named(result, damage, name):
     DAMAGE[damage](result / name)
-    with pytest.raises(UnsoundError) as unsound:
-        require_sound(result)
+    with pytest.raises(DamagedError) as unsound:
+        verify_result(result)
     assert unsound.value.file == name
 
 
 def test_what_is_no_folder_is_no_result(tmp_path):
     for make in (lambda path: None, lambda path: path.touch(), os.mkfifo, lambda path: path.symlink_to("nowhere")):
         make(tmp_path / "final")
-        with pytest.raises(UnsoundError, match=RESULT_MANIFEST):
-            require_sound(tmp_path / "final")
+        with pytest.raises(DamagedError, match=RESULT_MANIFEST):
+            verify_result(tmp_path / "final")
         (tmp_path / "final").unlink(missing_ok=True)
 
 
 def test_a_result_that_is_there_is_left_alone(result):
     with pytest.raises(ModelError, match="exists already"):
         write(result)
-    require_sound(result)
+    verify_result(result)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from align.checkpoint import retention
+from align.checkpoint.store import kept_steps
 from align.config import CheckpointConfig
 from align.errors import SaveError
 
@@ -42,7 +42,7 @@ def test_kept(name):
     settings, values, pinned, wanted, keep_latest = CASES[name]
     section = CheckpointConfig(keep_latest=keep_latest, best_by="score", **settings)
     metrics = {step: {} if value is None else {"score": value} for step, value in values.items()}
-    assert retention.kept(metrics, pinned, section) == wanted
+    assert kept_steps(metrics, pinned, section) == wanted
 
 
 def published(store):

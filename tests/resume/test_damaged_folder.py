@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from align import launch
-from align.checkpoint import require_sound
+from align.checkpoint import verify_result
 from align.cli import main
 from align.run.identity import FORMAT
 
@@ -171,7 +171,7 @@ def check(recipe: Path, folder: Path, name: str, whole: Path) -> int:
         return status
     for model in (path.relative_to(whole) for path in whole.rglob("model.safetensors")):
         assert (folder / model).read_bytes() == (whole / model).read_bytes()
-        require_sound((folder / model).parent)
+        verify_result((folder / model).parent)
     assert sorted(path.name for path in (folder / "best").iterdir()) == [BEST.partition("/")[2]]
     if name != "metrics.jsonl":
         assert metrics(folder) == metrics(whole)
