@@ -118,7 +118,9 @@ def load_renderer(config: RecipeConfig) -> Renderer:
         for name, role in role_configs(config).items()
         if isinstance(role, ModelConfig) and not isinstance(role, RewardConfig)
     }
-    tokenizers = {name: _load_tokenizer(role) for name, role in roles.items()}
+    tokenizers = {
+        name: chat.load_tokenizer(role.path, role.revision, role.trust_remote_code) for name, role in roles.items()
+    }
     (first, tokenizer), *others = tokenizers.items()
     for name, other in others:
         try:
@@ -138,10 +140,6 @@ def load_renderer(config: RecipeConfig) -> Renderer:
         if isinstance(role, CriticConfig) and role.head == "trained":
             checkpoint_format.critic_start(role)
     return renderer
-
-
-def _load_tokenizer(role: ModelConfig) -> Any:
-    return chat.load_tokenizer(role.path, role.revision, role.trust_remote_code)
 
 
 def text_inputs(config: RecipeConfig, roles: Mapping[str, RoleConfig], renderer: Renderer) -> dict[str, TextInput]:

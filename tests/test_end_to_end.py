@@ -55,18 +55,18 @@ def test_rloo_on_four_roles_equals_rloo_in_one_process(tmp_path, toy_data, tiny_
     }
     samples = lines(ray, "samples.jsonl")
     assert len(samples) == 3 * 12
-    for there, here in zip(samples, lines(local, "samples.jsonl"), strict=True):
-        assert there | {"score": 0} == here | {"score": 0}
-        assert there["score"] == pytest.approx(here["score"], abs=1e-5)
-    for there, here in zip(lines(ray, "metrics.jsonl"), lines(local, "metrics.jsonl"), strict=True):
-        assert there.keys() == here.keys()
+    for on_ray, in_process in zip(samples, lines(local, "samples.jsonl"), strict=True):
+        assert on_ray | {"score": 0} == in_process | {"score": 0}
+        assert on_ray["score"] == pytest.approx(in_process["score"], abs=1e-5)
+    for on_ray, in_process in zip(lines(ray, "metrics.jsonl"), lines(local, "metrics.jsonl"), strict=True):
+        assert on_ray.keys() == in_process.keys()
         noise = ("seconds/", "tokens_per_second/")
-        if there["step"] == 1:  # the policy still is the reference: what correlates with rounding is noise
+        if on_ray["step"] == 1:  # the policy still is the reference: what correlates with rounding is noise
             noise += ("correlation/reward_kl", "gain_per_root_kl")
-        for name in there.keys() - {n for n in there if n.startswith(noise)}:
-            assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-5), name
+        for name in on_ray.keys() - {n for n in on_ray if n.startswith(noise)}:
+            assert on_ray[name] == pytest.approx(in_process[name], rel=1e-4, abs=1e-5), name
         phases = {"generate", "score", "reference", "update", "wait", "step"}
-        assert {f"seconds/{phase}" for phase in phases} <= there.keys()
+        assert {f"seconds/{phase}" for phase in phases} <= on_ray.keys()
     first, second = (AutoModelForCausalLM.from_pretrained(run / "final") for run in (ray, local))
     before = AutoModelForCausalLM.from_pretrained(tiny_policy)
     pairs = list(zip(first.parameters(), second.parameters(), before.parameters(), strict=True))
@@ -104,8 +104,8 @@ def test_sharded_roles_sample_the_same(tmp_path, toy_data, tiny_policy, tiny_rew
     for name, changes in (("sharded", sharded), ("whole", ["executor=local"])):
         path = recipe(tmp_path, RLOO, run=tmp_path / name, data=toy_data, policy=tiny_policy, reward=tiny_reward)
         assert main(["train", str(path), "run.steps=2", *changes]) == 0
-    there, here = (lines(tmp_path / name, "samples.jsonl") for name in ("sharded", "whole"))
-    assert [sample["response"] for sample in there] == [sample["response"] for sample in here]
+    sharded, whole = (lines(tmp_path / name, "samples.jsonl") for name in ("sharded", "whole"))
+    assert [sample["response"] for sample in sharded] == [sample["response"] for sample in whole]
     for a, b in zip(*(lines(tmp_path / name, "metrics.jsonl") for name in ("sharded", "whole")), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
@@ -255,5 +255,5 @@ placement: {{reward: 0-1}}
     (tmp_path / "recipe.yaml").write_text(text)
     for name, changes in (("sharded", []), ("whole", ["executor=local", "reward.zero_stage=1"])):
         assert main(["train", str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / name}", *changes]) == 0
-    there, here = (lines(tmp_path / name, "metrics.jsonl") for name in ("sharded", "whole"))
-    assert [step["loss"] for step in there] == pytest.approx([step["loss"] for step in here], rel=1e-4)
+    sharded, whole = (lines(tmp_path / name, "metrics.jsonl") for name in ("sharded", "whole"))
+    assert [step["loss"] for step in sharded] == pytest.approx([step["loss"] for step in whole], rel=1e-4)

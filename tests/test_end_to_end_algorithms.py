@@ -57,14 +57,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def same(there: dict, here: dict) -> None:
+def same(on_ray: dict, in_process: dict) -> None:
     """Equal numbers but for the clock."""
     clock = ("seconds/", "tokens_per_second/")
-    if there["kl"] == pytest.approx(0.0, abs=1e-4):  # what correlates with rounding is noise
+    if on_ray["kl"] == pytest.approx(0.0, abs=1e-4):  # what correlates with rounding is noise
         clock += ("correlation/reward_kl", "gain_per_root_kl")
-    assert there.keys() == here.keys()
-    for name in (key for key in there if not key.startswith(clock)):
-        assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
+    assert on_ray.keys() == in_process.keys()
+    for name in (key for key in on_ray if not key.startswith(clock)):
+        assert on_ray[name] == pytest.approx(in_process[name], rel=1e-3, abs=1e-4), name
 
 
 @pytest.mark.slow
@@ -77,22 +77,22 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
         f"eval_reward={{path: {tiny_reward}, dtype: float32}}",
         "evaluation={every: 2, prompts: 6, keep_best: true, best_by: sampled}",
     ]
-    there = run("ray", "ppo", *options, f"placement={ROLES['ppo']}")
-    here = run("local", "ppo", *options, "executor=local")
-    assert responses(there) == responses(here)
-    for a, b in zip(metrics(there), metrics(here), strict=True):
+    on_ray = run("ray", "ppo", *options, f"placement={ROLES['ppo']}")
+    in_process = run("local", "ppo", *options, "executor=local")
+    assert responses(on_ray) == responses(in_process)
+    for a, b in zip(metrics(on_ray), metrics(in_process), strict=True):
         same(a, b)
         assert a["updates"] == a["critic/updates"] == 4
         assert {"seconds/values", "seconds/critic_update", "critic/loss", "explained_variance"} <= a.keys()
         assert a["disagreement"] == 0.0  # the second model is the first
-    logs = {log.stem for log in (there / "logs").iterdir()}
+    logs = {log.stem for log in (on_ray / "logs").iterdir()}
     assert logs == {"policy-0", "policy-1", "critic-0", "reference-0", "reward-0", "eval_reward-0"}
-    evaluations = [json.loads(line) for line in (there / "evaluations.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in evaluations] == [0, 2, 3]
+    evaluations = [json.loads(line) for line in (on_ray / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
     assert evaluations[0]["heldout/greedy/win_rate/reward"] == 0.5
     assert len(evaluations[0]["answers"]) == 12
-    (best,) = (there / "best").iterdir()
-    scores = {one["step"]: one["heldout/sampled/reward"] for one in evaluations}
+    (best,) = (on_ray / "best").iterdir()
+    scores = {row["step"]: row["heldout/sampled/reward"] for row in evaluations}
     assert int(best.name.removeprefix("step-")) == max(scores, key=lambda step: scores[step])
 
 
@@ -100,41 +100,44 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
 def test_a_sampler_on_slots_of_its_own_samples_what_the_policy_would(run):
     """Rollouts one step behind, from processes that get the weights sent, token for token."""
     placement = "placement={policy: 0-1, sampler: 2, reference: 3, reward: 3}"
-    there = run("ray", "rloo", "max_off_policy_steps=1", placement)
-    here = run("local", "rloo", "max_off_policy_steps=1", "executor=local")
+    on_ray = run("ray", "rloo", "max_off_policy_steps=1", placement)
+    in_process = run("local", "rloo", "max_off_policy_steps=1", "executor=local")
     apart = run("apart", "rloo", "max_off_policy_steps=1", "executor=local", placement)
     on_policy = run("now", "rloo", "executor=local", placement)
     plain = run("plain", "rloo", "executor=local")
-    assert responses(there) == responses(here) == responses(apart)
-    assert responses(here) != responses(plain)
-    for a, b in zip(metrics(there), metrics(here), strict=True):
+    assert responses(on_ray) == responses(in_process) == responses(apart)
+    assert responses(in_process) != responses(plain)
+    for a, b in zip(metrics(on_ray), metrics(in_process), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert [one["mismatch_kl"] > 0 for one in metrics(here)] == [False, True, True]
+    assert [row["mismatch_kl"] > 0 for row in metrics(in_process)] == [False, True, True]
     # The rollouts of steps 1 and 2 come from the same weights, those of step 3 from what step 1 made of them.
-    assert ["seconds/sync" in one for one in metrics(there)] == [True, False, True]
-    for a, b in ((apart, here), (on_policy, plain)):  # up to rounding, for log pi_old is computed anew with a sampler
+    assert ["seconds/sync" in row for row in metrics(on_ray)] == [True, False, True]
+    for a, b in (
+        (apart, in_process),
+        (on_policy, plain),
+    ):  # with rounding: a sampler recomputes log pi_old
         for name, weight in weights(a).items():
             torch.testing.assert_close(weight, weights(b)[name], rtol=0, atol=1e-4, msg=name)
-    assert all(abs(one["mismatch_kl"]) < 1e-6 for one in metrics(on_policy))
+    assert all(abs(row["mismatch_kl"]) < 1e-6 for row in metrics(on_policy))
 
 
 @pytest.mark.slow
 def test_dpo_on_ray_equals_dpo_from_a_cache(run, tmp_path):
     """Reference workers in each step, against numbers computed once by the policy, against the same numbers read."""
-    there = run("ray", "dpo", "batch_size=16", f"placement={ROLES['dpo']}")
+    on_ray = run("ray", "dpo", "batch_size=16", f"placement={ROLES['dpo']}")
     cache = f"reference_cache={tmp_path / 'cache'}"
     first = run("first", "dpo", "batch_size=16", "executor=local", cache)
     (file,) = (tmp_path / "cache").iterdir()
     written = file.stat().st_mtime_ns
     second = run("second", "dpo", "batch_size=16", "executor=local", cache)
     assert file.stat().st_mtime_ns == written
-    assert "reference-0.log" in {log.name for log in (there / "logs").iterdir()}
-    for a, b, c in zip(*(metrics(folder) for folder in (there, first, second)), strict=True):
+    assert "reference-0.log" in {log.name for log in (on_ray / "logs").iterdir()}
+    for a, b, c in zip(*(metrics(folder) for folder in (on_ray, first, second)), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert b["loss"] == c["loss"]
         assert "seconds/reference" in a and "seconds/reference" not in b
     assert metrics(first)[0]["margin"] == pytest.approx(0.0, abs=1e-5)  # the policy still is the reference
-    assert all(torch.allclose(weights(there)[name], weights(first)[name], atol=1e-5) for name in weights(there))
+    assert all(torch.allclose(weights(on_ray)[name], weights(first)[name], atol=1e-5) for name in weights(on_ray))
 
 
 def test_two_rounds_start_from_the_best(run, tiny_policy):
@@ -150,13 +153,13 @@ def test_two_rounds_start_from_the_best(run, tiny_policy):
         "policy.optimizer.lr=1e-2",
     )
     numbers = metrics(folder)
-    assert [one["step"] for one in numbers] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in numbers] == [1, 2, 3, 4, 5, 6]
     assert numbers[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(numbers[2]["kl"]) > 1e-3
     assert numbers[3]["kl"] == pytest.approx(0.0, abs=1e-5)  # to the new reference
     (best,) = (folder / "round-1" / "best").iterdir()
     evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    first = {one["step"]: one["heldout/greedy/reward"] for one in evaluations[:4]}
+    first = {row["step"]: row["heldout/greedy/reward"] for row in evaluations[:4]}
     assert list(first) == [0, 1, 2, 3]
     assert first[int(best.name.removeprefix("step-"))] == max(first.values())
     assert evaluations[4]["heldout/greedy/reward"] == pytest.approx(max(first.values()), abs=1e-5)

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
-from align.errors import AlignError, ConversationError
+from align.errors import AlignError, ConversationError, WorkerError
 from align.rewards.base import RewardScorer
 from align.rewards.http_protocol import HTTPError
 from align.serve.log_limit import LogLimit
@@ -89,6 +89,11 @@ class Batcher:
         if start is not None and time.monotonic() - start > limit_s:
             return f"a batch takes longer than request_timeout_s ({limit_s:g})"
         return None if self._thread.is_alive() else "the thread that scores has ended"
+
+    def check(self) -> None:
+        """Raise `WorkerError` if this batcher will answer no more."""
+        if reason := self.stuck():
+            raise WorkerError(reason, remedy="start the service again; lower max_batch_size or raise request_timeout_s")
 
     def _run(self) -> None:
         while True:

@@ -218,7 +218,7 @@ def _start_backend(
     if config.executor == "local":
         with announced(to_stdout, "reward", config.reward, "in this process"):
             batcher = Batcher(build_scorer(config.reward, device()), config)
-        yield batcher, lambda: _require_not_stuck(batcher)
+        yield batcher, batcher.check
     elif config.replicas.shards > 1:
         slots = tuple(range(config.replicas.shards))
         # A conversation without a score is answered with null, and does not fail those beside it.
@@ -238,8 +238,3 @@ def _start_backend(
                 yield backend, check_alive
         finally:
             session.close()
-
-
-def _require_not_stuck(batcher: Batcher) -> None:
-    if reason := batcher.stuck():
-        raise WorkerError(reason, remedy="start the service again; lower max_batch_size or raise request_timeout_s")

@@ -1,4 +1,4 @@
-"""Whether two runs are the same but for their times: compare.py RUN REFERENCE"""
+"""Compare two runs except for their times: compare.py RUN REFERENCE"""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def numbers(run: Path) -> list[dict[str, object]]:
 
 
 def differences(run: Path, reference: Path) -> list[str]:
-    """What is not byte for byte the same."""
-    found = []
+    """Where two runs differ, byte for byte."""
+    lines = []
     ours, theirs = numbers(run), numbers(reference)
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
-        found.append(f"steps {[line['step'] for line in ours]}, not {[line['step'] for line in theirs]}")
-    for one, other in zip(ours, theirs, strict=False):
-        found += [f"step {one['step']}: {key}" for key in {*one, *other} if one.get(key) != other.get(key)]
+        lines.append(f"steps {[line['step'] for line in ours]}, not {[line['step'] for line in theirs]}")
+    for row, other in zip(ours, theirs, strict=False):
+        lines += [f"step {row['step']}: {key}" for key in {*row, *other} if row.get(key) != other.get(key)]
     files = [Path("samples.jsonl"), *(path.relative_to(reference) for path in reference.glob("final/*.safetensors"))]
-    found += [str(file) for file in files if (run / file).read_bytes() != (reference / file).read_bytes()]
-    return found
+    lines += [str(file) for file in files if (run / file).read_bytes() != (reference / file).read_bytes()]
+    return lines
 
 
 if __name__ == "__main__":
