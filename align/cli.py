@@ -27,7 +27,7 @@ from align.config.load import LoadedConfig, list_values, load_any, load_recipe
 from align.errors import AlignError, ConfigError, SaveError
 from align.prechecks import plan
 from align.utils import disk
-from align.utils.redact import redact
+from align.utils.security import redact
 from align.utils.signals import leaving_at_once
 
 FAILED = DIFFERS = 1

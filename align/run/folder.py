@@ -26,7 +26,7 @@ from align.run.lock import Lock
 from align.run.tracking import Trackers
 from align.utils.atomic_write import copy_folder, write_atomic
 from align.utils.disk import open_file, saving
-from align.utils.redact import redact
+from align.utils.security import redact
 
 
 class Folder:

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 
-from align.utils.redact import redact
+from align.utils.security import redact
 
 PERIOD_S = 60.0
 """Seconds in which further messages of a kind are only counted."""

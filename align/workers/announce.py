@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from align.config import GenerativeRewardConfig, ModelConfig, RewardConfig, RoleConfig
-from align.utils.redact import redact
+from align.utils.security import redact
 
 Announce = Callable[[str], None]
 """Gets one line per call."""

@@ -16,7 +16,7 @@ from secret_names import SECRET_NAMES
 
 from align import prepare
 from align.cli import main
-from align.utils.redact import RedactedStream, redact, secrets
+from align.utils.security import RedactedStream, redact, secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,7 +235,7 @@ def test_the_reading_of_sources_finds_each_way_to_take_the_environment(source: s
 SOURCES = [*sorted((ROOT / "align").rglob("*.py")), *sorted((ROOT / "launchers").rglob("*.py"))]
 
 MEANT = {
-    "align/utils/redact.py": "looks for secrets in it",
+    "align/utils/security.py": "looks for secrets in it",
     "align/run/stopping.py": "scontrol on this machine, which would inherit it, gets another time zone",
     "align/cluster/session.py": "chooses the variables that Ray's processes get, and puts the rest back",
     "launchers/local.py": "the run on this machine, which would inherit it, gets one variable more",

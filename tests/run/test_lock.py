@@ -98,7 +98,7 @@ def short_beats(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watching a heartbeat, which takes 15 s, fails the test; a loaded machine does not."""
-    monkeypatch.setattr(module, "_moves", lambda *_: pytest.fail("the heartbeat is watched"))
+    monkeypatch.setattr(module, "_heartbeat_changes", lambda *_: pytest.fail("the heartbeat is watched"))
 
 
 def left_by(folder: Path, epoch: int = 1, age: float = 0.0, **changed: object) -> Path:
@@ -282,7 +282,7 @@ def test_an_owner_that_cannot_be_read_is_judged_by_its_heartbeat(
     age = 0.0 if fresh else HOUR
     os.utime(path, times=(time.time() - age, time.time() - age))
     if fresh:
-        with pytest.raises(LockError, match="belongs to an owner whose name cannot be read"):
+        with pytest.raises(LockError, match="belongs to an unknown owner"):
             Lock.acquire(tmp_path)
     else:
         with Lock.acquire(tmp_path) as lock:
@@ -417,9 +417,9 @@ def test_of_many_processes_one_becomes_the_owner(tmp_path: Path, children: Calla
 def test_a_taker_that_comes_late_with_an_old_number_does_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     left_by(tmp_path, epoch=9)
     listed = iter([3])
-    real = module._newest
-    monkeypatch.setattr(module, "_newest", lambda locks: next(listed, None) or real(locks))
-    monkeypatch.setattr(module, "_judge", lambda *_: monkeypatch.undo() and None)
+    real = module._newest_epoch
+    monkeypatch.setattr(module, "_newest_epoch", lambda locks: next(listed, None) or real(locks))
+    monkeypatch.setattr(module, "dead_owner", lambda *_: monkeypatch.undo() and None)
     with pytest.raises(LockError, match=f"process {os.getpid()}"):
         Lock.acquire(tmp_path)
     assert names(tmp_path) == ["epoch-000009.json"]
@@ -429,7 +429,7 @@ def test_a_lock_that_never_stays_is_given_up(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "epoch-000001.json").symlink_to(tmp_path / "nothing")
-    with pytest.raises(LockError, match="take and leave the lock all the time"):
+    with pytest.raises(LockError, match="keep taking the lock"):
         Lock.acquire(tmp_path)
 
 
@@ -492,7 +492,7 @@ def test_a_lock_that_cannot_be_read_is_a_fault_of_the_infrastructure(tmp_path: P
 
     with Lock.acquire(tmp_path) as lock:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_newest", fail)
+            patch.setattr(module, "_newest_epoch", fail)
             with pytest.raises(SaveError, match="the lock cannot be read: Input/output error") as caught:
                 lock.check()
         assert caught.value.exit_status == 76
