@@ -1,13 +1,13 @@
-"""Faults on purpose, for tests and drills.
+"""Fault injection, for tests and drills.
 
     ALIGN_FAULT=role=critic,rank=0,phase=update,step=3,kind=sigkill align train ...
 
-The driver reads the variable, here and nowhere else. ``role`` is a role of the recipe or ``driver``; ``rank`` (default
-0) is one of its ranks; ``phase`` is a phase as in ``seconds/`` of ``metrics.jsonl``, ``start`` or ``load`` while roles
-come up, or a point of the driver's own work (`POINTS`); ``step`` counts from 1, and 0 is before the first. What is not
-named fits everything. The fault strikes at the ``at``-th fit (default 1) and ``times`` times (default 1).
+Only the driver reads the variable. ``role`` is a role of the recipe or ``driver``; ``rank`` (default 0) is one of its
+ranks; ``phase`` is a phase as in ``seconds/`` of ``metrics.jsonl``, ``start`` or ``load`` while roles start, or a point
+of the driver's own work (`POINTS`); ``step`` counts from 1, and 0 is before the first. Keys that are left out match
+everything. The fault is injected at the ``at``-th match (default 1), ``times`` times (default 1).
 
-Without the variable every question below is answered by one comparison with None.
+Without the variable, every function below costs one comparison with None.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ SIGNALS = {
     "sigusr1": signal.SIGUSR1,
     "sigusr2": signal.SIGUSR2,
 }
-"""Kinds that send this signal to the process itself."""
+"""Kinds that send this signal to the own process."""
 REFUSALS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS, "eacces": errno.EACCES}
 """Kinds that raise the OSError of this number."""
 NUMBERS = {"nan": float("nan"), "inf": float("inf")}
 """``nan_loss``, ``inf_gradient``, ``nan_answer``, ...: what a loss, a gradient or an answer becomes."""
-SPOILT = tuple(f"{number}_{what}" for number in NUMBERS for what in ("loss", "gradient", "answer"))
+CORRUPTIONS = tuple(f"{number}_{what}" for number in NUMBERS for what in ("loss", "gradient", "answer"))
 OTHERS = ("exit", "error", "oom", "hang", "spin", "gil", "slow")
-KINDS = (*SIGNALS, *REFUSALS, *SPOILT, *OTHERS)
+KINDS = (*SIGNALS, *REFUSALS, *CORRUPTIONS, *OTHERS)
 POINTS = ("step", "metrics", "checkpoint", "shard", "manifest", "publish", "retain")
-"""Points of the driver's own work: a step begins; a line is appended to a file of numbers; a checkpoint is begun, a
-file of it is written and the manifest is; it is published; old ones are deleted. ``publish`` has several fits in a row,
-so that ``at`` picks each system call of the commit."""
+"""Points of the driver's own work: start of a step; append of a line; start of a checkpoint, write of one of its files
+and of its manifest; its publication; deletion of old ones. ``publish`` matches several times in a row, so that ``at``
+selects each system call of the publication."""
 SLOW_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, where and when."""
+    """Which fault, where and when."""
 
     kind: str
     role: str | None = None
@@ -59,16 +59,16 @@ class Fault:
 
 
 class _Armed:
-    """The fault that waits in this process."""
+    """The fault that is armed in this process."""
 
     fault: Fault | None = None
     fits = 0
-    spoils: str | None = None
-    """What this process spoils next."""
+    corruption: str | None = None
+    """The number that this process corrupts next."""
 
 
 def parse_fault(text: str) -> Fault:
-    """Read ``key=value,...``. Raises `ConfigError` that names what cannot be read."""
+    """Parse ``key=value,...``. Raises `ConfigError` that names the part that cannot be parsed."""
     values: dict[str, str] = {}
     known = {field.name: str(field.type) for field in fields(Fault)}
     for part in text.split(","):
@@ -86,12 +86,12 @@ def parse_fault(text: str) -> Fault:
 
 
 def arm(text: str | None) -> None:
-    """Wait for the fault that ``text`` describes, or for none."""
-    _Armed.fault, _Armed.fits, _Armed.spoils = parse_fault(text) if text else None, 0, None
+    """Arm the fault that ``text`` describes, or none."""
+    _Armed.fault, _Armed.fits, _Armed.corruption = parse_fault(text) if text else None, 0, None
 
 
 def next_fault(role: str, rank: int, phase: str, step: int) -> str | None:
-    """The kind of fault that strikes here and now; counts the fit."""
+    """The kind of fault to inject here and now, if any; counts the match."""
     fault = _Armed.fault
     if fault is None:
         return None
@@ -108,20 +108,20 @@ def next_fault(role: str, rank: int, phase: str, step: int) -> str | None:
 
 
 def maybe_inject(role: str, rank: int, phase: str, step: int) -> None:
-    """Do what is due here, in this process."""
+    """Inject the armed fault in this process if it matches."""
     kind = next_fault(role, rank, phase, step)
     if kind is not None:
         raise_fault(kind)
 
 
 def raise_fault(kind: str) -> None:
-    """Let it go wrong, in this process. Kinds of `SPOILT` wait for `spoilt`."""
+    """Inject a fault in this process. Kinds in `CORRUPTIONS` take effect in `corrupt`."""
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
     elif kind in REFUSALS:
         raise OSError(REFUSALS[kind], os.strerror(REFUSALS[kind]))
-    elif kind in SPOILT:
-        _Armed.spoils = kind
+    elif kind in CORRUPTIONS:
+        _Armed.corruption = kind
     elif kind == "exit":
         os._exit(1)
     elif kind == "error":
@@ -129,7 +129,7 @@ def raise_fault(kind: str) -> None:
     elif kind == "oom":
         raise MemoryError("a fault on purpose (ALIGN_FAULT)")
     elif kind == "gil":
-        ctypes.PyDLL(None).pause()  # holds the interpreter's lock until a signal comes
+        ctypes.PyDLL(None).pause()  # holds the interpreter lock until a signal arrives
     elif kind == "slow":
         time.sleep(SLOW_SECONDS)
     while kind in ("hang", "spin"):
@@ -137,9 +137,9 @@ def raise_fault(kind: str) -> None:
 
 
 def corrupt(what: str) -> float | None:
-    """The number that ``loss``, ``gradient`` or ``answer`` becomes, once; None where nothing is wrong."""
-    kind = _Armed.spoils
+    """The number that replaces a ``loss``, ``gradient`` or ``answer``, once; None without a fault."""
+    kind = _Armed.corruption
     if kind is None or not kind.endswith(what):
         return None
-    _Armed.spoils = None
+    _Armed.corruption = None
     return NUMBERS[kind.partition("_")[0]]

@@ -15,31 +15,31 @@ from align.errors import ConfigError
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function.
+    """Import the function.
 
-    Raises `ConfigError` for a module that cannot be imported, for what is no function that could be called, and for an
-    asynchronous one.
+    Raises `ConfigError` if the module cannot be imported, or has no synchronous callable of that name.
     """
     module, (place, _, function) = _module(name), name.rpartition(":")
-    found = getattr(module, function, None)
-    if not callable(found):
-        known = [n for n, one in vars(module).items() if inspect.isfunction(one) and one.__module__ == module.__name__]
-        known = known or getattr(module, "__all__", [])  # of a module that loads its parts when they are used
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
+        values = vars(module).items()
+        names = [n for n, value in values if inspect.isfunction(value) and value.__module__ == module.__name__]
+        names = names or getattr(module, "__all__", [])  # for a module with lazy attributes
         raise ConfigError(
-            f"function={name}: {place} has no function {function}", remedy=f"it has: {', '.join(known) or 'none'}"
+            f"function={name}: {place} has no function {function}", remedy=f"it has: {', '.join(names) or 'none'}"
         )
-    if inspect.iscoroutinefunction(found):
-        raise ConfigError(f"function={name} is asynchronous", remedy="give one that returns its answer itself")
-    return found
+    if inspect.iscoroutinefunction(loaded):
+        raise ConfigError(f"function={name} is asynchronous", remedy="give a synchronous function")
+    return loaded
 
 
 def function_signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
-    """What a function takes. Raises `ConfigError` for one that does not say, such as ``builtins:max``."""
+    """The signature of a function. Raises `ConfigError` if it has none, such as ``builtins:max``."""
     try:
         return inspect.signature(function)
     except (ValueError, TypeError):
-        remedy = "call it in a function of your own file, path/to/file.py:function"
-        raise ConfigError(f"function={name} does not say what it takes", remedy=remedy) from None
+        remedy = "wrap it in a function in a file: path/to/file.py:function"
+        raise ConfigError(f"function={name} has no signature", remedy=remedy) from None
 
 
 def _module(name: str) -> Any:
@@ -55,7 +55,7 @@ def _from_file(file: Path) -> Any:
     name = f"align_plugin_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
+        raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and pickle look for it
     try:
@@ -73,7 +73,7 @@ def function_fingerprint(name: str) -> str:
     defining = sys.modules.get(getattr(getattr(module, name.rpartition(":")[2], None), "__module__", ""), module)
     file, definition = (getattr(item, "__file__", None) for item in (module, defining))
     if file is None:
-        remedy = "call it in a function of your own file, path/to/file.py:function"
-        raise ConfigError(f"function={name}: {name.rpartition(':')[0]} has no file to be known by", remedy=remedy)
+        remedy = "wrap it in a function in a file: path/to/file.py:function"
+        raise ConfigError(f"function={name}: {name.rpartition(':')[0]} has no file to fingerprint", remedy=remedy)
     files = dict.fromkeys([file, definition or file])
     return hashlib.sha256(b"".join(Path(item).read_bytes() for item in files)).hexdigest()

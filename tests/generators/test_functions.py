@@ -39,7 +39,7 @@ def test_it_is_given_messages_sample_and_opening(tmp_path: Path):
         ("async def answer(messages, sample): return ''", "is asynchronous"),
         ("def other(messages, sample): return ''", "has no function answer"),
         ("import no_such_module_of_mine", "ModuleNotFoundError"),
-        ("answer = max", "does not say what it takes"),
+        ("answer = max", "has no signature"),
     ],
 )
 def test_what_cannot_be_called_is_refused(tmp_path: Path, source: str, message: str):
@@ -72,7 +72,7 @@ def test_files_of_one_name_are_modules_of_their_own_that_know_their_types(tmp_pa
 
 
 def test_a_function_without_a_file_cannot_be_known_again():
-    with pytest.raises(ConfigError, match="time has no file to be known by"):
+    with pytest.raises(ConfigError, match="time has no file to fingerprint"):
         plugins.function_fingerprint("time:sleep")
 
 
