@@ -70,19 +70,19 @@ class _Armed:
 def parse_fault(text: str) -> Fault:
     """Parse ``key=value,...``. Raises `ConfigError` that names the part that cannot be parsed."""
     values: dict[str, str] = {}
-    known = {field.name: str(field.type) for field in fields(Fault)}
+    types = {field.name: str(field.type) for field in fields(Fault)}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
-        number = "int" in known.get(key, "")
-        if key not in known or not value or (number and not value.isdigit()):
-            remedy = f"write key=value, divided by commas; keys: {', '.join(known)}"
+        number = "int" in types.get(key, "")
+        if key not in types or not value or (number and not value.isdigit()):
+            remedy = f"write key=value, divided by commas; keys: {', '.join(types)}"
             raise ConfigError(f"ALIGN_FAULT: cannot read {part!r}", remedy=remedy)
         values[key] = value
     if values.get("role") == "driver" and values.get("phase") not in (None, *POINTS):
         raise ConfigError(f"ALIGN_FAULT: the driver has no phase {values['phase']!r}, only {', '.join(POINTS)}")
     if values.get("kind") not in KINDS:
         raise ConfigError(f"ALIGN_FAULT: kind {values.get('kind')!r} is none of {', '.join(KINDS)}")
-    return Fault(**{key: int(value) if "int" in known[key] else value for key, value in values.items()})  # type: ignore[arg-type]
+    return Fault(**{key: int(value) if "int" in types[key] else value for key, value in values.items()})  # type: ignore[arg-type]
 
 
 def arm(text: str | None) -> None:
