@@ -18,5 +18,5 @@ def resolve_attributes(names: Sequence[str]) -> tuple[str, ...]:
     """``names`` as they are, or the nine of NeMo-Aligner for ``[nemo]``. Raises `ConfigError` for one given twice."""
     attributes = NEMO_ATTRIBUTES if list(names) == ["nemo"] else tuple(names)
     if repeated := [name for name in dict.fromkeys(attributes) if attributes.count(name) > 1]:
-        raise ConfigError(f"attributes names {', '.join(repeated)} twice", remedy="name each attribute once")
+        raise ConfigError(f"attributes lists {', '.join(repeated)} more than once", remedy="name each attribute once")
     return attributes

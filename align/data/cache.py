@@ -43,9 +43,13 @@ def cached_logprobs(folder: str, key: str, sequences: Sequences, compute: Callab
         except SafetensorError as error:
             raise DataError(f"the cache is damaged: {error}", where=str(file), remedy="delete the file") from error
         if len(logprob_B) != len(sequences):
-            raise DataError(f"the cache has {len(logprob_B)} numbers for {len(sequences)}", where=str(file))
+            raise DataError(
+                f"the cache has {len(logprob_B)} values, but the data has {len(sequences)} sequences", where=str(file)
+            )
         if sha256 != _sha256(logprob_B):
-            raise DataError("the cache is damaged: its sha256 does not fit", where=str(file), remedy="delete the file")
+            raise DataError(
+                "the cache is damaged: its sha256 does not match", where=str(file), remedy="delete the file"
+            )
         return logprob_B
     index = torch.arange(len(sequences))
     logprob_B = torch.cat([compute(sequences.select(rows)) for rows in index.split(CHUNK)])

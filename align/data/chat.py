@@ -95,7 +95,7 @@ def load_tokenizer(
             tokenizer = plain if other or len(plain) < len(tokenizer) else tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise DataError(
-            f"no tokenizer could be loaded: {_first_line(error)}",
+            f"the tokenizer cannot be loaded: {_first_line(error)}",
             where=path,
             remedy=TRUST
             if "trust_remote_code" in str(error)
@@ -127,9 +127,9 @@ def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
             raise DataError(f"{name} cannot be read: {_first_line(error)}", where=path) from error
         if "--" in json.dumps(code):
             raise DataError(
-                f"{name} takes code from another repository, which no revision pins: {code}",
+                f"{name} refers to code in another repository, which a revision cannot pin: {code}",
                 where=path,
-                remedy="download model and code into one folder, name the files in auto_map, and give the folder",
+                remedy="download the model and its code into one folder, name its files in auto_map, and use it",
             )
 
 
@@ -191,8 +191,8 @@ class Renderer:
         except RenderError as error:
             if self._bad_rows == "stop":
                 remedy = (
-                    f"change the row, or give another template ({self._section}.chat_template=FILE), or leave such "
-                    "rows out and have them counted: data.bad_rows=skip"
+                    f"fix the row, set another template ({self._section}.chat_template=FILE), or skip and "
+                    "count such rows: data.bad_rows=skip"
                 )
                 message = f"{error.where} cannot render the row: {error.message}"
                 raise DataError(message, where=where or error.where, remedy=remedy) from error
@@ -206,7 +206,7 @@ class Renderer:
         if ids[:2] == [self._bos, self._bos]:
             message = f"a prompt begins with two beginning-of-sequence tokens ({self.tokenizer.bos_token})"
             quoted = any(str(self.tokenizer.bos_token) in message.content for message in messages)
-            remedy = "write it once in the template, and not in the messages"
+            remedy = "write it once, in the template, and not in the messages"
             raise RenderError(message, public=message if quoted else "", where=self._name, remedy=remedy)
         return ids
 
@@ -306,9 +306,9 @@ class Renderer:
             if str(error) != _DATE_REQUESTED:
                 raise self._failure(error, messages) from error
         raise DataError(
-            "the template writes today's date, so the same run would differ from day to day",
+            "the chat template writes today's date, so a run would not be reproducible",
             where=self._name,
-            remedy=f"fix it, as in {self._section}.date='26 Jul 2024'"
+            remedy=f"set a fixed date, for example {self._section}.date='26 Jul 2024'"
             if self.date is None
             else f"{self._section}.date is set but the template does not read date_string; give another "
             f"{self._section}.chat_template=FILE",
@@ -329,7 +329,7 @@ class Renderer:
         text = self._render([Message("user", "question"), Message("assistant", answer)], add_generation_prompt=False)
         _, marker, after = text.rpartition(answer)
         if not marker:
-            raise DataError("the template leaves out the assistant's words", where=self._name)
+            raise DataError("the chat template drops the assistant's messages", where=self._name)
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.update(self.tokenizer.all_special_ids)
         return next((id for id in self._encode(after) if id in special), None)
@@ -346,9 +346,9 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, file: str | None, section
         ) from error
     except ValueError as error:
         raise DataError(
-            "the tokenizer has no chat template, so a conversation has no agreed form",
+            "the tokenizer has no chat template, so conversations cannot be rendered",
             where=tokenizer.name_or_path,
-            remedy=f"give one: {section}.chat_template=FILE",
+            remedy=f"set one: {section}.chat_template=FILE",
         ) from error
 
 
@@ -391,7 +391,7 @@ def require_same_tokenizer(
         f"{name_a} ({len(vocabulary_a)} entries) and {name_b} ({len(vocabulary_b)} entries) have different tokenizers: "
         f"{difference}",
         where=f"{a.name_or_path} and {b.name_or_path}",
-        remedy="take models of one family, whose tokenizers are the same",
+        remedy="use models that share a tokenizer, for example of one model family",
     )
 
 

@@ -30,8 +30,8 @@ class ConversationIndex:
             if digest not in self._known:
                 prompt = self._renderer.text(sequences.prompts.row(number).tolist())
                 raise DataError(
-                    f"a prompt is none of this run's data, so its conversation is not known: {prompt[:80]!r}",
-                    remedy="this is a fault of the program: judges that read text know the prompts of both splits",
+                    f"a prompt is not in the data of this run, so its conversation is unknown: {prompt[:80]!r}",
+                    remedy="please report this bug: all prompts of both splits should be known",
                 )
             contexts.append(self._known[digest])
         texts = [self._renderer.text(ids) for ids in sequences.responses.lists()]

@@ -117,7 +117,7 @@ def write_dataset(
 
 def _require_new(folder: Path) -> None:
     if folder.expanduser().exists():
-        raise DataError("there is something already", where=str(folder), remedy="name a new folder")
+        raise DataError("the output path exists already", where=str(folder), remedy="choose a new folder")
 
 
 def _write_split(file: Path, to: OutputFormat, rows: Sequence[Preference] | Sequence[Rating]) -> dict[str, int]:
@@ -155,9 +155,11 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     reads = "ratings" if arguments.pairs_by else arguments.reads or dataset.default_row_kind(data)
     kind = Rating if reads == "ratings" and not arguments.pairs_by else Preference
     if kind not in OUTPUT_FORMATS[arguments.to].objects:
-        raise ConfigError(f"--to {arguments.to} holds no ratings", remedy="make pairs of them: --pairs-by helpfulness")
+        raise ConfigError(
+            f"--to {arguments.to} cannot hold ratings", remedy="convert them to pairs: --pairs-by helpfulness"
+        )
     if arguments.attributes and kind is Preference:
-        raise ConfigError("--attributes is for ratings", remedy="leave it out, or read ratings: --rows ratings")
+        raise ConfigError("--attributes requires ratings", remedy="remove it, or read ratings: --rows ratings")
     _require_new(arguments.out)
     source = dataset.load_dataset(data, reads)
     splits: dict[str, Any] = {"train": source.train, "validation": source.validation}

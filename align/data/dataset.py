@@ -133,7 +133,7 @@ def row_format(name: str, reads: RowKind) -> RowFormat:
     formats = ", ".join(sorted(other for other, several in FORMATS.items() if reads in several))
     raise ConfigError(
         f"data.format={name} holds {' and '.join(formats_by_kind)}, not {reads}",
-        remedy=f"take data that holds {reads}: data.format is one of {formats}",
+        remedy=f"use data with {reads}. Formats that hold them: data.format={formats}",
     )
 
 
@@ -201,7 +201,7 @@ def _require_rows(split: str, rows: Mapping[Any, DataRow], counts: SplitCounts, 
         remedy = (
             "check data.domains, data.max_rows, data.max_spread and data.validation, and that the file is not empty"
         )
-        raise DataError(f"no rows of {split} are left: {counts}", where=data.path or None, remedy=remedy)
+        raise DataError(f"no rows are left in split {split}: {counts}", where=data.path or None, remedy=remedy)
 
 
 def renderable_rows(
@@ -248,7 +248,7 @@ def _filter_rows(
     for where, parsed in source:
         if isinstance(parsed, BadRow):
             if data.bad_rows == "stop":
-                remedy = "mend the row, or leave such rows out and have them counted: data.bad_rows=skip"
+                remedy = "fix the row, or skip and count such rows: data.bad_rows=skip"
                 raise DataError(str(parsed), where=parsed.where or where, remedy=remedy)
             bad[parsed.reason] += 1
             read += 1

@@ -144,8 +144,8 @@ def _first_rows(data: DataConfig) -> dict[str, dict[str, Any]]:
             problem = problem or (where, error)
     if not rows:
         where, message = (problem[0], str(problem[1])) if problem else (data.path, "has no rows")
-        remedy = "give JSON lines, Parquet or CSV, or name the format: data.format"
-        raise DataError(f"the format cannot be found: {message}", where=where, remedy=remedy)
+        remedy = "use JSON lines, Parquet or CSV, or set data.format"
+        raise DataError(f"the format cannot be detected: {message}", where=where, remedy=remedy)
     return rows
 
 
@@ -156,13 +156,14 @@ def _require_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) ->
             near = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"did you mean `{near[0]}`? " if near else ""
             raise ConfigError(
-                f"data.columns: {name!r} is no column of any format", remedy=f"{hint}names: {', '.join(FIELDS)}"
+                f"data.columns: {name!r} is not a column of any format",
+                remedy=f"{hint}valid names: {', '.join(FIELDS)}",
             )
         if name not in columns:
             raise ConfigError(
                 f"data.columns: the first rows have no column {column!r} for {name}",
                 where=data.path,
-                remedy=f"columns there: {', '.join(sorted(columns))}",
+                remedy=f"columns of the source: {', '.join(sorted(columns))}",
             )
 
 
@@ -171,9 +172,9 @@ def _by_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> Any:
     columns_present = {name for row in rows.values() for name, value in row.items() if value is not None}
     if columns_present >= set(UNPAIRED):
         raise DataError(
-            f"unpaired preferences ({', '.join(UNPAIRED)}): no algorithm of align learns from them",
+            f"unpaired preferences ({', '.join(UNPAIRED)}): no algorithm supports them",
             where=first,
-            remedy="give pairs, rows with chosen and rejected; or leave label out to imitate every completion with sft",
+            remedy="use pairs (rows with chosen and rejected), or remove label to train on every completion with sft",
         )
     forms = {name: [form for form in several if columns_present >= set(form)] for name, several in COLUMNS.items()}
     if forms["nemo"] == [("conversations",)] and not _labelled(rows):
@@ -190,12 +191,14 @@ def _by_columns(data: DataConfig, rows: Mapping[str, Mapping[str, Any]]) -> Any:
     columns = ", ".join(sorted(columns_present))
     if not candidates:
         needs = "; ".join(f"{name}: {' or '.join(', '.join(form) for form in some)}" for name, some in COLUMNS.items())
-        remedy = f"name them as a format does, or say which they are: data.columns={{prompt: NAME, ...}}. {needs}"
-        raise DataError(f"columns of no format: {columns}", where=first, remedy=remedy)
-    remedy = f"say which one is meant: data.format is one of {', '.join(name.split()[0] for name in candidates)}"
+        remedy = f"rename them as in one of the formats, or map them: data.columns={{prompt: NAME, ...}}. {needs}"
+        raise DataError(f"the columns match no format: {columns}", where=first, remedy=remedy)
+    remedy = f"set data.format to one of {', '.join(name.split()[0] for name in candidates)}"
     if not any(name.startswith("helpsteer") for name in candidates):
-        remedy = "leave out the columns that are not meant"
-    raise DataError(f"columns of several formats ({'; '.join(candidates)}): {columns}", where=first, remedy=remedy)
+        remedy = "remove the columns that do not belong"
+    raise DataError(
+        f"the columns match several formats ({'; '.join(candidates)}): {columns}", where=first, remedy=remedy
+    )
 
 
 def _kinds(forms: list[tuple[str, ...]]) -> set[str]:

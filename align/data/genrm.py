@@ -142,10 +142,9 @@ def require_roles(renderer: Renderer, section: VerdictConfig | GenerativeConfig,
     for role, ids in zip(("response_1", "response_2", "principle"), others, strict=True):
         if ids == first and (role != "principle" or section.principle):
             raise DataError(
-                f"the chat template leaves out turns of the role {role}",
+                f"the chat template drops turns of the role {role}",
                 where=renderer.tokenizer.name_or_path or None,
-                remedy=f"{keys[0]}=false asks in words that any model reads; or give a template that knows the roles: "
-                f"{keys[1]}=FILE",
+                remedy=f"{keys[0]}=false asks in plain text; or set a template that supports the roles: {keys[1]}=FILE",
             )
 
 

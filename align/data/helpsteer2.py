@@ -106,7 +106,7 @@ def parse_rating_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
     """The preference that two rated responses amount to. Raises `BadRow`."""
     preferences = parse_prompt_group(pair)
     if not preferences:
-        raise BadRow("row", "is the last one, and has no second response")
+        raise BadRow("row", "is the last row and has no second response")
     return preferences
 
 
@@ -139,7 +139,7 @@ def parse_prompt_group(group: list[tuple[str, Any]]) -> list[Preference]:
         with at_line(where):
             responses.append((where, *_parse_ratings(raw)))
             if responses[-1][1] != responses[0][1]:
-                raise BadRow("prompt", "differs from that of the row before", responses[-1][1])
+                raise BadRow("prompt", "differs from the previous row", responses[-1][1])
     context = marked_turns("prompt", responses[0][1])
     pairs = []
     for (where1, _, response1, ratings1), (where2, _, response2, ratings2) in combinations(responses, 2):
@@ -244,5 +244,5 @@ def marked_turns(field: str, prompt: str, before: Sequence[Message] = ()) -> Con
     messages = [Message(role.lower(), content) for role, content in zip(parts[::2], parts[1::2], strict=True)]
     for message in messages:
         if stray := STRAY.search(message.content):
-            raise BadRow(field, "has a mark of a turn that is not a line of its own", stray[0])
+            raise BadRow(field, "has a turn marker that is not on a separate line", stray[0])
     return conversation(field, [*before, *messages])

@@ -118,7 +118,7 @@ def _helpfulness(data: DataConfig) -> dict[bytes, float]:
                 parsed = parse_feedback(raw)
             except BadRow as error:
                 if data.bad_rows == "stop":
-                    remedy = "mend the row, or leave such rows out: data.bad_rows=skip"
+                    remedy = "fix the row, or skip such rows: data.bad_rows=skip"
                     raise DataError(str(error), where=where, remedy=remedy) from None
                 continue
             for row in parsed:

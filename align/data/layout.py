@@ -36,7 +36,7 @@ def find_split_files(path: str) -> dict[str, list[Path]] | None:
     place = Path(path).expanduser()
     if place.is_file():
         if not place.name.endswith(SUFFIXES):
-            remedy = f"give a file of one of these kinds: {', '.join(SUFFIXES)}"
+            remedy = f"use a file with one of these suffixes: {', '.join(SUFFIXES)}"
             raise DataError("cannot be read as a data source", where=str(place), remedy=remedy)
         return {"train": [place]}
     if not place.is_dir():
@@ -45,7 +45,9 @@ def find_split_files(path: str) -> dict[str, list[Path]] | None:
         names = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         splits = {kind: [place / name] for kind, name in match_splits(names).items()}
         if "train" not in splits:
-            raise DataError(f"no split train, found {', '.join(names)}", where=path, remedy="rename one to train")
+            raise DataError(
+                f"split train is missing. Splits: {', '.join(names)}", where=path, remedy="rename one to train"
+            )
         return splits
     if (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
         return {"train": [place]}
@@ -73,8 +75,12 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
         kinds = sorted({suffix for file in several for suffix in SUFFIXES if file.name.endswith(suffix)})
         if len(kinds) > 1:
             names = ", ".join(file.name for file in several[:4])
-            remedy = "keep one of them, or give one file as data.path"
-            raise DataError(f"{split} is there as {' and '.join(kinds)}: {names}", where=str(folder), remedy=remedy)
+            remedy = "keep one of them, or set data.path to one file"
+            raise DataError(
+                f"split {split} exists in several file types, {' and '.join(kinds)}: {names}",
+                where=str(folder),
+                remedy=remedy,
+            )
     return splits
 
 

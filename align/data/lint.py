@@ -36,30 +36,36 @@ CHECKS: dict[str, tuple[Severity, str]] = {
     "template": ("error", "the chat template cannot be used"),
     "double_bos": ("error", "the prompt begins with two beginning-of-sequence tokens"),
     "not_rendered": ("error", "the template cannot render the row"),
-    "duplicates": ("warning", "rows that occurred before in their split"),
-    "contradictory": ("warning", "rows that occurred before in their split with another label"),
-    "overlap": ("warning", "rows of train that are in validation too"),
+    "duplicates": ("warning", "rows that repeat an earlier row of their split"),
+    "contradictory": ("warning", "rows that repeat an earlier row of their split with another label"),
+    "overlap": ("warning", "rows of train that are also in validation"),
     "shared_prompts": ("warning", "rows of train whose prompt is in validation"),
     "identical": ("warning", "both responses are the same text"),
-    "identical_tokens": ("warning", "both responses are the same tokens, of different text"),
-    "identical_truncated": ("warning", "the responses differ only beyond the limit, so whoever cuts them sees no pair"),
+    "identical_tokens": ("warning", "both responses have the same tokens but different text"),
+    "identical_truncated": (
+        "warning",
+        "the responses differ only beyond the length limit, so they are equal once truncated",
+    ),
     "empty": ("warning", "a response is empty"),
     "long_prompt": ("warning", "the prompt is longer than the limit, so the row is dropped"),
     "long_response": ("warning", "a response is longer than the limit, so the row is dropped"),
-    "pad_is_eos": ("warning", "the padding token is the end-of-sequence token; whoever masks padding masks the end"),
+    "pad_is_eos": (
+        "warning",
+        "the padding token is the end-of-sequence token; masking padding masks the end of the response too",
+    ),
     "added_bos": (
         "warning",
-        "the tokenizer adds a beginning-of-sequence token and the template writes one: tokenize its text without "
-        "special tokens, as align does, or it has two",
+        "the tokenizer adds a beginning-of-sequence token and the template writes one: tokenize its text with "
+        "add_special_tokens=False, as align does, or there will be two",
     ),
     "no_end_of_turn": (
         "warning",
         "the template writes no end-of-turn token after an answer; align adds the end-of-sequence token",
     ),
     "unrated": ("warning", "no attribute is rated"),
-    "spread": ("info", "the annotators lie further apart than data.max_spread, so the row is dropped"),
-    "single": ("info", "a prompt with one response, which makes no pair"),
-    "ties": ("info", "neither response is preferred; only the prompt is of use"),
+    "spread": ("info", "the annotators differ by more than data.max_spread, so the row is dropped"),
+    "single": ("info", "a prompt with only one response, so there is no pair"),
+    "ties": ("info", "neither response is preferred; only the prompt is used"),
 }
 """By name: how bad it is, and what was found. A bad row's name is its reason, and it is an error."""
 
@@ -304,7 +310,7 @@ def _preferences(
         _bias("position", "the second response is preferred", second, len(decided), findings)
     gaps = [(pair[1] - pair[0]) * (1 if row.preference > 0 else -1) for row, pair in decided]
     longer, unequal = sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)
-    mean = f"; it has {statistics.fmean(gaps):+.1f} {unit} more in the mean" if gaps else ""
+    mean = f"; mean difference {statistics.fmean(gaps):+.1f} {unit}" if gaps else ""
     _bias("length", f"the preferred response is the longer one{mean}", longer, unequal, findings)
     strengths = Counter(row.preference for row in rows)
     shares = [(mark, strengths[mark], _percent(strengths[mark], len(rows))) for mark in range(-3, 4)]

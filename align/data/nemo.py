@@ -96,11 +96,11 @@ def parse_row_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
             strength = int(quality) if quality is not None and quality == int(quality) else quality
             responses.append((context, response, integer("label quality", strength, -3, 3)))
             if context != responses[0][0]:
-                raise BadRow("prompt", "differs from that of the row before", context[-1].content)
+                raise BadRow("prompt", "differs from the previous row", context[-1].content)
             if strength != responses[0][2]:
-                raise BadRow("label quality", "differs from that of the row before", strength)
+                raise BadRow("label quality", "differs from the previous row", strength)
     if len(responses) < 2:
-        raise BadRow("row", "is the last one, and has no second response")
+        raise BadRow("row", "is the last row and has no second response")
     (context, response1, preference), (_, response2, _) = responses
     row = Preference(context, response1, response2, preference, NO_DOMAIN, LANGUAGE)
     if preference:
@@ -120,7 +120,7 @@ def _from_text(row: dict[str, Any]) -> _Answer:
     content = text("text", row["text"])
     system, user, rest = content.removeprefix(_SYSTEM).partition(_USER)
     if not content.startswith(_SYSTEM) or not user or not rest.endswith(_END):
-        raise BadRow("text", "lacks the marks of NeMo", content)
+        raise BadRow("text", "has no NeMo turn markers", content)
     prompt, assistant, response = rest.removesuffix(_END).rpartition(_ASSISTANT)
     if not assistant:
         raise BadRow("text", "has no turn of the assistant", content)
@@ -154,7 +154,7 @@ def _system(system: str) -> list[Message]:
 
 def _unmarked(field: str, response: str) -> str:
     if stray := STRAY.search(response):
-        raise BadRow(field, "has a mark of a turn in the response", stray[0])
+        raise BadRow(field, "has a turn marker in the response", stray[0])
     return response
 
 
@@ -200,7 +200,7 @@ def to_texts(row: Preference | Rating) -> list[dict[str, Any]]:
     rows = []
     for response, labels in _answers(row):
         if others := labels.keys() - set(NEMO_ATTRIBUTES):
-            raise BadRow("ratings", "has an attribute that is not among NeMo's nine", min(others))
+            raise BadRow("ratings", "has an attribute that is not one of NeMo's nine", min(others))
         system, turns = _parts(row.context, response)
         dialogue = "".join((_ASSISTANT if turn.role == "assistant" else _USER) + turn.content for turn in turns)
         label = [labels.get(name, NOT_RATED) for name in NEMO_ATTRIBUTES]
@@ -218,6 +218,6 @@ def _parts(context: Context, response: str) -> tuple[str, Sequence[Message]]:
     """System text and turns."""
     for message in (*context, Message("assistant", response)):
         if stray := STRAY.search(message.content):
-            raise BadRow(message.role, "says a mark of NeMo's format", stray[0])
+            raise BadRow(message.role, "contains a turn marker of NeMo's format", stray[0])
     messages = [*context, Message("assistant", response)]
     return (messages[0].content, messages[1:]) if messages[0].role == "system" else (SYSTEM, messages)

@@ -23,11 +23,11 @@ def require_rows(recipe: RecipeConfig, num_rows: int) -> None:
     """Raise `ConfigError` for a batch of more rows than there are, unless ``data.repeat_within_batch`` allows it."""
     key, batch = recipe.rows_per_step()
     if batch < 1:
-        raise ConfigError(f"{key} is {batch}", remedy=f"give a positive {key}")
+        raise ConfigError(f"{key} is {batch}", remedy=f"set {key} to a positive number")
     if batch > num_rows and not recipe.data.repeat_within_batch:
         raise ConfigError(
-            f"{key} is {batch}, and the data has {num_rows} rows to draw from: a batch would hold rows twice",
-            remedy=f"lower it to at most {num_rows}, or give more data, or allow it: data.repeat_within_batch=true",
+            f"{key} is {batch}, and the data has {num_rows} rows to draw from: a batch would repeat rows",
+            remedy=f"lower it to at most {num_rows}, use more data, or set data.repeat_within_batch=true",
         )
 
 

@@ -235,7 +235,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise BadRow("row", "has two values under one key", name)
+        raise BadRow("row", "has a duplicate key", name)
     return value
 
 
@@ -274,7 +274,7 @@ def text(field: str, value: object) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow(field, "holds half a surrogate pair", value) from None
+        raise BadRow(field, "has an unpaired surrogate", value) from None
     return value
 
 
@@ -306,7 +306,7 @@ def conversation(field: str, messages: list[Message]) -> Context:
     roles = [message.role for message in messages]
     dialogue_roles = roles[1:] if roles[0] == "system" else roles
     if dialogue_roles != ["user", "assistant"] * (len(dialogue_roles) // 2) + ["user"]:
-        raise BadRow(field, "roles do not alternate from user to user", roles)
+        raise BadRow(field, "roles do not alternate between user and assistant, or the last is not user", roles)
     if not messages[-1].content.strip():
         raise BadRow(field, "ends with an empty user turn", messages[-1].content)
     return tuple(messages)
@@ -315,4 +315,4 @@ def conversation(field: str, messages: list[Message]) -> Context:
 def require_response(field: str, preferred: str) -> None:
     """Raise `BadRow` when the preferred response is empty."""
     if not preferred.strip():
-        raise BadRow(field, "is preferred but empty", preferred)
+        raise BadRow(field, "is the preferred response but is empty", preferred)

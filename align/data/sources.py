@@ -60,7 +60,7 @@ def _tables(data: DataConfig, stems: Mapping[str, str], hub: Mapping[str, Any]) 
     splits = hub_splits(data, hub)
     split_names = layout.match_splits(splits)
     if "train" not in split_names:
-        raise DataError(f"split train is missing, found {sorted(splits)}", where=data.path)
+        raise DataError(f"split train is missing. Splits: {sorted(splits)}", where=data.path)
     tables = {name: splits[split_names[name]] for name in stems if name in split_names}
     return {name: partial(_hub_rows, f"{data.path}/{stems[name]}", table) for name, table in tables.items()}
 
@@ -90,9 +90,9 @@ def hub_splits(data: DataConfig, hub: Mapping[str, Any]) -> Mapping[str, Any]:
         return datasets.load_dataset(data.path, **options, revision=data.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"neither a folder here nor a data set that the hub gives: {next(iter(str(error).splitlines()), '')}",
+            f"neither a local folder nor a data set on the hub: {next(iter(str(error).splitlines()), '')}",
             where=data.path,
-            remedy="check data.path, data.revision and the network, or download it and give the folder",
+            remedy="check data.path, data.revision and the network, or download it and set data.path to the folder",
         ) from error
 
 
@@ -112,18 +112,26 @@ def _hub_rows(name: str, table: datasets.Dataset | datasets.IterableDataset) -> 
         for number, row in enumerate(table, start=1):
             yield f"{name}:{number}", row
     except (OSError, DatasetsError) as error:
-        message = f"the hub gives no more after this row: {next(iter(str(error).splitlines()), '')}"
-        remedy = "try again, or with data.streaming=false, which keeps what has arrived"
+        message = f"reading from the hub failed after this row: {next(iter(str(error).splitlines()), '')}"
+        remedy = "try again, or set data.streaming=false, which keeps downloaded files"
         raise DataError(message, where=f"{name}:{number}", remedy=remedy) from error
 
 
 def _missing(folder: Path, stem: str, form: str) -> DataError:
     if form == "auto":
-        message = f"no file of a training split: none is called train, or has no other split's name ({_SUFFIXES})"
-        return DataError(message, where=str(folder), remedy="give a file, or a folder with train.jsonl; docs/data.md")
+        message = (
+            f"no file for split train: no file is named train, and every file has another split's name ({_SUFFIXES})"
+        )
+        return DataError(
+            message,
+            where=str(folder),
+            remedy="set data.path to a file, or to a folder with train.jsonl; see docs/data.md",
+        )
     looked_for = " and ".join(str(folder / f"{stem}.{suffix}") for suffix in ("jsonl.gz", "jsonl"))
-    remedy = f"with data.format={form}, data.path is a folder that holds {stem}.jsonl.gz; see docs/data.md for others"
-    return DataError(f"no file of split train; looked for {looked_for}", where=str(folder), remedy=remedy)
+    remedy = (
+        f"with data.format={form}, data.path must be a folder with {stem}.jsonl.gz; see docs/data.md for other layouts"
+    )
+    return DataError(f"no file for split train. Looked for {looked_for}", where=str(folder), remedy=remedy)
 
 
 def read_files(files: Sequence[Path]) -> RawRows:
@@ -166,7 +174,7 @@ def _csv_rows(file: Path) -> RawRows:
                 yield f"{file}:{reader.line_num}", row
         except (csv.Error, UnicodeDecodeError) as error:
             remedy = "write the file as UTF-8 with a header line"
-            raise DataError(f"is no CSV: {error}", where=f"{file}:{reader.line_num}", remedy=remedy) from error
+            raise DataError(f"is not valid CSV: {error}", where=f"{file}:{reader.line_num}", remedy=remedy) from error
 
 
 def _listed_rows(file: Path) -> RawRows:

@@ -61,7 +61,7 @@ class SteeringFormat:
                 near = difflib.get_close_matches(name, self.names, n=1)
                 hint = "".join(f"did you mean `{name_near}`? " for name_near in near)
                 raise ConfigError(
-                    f"{name}={value}: the policy is told no attribute of this name",
+                    f"{name}={value}: this policy was not trained with this attribute",
                     remedy=f"{hint}attributes: {', '.join(self.names)}",
                 )
             if not 0 <= value <= LABEL_MAX:
@@ -101,7 +101,7 @@ def read_steering_card(file: Path) -> SteeringFormat:
         card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = card.pop("version")
         if version != VERSION:
-            raise ModelError(f"version {version} of this file is not known", where=str(file), remedy="update align")
+            raise ModelError(f"version {version} of this file is not supported", where=str(file), remedy="update align")
         names, values = tuple(card.pop("names")), tuple(card.pop("values"))
         if len(names) != len(values) or not all(type(value) is int for value in values):
             raise ModelError(f"{len(names)} attributes have the values {list(values)}", where=str(file))
@@ -125,7 +125,7 @@ def require_same_steering(form: SteeringFormat, folder: str) -> None:
     )
     if differing:
         raise ConfigError(
-            f"this policy learned with {in_card} and would be told with {in_recipe}",
+            f"this policy was trained with {in_card}, but the recipe sets {in_recipe}",
             where=folder,
-            remedy=f"tell it as it learned: {in_card}",
+            remedy=f"use the values of its training: {in_card}",
         )

@@ -86,7 +86,7 @@ def sampled_responses(
     if not responses:
         outcomes = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise DataError(
-            f"no answer of the policy is left to learn from: {outcomes}", remedy="raise sampling.max_tokens"
+            f"no response of the policy is left to train on: {outcomes}", remedy="raise sampling.max_tokens"
         )
     return responses, counts
 

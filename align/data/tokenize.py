@@ -205,7 +205,9 @@ def require_kept(counts: Mapping[str, int], what: str) -> None:
     """Raise `DataError` where nothing was kept."""
     if not counts["kept"]:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "kept")
-        remedy = "raise data.max_prompt_tokens and data.max_response_tokens, or give other data"
+        remedy = "raise data.max_prompt_tokens and data.max_response_tokens, or use other data"
         if not any(counts.values()):
-            remedy = "give data with a validation split, or raise data.validation, the part of train that is held out"
-        raise DataError(f"no {what} are left of the data: {dropped}", remedy=remedy)
+            remedy = (
+                "use data with a validation split, or raise data.validation, the fraction of train that is held out"
+            )
+        raise DataError(f"no {what} are left in the data: {dropped}", remedy=remedy)

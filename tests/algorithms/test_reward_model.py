@@ -54,7 +54,7 @@ def settings(*overrides: str) -> reward_model.Config:
         ("loss=regression reward.attributes=[verbosity]", "must be of reward.attributes"),
         ("loss=regression reward.attributes=[verbosity] weights.verbosity=0", "one of them not 0"),
         ("loss=regression reward.attributes=[helpfulness] weights.helpfullness=1", "must be of reward.attributes"),
-        ("loss=regression reward.attributes=[verbosity,verbosity]", "attributes names verbosity twice"),
+        ("loss=regression reward.attributes=[verbosity,verbosity]", "attributes lists verbosity more than once"),
     ],
 )
 def test_combinations_that_cannot_be(overrides, message):

@@ -317,7 +317,7 @@ def test_a_policy_that_learned_another_form_is_refused(tmp_path, family_data, ti
     for name, text in steering.SteeringFormat(NAMES, (4, 2), "user", "", "").files().items():
         (model / name).write_text(text)
     settings = "steerlm2", family_data, model, tiny_attributes, f"base.path={tiny_family}", "steering.prefix=''"
-    with pytest.raises(ConfigError, match=r'learned with steering\.place="user" steering\.suffix=""'):
+    with pytest.raises(ConfigError, match=r'trained with steering\.place="user" steering\.suffix=""'):
         launch.prepare(recipe(tmp_path, *settings))
 
 

@@ -19,5 +19,5 @@ def test_nemo_stands_for_nine():
 
 
 def test_a_name_twice():
-    with pytest.raises(ConfigError, match="attributes names b, a twice"):
+    with pytest.raises(ConfigError, match="attributes lists b, a more than once"):
         resolve_attributes(["b", "a", "a", "b", "c"])

@@ -51,7 +51,11 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         (layouts.principle(principle=" "), "principle is empty", "' '"),
     ],
     "helpsteer3_edit_quality": [
-        (layouts.edit_quality(good_edited_response=""), "good_edited_response is preferred but empty", "''"),
+        (
+            layouts.edit_quality(good_edited_response=""),
+            "good_edited_response is the preferred response but is empty",
+            "''",
+        ),
         (layouts.edit_quality(bad_edited_response=None), "bad_edited_response is NoneType, not text", ""),
         (layouts.edit_quality(domain=None), "domain is NoneType, not text", ""),
     ],
@@ -61,7 +65,11 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         (layouts.rated(helpfulness=2.5), "helpfulness is not an integer", "2.5"),
         (layouts.rated(helpfulness=[3, 4]), "helpfulness is not an integer", "[3, 4]"),
         (without(layouts.rated(), "correctness"), "correctness is missing", ""),
-        (layouts.rated("a\n<extra_id_1>User\nb"), "prompt roles do not alternate from user to user", "user"),
+        (
+            layouts.rated("a\n<extra_id_1>User\nb"),
+            "prompt roles do not alternate between user and assistant, or the last is not user",
+            "user",
+        ),
     ],
     "disagreements": [
         (layouts.disagreement(helpfulness=3), "helpfulness is not a list of ratings", "3"),
@@ -73,7 +81,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         (without(layouts.chosen(), "rejected"), "rejected is missing", ""),
         (layouts.chosen(strength=4), "strength is outside 0 to 3", "4"),
         (layouts.chosen(strength=1.5), "strength is not an integer", "1.5"),
-        (layouts.chosen(chosen=""), "chosen is preferred but empty", "''"),
+        (layouts.chosen(chosen=""), "chosen is the preferred response but is empty", "''"),
         (layouts.chosen(chosen=layouts.turns("x")), "chosen is neither text nor one turn of the assistant", "['user']"),
         (
             layouts.chosen() | {"prompt": [{"role": "tool", "content": "x"}]},
@@ -90,16 +98,16 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         (layouts.messages(helpfulness=True), "ratings.helpfulness is not a number", "True"),
         (layouts.messages(helpfulness=float("nan")), "ratings.helpfulness is not a number", "nan"),
         (layouts.messages(helpfulness=10**400), "ratings.helpfulness is not a number", "1000"),
-        (layouts.messages(**{"\ud83d": 1}), "ratings holds half a surrogate pair", "ud83d"),
+        (layouts.messages(**{"\ud83d": 1}), "ratings has an unpaired surrogate", "ud83d"),
         (layouts.messages() | {"messages": "hello"}, "messages does not end with an answer of the assistant", "'user'"),
     ],
     "nemo": [
         (without(TEXT, "label"), "label is missing", ""),
         (TEXT | {"label": [1.0] * 5}, "label is neither text nor 9 numbers", "[1.0"),
         (layouts.nemo_text(quality=-2), "label quality is outside 0 to 4", "-2"),  # a file of comparisons
-        (TEXT | {"text": TEXT["text"].removesuffix("<extra_id_2>")}, "text lacks the marks of NeMo", "<extra_id_0>"),
+        (TEXT | {"text": TEXT["text"].removesuffix("<extra_id_2>")}, "text has no NeMo turn markers", "<extra_id_0>"),
         (TEXT | {"text": TEXT["text"].replace("Assistant\n", "Bot\n")}, "text has no turn of the assistant", ""),
-        (layouts.nemo_text("a", "<extra_id_1>User"), "text has a mark of a turn in the response", "<extra_id_1>User"),
+        (layouts.nemo_text("a", "<extra_id_1>User"), "text has a turn marker in the response", "<extra_id_1>User"),
         (said(None), "conversations has no answer with a label", ""),
         (said("helpfulness"), "label helpfulness is not a number", "''"),
         (said("helpfulness:3,helpfulness:4"), "label has two values for one attribute", "helpfulness:3"),
@@ -161,14 +169,18 @@ NEMO_PAIRS = [
     (
         [layouts.nemo_text("a", "x", quality=1), layouts.nemo_text("b", "y", quality=1)],
         2,
-        "prompt differs from that of",
+        "prompt differs from the previous row",
     ),
     ([layouts.nemo_text("a", "x", quality=1), layouts.nemo_text("a", "y", quality=2)], 2, "label quality differs from"),
     ([layouts.nemo_text("a", "x", helpfulness=1), layouts.nemo_text("a", "y")], 1, "label quality is not an integer"),
     ([layouts.nemo_text("a", "x", quality=0.5)] * 2, 1, "label quality is not an integer: 0.5"),
     ([layouts.nemo_text("a", "x", quality=4)] * 2, 1, "label quality is outside -3 to 3: 4"),
-    ([layouts.nemo_text("a", "", quality=-1), layouts.nemo_text("a", "y", quality=-1)], 1, "response is preferred but"),
-    ([layouts.nemo_text("a", "x", quality=1)], 1, "row is the last one, and has no second response"),
+    (
+        [layouts.nemo_text("a", "", quality=-1), layouts.nemo_text("a", "y", quality=-1)],
+        1,
+        "response is the preferred response but",
+    ),
+    ([layouts.nemo_text("a", "x", quality=1)], 1, "row is the last row and has no second response"),
 ]
 
 
@@ -190,7 +202,7 @@ def test_pairs_of_nemo(tmp_path: Path, rows: list[Any], line: int, reason: str):
 def test_a_format_read_as_what_it_is_not(tmp_path: Path, form: Any, reads: Any, holds: str):
     with pytest.raises(ConfigError, match=holds) as error:
         dataset.load_dataset(DataConfig(path=str(tmp_path), format=form), reads)
-    assert "data.format is one of" in str(error.value)
+    assert "Formats that hold them: data.format=" in str(error.value)
     assert error.value.exit_status == 78
 
 
@@ -205,7 +217,7 @@ def test_a_format_read_as_what_it_is_not(tmp_path: Path, form: Any, reads: Any, 
 )
 def test_a_folder_without_the_files(tmp_path: Path, form: Any, reads: Any, file: str):
     layouts.put(tmp_path / ("val.jsonl" if file == "train.jsonl" else "preference/train.jsonl"), [layouts.nemo()])
-    with pytest.raises(DataError, match="no file of split") as error:
+    with pytest.raises(DataError, match="no file for split") as error:
         dataset.load_dataset(DataConfig(path=str(tmp_path), format=form), reads)
     assert f"{tmp_path}/{file}" in error.value.message
     assert error.value.remedy is not None and f"data.format={form}" in error.value.remedy
@@ -218,7 +230,7 @@ def test_a_hub_that_stops_giving_rows(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": [], "validation": rows()})
     with pytest.raises(
-        DataError, match="^nvidia/HelpSteer2/validation:1: the hub gives no more.*: reset by peer\n"
+        DataError, match="^nvidia/HelpSteer2/validation:1: reading from the hub failed.*: reset by peer\n"
     ) as error:
         dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2", streaming=True), "ratings")
     assert "data.streaming=false" in str(error.value)

@@ -116,13 +116,13 @@ def test_a_file_of_another_content_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match="damaged"):
         cached_logprobs(str(tmp_path), "key", sequences(), Counting())
     save_file({"logprob_B": torch.zeros(3)}, tmp_path / "short.safetensors")
-    with pytest.raises(DataError, match="3 numbers for 4"):
+    with pytest.raises(DataError, match="has 3 values, but the data has 4"):
         cached_logprobs(str(tmp_path), "short", sequences(), Counting())
     cached_logprobs(str(tmp_path), "flipped", sequences(), Counting())
     content = bytearray((tmp_path / "flipped.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(content)
-    with pytest.raises(DataError, match="damaged: its sha256 does not fit"):
+    with pytest.raises(DataError, match="damaged: its sha256 does not match"):
         cached_logprobs(str(tmp_path), "flipped", sequences(), Counting())
 
 

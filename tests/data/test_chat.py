@@ -128,7 +128,7 @@ class TestRendering:
         raw.add_special_tokens(["<eos>"])
         template = "a:{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<eos>{% endif %}{% endfor %}"
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", chat_template=template)
-        with pytest.raises(DataError, match="leaves out the assistant's words"):
+        with pytest.raises(DataError, match="drops the assistant's messages"):
             Renderer(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", chat_template="a:"))
         prompt, responses = Renderer(tokenizer).dialogue_ids([Message("user", "a")], ["b"])
         assert (prompt, responses) == ([1, 2], [[3, 0]])
@@ -261,12 +261,12 @@ class TestLoading:
             load_tokenizer(tmp_path)
 
     def test_no_folder(self, tmp_path: Path):
-        with pytest.raises(DataError, match="no tokenizer could be loaded"):
+        with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
             load_tokenizer(tmp_path / "none")
 
     def test_damaged_file(self, folder: Path):
         (folder / "tokenizer.json").write_text("{")
-        with pytest.raises(DataError, match="no tokenizer could be loaded"):
+        with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
             load_tokenizer(folder)
 
     def test_fingerprint(self, folder: Path):

@@ -125,7 +125,7 @@ class TestFolders:
             convert.write_dataset(tmp_path / "out", "openai", {"train": good, "validation": ties})
         assert contents(tmp_path) == []
         (tmp_path / "out").mkdir()
-        with pytest.raises(DataError, match="out: there is something already"):
+        with pytest.raises(DataError, match="out: the output path exists already"):
             convert.write_dataset(tmp_path / "out", "openai", {"train": good, "validation": good})
 
     def test_rows_that_a_format_cannot_hold_are_counted(self, tmp_path: Path):
@@ -137,8 +137,8 @@ class TestFolders:
         counts = convert.write_dataset(tmp_path / "out", "nemo_text", {"train": rows, "validation": rows})
         assert counts["train"] == {
             "written": 1,
-            "ratings has an attribute that is not among NeMo's nine": 1,
-            "user says a mark of NeMo's format": 1,
+            "ratings has an attribute that is not one of NeMo's nine": 1,
+            "user contains a turn marker of NeMo's format": 1,
         }
 
 
@@ -178,8 +178,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--to", "helpsteer3", "--rows", "ratings"], "--to helpsteer3 holds no ratings"),
-            (["--to", "openai", "--attributes", "humor"], "--attributes is for ratings"),
+            (["--to", "helpsteer3", "--rows", "ratings"], "--to helpsteer3 cannot hold ratings"),
+            (["--to", "openai", "--attributes", "humor"], "--attributes requires ratings"),
             (["--to", "openai", "--max-rows", "3"], "max_rows is even with format helpsteer2"),
             (["--to", "openai", "--rows", "ratings", "--attributes", "humor"], "no rows of train can be written"),
         ],

@@ -148,14 +148,14 @@ BAD_ROWS = [
     (row(context=[{"role": "user", "content": 3}]), "context is int, not text", "3"),
     (row(context=""), "context ends with an empty user turn", "''"),
     (row(context=" \n"), "context ends with an empty user turn", "' \\n'"),
-    (row(response1="\ud83d"), "response1 holds half a surrogate pair", "\\ud83d"),
-    (row(context="\udc00"), "context holds half a surrogate pair", "\\udc00"),
-    (row(response1=" "), "response1 is preferred but empty", "' '"),
-    (row(response2="", overall_preference=1), "response2 is preferred but empty", "''"),
+    (row(response1="\ud83d"), "response1 has an unpaired surrogate", "\\ud83d"),
+    (row(context="\udc00"), "context has an unpaired surrogate", "\\udc00"),
+    (row(response1=" "), "response1 is the preferred response but is empty", "' '"),
+    (row(response2="", overall_preference=1), "response2 is the preferred response but is empty", "''"),
     *(
         (
             row(context=[{"role": role, "content": "x"} for role in roles]),
-            "context roles do not alternate from user to user",
+            "context roles do not alternate between user and assistant, or the last is not user",
             roles[0],
         )
         for roles in (
@@ -223,11 +223,11 @@ class TestSources:
             assert f"{folder}/preference/{name}" in error.value.message
 
     def test_empty_file(self, tmp_path: Path):
-        with pytest.raises(DataError, match="no rows of train are left"):
+        with pytest.raises(DataError, match="no rows are left in split train"):
             load(write(tmp_path, []))
 
     def test_nothing_left(self, tmp_path: Path):
-        with pytest.raises(DataError, match=r"no rows of validation are left.*other_domain=1"):
+        with pytest.raises(DataError, match=r"no rows are left in split validation.*other_domain=1"):
             load(write(tmp_path, [row()]), domains=["stem"])
 
     def test_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -256,12 +256,12 @@ class TestSources:
             raise ConnectionError("no route to the hub\ntraceback")
 
         monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
-        with pytest.raises(DataError, match="nvidia/HelpSteer3: neither a folder.*no route to the hub\n  remedy"):
+        with pytest.raises(DataError, match="nvidia/HelpSteer3: neither a local folder.*no route to the hub\n  remedy"):
             dataset.load_dataset(DataConfig(path="nvidia/HelpSteer3"))
 
     def test_hub_without_a_split(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train_sft": []})
-        with pytest.raises(DataError, match=r"split train is missing, found \['train_sft'\]"):
+        with pytest.raises(DataError, match=r"split train is missing. Splits: \['train_sft'\]"):
             dataset.load_dataset(DataConfig(path="nvidia/HelpSteer3"))
 
 
@@ -318,11 +318,11 @@ class TestTokens:
         assert self.words(renderer, found.prompts.lists()) == ["cat", "cat", "dog sun", "hen", "sun", "sun"]
 
     def test_nothing_left(self, renderer: Renderer):
-        with pytest.raises(DataError, match="no prompts are left of the data: rows 7, repeated 2, too_long 5"):
+        with pytest.raises(DataError, match="no prompts are left in the data: rows 7, repeated 2, too_long 5"):
             dataset.tokenize_prompts(ROWS, renderer, 1)
-        with pytest.raises(DataError, match="no pairs are left of the data: rows 1, ties 1"):
+        with pytest.raises(DataError, match="no pairs are left in the data: rows 1, ties 1"):
             dataset.tokenize_pairs(ROWS[1:2], renderer, 9, 9)
-        with pytest.raises(DataError, match="no demonstrations are left of the data: rows 1"):
+        with pytest.raises(DataError, match="no demonstrations are left in the data: rows 1"):
             dataset.tokenize_demonstrations(ROWS[:1], renderer, "all", 9, 1)
 
 
@@ -333,13 +333,13 @@ class TestRealData:
     """922 + 71 pairs labelled by three people each (PandaLM's test set in the schema of HelpSteer3)."""
 
     def test_the_one_bad_row_stops(self):
-        with pytest.raises(DataError, match=r"train\.jsonl\.gz:263: response1 is preferred but empty"):
+        with pytest.raises(DataError, match=r"train\.jsonl\.gz:263: response1 is the preferred response but is empty"):
             load(SHARED / "human-preference")
 
     def test_counts(self):
         read = load(SHARED / "human-preference", bad_rows="skip")
         assert read.counts == {
-            "train": dataset.SplitCounts(922, {"response1 is preferred but empty": 1}, 0, 88, 0, 833),
+            "train": dataset.SplitCounts(922, {"response1 is the preferred response but is empty": 1}, 0, 88, 0, 833),
             "validation": dataset.SplitCounts(71, {}, 0, 9, 0, 62),
         }
         ties = [sum(one.preference == 0 for one in rows) for rows in (read.train, read.validation)]

@@ -95,7 +95,7 @@ def test_edits_become_demonstrations_of_all_orders(renderer: Renderer):
     }
     _, counts = editing.edit_demonstrations(rows, renderer, config(EditingConfig(used_by="none", max_permutations=4)))
     assert (counts["not_followed"], counts["kept"]) == (0, 4 + 1)
-    with pytest.raises(DataError, match="no demonstrations are left of the data: rows 1, perfect 1"):
+    with pytest.raises(DataError, match="no demonstrations are left in the data: rows 1, perfect 1"):
         editing.edit_demonstrations([edit(told[2:3], "x")], renderer, config())
 
 

@@ -84,7 +84,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(hidden: str):
         yield lambda: genrm.verdict_demonstrations([row()], renderer, config)
 
     for refused in make(VerdictConfig(custom_roles=True, principle="right")):
-        with pytest.raises(DataError, match=f"leaves out turns of the role {hidden}") as caught:
+        with pytest.raises(DataError, match=f"drops turns of the role {hidden}") as caught:
             refused()
         assert "verdict.custom_roles=false" in (caught.value.remedy or "")
     for works in make(VerdictConfig(principle="right")):

@@ -155,23 +155,35 @@ BAD_RATED = [
     ([rated(correctness=True), rated()], 1, "correctness is not an integer", "True"),
     ([rated(response=None), rated()], 1, "response is NoneType, not text", ""),
     ([rated(), rated(prompt=7)], 2, "prompt is int, not text", "7"),
-    ([rated("dog"), rated("owl")], 2, "prompt differs from that of the row before", "'owl'"),
-    ([rated(response=" "), rated(helpfulness=1)], 1, "response is preferred but empty", "' '"),
-    ([rated(), rated(response="", helpfulness=4)], 2, "response is preferred but empty", "''"),
+    ([rated("dog"), rated("owl")], 2, "prompt differs from the previous row", "'owl'"),
+    ([rated(response=" "), rated(helpfulness=1)], 1, "response is the preferred response but is empty", "' '"),
+    ([rated(), rated(response="", helpfulness=4)], 2, "response is the preferred response but is empty", "''"),
     ([rated("\n"), rated("\n")], 1, "prompt ends with an empty user turn", "'\\n'"),
 ]
 
 BAD_PROMPTS = [
-    ("a\n<extra_id_1>User\nb", "prompt roles do not alternate from user to user", "['user', 'user']"),
-    ("a\n<extra_id_1>Assistant\nb", "prompt roles do not alternate from user to user", "['user', 'assistant']"),
+    (
+        "a\n<extra_id_1>User\nb",
+        "prompt roles do not alternate between user and assistant, or the last is not user",
+        "['user', 'user']",
+    ),
+    (
+        "a\n<extra_id_1>Assistant\nb",
+        "prompt roles do not alternate between user and assistant, or the last is not user",
+        "['user', 'assistant']",
+    ),
     (
         "a\n<extra_id_1>User\nb\n<extra_id_1>Assistant\nc",
-        "prompt roles do not alternate from user to user",
+        "prompt roles do not alternate between user and assistant, or the last is not user",
         "['user', 'user', 'assistant']",
     ),
-    ("a\n<extra_id_1>Assistant\n<extra_id_1>User\nb", "prompt has a mark of a turn that is not a line", "User"),
-    ("a <extra_id_1>Assistant\nb", "prompt has a mark of a turn that is not a line", "<extra_id_1>Assistant"),
-    ("<extra_id_1>User\na", "prompt has a mark of a turn that is not a line", "<extra_id_1>User"),
+    (
+        "a\n<extra_id_1>Assistant\n<extra_id_1>User\nb",
+        "prompt has a turn marker that is not on a separate line",
+        "User",
+    ),
+    ("a <extra_id_1>Assistant\nb", "prompt has a turn marker that is not on a separate line", "<extra_id_1>Assistant"),
+    ("<extra_id_1>User\na", "prompt has a turn marker that is not on a separate line", "<extra_id_1>User"),
     ("a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\n ", "prompt ends with an empty user turn", "' '"),
 ]
 
@@ -189,13 +201,13 @@ class TestBadRated:
 
     def test_a_last_row_alone(self, tmp_path: Path):
         folder = write(tmp_path, [*pair("a"), rated("b")], suffix="jsonl")
-        with pytest.raises(DataError, match=r"train\.jsonl:3: row is the last one, and has no second response"):
+        with pytest.raises(DataError, match=r"train\.jsonl:3: row is the last row and has no second response"):
             load(folder)
 
     def test_skip_counts_by_reason_in_pairs(self, tmp_path: Path):
         bad = [one for rows, _, _, _ in BAD_RATED for one in rows]
         counts = load(write(tmp_path, [*pair("a"), *bad, *pair("b"), rated("c")]), bad_rows="skip").counts["train"]
-        reasons = [*(reason for _, _, reason, _ in BAD_RATED), "row is the last one, and has no second response"]
+        reasons = [*(reason for _, _, reason, _ in BAD_RATED), "row is the last row and has no second response"]
         assert counts.bad == {reason: reasons.count(reason) for reason in reasons}
         assert (counts.read, counts.kept) == (len(BAD_RATED) + 3, 2)
 
@@ -266,7 +278,7 @@ class TestCompared:
             ({k: v for k, v in compared().items() if k != "response_2"}, "response_2 is missing"),
             (compared(strength=-100), "preference_strength is outside -3 to 3"),
             (compared(strength="1"), "preference_strength is not an integer"),
-            (compared(response_1=""), "response_1 is preferred but empty"),
+            (compared(response_1=""), "response_1 is the preferred response but is empty"),
             (compared(three_most_similar_preferences="[]"), "three_most_similar_preferences is not a list of opinions"),
             (compared(three_most_similar_preferences=[]), "three_most_similar_preferences is not a list of opinions"),
             (
@@ -277,7 +289,10 @@ class TestCompared:
                 compared(three_most_similar_preferences=opinions(None)),
                 "three_most_similar_preferences is not an integer",
             ),
-            (compared("a\n<extra_id_1>User\nb"), "prompt roles do not alternate from user to user"),
+            (
+                compared("a\n<extra_id_1>User\nb"),
+                "prompt roles do not alternate between user and assistant, or the last is not user",
+            ),
         ],
     )
     def test_bad_rows(self, tmp_path: Path, bad: Any, reason: str):
@@ -297,7 +312,7 @@ class TestSources:
         with pytest.raises(DataError, match=r"preference/preference\.jsonl\.gz and .*\n.*data\.format=helpsteer2_pref"):
             load_compared(tmp_path)
         (tmp_path / "train.jsonl.gz").unlink()
-        with pytest.raises(DataError, match=r"no file of split train; .*\n.*format=helpsteer2, .* train\.jsonl\.gz"):
+        with pytest.raises(DataError, match=r"no file for split train. .*\n.*format=helpsteer2, .* train\.jsonl\.gz"):
             load(tmp_path)
 
     def test_truncated_gzip_stops(self, tmp_path: Path):
@@ -344,7 +359,7 @@ class TestSources:
     def test_places_on_the_hub(self, monkeypatch: pytest.MonkeyPatch):
         tables = {"train": pair("a"), "validation": [*pair("b"), rated("c")]}
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: tables)
-        with pytest.raises(DataError, match="^nvidia/HelpSteer2/validation:3: row is the last one"):
+        with pytest.raises(DataError, match="^nvidia/HelpSteer2/validation:3: row is the last row"):
             dataset.load_dataset(DataConfig(path="nvidia/HelpSteer2", format="helpsteer2"))
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": [compared(), compared("c", "val", 9)]})
         with pytest.raises(DataError, match="^nvidia/HelpSteer2/preference/preference:2: preference_strength is outs"):

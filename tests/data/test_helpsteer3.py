@@ -66,7 +66,7 @@ def test_comparisons_need_no_feedback(tmp_path: Path):
     layouts.write(tmp_path, "helpsteer3", [layouts.preference()], [layouts.preference("v")])
     assert load(tmp_path, "comparisons").train[0].helpfulness is None
     layouts.put(tmp_path / "feedback" / "validation.jsonl", [layouts.feedback()])
-    with pytest.raises(DataError, match="no file of split train"):
+    with pytest.raises(DataError, match="no file for split train"):
         load(tmp_path, "comparisons")
 
 

@@ -69,7 +69,7 @@ class TestRows:
         assert found(report) == {
             "row is not JSON": 3,
             "overall_preference is outside -3 to 3": 1,
-            "response1 is preferred but empty": 1,
+            "response1 is the preferred response but is empty": 1,
             "empty_validation": 1,
         }
         assert report.worst() == "error"
@@ -145,7 +145,7 @@ class TestBiases:
     def test_balanced(self, tmp_path: Path):
         report = run(tmp_path, self.rows(10, 10, second=10))
         assert (one(report, "position").severity, one(report, "length").severity) == ("info", "info")
-        assert one(report, "length").what.endswith("it has +1.0 characters more in the mean (10 of 20, p = 1)")
+        assert one(report, "length").what.endswith("mean difference +1.0 characters (10 of 20, p = 1)")
 
     def test_biased(self, tmp_path: Path):
         report = run(tmp_path, self.rows(12, 1, second=0))

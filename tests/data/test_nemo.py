@@ -114,8 +114,8 @@ def test_the_written_text_is_that_of_nemo():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (Rating(CAT, "\n<extra_id_1>User\n", LABELS, "", ""), "assistant says a mark of NeMo's format"),
-        (Rating((Message("user", "<extra_id_1>Assistant"),), "x", LABELS, "", ""), "user says a mark"),
+        (Rating(CAT, "\n<extra_id_1>User\n", LABELS, "", ""), "assistant contains a turn marker of NeMo's format"),
+        (Rating((Message("user", "<extra_id_1>Assistant"),), "x", LABELS, "", ""), "user contains a turn marker"),
         (Rating(CAT, "x", {"a,b": 1.0}, "", ""), "ratings "),
     ],
 )

@@ -113,13 +113,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         EXPLICIT | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
         "own.jsonl:1: prompt is list, not text",
     ),
-    "columns of no format": ({"question": "a", "answer": "b"}, "own.jsonl:1: columns of no format: answer, question"),
+    "the columns match no format": (
+        {"question": "a", "answer": "b"},
+        "own.jsonl:1: the columns match no format: answer, question",
+    ),
     "columns of two formats": (
         layouts.preference() | EXPLICIT,
-        "columns of several formats (helpsteer3; trl with chosen and rejected)",
+        "the columns match several formats (helpsteer3; trl with chosen and rejected)",
     ),
-    "pairs and completions": (EXPLICIT | {"completion": "x"}, "columns of several formats (trl with chosen and rejec"),
-    "either HelpSteer": (layouts.rated(), "columns of several formats (helpsteer2; helpsteer)"),
+    "pairs and completions": (
+        EXPLICIT | {"completion": "x"},
+        "the columns match several formats (trl with chosen and rejec",
+    ),
+    "either HelpSteer": (layouts.rated(), "the columns match several formats (helpsteer2; helpsteer)"),
     "prompts where pairs are read": ({"prompt": "a"}, "own.jsonl:1: chosen is missing"),
 }
 
@@ -199,9 +205,9 @@ def test_the_names_of_a_validation_split(tmp_path: Path, name: str):
 def test_files_that_do_not_say_what_they_are(tmp_path: Path):
     layouts.put(tmp_path / "train.jsonl", ROWS)
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "train.parquet"))
-    with pytest.raises(DataError, match=r"train is there as \.jsonl and \.parquet"):
+    with pytest.raises(DataError, match=r"train exists in several file types, \.jsonl and \.parquet"):
         dataset.load_dataset(DataConfig(path=str(tmp_path)))
-    with pytest.raises(DataError, match="no file of a training split"):
+    with pytest.raises(DataError, match="no file for split train"):
         dataset.load_dataset(DataConfig(path=str(layouts.put(tmp_path / "other" / "test.jsonl", ROWS).parent)))
     assert layout.find_split_files("org/name") is None
 
@@ -261,7 +267,7 @@ def test_columns_have_other_names(tmp_path: Path):
     assert read.fingerprint == dataset.load_dataset(DataConfig(path=str(tmp_path / "plain.jsonl"))).fingerprint
     with pytest.raises(ConfigError, match="no column 'c' for rejected"):
         dataset.load_dataset(DataConfig(path=str(file), columns=columns | {"rejected": "c"}))
-    with pytest.raises(ConfigError, match="'promt' is no column of any format") as caught:
+    with pytest.raises(ConfigError, match="'promt' is not a column of any format") as caught:
         dataset.load_dataset(DataConfig(path=str(file), columns={"promt": "question"}))
     assert "did you mean `prompt`" in str(caught.value)
 

@@ -194,7 +194,7 @@ class TestTokens:
         assert [(prompts[p], responses[i]) for i, p in enumerate(found.sequences.prompt_B.tolist())] == slow
 
     def test_nothing_left(self):
-        with pytest.raises(DataError, match="no rated responses are left of the data: rows 7, unrated 7, too_long 0"):
+        with pytest.raises(DataError, match="no rated responses are left in the data: rows 7, unrated 7, too_long 0"):
             dataset.tokenize_ratings(self.rows(), Renderer(toy.tokenizer()), ["toxicity"], 9, 9)
 
 

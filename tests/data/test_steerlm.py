@@ -128,5 +128,5 @@ def test_a_policy_is_told_as_it_learned(tmp_path: Path):
     ):
         with pytest.raises(ConfigError) as caught:
             require_same_steering(SteeringFormat.of(replace(learned, **changes)), str(tmp_path))
-        assert caught.value.remedy == f"tell it as it learned: {said}"
+        assert caught.value.remedy == f"use the values of its training: {said}"
         assert caught.value.where == str(tmp_path)

@@ -104,14 +104,14 @@ BAD_ROWS = {
     "UTF-16": (json.dumps(row()).encode("utf-16-le"), "row is not JSON"),
     "Latin-1": (json.dumps(row("caf\xe9"), ensure_ascii=False).encode("latin-1"), "row is not UTF-8"),
     "a missing key": ({k: v for k, v in row().items() if k != "response2"}, "response2 is missing"),
-    "a key twice": (json.dumps(row()).replace("{", '{"response1": "owl", ', 1).encode(), "row has two values"),
+    "a key twice": (json.dumps(row()).replace("{", '{"response1": "owl", ', 1).encode(), "row has a duplicate key"),
     "null": (row(response1=None), "response1 is NoneType, not text"),
     "a number in place of text": (row(response1=7), "response1 is int, not text"),
     "text in place of a number": (row(overall_preference="2"), "overall_preference is not an integer"),
     "NaN": (row(overall_preference=float("nan")), "overall_preference is not an integer"),
     "an empty prompt": (row(" "), "context ends with an empty user turn"),
-    "an empty chosen response": (row(response1=""), "response1 is preferred but empty"),
-    "half a surrogate pair": (row(response1="cat \ud83d"), "response1 holds half a surrogate pair"),
+    "an empty chosen response": (row(response1=""), "response1 is the preferred response but is empty"),
+    "an unpaired surrogate pair": (row(response1="cat \ud83d"), "response1 has an unpaired surrogate"),
     "roles out of order": (
         row(context=[{"role": "assistant", "content": "cat"}, {"role": "user", "content": "dog"}]),
         "context roles do not alternate",
@@ -157,7 +157,7 @@ def test_a_last_line_cut_in_half_is_a_bad_row(command: Command, bad_rows: str):
 def test_a_file_without_rows_stops_whatever_is_skipped(command: Command, content: bytes, bad_rows: str):
     status, said = command(content, f"data.bad_rows={bad_rows}")
     assert status == 78
-    assert "no rows of train are left" in said
+    assert "no rows are left in split train" in said
     assert "read=0" in said
     assert not command.run.exists()
 
@@ -165,13 +165,13 @@ def test_a_file_without_rows_stops_whatever_is_skipped(command: Command, content
 def test_a_file_of_nothing_but_bad_rows_stops_though_they_are_skipped(command: Command):
     status, said = command(encoded(b"{", b"}", row(response1="")), "data.bad_rows=skip")
     assert status == 78
-    assert "'row is not JSON': 2, 'response1 is preferred but empty': 1" in said
+    assert "'row is not JSON': 2, 'response1 is the preferred response but is empty': 1" in said
     assert not command.run.exists()
 
 
 def test_no_rows_are_read_where_the_recipe_asks_for_none(command: Command):
     status, said = command(encoded(row()), "data.max_rows=0")
-    assert (status, "no rows of validation are left" in said) == (78, True)
+    assert (status, "no rows are left in split validation" in said) == (78, True)
     assert not command.run.exists()
 
 
@@ -255,7 +255,7 @@ def test_a_prompt_longer_than_the_window_is_dropped_and_counted(command: Command
     assert (command.counts()["prepared"]["too_long"], command.counts()["prepared"]["kept"]) == (1, 1)
     status, said = command(encoded(long), "data.max_prompt_tokens=12", f"run.dir={command.folder / 'other'}")
     assert status == 78
-    assert "no pairs are left of the data" in said
+    assert "no pairs are left in the data" in said
     assert "too_long 1" in said
     assert not (command.folder / "other").exists()
 

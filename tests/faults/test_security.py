@@ -226,7 +226,7 @@ def test_code_of_another_repository_is_refused_since_no_revision_pins_it(recipe:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "other/code--c.C"}}))
     assert main(["train", str(recipe), "policy.trust_remote_code=true"]) == 78
     said = capsys.readouterr().err
-    assert f"{file.parent}: {name} takes code from another repository, which no revision pins" in said
+    assert f"{file.parent}: {name} refers to code in another repository, which a revision cannot pin" in said
     assert "other/code--c.C" in said
     assert not (recipe.parent / "run").exists()
 

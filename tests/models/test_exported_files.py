@@ -331,7 +331,7 @@ def test_code_of_tokenizer_config_and_model_travels(tmp_path):
     ("damage", "message"),
     [
         (lambda base: own_code(base, "raise NotImplementedError('no')"), "cannot be exported: NotImplementedError: no"),
-        (lambda base: own_code(base) and (base / "letters.py").unlink(), "no tokenizer could be loaded|letters"),
+        (lambda base: own_code(base) and (base / "letters.py").unlink(), "the tokenizer cannot be loaded|letters"),
     ],
     ids=["saves nothing", "lacks a module"],
 )

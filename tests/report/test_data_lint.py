@@ -44,11 +44,11 @@ class TestStatus:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "no file of a training split"),
+            ([], "no file for split train"),
             (["--format", "helpsteer2_preference", "--rows", "ratings"], "holds preferences, not ratings"),
             (["--format", "helpsteer2", "--max-rows", "3"], "max_rows is even"),
             (["--date", "1 May 2025"], "need a tokenizer"),
-            (["--tokenizer", "nowhere"], "no tokenizer could be loaded"),
+            (["--tokenizer", "nowhere"], "the tokenizer cannot be loaded"),
         ],
     )
     def test_78_for_a_source_that_cannot_be_used(self, tmp_path: Path, capsys, arguments: list[str], message: str):
@@ -110,7 +110,7 @@ class TestRealData:
         assert lint(human_preference, "--json", tmp_path / "report.json") == 1
         found = {one["name"]: one["count"] for one in json.loads((tmp_path / "report.json").read_text())["findings"]}
         assert found == {
-            "response1 is preferred but empty": 1,
+            "response1 is the preferred response but is empty": 1,
             "duplicates": 97,
             "empty": 53,
             "ties": 85,

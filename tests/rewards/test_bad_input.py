@@ -146,7 +146,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "a judge that does not see the responses": (
         "reward.kind=generative reward.judge.path={deaf} reward.custom_roles=true",
-        ["leaves out turns of the role response_1", "reward.custom_roles=false"],
+        ["drops turns of the role response_1", "reward.custom_roles=false"],
     ),
     "a judge that learned another form": (
         "reward.kind=generative reward.judge.path={learned}",

@@ -246,7 +246,7 @@ def test_a_template_that_leaves_out_a_role_is_refused(tmp_path: Path, tiny_polic
                 "in messages %}", f"in messages if message.role != '{hidden}' %}}"
             )
         )
-        with pytest.raises(DataError, match=f"leaves out turns of the role {hidden}"):
+        with pytest.raises(DataError, match=f"drops turns of the role {hidden}"):
             genrm.check_judge(replace(section, judge=replace(knows, chat_template=str(file))))
         genrm.check_judge(replace(section, judge=replace(knows, chat_template=str(file)), custom_roles=False))
 

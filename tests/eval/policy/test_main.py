@@ -388,7 +388,7 @@ class TestBeforeAnythingIsWritten:
         own = ("judge_form=json", "judge_custom_roles=true", f"judge.chat_template={template}")
         run(tmp_path / "out", *own, *line, status=78)
         told = capsys.readouterr().err
-        assert "leaves out turns of the role response_1" in told and "judge_custom_roles=false" in told
+        assert "drops turns of the role response_1" in told and "judge_custom_roles=false" in told
         assert not (tmp_path / "out").exists()
 
     def test_a_folder_that_is_a_file(self, tmp_path: Path, capsys):
