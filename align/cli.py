@@ -100,8 +100,9 @@ def serve_reward(arguments: argparse.Namespace, console: Console) -> int:
 
 def toy(arguments: argparse.Namespace, console: Console) -> int:
     """``align toy``."""
-    module = importlib.import_module("align.data.toy_family" if arguments.family else "align.data.toy")
-    folder = module.write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
+    module, name = ("toy_family", "write_toy_family") if arguments.family else ("toy", "write_toy")
+    write = getattr(importlib.import_module(f"align.data.{module}"), name)
+    folder = write(arguments.folder, arguments.train, arguments.validation, arguments.seed)
     console.print(f"wrote {folder}: {arguments.train} + {arguments.validation} rows, and a tokenizer", highlight=False)
     return 0
 

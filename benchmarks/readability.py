@@ -31,11 +31,12 @@ TRACED_RUN = """
 import sys
 from pathlib import Path
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from align import cli
-from align.data import toy
 
-package, tokenizer, steps, entered = str(Path(cli.__file__).parent), toy.tokenizer(), [0], set()
+cli.main(["toy", "data", "--train", "64", "--validation", "16", "--seed", "0"])
+package, steps, entered = str(Path(cli.__file__).parent), [0], set()
+tokenizer = AutoTokenizer.from_pretrained("data/tokenizer")
 
 def save(auto, folder, **fields):
     config = AutoConfig.for_model(
@@ -56,7 +57,6 @@ def profile(frame, event, argument):
     if steps[0] == 1 or (steps[0] == 2 and code.co_name == "log"):
         entered.add(file)
 
-toy.write("data", 64, 16, seed=0)
 save(AutoModelForCausalLM, "policy")
 save(AutoModelForSequenceClassification, "reward", num_labels=1)
 sys.setprofile(profile)
