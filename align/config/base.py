@@ -264,7 +264,7 @@ class RecipeConfig:
         return {name for name, hint in field_types(type(self)).items() if _is_absent(getattr(self, name), hint)}
 
     def updates_per_step(self) -> int:
-        """Optimizer steps of one of ``run.steps``, at most: what learning-rate schedules count by."""
+        """Maximum number of optimizer steps in one of ``run.steps``; learning-rate schedules count these."""
         return 1
 
     def reads(self) -> RowKind:
@@ -272,7 +272,7 @@ class RecipeConfig:
         return "preferences"
 
     def rows_per_step(self) -> tuple[str, int]:
-        """How many rows of the data a step draws, at most, behind the key that says so."""
+        """The key that sets how many rows of the data a step draws, and their maximum number."""
         return "batch_size", vars(self)["batch_size"]
 
     def num_rows(self, counts: Mapping[str, int]) -> int:
@@ -287,15 +287,15 @@ class RecipeConfig:
         return replace(self, run=replace(self.run, steps=steps, epochs=0.0))
 
     def rated(self) -> Mapping[str, Sequence[str]]:
-        """Attributes that frozen reward models are asked for one by one, by role."""
+        """Attributes that frozen reward models score separately, by role."""
         return {}
 
     def evaluations(self) -> Mapping[str, str]:
-        """Benchmarks that the trained model is judged on after training, each with the folder of its data."""
+        """Benchmarks that measure the trained model after training, each with the folder of its data."""
         return {}
 
     def num_rounds(self) -> int:
-        """How often the roles are brought up, each time for ``run.steps``."""
+        """How often the roles are started, each time for ``run.steps``."""
         return 1
 
     def in_round(self, start: str) -> RecipeConfig:
@@ -303,7 +303,7 @@ class RecipeConfig:
         raise NotImplementedError
 
     def notes(self) -> list[str]:
-        """What a reader of the configuration should know beside its values."""
+        """Remarks on the configuration that are printed with its values."""
         return []
 
 

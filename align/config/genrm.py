@@ -31,7 +31,7 @@ class GenerativeConfig:
     judge: AnyGeneratorConfig = field(default_factory=ModelGeneratorConfig)
     """The generator that writes verdicts: a model in the role's processes, an endpoint, or a function."""
     form: Literal["helpsteer3", "json", "principle"] = "helpsteer3"
-    """``helpsteer3``: boxed scores and ranking. ``json``: an object with the same. ``principle``: Yes or No to the
+    """``helpsteer3``: boxed scores and a ranking. ``json``: an object with both. ``principle``: Yes or No to the
     question whether a response satisfies ``principle``; each response is judged separately."""
     custom_roles: bool = False
     """Show the responses as turns of the roles ``response_1`` and ``response_2``, for a model that was trained on these
@@ -74,7 +74,7 @@ class GenerativeConfig:
         if self.form == "principle" and not self.principle:
             raise ValueError(f"form principle needs a principle: {self.principle!r}")
         if self.form == "principle" and self.custom_roles:
-            raise ValueError("form principle asks by a turn of the user: custom_roles must be false")
+            raise ValueError("form principle puts its question in a user turn: custom_roles must be false")
         if self.votes < 1 or self.verdict_retries < 0:
             raise ValueError(
                 f"votes must be positive and verdict_retries not negative: {self.votes}, {self.verdict_retries}"
@@ -90,5 +90,5 @@ class GenerativeConfig:
             raise ValueError(f"{', '.join(weights)} must not be negative: {', '.join(map(str, weights.values()))}")
         if self.judge.zero_stage == 3:
             raise ValueError(
-                f"judge.zero_stage must be below 3, for each process asks again by itself: {self.judge.zero_stage}"
+                f"judge.zero_stage must be below 3, because each process retries on its own: {self.judge.zero_stage}"
             )

@@ -121,7 +121,7 @@ def format_config(config: Any) -> str:
 
 
 def flatten_config(config: Any, prefix: str = "") -> dict[str, object]:
-    """Leaves by dotted key. Entries of a mapping are leaves of their own; a list is one leaf."""
+    """Leaves by dotted key. Each entry of a mapping is a leaf; a list is one leaf."""
     leaves = {}
     for name, child in _children(config).items():
         leaves |= flatten_config(child, f"{prefix}{name}.") if _children(child) else {f"{prefix}{name}": child}
@@ -169,16 +169,16 @@ def describe_schema(schema: type) -> dict[str, str]:
 def _find_schema(recipe: Path, root: yaml.MappingNode, pairs: list[tuple[str, yaml.Node]]) -> type:
     """The ``Config`` of the algorithm that the command line or else the recipe names."""
     modules = pkgutil.iter_modules(importlib.import_module(ALGORITHMS).__path__)
-    known = sorted(module.name for module in modules if module.name.isidentifier() and module.name[0] != "_")
-    available = f"available: {', '.join(known)}"
+    names = sorted(module.name for module in modules if module.name.isidentifier() and module.name[0] != "_")
+    available = f"available: {', '.join(names)}"
     given = [(key.value, node, f"{recipe}:{key.start_mark.line + 1}") for key, node in root.value]
     given += [(key, node, COMMAND_LINE) for key, node in pairs]
     named = [(node, where) for key, node, where in given if key == "algorithm"]
     if not named:
         raise ConfigError("algorithm: has no value", where=f"{recipe}", remedy=f"name one; {available}")
     node, where = named[-1]
-    if not isinstance(node, yaml.ScalarNode) or node.value not in known:
-        near = difflib.get_close_matches(str(node.value), known, n=1)
+    if not isinstance(node, yaml.ScalarNode) or node.value not in names:
+        near = difflib.get_close_matches(str(node.value), names, n=1)
         remedy = "; ".join([f"did you mean `{name}`?" for name in near] + [available])
         raise ConfigError(f"algorithm: {describe_node(node)} is not an algorithm", where=where, remedy=remedy)
     return importlib.import_module(f"{ALGORITHMS}.{node.value}").Config
@@ -363,7 +363,7 @@ def _bound(written: dict[str, Any], tree: Any, reader: SchemaReader) -> None:
 
 
 def _is_given(key: str, prefix: str, words: Container[str], reader: SchemaReader) -> bool:
-    """Whether a message names the section of a key, one that may be absent, and the recipe gives the key."""
+    """Whether a message names the section of a key that the recipe gives; the section may be absent."""
     section = key.removeprefix(prefix).partition(".")[0]
     return section in words and f"{prefix}{section}" in reader.optional and reader.origin(key) != DEFAULT
 

@@ -162,11 +162,11 @@ class PolicyConfig(TrainedModelConfig):
 
 @dataclass(frozen=True)
 class SamplerConfig(ModelConfig):
-    """Processes that sample for the policy on their own slots, from a copy of its weights that is renewed before each
-    rollout. Each slot holds the whole model."""
+    """Processes that sample for the policy on their own slots, from a copy of its weights. The copy is updated before
+    each rollout. Each slot holds the whole model."""
 
     path: str = "${policy.path}"
-    """Follows the policy, as do the next four. What is loaded gives way to the weights that are sent."""
+    """Follows the policy, as do the next four. The first update replaces the loaded weights by the policy's."""
     revision: str | None = "${policy.revision}"
     """Follows the policy."""
     init: dict[str, Any] = "${policy.init}"  # type: ignore[assignment] - a reference to another key

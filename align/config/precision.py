@@ -62,7 +62,7 @@ def gpu_capability() -> tuple[int, int] | None:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    count, number, found = ctypes.c_int(), ctypes.c_int(), []
+    count, number, versions = ctypes.c_int(), ctypes.c_int(), []
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return None
     for device in range(count.value):
@@ -71,8 +71,8 @@ def gpu_capability() -> tuple[int, int] | None:
             if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
                 return None
             version.append(number.value)
-        found.append((version[0], version[1]))
-    return min(found, default=None)
+        versions.append((version[0], version[1]))
+    return min(versions, default=None)
 
 
 def _torch_has_cuda() -> bool:

@@ -113,23 +113,19 @@ class OnPolicyConfig(RecipeConfig):
             )
 
     def updates_per_step(self) -> int:
-        """See `Recipe.updates_per_step`."""
         return self.epochs * self.minibatches
 
     def reads(self) -> RowKind:
-        """See `Recipe.reads`."""
         return "prompts"
 
     def rows_per_step(self) -> tuple[str, int]:
-        """See `Recipe.rows_per_step`."""
         return "prompts_per_step", self.prompts_per_step
 
     def num_rounds(self) -> int:
-        """See `Recipe.num_rounds`."""
         return self.rounds
 
     def in_round(self, start: str) -> OnPolicyConfig:
-        """See `Recipe.in_round`; the reference starts from the same folder."""
+        """The reference and the sampler start from the same folder as the policy."""
         moved = {
             name: replace(section, path=start, revision=None, init={})
             for name, section in vars(self).items()

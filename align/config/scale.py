@@ -123,7 +123,8 @@ class ScaleConfig:
                 raise ValueError(f"sweep.{name} lies in 1 to {name}: {smaller}, {counts[name]}")
         for name in ("draft_sampling", "feedback_sampling", "edit_sampling"):
             if getattr(self, name).num_samples != 1:
-                raise ValueError(f"{name}.num_samples stays 1, the numbers have keys of their own: 1 is what is read")
+                value = getattr(self, name).num_samples
+                raise ValueError(f"{name}.num_samples must be 1, set drafts, feedbacks or edits instead: {value}")
         if self.num_samples > 1 and self.draft_sampling.temperature == 0:
             raise ValueError(
                 f"draft_sampling.temperature 0 makes all {self.num_samples} drafts alike: drafts must be 1"

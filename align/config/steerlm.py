@@ -43,7 +43,7 @@ class SteeringConfig:
 
 @dataclass(frozen=True)
 class PreviousPolicyConfig(ReferenceConfig):
-    """The frozen policy that samples in SteerLM 2.0, Q': what the policy of this round starts from."""
+    """The frozen policy that samples in SteerLM 2.0, Q': the policy from which this round starts."""
 
     path: str = "${policy.path}"
     """Follows the policy of the round, as do the next four."""

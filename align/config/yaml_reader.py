@@ -196,13 +196,13 @@ def tag(schema: type) -> str:
 
 
 def _expected(hint: Any) -> tuple[str, str]:
-    """What a message says of a type: its name, and the remedy."""
+    """The name of a type in messages, and the remedy."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Literal:
         choices = ", ".join(map(str, args))
         return f"one of {choices}", f"choose one of {choices}"
-    wanted, remedy = _KINDS[kind]
-    return f"{wanted} of {len(args)}" if kind is tuple and ... not in args else wanted, remedy
+    name, remedy = _KINDS[kind]
+    return f"{name} of {len(args)}" if kind is tuple and ... not in args else name, remedy
 
 
 def _children_of(node: yaml.Node, name: str) -> list[yaml.Node]:
@@ -265,7 +265,7 @@ class SchemaReader:
             if f"{prefix}{name}" in self.chosen:
                 hints[name] = self.chosen[f"{prefix}{name}"] or NoneType
         if len(members := self.members.get(key, [])) > 1:
-            hints["kind"] = Literal[tuple(map(tag, members))]  # so that a wrong kind is told all of them
+            hints["kind"] = Literal[tuple(map(tag, members))]  # a message on a wrong kind lists all of them
         return hints
 
     def fault(self, key: str, problem: str, remedy: str, where: str) -> None:
@@ -339,7 +339,7 @@ class SchemaReader:
     def value(self, node: yaml.Node, hint: Any, key: str) -> Any:
         if is_section(hint):
             return self.section(node, hint, key)
-        where = self.places.get(key) or self.where(node, key)  # an element of a list has no place of its own
+        where = self.places.get(key) or self.where(node, key)  # an element of a list has the place of the list
         if isinstance(node, yaml.ScalarNode) and not _TEXT.fullmatch(node.value):
             problem = f"{shorten(repr(node.value))} holds more than references to keys"
             remedy = "write references as ${policy.path}; a recipe reads no environment variables and escapes nothing"
@@ -352,8 +352,8 @@ class SchemaReader:
         for member in members:
             with suppress(ValueError):
                 return self.convert(node, member, key)
-        wanted, remedies = zip(*map(_expected, members), strict=True)
-        return self.fault(key, f"expected {' or '.join(wanted)}, found {describe_node(node)}", remedies[0], where)
+        names, remedies = zip(*map(_expected, members), strict=True)
+        return self.fault(key, f"expected {' or '.join(names)}, found {describe_node(node)}", remedies[0], where)
 
     def convert(self, node: yaml.Node, hint: Any, key: str) -> Any:
         kind, args = get_origin(hint) or hint, get_args(hint)
@@ -373,7 +373,7 @@ class SchemaReader:
 
 
 def _scalar(node: yaml.ScalarNode, hint: Any) -> Any:
-    """A scalar as the type asked for; ValueError where it is not of that type."""
+    """A scalar converted to the type; ValueError if it does not fit."""
     text, is_null = node.value, node.tag == _NULL
     if hint is Any:
         hint = {"null": NoneType, "bool": bool, "int": int, "float": float}.get(node.tag.removeprefix(TAG), str)
