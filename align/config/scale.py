@@ -124,7 +124,7 @@ class ScaleConfig:
         for name in ("draft_sampling", "feedback_sampling", "edit_sampling"):
             if getattr(self, name).num_samples != 1:
                 value = getattr(self, name).num_samples
-                raise ValueError(f"{name}.num_samples must be 1, set drafts, feedbacks or edits instead: {value}")
+                raise ValueError(f"{name}.num_samples must be 1, because each count has a separate key: {value}")
         if self.num_samples > 1 and self.draft_sampling.temperature == 0:
             raise ValueError(
                 f"draft_sampling.temperature 0 makes all {self.num_samples} drafts alike: drafts must be 1"
