@@ -112,7 +112,7 @@ def start_training_roles(
     with start_roles(plan.configs, config.executor, plan.slots, config.cluster, run.logs, options) as started:
         roles = SimpleNamespace(**dict.fromkeys(plan.absent), **started)
         if getattr(roles, "sampler", None) is not None:
-            roles.policy.sampled_by(roles.sampler)
+            roles.policy.use_sampler(roles.sampler)
         for name, dialogues in conversations.items():
             started[name].read_text(dialogues)
         worlds = {

@@ -183,7 +183,7 @@ def divided_by_K(patch: Patch) -> None:
 # each rank trains on the whole batch; ranks get unequal work
 
 
-class Asked(base.Ranks):
+class Asked(base.WorkerGroup):
     """Ranks that note what they are asked and answer for all with what a function of the arguments gives."""
 
     def __init__(self, world_size: int, answer: Callable[..., Any]):
@@ -308,24 +308,24 @@ def a_gpt2_that_is_cut_off_keeps_its_last_token() -> None:
 
 
 def an_end_written_over_the_last_token(patch: Patch) -> None:
-    honest = decoder._Drawn.rollouts
+    honest = decoder._SampledTokens.rollouts
 
     def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
         full_B = self.length_B == sample.max_tokens
         self.ids_BT[full_B, -1] = LAST
         return honest(self, prompts, sample)
 
-    patch.setattr(decoder._Drawn, "rollouts", rollouts)
+    patch.setattr(decoder._SampledTokens, "rollouts", rollouts)
 
 
 def an_end_called_finished(patch: Patch) -> None:
-    honest = decoder._Drawn.rollouts
+    honest = decoder._SampledTokens.rollouts
 
     def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
         self.finished_B[:] = True
         return honest(self, prompts, sample)
 
-    patch.setattr(decoder._Drawn, "rollouts", rollouts)
+    patch.setattr(decoder._SampledTokens, "rollouts", rollouts)
 
 
 # responses are decoded and tokenized again for the reward model
@@ -417,13 +417,13 @@ def equal_prompts_get_responses_of_their_own() -> None:
 
 
 def noise_by_text(patch: Patch) -> None:
-    honest = decoder._Request.noise
+    honest = decoder._SamplingState.noise
 
     def noise(self: Any, sequence_B: Tensor) -> Tensor:
         K = self.sampling.num_samples
         return honest(self, torch.where(sequence_B // K == 2, sequence_B - 2 * K, sequence_B))
 
-    patch.setattr(decoder._Request, "noise", noise)
+    patch.setattr(decoder._SamplingState, "noise", noise)
 
 
 # logged losses are 1/M of the truth under accumulation; the same number feeds the KL controller
@@ -478,7 +478,7 @@ def a_share_for_the_controller(patch: Patch) -> None:
 def sampling_is_without_dropout(folder: Path) -> None:
     """After an update too, and for an architecture that samples through transformers."""
     section = policy_section(path=str(folder), dropout=0.5, optimizer=OptimizerConfig(lr=0.0))
-    worker = PolicyWorker(base.Spec("policy", 0, 1, section, seed=0, total_steps=5, timeout_s=60.0))
+    worker = PolicyWorker(base.WorkerSpec("policy", 0, 1, section, seed=0, total_steps=5, timeout_s=60.0))
     worker.start_alone()
     rates = {name: rate for name, rate in vars(worker.model.config).items() if name.endswith(("dropout", "_pdrop"))}
     assert rates and set(rates.values()) == {0.5}

@@ -1,1 +1,1 @@
-"""Ray: processes, placement, failures. The only package that names Ray."""
+"""Ray: sessions, placement, worker processes, health and failures. Only this package and `align.serve` name Ray."""

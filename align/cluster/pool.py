@@ -1,8 +1,8 @@
-"""The cast on Ray: slots, worker processes, and calls that end with an answer or with a cause.
+"""Roles on Ray: slots, worker processes, and calls that end with results or with the cause of a failure.
 
-A slot is a bundle of one placement group: a GPU with a CPU, or a CPU where the cluster has no GPU. Roles that share a
-slot share its device. Ray itself never restarts a worker: a fresh process would silently have base weights. Only roles
-without state are brought up anew, by `RayCluster.renew`.
+A slot is a bundle of one placement group: a GPU with a CPU, or a CPU if the cluster has no GPU. Roles that share a slot
+share its device. Ray itself never restarts a worker: a new process would silently have the starting weights. Only
+stateless roles are restarted, by `RayCluster.restart`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align.cluster.actor import Member, Place, Process, signal_all
-from align.cluster.failures import Call, DiedError
-from align.cluster.health import FETCH_S, Watch
+from align.cluster.actor import Member, ProcessLocation, WorkerActor, WorkerCall, signal_all
+from align.cluster.failures import WorkerDiedError
+from align.cluster.health import FETCH_S, HealthMonitor
 from align.cluster.process import worker_environment
 from align.cluster.session import LOOPBACK, Session
 from align.config import ClusterConfig
@@ -34,7 +34,7 @@ from align.prechecks.placement import ranges
 from align.run import Clock
 from align.utils import fault_injection
 from align.workers.announce import Announce, loading, silent
-from align.workers.base import Answer, Ranks, Spec, Worker
+from align.workers.base import Worker, WorkerGroup, WorkerResult, WorkerSpec
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -42,130 +42,125 @@ U = TypeVar("U")
 NODE_POLL_S = 1.0
 
 
-def _begin_log(path: Path, line: str) -> None:
-    """Write a worker's log from its start on: the worker opens it after seconds of imports."""
+def _write_log_header(path: Path, line: str) -> None:
+    """Write the first line of a worker's log. The worker itself opens the log after seconds of imports."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 @dataclass(frozen=True)
-class Cast:
-    """How a role is brought up."""
+class RoleSpec:
+    """How a role starts. Lists have one item for each rank."""
 
     worker: type[Worker]
-    specs: list[Spec]
-    """Of each rank."""
+    specs: list[WorkerSpec]
     slots: tuple[int, ...]
-    """Of each rank."""
     environments: list[dict[str, str]]
-    """Variables of each rank's process."""
+    """Environment variables."""
     shares: list[float]
-    """Part of its slot that each rank takes."""
+    """Fraction of its slot that a rank takes."""
     logs: list[Path]
-    """Of each rank."""
 
 
 class RayFuture(Generic[U]):
-    """Answers under way from every rank of a role."""
+    """The results of a call to every rank of a role."""
 
-    def __init__(self, ranks: RayRanks, call: Call, gather: Callable[[list[Any]], U]):
+    def __init__(self, ranks: RayWorkerGroup, call: WorkerCall, gather: Callable[[list[Any]], U]):
         self._ranks, self._call, self._gather = ranks, call, gather
-        self._sound: set[Any] = set()
-        """References whose answers were looked at and are no errors."""
+        self._succeeded: set[Any] = set()
+        """References whose results were fetched and are no errors."""
 
     def result(self) -> U:
-        """Wait; see `align.roles.Future`."""
-        answers = self._ranks.answers(self._call)
-        self._ranks.clock.record(self._call.phase, [answer.span for answer in answers])
-        return self._gather([answer.value for answer in answers])
+        results = self._ranks.results(self._call)
+        self._ranks.clock.record(self._call.phase, [result.span for result in results])
+        return self._gather([result.value for result in results])
 
     def done(self) -> bool:
-        """See `align.roles.Future`. True also where an answer cannot come, which `result` then says."""
+        """Also true if no result can come; then `result` raises."""
         references = self._call.references
         ready, pending = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
-        return not pending or self._failed(ready) or self._ranks.given_up(self._call)
+        return not pending or self._failed(ready) or self._ranks.is_expired(self._call)
 
     def _failed(self, ready: Sequence[Any]) -> bool:
-        """Whether a rank has failed while others have not answered: they may hang in a collective."""
+        """Whether a rank has failed while others still work: they may hang in a collective."""
         for reference in ready:
-            if reference not in self._sound:
+            if reference not in self._succeeded:
                 try:
                     ray.get(reference, timeout=FETCH_S)
                 except RayError:
                     return True
-                self._sound.add(reference)
+                self._succeeded.add(reference)
         return False
 
 
-class RayRanks(Ranks):
+class RayWorkerGroup(WorkerGroup):
     """The worker processes of one role."""
 
-    def __init__(self, role: str, cast: Cast, clock: Clock, cluster: RayCluster):
-        self.role, self.cast, self.clock, self.cluster = role, cast, clock, cluster
-        self.world_size = len(cast.specs)
+    def __init__(self, role: str, spec: RoleSpec, clock: Clock, cluster: RayCluster):
+        self.role, self.spec, self.clock, self.cluster = role, spec, clock, cluster
+        self.world_size = len(spec.specs)
 
     @property
     def members(self) -> list[Member]:
-        """The processes as they are now."""
-        return self.cluster.watch.members[self.role]
+        """The current processes."""
+        return self.cluster.monitor.members[self.role]
 
     def call(
         self,
         phase: str,
-        method: Callable[..., Answer[T]],
+        method: Callable[..., WorkerResult[T]],
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
     ) -> RayFuture[U]:
-        """See `align.workers.base.Ranks`."""
         self.clock.begin(phase)
-        return RayFuture(self, self.ask(Call(phase, self.clock.step, method.__name__, arguments)), gather)
+        return RayFuture(self, self.send(WorkerCall(phase, self.clock.step, method.__name__, arguments)), gather)
 
-    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See `align.workers.base.Ranks`."""
-        call = self.ask(Call("sync", self.clock.step, method.__name__, arguments))
+    def start(self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        call = self.send(WorkerCall("sync", self.clock.step, method.__name__, arguments))
         self.cluster.started.append((self.role, call))
         return call.references
 
-    def ask(self, call: Call) -> Call:
-        """Send a call to its ranks, with the fault that is due there."""
+    def send(self, call: WorkerCall) -> WorkerCall:
+        """Send a call to its ranks, with the faults that tests inject."""
         members = self.members[call.first : call.first + len(call.arguments)]
-        kinds = [fault_injection.next_fault(self.role, one.rank, call.phase, call.step) for one in members]
+        kinds = [fault_injection.next_fault(self.role, member.rank, call.phase, call.step) for member in members]
         try:
             call.references = [
-                member.handle.call.remote(call.method, kind, *own)
-                for member, kind, own in zip(members, kinds, call.arguments, strict=True)
+                member.handle.call.remote(call.method, kind, *rank_arguments)
+                for member, kind, rank_arguments in zip(members, kinds, call.arguments, strict=True)
             ]
         except (RayError, TypeError, pickle.PicklingError) as error:
             cause = str(error).strip().splitlines()[0]
             raise WorkerError(
                 f"{self.role}: {call.place} cannot be sent to its workers: {type(error).__name__}: {cause}; remedy: "
-                "losses and their arguments must be picklable, and fit into Ray's object store (/dev/shm)"
+                "losses and their arguments must be picklable and fit into Ray's object store (/dev/shm)"
             ) from error
-        call.since = None
-        self.cluster.watch.calls.append((self.role, call))
+        call.wait_start = None
+        self.cluster.monitor.calls.append((self.role, call))
         return call
 
-    def answers(self, call: Call) -> list[Any]:
-        """Wait for a call, within the time its phase has. A role without state is renewed and asked again."""
+    def results(self, call: WorkerCall) -> list[Any]:
+        """Wait for a call, at most the timeout of its phase. A stateless role that died is restarted, and gets the call
+        again."""
         while True:
             try:
-                found = self.wait(call)
+                values = self.wait(call)
                 self.cluster.forget((self.role, call))
-                return found
-            except DiedError as error:
-                self.cluster.renew(self, error)
+                return values
+            except WorkerDiedError as error:
+                self.cluster.restart(self, error)
 
-    def wait(self, call: Call) -> list[Any]:
-        """Wait for a call, within the time its phase has."""
-        return self.cluster.watch.wait(self.role, call, *self._limit(call))
+    def wait(self, call: WorkerCall) -> list[Any]:
+        """Wait for a call, at most the timeout of its phase."""
+        return self.cluster.monitor.wait(self.role, call, *self._limit(call))
 
-    def given_up(self, call: Call) -> bool:
-        """Whether `wait` would not go on waiting for a call that is not answered."""
-        return self.cluster.watch.gives_up(call, self._limit(call)[0])
+    def is_expired(self, call: WorkerCall) -> bool:
+        """Whether `wait` would give up a call that has no result yet."""
+        return self.cluster.monitor.is_expired(call, self._limit(call)[0])
 
-    def _limit(self, call: Call) -> tuple[float, str]:
-        """Seconds that a call may take, and the key of the recipe that says so."""
+    def _limit(self, call: WorkerCall) -> tuple[float, str]:
+        """Timeout of a call in seconds, and the recipe key that sets it."""
         section = self.cluster.section
         if call.phase in section.phase_timeout_s:
             return section.phase_timeout_s[call.phase], f"cluster.phase_timeout_s.{call.phase}"
@@ -173,7 +168,7 @@ class RayRanks(Ranks):
 
 
 class RayCluster:
-    """A Ray cluster for the time of a run, and one placement group on it. Use as a context manager."""
+    """Ray with one placement group, as a context manager."""
 
     def __init__(
         self,
@@ -184,18 +179,18 @@ class RayCluster:
         max_restarts: int = 0,
         announce: Announce = silent,
     ):
-        """``interrupted`` is called at least once a second while workers are waited for; what it raises ends the wait.
-        ``max_restarts``: how often roles without state are brought up anew, each time with a line to ``report``.
-        ``announce`` gets a line for each thing that starts and that is up."""
+        """``interrupted`` is called at least once a second during a wait; an exception that it raises ends the wait.
+        ``max_restarts`` limits the restarts of stateless roles; ``report`` gets a line for each. ``announce`` gets a
+        line when Ray or a role starts, and when it is ready."""
         self.section, self.num_slots, self.report, self.announce = section, num_slots, report, announce
         self.restarts_left = max_restarts
         self.session = Session(section)
-        self.watch = Watch(interrupted)
-        self.started: list[tuple[str, Call]] = []
-        """Calls that nobody waits for."""
+        self.monitor = HealthMonitor(interrupted)
+        self.started: list[tuple[str, WorkerCall]] = []
+        """Calls whose results no caller fetches."""
 
     def __enter__(self) -> RayCluster:
-        begun = time.monotonic()
+        start = time.monotonic()
         where = "on this machine" if self.session.own else f"at {self.section.address}"
         self.announce(f"{'starting' if self.session.own else 'joining'} Ray {where}, for {self.num_slots} slots")
         self.session.open()
@@ -204,10 +199,10 @@ class RayCluster:
         except BaseException as error:
             self.__exit__()
             if isinstance(error, (RayError, ConnectionError)):
-                raise WorkerError(f"Ray failed while slots were taken: {error}", remedy="run again") from error
+                raise WorkerError(f"Ray failed while it reserved slots: {error}", remedy="run again") from error
             raise
         nodes = len(set(self._node_of_slot))
-        self.announce(f"Ray: up in {time.monotonic() - begun:.1f} s (slots {self.num_slots}, nodes {nodes})")
+        self.announce(f"Ray: up in {time.monotonic() - start:.1f} s (slots {self.num_slots}, nodes {nodes})")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,158 +210,170 @@ class RayCluster:
         self.session.close()
 
     def end_workers(self) -> None:
-        """Kill every worker process; their slots become free. Does not raise."""
-        members = [one for members in self.watch.members.values() for one in members]
-        self.watch.members.clear()
-        self.watch.calls.clear()
+        """Kill every worker process, which frees their slots. Does not raise."""
+        members = [member for group in self.monitor.members.values() for member in group]
+        self.monitor.members.clear()
+        self.monitor.calls.clear()
         self.started.clear()
         self._kill(members)
 
     def _kill(self, members: Sequence[Member]) -> None:
-        """Ray first, so that it knows that it is meant; then the system, for a stopped process does not hear Ray."""
-        if not members or not ray.is_initialized():  # or Ray would start itself, to answer
+        if not members or not ray.is_initialized():  # `ray.kill` would start Ray
             return
+        # Ray first, so that it does not report the deaths; then SIGKILL, because a stopped process does not react to
+        # Ray.
         with suppress(Exception):
             for member in members:
-                if not self.watch.broken:
+                if not self.monitor.broken:
                     ray.kill(member.handle)
-            signal_all(members, signal.SIGKILL, elsewhere=self.watch.hung and not self.watch.broken)
+            signal_all(members, signal.SIGKILL, elsewhere=self.monitor.hung and not self.monitor.broken)
 
-    def forget(self, done: tuple[str, Call]) -> None:
-        """A call was answered, and with it all calls that nobody waits for and that are through."""
-        self.watch.calls.remove(done)
-        for one in list(self.started):
-            ready, _ = ray.wait(one[1].references, num_returns=len(one[1].references), timeout=0, fetch_local=False)
-            if len(ready) == len(one[1].references):
-                self.started.remove(one)
-                self.watch.calls.remove(one)
+    def forget(self, finished: tuple[str, WorkerCall]) -> None:
+        """Drop a finished call, and the finished ones among the calls that no caller waits for."""
+        self.monitor.calls.remove(finished)
+        for entry in list(self.started):
+            references = entry[1].references
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+            if len(ready) == len(references):
+                self.started.remove(entry)  # and with it the last reference to weights in the object store
+                self.monitor.calls.remove(entry)
 
     def _reserve(self) -> None:
-        """Get the slots, or say what was asked, what is there and what is missing."""
+        """Reserve the slots. Raises `PlacementError` if the cluster has too few."""
         deadline = time.monotonic() + self.section.start_timeout_s
         kind = "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
-        while (there := int(ray.cluster_resources().get(kind, 0))) < self.num_slots:
+        while (available := int(ray.cluster_resources().get(kind, 0))) < self.num_slots:
             if self.session.own or time.monotonic() > deadline:
-                raise self._refusal(kind, there)
-            time.sleep(NODE_POLL_S)  # nodes of a running cluster may still be joining
+                raise self._too_few_slots(kind, available)
+            time.sleep(NODE_POLL_S)  # nodes of a running cluster may still join
         self.on_gpu = kind == "GPU"
         bundle = {"CPU": 1.0, "GPU": 1.0} if self.on_gpu else {"CPU": 1.0}
         self._group: PlacementGroup = placement_group([bundle] * self.num_slots, strategy="PACK")
         if not self._group.wait(max(1.0, deadline - time.monotonic())):
             free = int(ray.available_resources().get(kind, 0))
-            raise self._refusal(kind, free, "free")
+            raise self._too_few_slots(kind, free, "free")
         table = placement_group_table(self._group)
         node_of = table["bundles_to_node_id"]
-        # Neighbouring slots lie on one node, so that a role of eight slots starting at 0 fills a node of eight GPUs.
+        # Neighboring slots lie on one node, so that a role of eight slots starting at 0 fills a node of eight GPUs.
         self._order = sorted(range(self.num_slots), key=lambda index: (node_of[index], index))
         self._node_of_slot = [node_of[index] for index in self._order]
 
-    def _refusal(self, kind: str, there: int, word: str = "there") -> PlacementError:
+    def _too_few_slots(self, kind: str, available: int, word: str = "there") -> PlacementError:
         return PlacementError(
-            f"placement asks for {self.num_slots} slots, {there} are {word} ({kind}s of the cluster), "
-            f"{self.num_slots - there} are missing",
+            f"placement asks for {self.num_slots} slots, {available} are {word} ({kind}s of the cluster), "
+            f"{self.num_slots - available} are missing",
             remedy="let roles share slots, or give the run more GPUs"
             + ("" if kind == "GPU" else "; on CPU raise cluster.slots_per_core"),
         )
 
-    def bring_up(
-        self, roles: Mapping[str, tuple[type[Worker], list[Spec], tuple[int, ...]]], log_dir: Path, clock: Clock
-    ) -> dict[str, RayRanks]:
-        """Start every role: worker class, one spec a rank, and the slots of its ranks. All come up at the same time.
+    def start_roles(
+        self, roles: Mapping[str, tuple[type[Worker], list[WorkerSpec], tuple[int, ...]]], log_dir: Path, clock: Clock
+    ) -> dict[str, RayWorkerGroup]:
+        """Start all roles at the same time. Each has a worker class, a spec for each rank, and the slots of its ranks.
 
-        Faults on purpose strike in phase ``start`` as the worker is made, in ``load`` as it joins its peers and loads.
+        Injected faults strike in phase ``start`` when a worker is made, and in ``load`` when it joins its peers and
+        loads its model.
         """
+        # A slot is divided evenly in Ray's count, and cores by the workers of a node: Ray enforces neither.
         sharing = [sum(slot in slots for _, _, slots in roles.values()) for slot in range(self.num_slots)]
-        on_node = dict.fromkeys(self._node_of_slot, 0)
+        workers_on = dict.fromkeys(self._node_of_slot, 0)
         for slot, count in enumerate(sharing):
-            on_node[self._node_of_slot[slot]] += count
-        pools = {}
+            workers_on[self._node_of_slot[slot]] += count
+        groups = {}
         for name, (worker, specs, slots) in roles.items():
-            environments = [self._environment(self._node_of_slot[slot], on_node) for slot in slots]
+            environments = [self._environment(self._node_of_slot[slot], workers_on) for slot in slots]
             shares = [1.0 / sharing[slot] for slot in slots]
-            logs = [log_dir / f"{name}-{spec.rank}.log" for spec in specs]
-            pools[name] = RayRanks(name, Cast(worker, specs, slots, environments, shares, logs), clock, self)
-        self._come_up(list(pools.values()))
-        self.watch.look_after_daemons()
-        return pools
+            logs = [log_dir / f"{name}-{rank.rank}.log" for rank in specs]
+            spec = RoleSpec(worker, specs, slots, environments, shares, logs)
+            groups[name] = RayWorkerGroup(name, spec, clock, self)
+        self._start_processes(list(groups.values()))
+        self.monitor.watch_daemons()
+        return groups
 
     def _environment(self, node: str, workers_on: Mapping[str, int]) -> dict[str, str]:
-        cores = {one["NodeID"]: int(one["Resources"].get("CPU", 1)) for one in ray.nodes()}
-        own = (os.cpu_count() or 1) if self.session.own else cores[node]  # our own cluster counts slots, not cores
-        return worker_environment(own, workers_on[node], self.session.own)
+        cores = {info["NodeID"]: int(info["Resources"].get("CPU", 1)) for info in ray.nodes()}
+        # Our own Ray counts slots (`cluster.slots_per_core`), not cores.
+        num_cores = (os.cpu_count() or 1) if self.session.own else cores[node]
+        return worker_environment(num_cores, workers_on[node], self.session.own)
 
-    def _processes(self, role: str, cast: Cast) -> list[Member]:
-        """New processes in the slots of a role."""
+    def _create_actors(self, role: str, spec: RoleSpec) -> list[Member]:
+        """New actors in the slots of a role."""
         members = []
-        for rank, slot in enumerate(cast.slots):
-            actor = ray.remote(Process).options(
-                num_cpus=cast.shares[rank],
-                num_gpus=cast.shares[rank] if self.on_gpu else 0,
+        for rank, slot in enumerate(spec.slots):
+            actor = ray.remote(WorkerActor).options(
+                num_cpus=spec.shares[rank],
+                num_gpus=spec.shares[rank] if self.on_gpu else 0,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._order[slot]),
-                runtime_env={"env_vars": cast.environments[rank]},
+                runtime_env={"env_vars": spec.environments[rank]},
             )
-            _begin_log(cast.logs[rank], f"{role}-{rank}: a process is started on slot {slot}")
-            handle = actor.remote(cast.logs[rank])
-            members.append(Member(role, rank, handle, cast.logs[rank], cast.worker.stateless))
+            _write_log_header(spec.logs[rank], f"{role}-{rank}: starting a process on slot {slot}")
+            handle = actor.remote(spec.logs[rank])
+            members.append(Member(role, rank, handle, spec.logs[rank], spec.worker.stateless))
         return members
 
-    def _come_up(self, pools: Sequence[RayRanks]) -> None:
-        """New processes for some roles, all at the same time, until their models are loaded."""
-        begun = time.monotonic()
-        deadline = begun + self.section.start_timeout_s
-        made, calls = [], []
-        for pool in pools:
-            slots = ranges(pool.cast.slots)
-            self.announce(f"{pool.role}: starting on {slots}, logs in {pool.cast.logs[0].parent}")
-            self.watch.members[pool.role] = self._processes(pool.role, pool.cast)
-            made.append(self._ask(pool, "start", "come_up", [(pool.cast.worker, spec) for spec in pool.cast.specs]))
-        for pool, call in zip(pools, made, strict=True):
-            places: list[Place] = self._answers(pool, call, deadline)
-            members = [replace(member, place=place) for member, place in zip(pool.members, places, strict=True)]
-            self.watch.members[pool.role] = members
-        for pool in pools:
-            place = pool.members[0].place
+    def _start_processes(self, groups: Sequence[RayWorkerGroup]) -> None:
+        """Start new processes for some roles, and wait until their models are loaded."""
+        start = time.monotonic()
+        deadline = start + self.section.start_timeout_s
+        creations, loads = [], []
+        # Every call of a stage is sent before the first is waited for: roles start and load side by side.
+        for group in groups:
+            spec = group.spec
+            self.announce(f"{group.role}: starting on {ranges(spec.slots)}, logs in {spec.logs[0].parent}")
+            self.monitor.members[group.role] = self._create_actors(group.role, spec)
+            arguments = [(spec.worker, worker_spec) for worker_spec in spec.specs]
+            creations.append(self._send(group, "start", "create_worker", arguments))
+        for group, call in zip(groups, creations, strict=True):
+            places: list[ProcessLocation] = self._wait_for_results(group, call, deadline)
+            members = [replace(member, place=place) for member, place in zip(group.members, places, strict=True)]
+            self.monitor.members[group.role] = members
+        # Rank 0 opens the rendezvous on a free port of its own node. Only then do the peers know where to connect.
+        for group in groups:
+            place = group.members[0].place
             host = LOOPBACK if self.session.own or place is None else place.host
-            (port,) = self._answers(pool, self._ask(pool, "meet", "open_store", [(host,)]), deadline)
-            calls.append(self._ask(pool, "load", "start", pool.everywhere(host, port)))
-            up = time.monotonic() - begun
-            self.announce(f"{pool.role}: {loading(pool.cast.specs[0].section)}, processes are up after {up:.1f} s")
-        for pool, call in zip(pools, calls, strict=True):
-            self._answers(pool, call, deadline)
-            self.announce(f"{pool.role}: ready after {time.monotonic() - begun:.1f} s")
+            (port,) = self._wait_for_results(group, self._send(group, "meet", "open_store", [(host,)]), deadline)
+            loads.append(self._send(group, "load", "start", group.everywhere(host, port)))
+            seconds = time.monotonic() - start
+            source = loading(group.spec.specs[0].section)
+            self.announce(f"{group.role}: {source}, processes are up after {seconds:.1f} s")
+        for group, call in zip(groups, loads, strict=True):
+            self._wait_for_results(group, call, deadline)
+            self.announce(f"{group.role}: ready after {time.monotonic() - start:.1f} s")
 
-    def _ask(self, pool: RayRanks, phase: str, method: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
-        return pool.ask(Call(phase, pool.clock.step, method, arguments))
+    def _send(self, group: RayWorkerGroup, phase: str, method: str, arguments: Sequence[tuple[Any, ...]]) -> WorkerCall:
+        return group.send(WorkerCall(phase, group.clock.step, method, arguments))
 
-    def _answers(self, pool: RayRanks, call: Call, deadline: float) -> list[Any]:
-        """Wait while roles come up: a process that dies here is not renewed."""
+    def _wait_for_results(self, group: RayWorkerGroup, call: WorkerCall, deadline: float) -> list[Any]:
+        """Wait during a start. A process that dies here is not restarted."""
         left = max(0.0, deadline - time.monotonic())
-        found = self.watch.wait(pool.role, call, left, "cluster.start_timeout_s")
-        self.forget((pool.role, call))
-        return found
+        values = self.monitor.wait(group.role, call, left, "cluster.start_timeout_s")
+        self.forget((group.role, call))
+        return values
 
-    def renew(self, ranks: RayRanks, error: DiedError) -> None:
-        """Bring up a role without state anew in its slots, and ask it again what it has not answered.
+    def restart(self, group: RayWorkerGroup, error: WorkerDiedError) -> None:
+        """Restart a stateless role in its slots, and send its open calls again.
 
-        Raises ``error`` for a role with state, for the death of another role's worker, and when it was often enough.
+        Raises ``error`` if the role has state, if a worker of another role died, or if no restart is left.
         """
-        if error.role != ranks.role or not ranks.cast.worker.stateless or self.restarts_left < 1:
+        if error.role != group.role or not group.spec.worker.stateless or self.restarts_left < 1:
             raise error
         self.restarts_left -= 1
         line = str(error).splitlines()[0]
-        self.report(
-            f"{line}; {ranks.role} has no state and is brought up anew, {self.restarts_left} more times at most"
-        )
-        unanswered = [call for role, call in self.watch.calls if role == ranks.role]
-        self.watch.calls = [one for one in self.watch.calls if one[0] != ranks.role]
-        self._kill(ranks.members)
+        self.report(f"{line}; restarting the stateless role {group.role}, {self.restarts_left} restarts left")
+        open_calls = [call for role, call in self.monitor.calls if role == group.role]
+        self._drop_calls(group.role)
+        self._kill(group.members)
         try:
-            self._come_up([ranks])
-        except DiedError as again:
-            self.watch.calls = [one for one in self.watch.calls if one[0] != ranks.role]
-            self.watch.calls += [(ranks.role, call) for call in unanswered]
-            self.renew(ranks, again)
+            self._start_processes([group])
+        except WorkerDiedError as next_error:
+            # The calls of the failed start are void; the open calls wait for the next try.
+            self._drop_calls(group.role)
+            self.monitor.calls += [(group.role, call) for call in open_calls]
+            self.restart(group, next_error)
             return
-        for call in unanswered:
-            ranks.ask(call)
+        for call in open_calls:
+            group.send(call)
+
+    def _drop_calls(self, role: str) -> None:
+        self.monitor.calls = [entry for entry in self.monitor.calls if entry[0] != role]

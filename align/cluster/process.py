@@ -1,4 +1,4 @@
-"""The surroundings of a worker process: its environment, its threads, its log, its end."""
+"""Setup of a worker process: environment, threads, log, and end."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ INHERITED = re.compile(
     r"|(HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|SAFETENSORS|RAY|SLURM|XDG)_.*"
     r"|ALIGN_REWARD_TOKEN\w*|ALIGN_\w+_KEY|OPENAI_API_KEY|SSL_CERT_.*|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(http|https|no|all|HTTP|HTTPS|NO|ALL)_(proxy|PROXY)"
 )
-"""Names of variables that Ray and its workers get from the driver; no others, for they may hold secrets of other
-programs. ``HF_TOKEN`` is among them, because workers read models from the hub, and ``ALIGN_REWARD_TOKEN``,
-``ALIGN_..._KEY``, ``OPENAI_API_KEY`` and ``NVIDIA_API_KEY``, because they ask services and endpoints. ``SLURM_JOB_ID``
-is, because jobs find what is left of them by it."""
+"""Names of the variables that Ray and its workers inherit from the driver. Others may hold secrets of other programs.
+``HF_TOKEN`` is inherited because workers read models from the hub, ``ALIGN_REWARD_TOKEN``, ``ALIGN_..._KEY``,
+``OPENAI_API_KEY`` and ``NVIDIA_API_KEY`` because workers call services and endpoints, and ``SLURM_JOB_ID`` because jobs
+find their leftover processes by it."""
 STACKS = signal.SIGUSR2
-"""Signal on which a worker writes the stacks of all its threads into its log."""
+"""Signal that makes a worker write the stacks of all threads into its log."""
 PR_SET_PDEATHSIG = 1
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of the driver's environment that Ray and its workers get."""
+    """The part of the driver's environment that Ray and its workers inherit."""
     return {name: value for name, value in environment.items() if INHERITED.fullmatch(name)}
 
 
 def worker_environment(num_cores: int, num_workers: int, loopback: bool) -> dict[str, str]:
-    """Variables of a worker on a machine of ``num_cores`` with ``num_workers`` in all; set before torch is imported.
+    """Variables of one of ``num_workers`` workers on a machine of ``num_cores``, set before torch is imported.
 
-    Threads are the worker's share of the cores, and OpenMP does not spin while it waits: with several processes on few
-    cores spinning costs 3 to 60 times on small matrices.
+    A worker gets its share of the cores as threads. OpenMP does not spin while it waits: several processes on few cores
+    take 3 to 60 times as long for small matrices if it spins.
     """
     threads = str(max(1, num_cores // max(1, num_workers)))
     environment = {
@@ -55,14 +55,14 @@ def worker_environment(num_cores: int, num_workers: int, loopback: bool) -> dict
 def driver_environment() -> dict[str, str]:
     """Variables of the driver, set before torch is imported.
 
-    With ``executor: local`` it computes, alone with all cores. Its threads wait actively, but not for long: measured on
-    two cores, libgomp's default spinning made steps 4 times slower as soon as one core was taken by a neighbour.
+    With ``executor: local`` it computes, alone with all cores. Its threads spin for a short time: measured on two
+    cores, libgomp's default spinning made steps 4 times slower when another process used one core.
     """
     return {"GOMP_SPINCOUNT": "10000", **quiet()}
 
 
 def quiet() -> dict[str, str]:
-    """Variables that keep libraries from calling home and from progress bars in log files."""
+    """Variables that turn off telemetry of libraries and progress bars in log files."""
     return {
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -73,10 +73,10 @@ def quiet() -> dict[str, str]:
 
 
 def open_log(path: Path) -> None:
-    """Send everything this process writes to ``path``, stacks of fatal signals and of `STACKS` included. What Python
-    writes holds no secret of the environment.
+    """Redirect the output of this process to ``path``, with the stacks of fatal signals and of `STACKS`. Secrets of the
+    environment are redacted from Python's output.
 
-    The stacks are written by the signal's handler itself, so they come also while the interpreter's lock is held.
+    The signal handler itself writes the stacks, so they appear even while the interpreter's lock is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", buffering=1)
@@ -89,18 +89,18 @@ def open_log(path: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process when the one that started it ends, however it ends.
+    """Make the system kill this process when its parent ends.
 
-    A worker that is stopped or holds the interpreter's lock cannot see that its raylet is gone.
+    A worker that is stopped, or that holds the interpreter's lock, cannot notice that its raylet is gone.
     """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def state(pid: int) -> str:
-    """State letter of a process of this machine as in proc(5): R, S, D, T (stopped), Z; empty when it is gone."""
+    """State letter of a process of this machine as in proc(5): R, S, D, T (stopped), Z; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -108,12 +108,12 @@ def state(pid: int) -> str:
 
 
 def signal_workers(pids: list[int], number: int) -> dict[int, str]:
-    """Send a signal to those of ``pids`` that are workers of Ray; returns the state of each before."""
+    """Send a signal to those of ``pids`` that are Ray workers. Returns the state that each had before."""
     states = {pid: state(pid) for pid in pids}
     for pid in pids:
         try:
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):  # the number may have been given anew
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):  # the system may have reused the pid
                 os.kill(pid, number)
         except OSError:
-            continue  # gone meanwhile
+            continue  # the process has ended
     return states

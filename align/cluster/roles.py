@@ -26,15 +26,15 @@ from align.models.exported_files import Exported
 from align.run import Clock
 from align.workers import critic, generator, local, policy, reward
 from align.workers.announce import Announce, to_stdout
-from align.workers.base import Ranks, Role, Spec
+from align.workers.base import Role, WorkerGroup, WorkerSpec
 
 ROLES: dict[type[RoleConfig], type[Role]] = {
     PolicyConfig: policy.Policy,
     SamplerConfig: policy.Sampler,
     CriticConfig: critic.Critic,
     ReferenceConfig: policy.Reference,
-    PriorPolicyConfig: policy.Base,
-    PreviousPolicyConfig: policy.Previous,
+    PriorPolicyConfig: policy.PriorPolicy,
+    PreviousPolicyConfig: policy.FrozenSampler,
     RewardConfig: reward.Reward,
     TrainedRewardConfig: reward.TrainedReward,
     GeneratorConfig: generator.Generator,
@@ -50,7 +50,7 @@ class StartOptions:
     total_steps: int = 0
     """Optimizer steps of trained roles, for their learning-rate schedule."""
     skip_non_finite: bool = False
-    """See `align.workers.base.Spec`."""
+    """See `align.workers.base.WorkerSpec`."""
     exported: Mapping[str, Exported] = field(default_factory=dict)
     """What the exported folder of a trained role says, by role."""
     clock: Clock = field(default_factory=Clock)
@@ -82,15 +82,15 @@ def start_roles(
     for name, config in configs.items():
         size = len(slots[name]) if executor == "ray" else 1
         shared = (config, options.seed, options.total_steps, cluster.call_timeout_s, options.skip_non_finite)
-        specs[name] = [Spec(name, rank, size, *shared, options.exported.get(name)) for rank in range(size)]
+        specs[name] = [WorkerSpec(name, rank, size, *shared, options.exported.get(name)) for rank in range(size)]
 
-    def attached(ranks: Mapping[str, Ranks]) -> dict[str, Any]:
+    def attached(ranks: Mapping[str, WorkerGroup]) -> dict[str, Any]:
         return {name: role_class(ranks[name], configs[name]) for name, role_class in classes.items()}
 
     if executor == "local":
         yield attached(
             {
-                name: local.bring_up(role_class.worker, specs[name][0], options.clock, options.announce)
+                name: local.start_role(role_class.worker, specs[name][0], options.clock, options.announce)
                 for name, role_class in classes.items()
             }
         )
@@ -100,7 +100,7 @@ def start_roles(
     with RayCluster(cluster, num_slots, options.interrupt, report, options.max_restarts, options.announce) as ray:
         options.ray_started()
         workers = {name: (role_class.worker, specs[name], slots[name]) for name, role_class in classes.items()}
-        yield attached(ray.bring_up(workers, logs.absolute(), options.clock))
+        yield attached(ray.start_roles(workers, logs.absolute(), options.clock))
 
 
 def _role_class(name: str, config: RoleConfig) -> type[Role]:

@@ -1,4 +1,4 @@
-"""A session of Ray: one of our own on the loopback interface, or one that runs already."""
+"""A Ray session: a private one on the loopback interface, or a connection to a running cluster."""
 
 from __future__ import annotations
 
@@ -17,29 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] - compiled
 
-from align.cluster import reaper
+from align.cluster import ray_internals, reaper
 from align.cluster.process import inherited
 from align.config import ClusterConfig
 from align.errors import PlacementError, WorkerError
 
 LOOPBACK = "127.0.0.1"
 FOLDERS = Path("/tmp")
-"""Short, because paths of sockets hold at most 107 characters."""
+"""Parent of the session folders. Short, because a socket path holds at most 107 characters."""
 PREFIX = "align-ray-"
 TOKEN = "token"
-KNOCK_S = 1.0
+CONNECT_RETRY_S = 1.0
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
 
 
 class Session:
-    """Ray for the time of a context.
+    """Ray of this process.
 
-    Our own has a folder that only this user may enter, with a token of 256 bits without which nobody may ask anything
-    of it. Ray knows two switches for that, an environment variable each; and one that keeps it on 127.0.0.1, made for
-    other systems, without which it would listen on every interface.
+    A private Ray has a folder that only this user may enter. The folder holds a token of 256 bits, which every request
+    to this Ray must carry. See `align.cluster.ray_internals.private_cluster` for the address it listens on.
     """
 
     def __init__(self, section: ClusterConfig):
@@ -54,24 +51,25 @@ class Session:
         return self.section.address is None
 
     def open(self) -> None:
-        """Start or join. Raises `WorkerError` when that fails, and `PlacementError` where nothing listens at
-        ``cluster.address``."""
+        """Start or join. Raises `PlacementError` if nothing listens at ``cluster.address`` or if this version of Ray is
+        not supported, and `WorkerError` for any other failure."""
+        ray_internals.check_version()
         try:
             if self.own:
                 remove_abandoned()
                 self._open_own()
             else:
-                self._knock(str(self.section.address))
+                self._wait_for_address(str(self.section.address))
                 ray.init(address=self.section.address, **QUIET)
         except PlacementError:
             raise
-        except Exception as error:  # Ray raises a bare one where its own processes are slow to start
+        except Exception as error:  # Ray raises a plain Exception if its own processes start slowly
             self.close()
             remedy = (
-                "look for what else keeps this machine busy, and try again"
+                "check what else keeps this machine busy, and try again"
                 if self.own
                 else "check cluster.address=HOST:PORT, that its Ray has this version, and RAY_AUTH_TOKEN_PATH if it "
-                "wants a token"
+                "requires a token"
             )
             raise WorkerError(
                 f"Ray cannot be reached or started: {str(error).strip() or type(error).__name__}",
@@ -82,7 +80,7 @@ class Session:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=FOLDERS))
         token = self._folder / TOKEN
         self._lock = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # held as long as this process lives, see `remove_abandoned`
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # held until this process ends, see `remove_abandoned`
         os.write(self._lock, secrets.token_hex(32).encode())
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", reaper.__file__, str(self._folder)],
@@ -90,25 +88,25 @@ class Session:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={},
-            start_new_session=True,  # a signal to the driver's group is not for it
+            start_new_session=True,  # so that a signal to the driver's process group does not reach it
         )
-        with _surroundings(token):
+        with _session_environment(token), ray_internals.private_cluster():
             ray.init(
                 address="local",
                 num_cpus=(os.cpu_count() or 1) * self.section.slots_per_core,
                 include_dashboard=False,
                 _node_ip_address=LOOPBACK,
-                _temp_dir=str(self._folder / "r"),  # which Ray opens to everybody; the folder around it stays closed
+                _temp_dir=str(self._folder / "r"),  # Ray opens this folder to everybody, but not the one around it
                 **QUIET,
             )
 
-    def _knock(self, address: str) -> None:
-        """Wait until something listens there: Ray itself would try for minutes."""
+    def _wait_for_address(self, address: str) -> None:
+        """Wait until a process listens at the address. Ray itself would try for minutes."""
         host, _, port = address.rpartition(":")
         deadline = time.monotonic() + self.section.start_timeout_s
         while True:
             try:
-                socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+                socket.create_connection((host, int(port)), timeout=CONNECT_RETRY_S).close()
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -117,10 +115,10 @@ class Session:
                         f"cluster.address={address} could not be reached within {waited}: {error}",
                         remedy="check host and port, that Ray runs there (ray start --head), and firewalls between",
                     ) from error
-            time.sleep(KNOCK_S)
+            time.sleep(CONNECT_RETRY_S)
 
     def close(self) -> None:
-        """End Ray, or leave the one that runs, and remove what lies in /tmp. Does not raise."""
+        """End the private Ray and remove its folder, or disconnect from the running one. Does not raise."""
         if ray.is_initialized():
             with suppress(Exception):
                 ray.shutdown()
@@ -136,19 +134,15 @@ class Session:
 
 
 @contextmanager
-def _surroundings(token: Path) -> Iterator[None]:
-    """The environment in which Ray's processes and all workers are started, and what Ray keeps of it in memory."""
-    before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
-    mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+def _session_environment(token: Path) -> Iterator[None]:
+    """Within it, the environment of this process is the one that Ray's processes and all workers inherit."""
+    previous = dict(os.environ)
+    session = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     try:
-        _set_environment({**inherited(before), **mine})
-        ray_constants.ENABLE_RAY_CLUSTER = False  # nodes of other machines cannot join, so 127.0.0.1 is address enough
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        _set_environment({**inherited(previous), **session})
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
-        _set_environment(before)
+        _set_environment(previous)
 
 
 def _set_environment(values: dict[str, str]) -> None:
@@ -158,10 +152,10 @@ def _set_environment(values: dict[str, str]) -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove folders of drivers that were killed: those of this user whose token file nobody holds locked.
+    """Remove the folders of drivers that were killed: those of this user whose token file no process has locked.
 
-    A lock and not the number in the name decides: numbers are given anew, and mean nothing in another container that
-    shares the file system.
+    The lock decides and not the pid in the name: the system reuses pids, and another container that shares /tmp has
+    different ones.
     """
     for folder in FOLDERS.glob(f"{PREFIX}*-*"):
         with suppress(OSError):

@@ -39,7 +39,7 @@ KEY_BLOCK = 32
 
 
 @dataclass
-class _Drawn:
+class _SampledTokens:
     """What has been sampled so far for sequence i of a request, column t being its token t."""
 
     ids_BT: Tensor
@@ -49,7 +49,7 @@ class _Drawn:
     finished_B: Tensor
 
     @classmethod
-    def empty(cls, num_sequences: int, max_tokens: int, device: torch.device) -> _Drawn:
+    def empty(cls, num_sequences: int, max_tokens: int, device: torch.device) -> _SampledTokens:
         shape = (num_sequences, max_tokens)
         zeros = lambda dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
         length = torch.zeros(num_sequences, dtype=torch.int64, device=device)
@@ -73,7 +73,7 @@ class _Drawn:
 
 
 @dataclass
-class _Request:
+class _SamplingState:
     """B = P * K sequences to sample, sequence i being sample ``i % K`` of prompt ``i // K``."""
 
     model: PreTrainedModel
@@ -81,17 +81,17 @@ class _Request:
     sampling: SamplingConfig
     seed: int
     stop_ids: Tensor
-    drawn: _Drawn
+    sampled: _SampledTokens
 
     @classmethod
-    def of(cls, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int) -> _Request:
+    def of(cls, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int) -> _SamplingState:
         """A request to ``model``, which may end responses by ids of its own (Llama 3 has several)."""
         device = model.device
         configured = getattr(model.generation_config, "eos_token_id", None)
         own = configured if isinstance(configured, list) else [configured]
         stop_ids = sorted({*prompts.stop_ids, *(id for id in own if id is not None)})
-        drawn = _Drawn.empty(len(prompts) * sample.num_samples, sample.max_tokens, device)
-        return cls(model, prompts, sample, seed, torch.tensor(stop_ids, dtype=torch.int64, device=device), drawn)
+        sampled = _SampledTokens.empty(len(prompts) * sample.num_samples, sample.max_tokens, device)
+        return cls(model, prompts, sample, seed, torch.tensor(stop_ids, dtype=torch.int64, device=device), sampled)
 
     def noise(self, sequence_B: Tensor) -> Tensor:
         """Uniform numbers for every token that each of these sequences may sample, (B, max_tokens)."""
@@ -104,16 +104,16 @@ class _Request:
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, sequence_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sample the next token of each sequence, of those that the tokenizer has, and note it. Returns the ids and
         which sequences go on."""
-        s, drawn = self.sampling, self.drawn
+        s, sampled = self.sampling, self.sampled
         logits_BV = restricted(self.model, logits_BV)
         ids, logprob, untempered = sampling.sample(logits_BV, uniform_B, s.temperature, s.top_k, s.top_p, s.min_p)
-        t = drawn.length_B[sequence_B]
-        drawn.ids_BT[sequence_B, t] = ids
-        drawn.logprob_BT[sequence_B, t] = logprob
-        drawn.untempered_BT[sequence_B, t] = untempered
-        drawn.length_B[sequence_B] = t + 1
-        drawn.finished_B[sequence_B] = torch.isin(ids, self.stop_ids)
-        return ids, ~drawn.finished_B[sequence_B] & (t + 1 < s.max_tokens)
+        t = sampled.length_B[sequence_B]
+        sampled.ids_BT[sequence_B, t] = ids
+        sampled.logprob_BT[sequence_B, t] = logprob
+        sampled.untempered_BT[sequence_B, t] = untempered
+        sampled.length_B[sequence_B] = t + 1
+        sampled.finished_B[sequence_B] = torch.isin(ids, self.stop_ids)
+        return ids, ~sampled.finished_B[sequence_B] & (t + 1 < s.max_tokens)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Decoder:
     @torch.no_grad()
     def generate(self, prompts: Prompts, sample: SamplingConfig, seed: int) -> Rollouts:
         """K responses to each prompt, neighbours in the order of their number. Exact in the sense of `Rollouts`."""
-        request = _Request.of(self.model, prompts, sample, seed)
+        request = _SamplingState.of(self.model, prompts, sample, seed)
         count = len(prompts) * sample.num_samples
         self._reserve(prompts, sample, count)
         waiting, rows = 0, self._no_rows(sample.max_tokens)
@@ -163,7 +163,7 @@ class Decoder:
             else:
                 self._idle()
             rows = self._compact(rows, waiting < count)
-        return request.drawn.rollouts(prompts, sample)
+        return request.sampled.rollouts(prompts, sample)
 
     def _more(self, busy: bool) -> bool:
         return busy if self.agree is None else self.agree(int(busy)) > 0
@@ -181,7 +181,7 @@ class Decoder:
         empty = lambda: torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)  # noqa: E731
         self.cache = [(empty(), empty()) for _ in self.body.layers]
 
-    def _prefill(self, request: _Request, sequence: Tensor, first_slot: int) -> _Rows:
+    def _prefill(self, request: _SamplingState, sequence: Tensor, first_slot: int) -> _Rows:
         """Run the prompts of new sequences, each once, and sample every sequence's first token."""
         K = request.sampling.num_samples
         prompt_of = (sequence // K).cpu()
@@ -208,7 +208,7 @@ class Decoder:
         ids, alive = request.draw(logits, uniform[:, 0], sequence)
         return _Rows(sequence, ids, copies.lengths_B.to(sequence.device), uniform, alive)
 
-    def _decode(self, request: _Request, rows: _Rows) -> None:
+    def _decode(self, request: _SamplingState, rows: _Rows) -> None:
         """One token more for every row; rows that have finished are computed and ignored until they are removed."""
         num_rows = len(rows.alive)
         slots = torch.arange(num_rows, device=rows.token.device)
@@ -233,7 +233,7 @@ class Decoder:
         logits = self.lm_head(hidden)
         live = rows.alive.nonzero().squeeze(1)
         sequence = rows.sequence[live]
-        t = request.drawn.length_B[sequence]
+        t = request.sampled.length_B[sequence]
         ids, alive = request.draw(logits[live], rows.uniform[live, t], sequence)
         rows.token[live] = ids
         rows.position[live] += 1
@@ -280,8 +280,8 @@ class Decoder:
 class _HashSampler(LogitsProcessor):
     """Draws with our sampler inside ``transformers.generate``: leaves only the drawn token possible."""
 
-    def __init__(self, request: _Request, prompt_length: int):
-        sequence = torch.arange(len(request.drawn.length_B), device=request.stop_ids.device)
+    def __init__(self, request: _SamplingState, prompt_length: int):
+        sequence = torch.arange(len(request.sampled.length_B), device=request.stop_ids.device)
         self.request, self.prompt_length, self.uniform = request, prompt_length, request.noise(sequence)
         self.sequence, self.open = sequence, torch.ones_like(sequence, dtype=torch.bool)
 
@@ -289,20 +289,20 @@ class _HashSampler(LogitsProcessor):
         t = input_ids.shape[1] - self.prompt_length
         live = self.open.nonzero().squeeze(1)
         forced = torch.full_like(scores, -float("inf"))
-        ids, going_on = self.request.draw(scores[live], self.uniform[live, t], self.sequence[live])
+        ids, alive = self.request.draw(scores[live], self.uniform[live, t], self.sequence[live])
         forced[live, ids] = 0.0
         forced[~self.open, self.request.stop_ids[0]] = 0.0
-        self.open[live] = going_on
+        self.open[live] = alive
         return forced
 
 
 @torch.no_grad()
 def generate_any(model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int) -> Rollouts:
     """The same rollouts for any causal language model, by ``transformers.generate`` on left-padded prompts."""
-    request = _Request.of(model, prompts, sample, seed)
+    request = _SamplingState.of(model, prompts, sample, seed)
     stop_ids = request.stop_ids
     if not len(prompts):
-        return request.drawn.rollouts(prompts, sample)
+        return request.sampled.rollouts(prompts, sample)
     prompt_B = torch.arange(len(prompts)).repeat_interleave(sample.num_samples)
     rows = prompts.tokens.select(prompt_B)
     empty = Packed(torch.empty(0, dtype=torch.int64), torch.zeros(len(rows) + 1, dtype=torch.int64))
@@ -310,7 +310,7 @@ def generate_any(model: PreTrainedModel, prompts: Prompts, sample: SamplingConfi
     length = layout.input_ids.shape[1]
     generator: Any = model
     # Penalties and suppressed tokens of the checkpoint would part what is sampled from what is trained.
-    habits, generator.generation_config = generator.generation_config, GenerationConfig()
+    saved_config, generator.generation_config = generator.generation_config, GenerationConfig()
     try:
         generator.generate(
             layout.input_ids,
@@ -323,8 +323,8 @@ def generate_any(model: PreTrainedModel, prompts: Prompts, sample: SamplingConfi
             logits_processor=LogitsProcessorList([_HashSampler(request, length)]),
         )
     finally:
-        generator.generation_config = habits
-    return request.drawn.rollouts(prompts, sample)
+        generator.generation_config = saved_config
+    return request.sampled.rollouts(prompts, sample)
 
 
 def generate(

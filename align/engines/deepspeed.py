@@ -312,7 +312,7 @@ class Engine:
     def restore(self, folder: Path) -> None:
         """Go back to what is stored in the folder of a role; every rank calls this. Raises `ModelError` where it does
         not fit this model."""
-        stored = optimizer_state.Stored(folder)
+        stored = optimizer_state.StoredState(folder)
         self.training.apply(stored)
         self.step = int(stored.counters["step"])
 

@@ -52,7 +52,7 @@ COUNTERS = "engine.json"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterSlice:
     """``numel`` elements of a parameter from element ``start`` on, at ``offset`` of a tensor that AdamW steps on."""
 
     name: str
@@ -72,7 +72,7 @@ def _present(path: Path) -> Path:
     return path
 
 
-class Stored:
+class StoredState:
     """The pieces of all ranks in the folder of a role, whose hashes the checkpoint's manifest has proved."""
 
     def __init__(self, folder: Path):
@@ -148,7 +148,7 @@ class TrainingState:
         return {name: made.get(id(parameter), 0) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
-    def apply(self, stored: Stored) -> None:
+    def apply(self, stored: StoredState) -> None:
         """Take over weights and optimizer state; every rank calls this. Raises `ModelError` before anything changes
         where they do not fit."""
         stored.check({name: getattr(p, "ds_numel", p.numel()) for name, p in self._parameters.items()})
@@ -169,7 +169,7 @@ class TrainingState:
                 values["step"].fill_(steps[piece.name])
         self._publish()
 
-    def _owned(self) -> Sequence[Piece]:
+    def _owned(self) -> Sequence[ParameterSlice]:
         """At ZeRO 0 every rank holds everything, and rank 0 stores it."""
         return self._pieces if self._stage or dist.get_rank() == 0 else ()
 
@@ -179,20 +179,20 @@ class TrainingState:
             return self._optimizer.fp32_partitioned_groups_flat
         return self._optimizer.single_partition_of_fp32_groups if self._stage else list(self._parameters.values())
 
-    def _piece(self, name: str, parameter: Any) -> Piece | None:
+    def _piece(self, name: str, parameter: Any) -> ParameterSlice | None:
         if not self._stage:
-            return Piece(name, 0, parameter.numel(), parameter, 0)
+            return ParameterSlice(name, 0, parameter.numel(), parameter, 0)
         if self._stage < 3:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None  # wholly in the partitions of other ranks
             flat = self._flats()[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            return Piece(name, here.start, here.numel, flat, there.start)
+            return ParameterSlice(name, here.start, here.numel, flat, there.start)
         group, offset, numel = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         start = dist.get_rank() * numel
         count = min(numel, parameter.ds_numel - start)  # the last ranks have padding, or nothing else
-        return Piece(name, start, count, self._flats()[group], offset) if count > 0 else None
+        return ParameterSlice(name, start, count, self._flats()[group], offset) if count > 0 else None
 
     def _publish(self) -> None:
         """Make the weights that the model computes with those that AdamW steps on, as DeepSpeed does after a step."""

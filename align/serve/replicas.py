@@ -23,8 +23,8 @@ from torch import Tensor
 
 from align import errors
 from align.cluster import process
-from align.cluster.daemons import Daemons
-from align.cluster.serve_grpc import block_grpc_port
+from align.cluster.health import RayDaemons
+from align.cluster.ray_internals import block_grpc_port
 from align.config import RewardServiceConfig
 from align.data.chat import Dialogue
 from align.errors import AlignError, PlacementError, WorkerError
@@ -145,7 +145,7 @@ def start_replicas(
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     handle = _unless_stopped(stop, config.start_timeout_s, lambda: serve.run(bound, name=NAME, route_prefix=None))
     backend = ReplicaBackend(handle)
-    daemons = Daemons({node["NodeID"]: "the service" for node in ray.nodes()})
+    daemons = RayDaemons({node["NodeID"]: "the service" for node in ray.nodes()})
 
     def check() -> None:
         if daemon := daemons.dead():

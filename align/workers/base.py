@@ -36,7 +36,7 @@ U = TypeVar("U")
 
 
 @dataclass(frozen=True)
-class Spec:
+class WorkerSpec:
     """What a rank must know to come up."""
 
     role: str
@@ -54,34 +54,34 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Answer(Record, Generic[T]):
+class WorkerResult(Record, Generic[T]):
     """What a method returned, and when the worker was at it."""
 
     value: T
     span: Span
 
 
-def answered(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], Answer[T]]:
+def worker_method(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], WorkerResult[T]]:
     """Make a worker's method report how long it was busy. A fault on purpose may spoil the value."""
 
     @functools.wraps(method)
-    def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
+    def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> WorkerResult[T]:
         begin = time.time()
         value = method(self, *args, **kwargs)
         number = fault_injection.corrupt("answer")
-        return Answer(value if number is None else _spoilt(value, number), (begin, time.time()))
+        return WorkerResult(value if number is None else _corrupted(value, number), (begin, time.time()))
 
     return timed
 
 
-def _spoilt(value: Any, number: float) -> Any:
+def _corrupted(value: Any, number: float) -> Any:
     """``value`` with ``number`` as first element of its tensors of floats."""
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
         value = value.clone(memory_format=torch.contiguous_format)
         value.view(-1)[0] = number
     elif is_dataclass(value) and not isinstance(value, type):
         tensors = {f.name: getattr(value, f.name) for f in fields(value)}
-        value = replace(value, **{name: _spoilt(one, number) for name, one in tensors.items()})
+        value = replace(value, **{name: _corrupted(one, number) for name, one in tensors.items()})
     return value
 
 
@@ -94,7 +94,7 @@ class Worker:
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: WorkerSpec):
         self.spec = spec
 
     def open_store(self, host: str) -> int:
@@ -155,7 +155,7 @@ class TrainedWorker(Worker):
         """What the head needs to know about a batch beside its tokens."""
         return {}
 
-    @answered
+    @worker_method
     def update(self, batch: Batch, loss: LossFunction) -> Metrics:
         """One optimizer step on this rank's share."""
         arguments = self._forward_arguments(batch)
@@ -165,7 +165,7 @@ class TrainedWorker(Worker):
     def _writer(self) -> futures.Executor:
         return futures.ThreadPoolExecutor(1, thread_name_prefix="save")
 
-    @answered
+    @worker_method
     def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
         """Write this rank's part of the training state below ``folder / role`` (`align.engines.optimizer_state`).
 
@@ -183,7 +183,7 @@ class TrainedWorker(Worker):
         self._writing = self._writer.submit(_write, folder, role, files, counters)
         return [] if overlap else self._written()
 
-    @answered
+    @worker_method
     def saved(self) -> list[FileRecord]:
         """Wait for a save that overlaps and return its records, once; none without one. Raises `SaveError`."""
         return self._written()
@@ -192,19 +192,19 @@ class TrainedWorker(Worker):
         writing, self._writing = self._writing, None
         return [] if writing is None else writing.result()
 
-    @answered
+    @worker_method
     def restore(self, folder: Path) -> None:
         """Go back to what `save` wrote, on any number of ranks and at any ZeRO stage. Raises `ModelError`."""
         own = folder / self.spec.role
         self.engine.restore(own)
         optimizer_state.restore_random_state(own, self.spec.seed, self.engine.step)
 
-    @answered
+    @worker_method
     def state_bytes(self) -> int:
         """About what this rank would write."""
         return self.engine.training.num_bytes() + sum(one.nbytes for one in optimizer_state.random_state().values())
 
-    @answered
+    @worker_method
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
         """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk.
 
@@ -249,7 +249,7 @@ def _write(
 
 
 @dataclass(frozen=True)
-class After(Generic[U]):
+class ChainedFuture(Generic[U]):
     """An answer that stands only when another call went well too."""
 
     first: Future[Any]
@@ -265,7 +265,7 @@ class After(Generic[U]):
         return self.first.done() and self.then.done()
 
 
-class Ranks(ABC):
+class WorkerGroup(ABC):
     """The workers of a role, wherever they are."""
 
     world_size: int
@@ -274,16 +274,16 @@ class Ranks(ABC):
     def call(
         self,
         phase: str,
-        method: Callable[..., Answer[T]],
+        method: Callable[..., WorkerResult[T]],
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
     ) -> Future[U]:
         """Call ``method`` (of the worker class) on every rank with its own arguments; ``gather`` their values."""
 
     @abstractmethod
-    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def start(self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call ``method`` on every rank and fetch nothing: what comes back may be passed, as it is, as an argument to
-        a call of another role, which gets the `Answer`. For faults and messages its phase is ``sync``."""
+        a call of another role, which gets the `WorkerResult`. For faults and messages its phase is ``sync``."""
 
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""
@@ -295,7 +295,7 @@ class Role:
 
     worker: type[Worker]
 
-    def __init__(self, ranks: Ranks, section: RoleConfig):
+    def __init__(self, ranks: WorkerGroup, section: RoleConfig):
         self.ranks, self.section = ranks, section
 
 

@@ -11,7 +11,7 @@ from align.models import heads, load
 from align.rewards import checkpoint_format
 from align.roles import Future
 from align.types import Sequences
-from align.workers.base import TrainedRole, TrainedWorker, answered, merged
+from align.workers.base import TrainedRole, TrainedWorker, merged, worker_method
 
 
 class CriticWorker(TrainedWorker):
@@ -34,7 +34,7 @@ class CriticWorker(TrainedWorker):
         self._make_trainable(self.model, task="SEQ_CLS")
         self.engine = Engine(heads.TokenValues(self.model), section, self.device, spec.total_steps)
 
-    @answered
+    @worker_method
     def values(self, sequences: Sequences) -> Tensor:
         """Values of this rank's sequences, (B, T)."""
         return self.engine.infer(sequences)["value_BT"]

@@ -11,7 +11,7 @@ from align.engines import optimizer_state
 from align.generators.base import Completion, Request
 from align.generators.models import build_generator
 from align.roles import Future, Metrics
-from align.workers.base import Ranks, Role, Worker, answered, by_rank
+from align.workers.base import Role, Worker, WorkerGroup, by_rank, worker_method
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GeneratorWorker(Worker):
         optimizer_state.seed_generators(self.spec.seed)
         self.generator = build_generator(section, self.device, self.spec.seed)
 
-    @answered
+    @worker_method
     def complete(self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool) -> RankCompletions:
         """Answers to this rank's requests."""
         return RankCompletions(self.generator.complete(requests, sampling, margins), self.generator.metrics())
@@ -44,7 +44,7 @@ class Generator(Role):
 
     worker = GeneratorWorker
 
-    def __init__(self, ranks: Ranks, section: RoleConfig, phase: str = "complete"):
+    def __init__(self, ranks: WorkerGroup, section: RoleConfig, phase: str = "complete"):
         """``phase`` is the name under which its seconds are counted."""
         super().__init__(ranks, section)
         self.phase = phase

@@ -12,13 +12,13 @@ from align.roles import CompletedFuture
 from align.run import Clock
 from align.utils import fault_injection
 from align.workers.announce import Announce, announced, silent
-from align.workers.base import Answer, Ranks, Spec, Worker
+from align.workers.base import Worker, WorkerGroup, WorkerResult, WorkerSpec
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
-class LocalRanks(Ranks):
+class LocalWorkerGroup(WorkerGroup):
     """The only rank of a role, called directly."""
 
     world_size = 1
@@ -29,21 +29,25 @@ class LocalRanks(Ranks):
     def call(
         self,
         phase: str,
-        method: Callable[..., Answer[T]],
+        method: Callable[..., WorkerResult[T]],
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
     ) -> CompletedFuture[U]:
-        """See `align.workers.base.Ranks`."""
+        """See `align.workers.base.WorkerGroup`."""
         self.clock.begin(phase)
         answer = self._run(phase, method, arguments)
         self.clock.record(phase, [answer.span])
         return CompletedFuture(gather([answer.value]))
 
-    def start(self, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
-        """See `align.workers.base.Ranks`."""
+    def start(
+        self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]
+    ) -> list[WorkerResult[T]]:
+        """See `align.workers.base.WorkerGroup`."""
         return [self._run("sync", method, arguments)]
 
-    def _run(self, phase: str, method: Callable[..., Answer[T]], arguments: Sequence[tuple[Any, ...]]) -> Answer[T]:
+    def _run(
+        self, phase: str, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]
+    ) -> WorkerResult[T]:
         role, step = self.worker.spec.role, self.clock.step
         try:
             fault_injection.maybe_inject(role, 0, phase, step)
@@ -55,11 +59,11 @@ class LocalRanks(Ranks):
             ) from error
 
 
-def bring_up(worker: type[Worker], spec: Spec, clock: Clock, announce: Announce = silent) -> LocalRanks:
+def start_role(worker: type[Worker], spec: WorkerSpec, clock: Clock, announce: Announce = silent) -> LocalWorkerGroup:
     """Start the role in this process."""
     fault_injection.maybe_inject(spec.role, spec.rank, "start", clock.step)
     instance = worker(spec)
     fault_injection.maybe_inject(spec.role, spec.rank, "load", clock.step)
     with announced(announce, spec.role, spec.section, "in this process"):
         instance.start_alone()
-    return LocalRanks(instance, clock)
+    return LocalWorkerGroup(instance, clock)

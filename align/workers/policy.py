@@ -20,19 +20,19 @@ from align.models.weights import named_weights
 from align.roles import CompletedFuture, Future, LossFunction, Metrics
 from align.types import Batch, Packed, Prompts, Rollouts, Sequences, Weights
 from align.workers.base import (
-    After,
-    Answer,
-    Ranks,
+    ChainedFuture,
     Role,
     TrainedRole,
     TrainedWorker,
     Worker,
-    answered,
+    WorkerGroup,
+    WorkerResult,
     by_rank,
     merged,
+    worker_method,
 )
 
-MOST_LAG = 1000
+MAX_ROLLOUTS_IN_FLIGHT = 1000
 """Rollouts that may be under way at a time, far above any max_off_policy_steps."""
 
 
@@ -49,7 +49,7 @@ class ReferenceWorker(Worker):
         assert isinstance(self.spec.section, ModelConfig)
         self.engine = Engine(heads.TokenLogprobs(model), self.spec.section, self.device, self.spec.total_steps)
 
-    @answered
+    @worker_method
     def logprobs(self, sequences: Sequences, temperature: float) -> Tensor:
         """log pi(token t | before) of this rank's sequences, (B, T)."""
         return self.engine.infer(sequences, temperature=temperature)["logprob_BT"]
@@ -89,12 +89,12 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
         return {"temperature": batch.temperature}
 
-    @answered
+    @worker_method
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts, with dropout off and on the weights as they are now."""
         return self._sampled(prompts, sampling)
 
-    @answered
+    @worker_method
     def weights(self) -> Weights:
         """All weights as they are now, for a sampler; every rank takes part, only rank 0 has them."""
         computed = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)
@@ -109,8 +109,8 @@ class SamplerWorker(Worker):
         self.model = self._causal_lm().eval()
         nn.Module.to(self.model, self.device)
 
-    @answered
-    def receive(self, sent: Answer[Weights]) -> None:
+    @worker_method
+    def receive(self, sent: WorkerResult[Weights]) -> None:
         """Take over the policy's weights, every one of them, and compute what the policy computes with them.
 
         Raises `ModelError` where log-probabilities of a fixed batch differ by more than rounding explains.
@@ -134,7 +134,7 @@ class SamplerWorker(Worker):
                 "policy.lora.targets, or hold both in float32",
             )
 
-    @answered
+    @worker_method
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts on the weights received last."""
         section = self.spec.section
@@ -148,14 +148,14 @@ class Sampler(Role):
     worker = SamplerWorker
 
     def receive(self, sent: Any) -> Future[None]:
-        """Renew the weights. ``sent`` is what `Ranks.start` gave for the policy's rank 0."""
+        """Renew the weights. ``sent`` is what `WorkerGroup.start` gave for the policy's rank 0."""
         return self.ranks.call("sync", SamplerWorker.receive, self.ranks.everywhere(sent), lambda parts: None)
 
 
-class PreviousWorker(ReferenceWorker):
+class FrozenSamplerWorker(ReferenceWorker):
     """A frozen policy that samples."""
 
-    @answered
+    @worker_method
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts."""
         return self._sampled(prompts, sampling)
@@ -178,20 +178,20 @@ class Reference(Role):
         )
 
 
-class Base(Reference):
+class PriorPolicy(Reference):
     """The model without attributes, of SteerLM 2.0."""
 
     phase = "base"
 
 
-class Previous(Role):
-    """The driver's side of `PreviousWorker`."""
+class FrozenSampler(Role):
+    """The driver's side of `FrozenSamplerWorker`."""
 
-    worker = PreviousWorker
+    worker = FrozenSamplerWorker
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
-        """See `align.roles.Previous`."""
-        return _generate(self.ranks, PreviousWorker.generate, prompts, sampling)
+        """See `align.roles.FrozenSampler`."""
+        return _generate(self.ranks, FrozenSamplerWorker.generate, prompts, sampling)
 
 
 class Policy(TrainedRole, Reference):
@@ -203,20 +203,20 @@ class Policy(TrainedRole, Reference):
     worker = PolicyWorker
     phase = "logprobs"
 
-    def __init__(self, ranks: Ranks, section: RoleConfig):
+    def __init__(self, ranks: WorkerGroup, section: RoleConfig):
         super().__init__(ranks, section)
         self._sampler: Sampler | None = None
         self._version, self._sent = 0, -1
         self._version_at: dict[int, int] = {}  # by step of the rollout
 
-    def sampled_by(self, sampler: Sampler) -> None:
+    def use_sampler(self, sampler: Sampler) -> None:
         """Have ``sampler`` generate, on weights that are sent to it before each rollout where they have changed."""
         self._sampler = sampler
 
     def counters(self) -> dict[str, Any]:
         """Updates so far, and at which of them the rollouts were asked for that no step has learned from yet."""
         newest = max(self._version_at, default=0)
-        ahead = {step: version for step, version in self._version_at.items() if step > newest - MOST_LAG}
+        ahead = {step: version for step, version in self._version_at.items() if step > newest - MAX_ROLLOUTS_IN_FLIGHT}
         return {"version": self._version, "version_at": {str(step): version for step, version in ahead.items()}}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ class Policy(TrainedRole, Reference):
         if self._sent != self._version:
             self._sent = self._version
             renewed = self._sampler.receive(self.ranks.start(PolicyWorker.weights, self.ranks.everywhere())[0])
-        return After(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
+        return ChainedFuture(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
 
     def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:
         """See `align.roles.Policy`."""
@@ -247,7 +247,7 @@ class Policy(TrainedRole, Reference):
         return self.logprobs(rollouts.sequences, rollouts.temperature)
 
 
-def _generate(ranks: Ranks, method: Any, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
+def _generate(ranks: WorkerGroup, method: Any, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
     index = by_rank(len(prompts), ranks.world_size)
     return ranks.call(
         "generate" if prompts.step > 0 else "held_out",  # tokens a second are those of training's rollouts

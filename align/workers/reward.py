@@ -23,7 +23,7 @@ from align.rewards import scorers
 from align.rewards.base import MEAN_METRICS
 from align.roles import Future, Metrics
 from align.types import Record, Sequences
-from align.workers.base import Ranks, Role, TrainedRole, TrainedWorker, Worker, answered, merged
+from align.workers.base import Role, TrainedRole, TrainedWorker, Worker, WorkerGroup, merged, worker_method
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class RewardWorker(Worker):
         optimizer_state.seed_generators(self.spec.seed)
         self.scorer = scorers.build_scorer(self.spec.section, self.device, self.spec.seed)
 
-    @answered
+    @worker_method
     def score(self, sequences: Sequences) -> RankScores:
         """Scores of token ids."""
         return RankScores(self.scorer.score_ids(sequences), self.scorer.metrics())
 
-    @answered
+    @worker_method
     def score_dialogues(
         self, dialogues: Sequence[Dialogue], ids: Sequence[Sequence[int]] | None, groups: Sequence[int]
     ) -> RankScores:
         """Scores of conversations; see `align.rewards.base.RewardScorer.score`."""
         return RankScores(self.scorer.score(dialogues, ids, groups), self.scorer.metrics())
 
-    @answered
+    @worker_method
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Tensor:
         """The attributes ``names`` of conversations, (B, A), in the order of ``names``."""
         _, attribute_BA = self.scorer.score_attributes(dialogues)
@@ -91,12 +91,12 @@ class TrainedRewardWorker(TrainedWorker):
         form = pads, bool(section.attributes), section.trust_remote_code
         return {readme.NAME: readme.reward(self._origin(exported), exported.chat, self.tokenizer, *form)}
 
-    @answered
+    @worker_method
     def score(self, sequences: Sequences) -> RankScores:
         """Scores of token ids."""
         return RankScores(self.engine.infer(sequences)["score_B"], {})
 
-    @answered
+    @worker_method
     def attributes(self, sequences: Sequences) -> Tensor:
         """Attributes, (B, A)."""
         return self.engine.infer(sequences)["attribute_BA"]
@@ -112,7 +112,7 @@ class Reward(Role):
     worker = RewardWorker
     phase = "score"
 
-    def __init__(self, ranks: Ranks, section: RoleConfig):
+    def __init__(self, ranks: WorkerGroup, section: RoleConfig):
         super().__init__(ranks, section)
         self._conversations: ConversationIndex | None = None
         self._counts: Counter[str] = Counter()

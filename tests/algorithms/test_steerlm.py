@@ -40,7 +40,7 @@ from align.roles import CompletedFuture
 from align.run import Clock
 from align.types import Packed, Prompts, Rollouts, Sequences
 from align.workers import local, policy, reward
-from align.workers.base import Ranks, Spec
+from align.workers.base import WorkerGroup, WorkerSpec
 
 NAMES = ("helpfulness", "verbosity")
 SAID = {"from": "Assistant", "value": "ant pig", "label": "quality:0"}
@@ -118,7 +118,7 @@ def test_the_role_gives_attributes_by_name(tmp_path: Path, tiny_attributes: Path
     assert torch.allclose(other[:, 1:], both[1:].flip(1), atol=1e-6)
 
 
-class Split(Ranks):
+class Split(WorkerGroup):
     """Ranks that rate a response by its length."""
 
     def __init__(self, world_size: int):
@@ -200,7 +200,7 @@ def test_bootstrapping_asks_for_the_best_and_others_each_round(tmp_path, family_
     more = "rounds=3", "bootstrap_prompts=20", "sampling.num_samples=2", "sampling.max_tokens=30", "batch_size=8"
     prepared = launch.prepare(recipe(tmp_path, "steerlm", family_data, tiny_family, tiny_attributes, *more))
     section = replace(prepared.config.policy, zero_stage=0)
-    ranks = local.bring_up(policy.PolicyWorker, Spec("policy", 0, 1, section, 0, 2, 60.0), Clock())
+    ranks = local.start_role(policy.PolicyWorker, WorkerSpec("policy", 0, 1, section, 0, 2, 60.0), Clock())
     role = policy.Policy(ranks, section)
     found = {
         number: steerlm.bootstrap(prepared.config, prepared.train_data, role, Written(number))  # type: ignore[arg-type]
@@ -303,8 +303,8 @@ def test_the_previous_policy_samples_layer_by_layer(tiny_family: Path, monkeypat
         section = PreviousPolicyConfig(
             path=str(tiny_family), revision=None, init={}, dtype="float32", trust_remote_code=False
         )
-        spec = Spec("previous", 0, 1, replace(section, **keys), 0, 2, 60.0)
-        role = policy.Previous(local.bring_up(policy.PreviousWorker, spec, Clock()), section)
+        spec = WorkerSpec("previous", 0, 1, replace(section, **keys), 0, 2, 60.0)
+        role = policy.FrozenSampler(local.start_role(policy.FrozenSamplerWorker, spec, Clock()), section)
         if "gather_weights_for_generation" in keys:
             monkeypatch.setattr(Engine, "full", None)
         said.append(role.generate(prompts, SamplingConfig(num_samples=2, max_tokens=4)).result())

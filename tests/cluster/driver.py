@@ -15,7 +15,7 @@ from align.run import Clock
 section = ClusterConfig(start_timeout_s=200.0, call_timeout_s=60.0)
 try:
     with RayCluster(section, 1) as cluster:
-        ranks = cluster.bring_up({"policy": (Toy, specs("policy", 1), (0,))}, Path(sys.argv[1]), Clock())["policy"]
+        ranks = cluster.start_roles({"policy": (Toy, specs("policy", 1), (0,))}, Path(sys.argv[1]), Clock())["policy"]
         (environment,) = ranks.call("look", Toy.environment, [()], list).result()
         place = ranks.members[0].place
         assert place is not None

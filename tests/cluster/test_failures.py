@@ -20,8 +20,8 @@ from ray.exceptions import (
 )
 
 from align import launch
-from align.cluster.actor import Member
-from align.cluster.failures import Call, DiedError, Evidence, Kind, judge
+from align.cluster.actor import Member, WorkerCall
+from align.cluster.failures import Failure, FailureKind, WorkerDiedError, classify_failure
 from align.errors import AlignError, DivergedError, LoadError, ModelError, WorkerError
 
 
@@ -33,35 +33,35 @@ def raised(error: BaseException) -> RayTaskError:
 
 GLOO = RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3829")
 NCCL = torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3384, unhandled system error")
-EXAMPLES: list[tuple[RayError, Kind]] = [
-    (raised(DivergedError("the loss is nan")), Kind.OURS),
-    (raised(ModelError("shapes differ")), Kind.OURS),
-    (ActorDiedError(), Kind.DIED),
-    (WorkerCrashedError(), Kind.DIED),
-    (NodeDiedError("node 7 died"), Kind.DIED),
-    (OutOfMemoryError("Task was killed due to the node running low on memory."), Kind.DIED),
-    (raised(ArithmeticError("seven is not eight")), Kind.RAISED),
-    (raised(MemoryError()), Kind.RAISED),
-    (raised(ObjectStoreFullError("full")), Kind.RAISED),
-    (raised(GLOO), Kind.PEER),
-    (raised(NCCL), Kind.PEER),
-    (raised(ConnectionResetError("Connection reset by peer")), Kind.PEER),
-    (raised(ActorDiedError()), Kind.CONSEQUENCE),
-    (ActorUnavailableError("its node does not answer", None), Kind.CONSEQUENCE),
-    (GetTimeoutError("late"), Kind.CONSEQUENCE),
+EXAMPLES: list[tuple[RayError, FailureKind]] = [
+    (raised(DivergedError("the loss is nan")), FailureKind.ALIGN_ERROR),
+    (raised(ModelError("shapes differ")), FailureKind.ALIGN_ERROR),
+    (ActorDiedError(), FailureKind.DIED),
+    (WorkerCrashedError(), FailureKind.DIED),
+    (NodeDiedError("node 7 died"), FailureKind.DIED),
+    (OutOfMemoryError("Task was killed due to the node running low on memory."), FailureKind.DIED),
+    (raised(ArithmeticError("seven is not eight")), FailureKind.RAISED),
+    (raised(MemoryError()), FailureKind.RAISED),
+    (raised(ObjectStoreFullError("full")), FailureKind.RAISED),
+    (raised(GLOO), FailureKind.PEER),
+    (raised(NCCL), FailureKind.PEER),
+    (raised(ConnectionResetError("Connection reset by peer")), FailureKind.PEER),
+    (raised(ActorDiedError()), FailureKind.SECONDARY),
+    (ActorUnavailableError("its node does not answer", None), FailureKind.SECONDARY),
+    (GetTimeoutError("late"), FailureKind.SECONDARY),
 ]
 
 
 @pytest.mark.parametrize(("error", "kind"), EXAMPLES, ids=lambda value: getattr(value, "name", type(value).__name__))
-def test_each_exception_proves_what_it_can(error: RayError, kind: Kind):
-    assert judge(error) == kind
+def test_each_exception_proves_what_it_can(error: RayError, kind: FailureKind):
+    assert classify_failure(error) == kind
 
 
 def told(tmp_path: Path, error: RayError, phase: str = "update") -> AlignError:
     log = tmp_path / "critic-1.log"
     log.write_text("".join(f"line {number}\n" for number in range(40)))
     member = Member("critic", 1, None, log, False)
-    return Evidence(judge(error), member, Call(phase, 3, "update", []), error).error()
+    return Failure(classify_failure(error), member, WorkerCall(phase, 3, "update", []), error).error()
 
 
 def test_an_error_of_ours_arrives_as_itself_with_its_rank_and_step(tmp_path):
@@ -78,7 +78,7 @@ def test_an_error_of_ours_that_has_a_place_keeps_it(tmp_path):
 
 def test_a_death_tells_its_role_and_shows_the_end_of_the_log(tmp_path):
     error = told(tmp_path, OutOfMemoryError("Task was killed due to the node running low on memory."))
-    assert isinstance(error, DiedError)
+    assert isinstance(error, WorkerDiedError)
     assert error.role == "critic"
     assert error.exit_status == 76
     first, *rest = str(error).splitlines()
@@ -126,7 +126,7 @@ def test_an_exception_that_cannot_be_sent_is_known_by_its_traceback(tmp_path):
     ("error", "method", "step", "final"),
     [
         (ArithmeticError("no such target"), "start", 0, True),
-        (ArithmeticError("no such target"), "come_up", 0, True),
+        (ArithmeticError("no such target"), "create_worker", 0, True),
         (ArithmeticError("no such target"), "start", 3, False),  # it came up before
         (ArithmeticError("no such target"), "update", 0, False),
         (MemoryError(), "start", 0, False),
@@ -138,7 +138,7 @@ def test_what_a_role_raises_as_it_first_comes_up_is_final(tmp_path: Path, error:
     """Loading is deterministic; a process that died, or ran out of memory, may be tried again (status 76)."""
     cause = error if isinstance(error, RayError) else raised(error)
     member = Member("critic", 1, None, tmp_path / "log", False)
-    found = Evidence(judge(cause), member, Call("load", step, method, [()]), cause).error()
+    found = Failure(classify_failure(cause), member, WorkerCall("load", step, method, [()]), cause).error()
     assert isinstance(found, LoadError) == final
     assert found.exit_status == (78 if final else 76)
 

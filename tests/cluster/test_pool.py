@@ -11,7 +11,7 @@ from align.cluster.pool import RayCluster
 from align.config import ClusterConfig, ModelConfig
 from align.errors import PlacementError, WorkerError
 from align.run import Clock
-from align.workers.base import Spec, Worker, answered
+from align.workers.base import Worker, WorkerSpec, worker_method
 
 pytestmark = pytest.mark.slow
 
@@ -22,24 +22,24 @@ class Toy(Worker):
     def start(self, host: str, port: int) -> None:
         self.addressed = (host, port)
 
-    @answered
+    @worker_method
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
 
-    @answered
+    @worker_method
     def process(self) -> int:
         return os.getpid()
 
-    @answered
+    @worker_method
     def fail(self) -> None:
         raise ArithmeticError("seven is not eight")
 
-    @answered
+    @worker_method
     def sleep(self, seconds: float) -> int:
         time.sleep(seconds)
         return self.spec.rank
 
-    @answered
+    @worker_method
     def die(self, rank: int) -> None:
         if self.spec.rank != rank:
             time.sleep(60)
@@ -63,8 +63,8 @@ def cluster():
 @pytest.fixture(scope="module")
 def ranks(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory):
     """A role of three ranks, a slot each. The tests below run in order, and the one that kills a rank comes last."""
-    specs = [Spec("toy", rank, 3, ModelConfig(path="-"), 0, 1, 20.0) for rank in range(3)]
-    return cluster.bring_up({"toy": (Toy, specs, (0, 1, 2))}, tmp_path_factory.mktemp("logs"), Clock())["toy"]
+    specs = [WorkerSpec("toy", rank, 3, ModelConfig(path="-"), 0, 1, 20.0) for rank in range(3)]
+    return cluster.start_roles({"toy": (Toy, specs, (0, 1, 2))}, tmp_path_factory.mktemp("logs"), Clock())["toy"]
 
 
 def test_each_start_is_announced_and_each_log_begins_at_once(ranks):
@@ -72,12 +72,12 @@ def test_each_start_is_announced_and_each_log_begins_at_once(ranks):
     assert lines == [
         "starting Ray on this machine, for 3 slots",
         "Ray: up in N s (slots 3, nodes 1)",
-        f"toy: starting on slots 0-2, logs in {ranks.cast.logs[0].parent}",
+        f"toy: starting on slots 0-2, logs in {ranks.spec.logs[0].parent}",
         "toy: loading -, processes are up after N s",
         "toy: ready after N s",
     ]
-    for rank, log in enumerate(ranks.cast.logs):
-        assert f"toy-{rank}: a process is started on slot {rank}" in log.read_text().splitlines()[0]
+    for rank, log in enumerate(ranks.spec.logs):
+        assert f"toy-{rank}: starting a process on slot {rank}" in log.read_text().splitlines()[0]
 
 
 def test_answers_come_in_rank_order_with_their_time(ranks):

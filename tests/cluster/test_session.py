@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from align.cluster import reaper, session
+from align.cluster import ray_internals, reaper, session
 from align.cluster.process import inherited
 from align.cluster.session import Session, remove_abandoned
 from align.config import ClusterConfig
@@ -296,3 +296,9 @@ def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path, monkeypatch:
 )
 def test_variables_are_inherited_by_name(name: str, passed: bool):
     assert (inherited({name: "x"}) == {name: "x"}) == passed
+
+
+def test_an_unsupported_version_of_ray_is_refused():
+    ray_internals.check_version("2.60.7")
+    with pytest.raises(PlacementError, match=r"Ray 2\.61\.0 is installed, but align uses internals of Ray 2\.60"):
+        ray_internals.check_version("2.61.0")

@@ -13,7 +13,7 @@ from ray.exceptions import ObjectStoreFullError
 from align.config import ModelConfig
 from align.engines import distributed
 from align.errors import DivergedError
-from align.workers.base import Answer, Spec, Worker, answered
+from align.workers.base import Worker, WorkerResult, WorkerSpec, worker_method
 
 GROUP_TIMEOUT_S = 4.0
 
@@ -27,7 +27,7 @@ class Toy(Worker):
             self._store = distributed.join_store(host, port, self.spec.timeout_s)
         self._group("first")
 
-    @answered
+    @worker_method
     def regroup(self, name: str) -> None:
         """A new process group in place of one that was left in the middle of a call."""
         dist.destroy_process_group()
@@ -43,35 +43,35 @@ class Toy(Worker):
             timeout=timedelta(seconds=GROUP_TIMEOUT_S),
         )
 
-    @answered
+    @worker_method
     def double(self, number: torch.Tensor) -> torch.Tensor:
         """Twice a number, and one more each time by a worker with state."""
         self.count += 1
         return 2 * number if self.stateless else 2 * number + self.count
 
-    @answered
+    @worker_method
     def summed(self, number: torch.Tensor) -> torch.Tensor:
         """The sum over ranks."""
         dist.all_reduce(number)
         return number
 
-    @answered
+    @worker_method
     def process(self) -> int:
         """Number of the process."""
         return os.getpid()
 
-    @answered
+    @worker_method
     def environment(self) -> dict[str, str]:
         """The whole environment."""
         return dict(os.environ)
 
-    @answered
+    @worker_method
     def sleep(self, seconds: float) -> int:
         """Take a while; the rank."""
         time.sleep(seconds)
         return self.spec.rank
 
-    @answered
+    @worker_method
     def meet(self, how: str, file: Path | None = None) -> None:
         """Rank 0 waits for rank 1 in a collective call. ``file`` ends a loop of rank 1."""
         while how == "loop" and self.spec.rank == 1 and file is not None and not file.exists():
@@ -85,7 +85,7 @@ class Toy(Worker):
         else:
             dist.all_reduce(torch.ones(1))
 
-    @answered
+    @worker_method
     def fail(self, how: str) -> object:
         """Go wrong without anybody else."""
         if how == "cuda":
@@ -96,13 +96,13 @@ class Toy(Worker):
             raise ObjectStoreFullError("Failed to put object of 9 GiB")
         return threading.Lock()  # how == "lock": what cannot be sent
 
-    @answered
+    @worker_method
     def weights(self) -> torch.Tensor:
         """What a sampler receives."""
         return torch.ones(3)
 
-    @answered
-    def receive(self, sent: Answer[torch.Tensor]) -> float:
+    @worker_method
+    def receive(self, sent: WorkerResult[torch.Tensor]) -> float:
         """Take what `weights` gave."""
         return float(sent.value.sum())
 
@@ -116,7 +116,7 @@ class Frozen(Toy):
 class NoConstructor(Toy):
     """Cannot be made."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: WorkerSpec):
         raise LookupError(f"no home for rank {spec.rank}")
 
 
@@ -127,6 +127,6 @@ class NoLoad(Toy):
         raise LookupError("no weights here")
 
 
-def specs(role: str, world_size: int) -> list[Spec]:
+def specs(role: str, world_size: int) -> list[WorkerSpec]:
     """One for each rank."""
-    return [Spec(role, rank, world_size, ModelConfig(path="-"), 0, 1, 60.0) for rank in range(world_size)]
+    return [WorkerSpec(role, rank, world_size, ModelConfig(path="-"), 0, 1, 60.0) for rank in range(world_size)]

@@ -35,7 +35,7 @@ from align.models.heads import LastTokenScore, TokenLogprobs, TokenValues
 from align.roles import Loss
 from align.types import Batch
 from align.utils import fault_injection
-from align.workers.base import Spec, TrainedWorker
+from align.workers.base import TrainedWorker, WorkerSpec
 
 sys.path.append(str(Path(__file__).parent))  # pytest imports test files by their path and leaves sys.path alone
 shared: Any = importlib.import_module("two_ranks")
@@ -132,7 +132,7 @@ def trainee(case: Case) -> Trainee:
         optimizer=shared.optimizer(0.3),
     )
     world_size = dist.get_world_size()
-    worker = Trainee(Spec(case.kind, dist.get_rank(), world_size, section, 7, shared.TOTAL_STEPS, 60.0))
+    worker = Trainee(WorkerSpec(case.kind, dist.get_rank(), world_size, section, 7, shared.TOTAL_STEPS, 60.0))
     worker.engine = Engine(kind.head(model), section, torch.device("cpu"), shared.TOTAL_STEPS)
     return worker
 
@@ -188,7 +188,7 @@ def resumed(case: Case, folder: Path) -> dict[str, list[str]]:
     saving.learn(first)
     overlap = case.stage % 2 == 1
     records = saving.save(folder, overlap).value
-    going_on = saving.learn(second)
+    continued = saving.learn(second)
     records += saving.saved().value
     there = sorted(record.name for record in records if (folder / record.name).stat().st_size == record.size)
     rank = dist.get_rank()
@@ -196,7 +196,7 @@ def resumed(case: Case, folder: Path) -> dict[str, list[str]]:
     expected = sorted([*own, *([f"{case.kind}/engine.json"] if rank == 0 else [])])
     found = {
         "the same end with a save": differences(image(saving), end),
-        "the same numbers with a save": [] if going_on == numbers else ["metrics"],
+        "the same numbers with a save": [] if continued == numbers else ["metrics"],
         "files": [] if there == expected else [str(there)],
     }
     dist.barrier()

@@ -21,7 +21,7 @@ from align.rewards.base import Groups, Ids, RewardScorer
 from align.run import Clock
 from align.types import Packed, Sequences
 from align.workers import local
-from align.workers.base import Spec
+from align.workers.base import WorkerSpec
 from align.workers.reward import Reward as Role
 from align.workers.reward import RewardWorker
 
@@ -70,7 +70,7 @@ def test_a_second_implementation_is_checked_built_called_and_counted(monkeypatch
     assert list(prepare.text_inputs(recipe, role_configs(recipe), renderer)) == ["reward"]
     assert scorers.fingerprint(config, 0) == "words"
 
-    ranks = local.bring_up(RewardWorker, Spec("reward", 0, 1, config, 0, 1, 60.0), Clock())
+    ranks = local.start_role(RewardWorker, WorkerSpec("reward", 0, 1, config, 0, 1, 60.0), Clock())
     role = Role(ranks, config)
     role.read_text(ConversationIndex([PROMPT], renderer))
     ids = [renderer.response_ids(PROMPT, text) for text in ("cat", "cat dog")]

@@ -17,7 +17,7 @@ from align.config import (
 from align.data.chat import Message
 from align.generators.base import Completion, Request
 from align.roles import CompletedFuture
-from align.workers.base import Ranks
+from align.workers.base import WorkerGroup
 from align.workers.generator import Generator as Role
 from align.workers.generator import RankCompletions
 
@@ -28,7 +28,7 @@ def requests(count: int) -> list[Request]:
     return [Request((Message("user", f"{number}"),), sample=number) for number in range(count)]
 
 
-class Echo(Ranks):
+class Echo(WorkerGroup):
     """Three ranks that answer with what they are asked; the last one counts a retry."""
 
     world_size = 3

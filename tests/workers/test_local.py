@@ -13,7 +13,7 @@ from align.errors import ModelError, WorkerError
 from align.run import Clock
 from align.utils import fault_injection
 from align.workers import local
-from align.workers.base import Spec, Worker, answered
+from align.workers.base import Worker, WorkerSpec, worker_method
 from align.workers.critic import CriticWorker
 from align.workers.policy import PolicyWorker, ReferenceWorker, SamplerWorker
 from align.workers.reward import RewardWorker, TrainedRewardWorker
@@ -25,7 +25,7 @@ class Echo(Worker):
     def start_alone(self) -> None:
         self.up = True
 
-    @answered
+    @worker_method
     def echo(self, number: torch.Tensor) -> torch.Tensor:
         """The same tensor."""
         if number.isnan().any():
@@ -40,11 +40,11 @@ def _no_fault() -> Iterator[None]:
 
 
 @pytest.fixture
-def ranks() -> local.LocalRanks:
-    return local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock(step=3))
+def ranks() -> local.LocalWorkerGroup:
+    return local.start_role(Echo, WorkerSpec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock(step=3))
 
 
-def score(ranks: local.LocalRanks, number: torch.Tensor) -> torch.Tensor:
+def score(ranks: local.LocalWorkerGroup, number: torch.Tensor) -> torch.Tensor:
     return ranks.call("score", Echo.echo, [(number,)], lambda parts: parts[0]).result()
 
 
@@ -52,18 +52,20 @@ def score(ranks: local.LocalRanks, number: torch.Tensor) -> torch.Tensor:
 def test_a_fault_strikes_as_the_role_comes_up(phase: str):
     fault_injection.arm(f"role=reward,phase={phase},step=0,kind=error")
     with pytest.raises(RuntimeError, match="on purpose"):
-        local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock())
+        local.start_role(Echo, WorkerSpec("reward", 0, 1, ModelConfig(path="-"), 0, 1, 1.0), Clock())
 
 
 def test_the_start_is_announced_with_its_bytes(tmp_path: Path):
     for number, size in enumerate((1_000_000, 500_000)):
         (tmp_path / f"model-{number}.safetensors").write_bytes(b"0" * size)
     lines: list[str] = []
-    local.bring_up(Echo, Spec("reward", 0, 1, ModelConfig(path=str(tmp_path)), 0, 1, 1.0), Clock(), lines.append)
+    local.start_role(
+        Echo, WorkerSpec("reward", 0, 1, ModelConfig(path=str(tmp_path)), 0, 1, 1.0), Clock(), lines.append
+    )
     assert lines == [f"reward: loading {tmp_path} (2 MB) in this process", "reward: ready in 0.0 s"]
 
 
-def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):
+def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalWorkerGroup):
     fault_injection.arm("role=reward,phase=score,step=4,kind=error")
     assert score(ranks, torch.ones(1)) == 1
     ranks.clock.step = 4
@@ -72,7 +74,7 @@ def test_a_fault_strikes_in_its_phase_and_step_only(ranks: local.LocalRanks):
     assert score(ranks, torch.ones(1)) == 1
 
 
-def test_the_first_number_of_an_answer_is_spoilt_once_and_its_source_is_not(ranks: local.LocalRanks):
+def test_the_first_number_of_an_answer_is_spoilt_once_and_its_source_is_not(ranks: local.LocalWorkerGroup):
     fault_injection.arm("role=reward,phase=score,kind=nan_answer")
     whole = torch.ones(2, 2).T
     spoilt = score(ranks, whole)
@@ -81,7 +83,7 @@ def test_the_first_number_of_an_answer_is_spoilt_once_and_its_source_is_not(rank
     assert score(ranks, whole).tolist() == [[1, 1], [1, 1]]
 
 
-def test_memory_that_ran_out_is_named_with_its_remedy(ranks: local.LocalRanks):
+def test_memory_that_ran_out_is_named_with_its_remedy(ranks: local.LocalWorkerGroup):
     with pytest.raises(WorkerError) as caught:
         score(ranks, torch.tensor([torch.nan]))
     assert "reward ran out of memory in score, step 3: OutOfMemoryError: CUDA" in str(caught.value)
@@ -102,12 +104,14 @@ def test_a_renewed_sampler_computes_what_the_policy_does(tiny_policy):
     """A sampler that gets the policy's weights without some of the adapters stops the run."""
     section: dict[str, Any] = {"path": str(tiny_policy), "dtype": "float32", "init": {}, "trust_remote_code": False}
     trained = PolicyConfig(**section, zero_stage=0, lora=LoraConfig(rank=4), optimizer=OptimizerConfig(lr=1.0))
-    policy = local.bring_up(PolicyWorker, Spec("policy", 0, 1, trained, 0, 1, 1.0), Clock()).worker
+    policy = local.start_role(PolicyWorker, WorkerSpec("policy", 0, 1, trained, 0, 1, 1.0), Clock()).worker
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
-    sampler = local.bring_up(SamplerWorker, Spec("sampler", 0, 1, SamplerConfig(**section), 0, 1, 1.0), Clock()).worker
+    sampler = local.start_role(
+        SamplerWorker, WorkerSpec("sampler", 0, 1, SamplerConfig(**section), 0, 1, 1.0), Clock()
+    ).worker
     sent = policy.weights()
     sampler.receive(sent)
     stale = replace(sent.value, tensors=dict(sent.value.tensors))

@@ -32,13 +32,13 @@ from align.roles import CompletedFuture, MeteredRole
 from align.run import Clock
 from align.types import Packed, Sequences
 from align.workers import local
-from align.workers.base import Ranks, Spec
+from align.workers.base import WorkerGroup, WorkerSpec
 from align.workers.critic import CriticWorker
 from align.workers.reward import RankScores
 from align.workers.reward import Reward as Role
 
 
-class Pretended(Ranks):
+class Pretended(WorkerGroup):
     """Ranks that score a response by the number of its words, and count."""
 
     def __init__(self, world_size: int, metrics: Sequence[dict[str, float]] = ()):
@@ -204,7 +204,7 @@ def test_a_critic_starts_from_the_weighted_sum_of_attributes(tmp_path: Path, tin
         "weights": {"a": 1.0, "c": -2.0},
     }
     section = CriticConfig(**fields, zero_stage=0, optimizer=OptimizerConfig(lr=1e-3))
-    ranks = local.bring_up(CriticWorker, Spec("critic", 0, 1, section, 0, 1, 60.0), Clock())
+    ranks = local.start_role(CriticWorker, WorkerSpec("critic", 0, 1, section, 0, 1, 60.0), Clock())
     assert isinstance(ranks.worker, CriticWorker)
     row = ranks.worker.model.score.weight  # type: ignore[union-attr]
     assert torch.allclose(row, model.score.weight[0] - 2 * model.score.weight[2], atol=1e-6)

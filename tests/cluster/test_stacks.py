@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.cluster import actor, stack_dump
-from align.cluster.actor import Member, Place
-from align.cluster.stack_dump import Frame, Standing, parse, slowest
+from align.cluster import actor, failures
+from align.cluster.actor import Member, ProcessLocation
+from align.cluster.failures import Frame, WorkerStatus, parse_stacks, slowest
 from align.utils import fault_injection
 
 ACTOR, TORCH = actor.__file__, str(Path(threading.__file__).parent / "site-packages/torch")
@@ -25,29 +25,29 @@ Current thread 0x00007f0000000002 (most recent call first):
 """
 
 
-def standing(text: str, rank: int = 0, reacted: bool = True, state: str = "S") -> Standing:
-    member = Member("policy", rank, None, Path("policy.log"), False, Place("node", "127.0.0.1", 7))
-    return Standing(member, parse(text), reacted, state)
+def status(text: str, rank: int = 0, reacted: bool = True, state: str = "S") -> WorkerStatus:
+    member = Member("policy", rank, None, Path("policy.log"), False, ProcessLocation("node", "127.0.0.1", 7))
+    return WorkerStatus(member, parse_stacks(text), reacted, state)
 
 
 def test_the_thread_that_runs_the_method_is_found_among_all():
-    one = standing(WAITS)
-    assert [frame.function for frame in one.frames] == ["all_reduce", "wrapper", "update", "timed"]
-    assert one.own == Frame(f"{Path(fault_injection.__file__).parents[1]}/engines/deepspeed.py", 210, "update")
-    assert one.collective is not None
-    assert one.collective.function == "all_reduce"
-    assert str(one) == "policy-0: in update (align/engines/deepspeed.py:210), waits for its peers in all_reduce"
+    worker = status(WAITS)
+    assert [frame.function for frame in worker.frames] == ["all_reduce", "wrapper", "update", "timed"]
+    assert worker.own == Frame(f"{Path(fault_injection.__file__).parents[1]}/engines/deepspeed.py", 210, "update")
+    assert worker.collective is not None
+    assert worker.collective.function == "all_reduce"
+    assert str(worker) == "policy-0: in update (align/engines/deepspeed.py:210), waits for its peers in all_reduce"
 
 
 def test_a_worker_without_a_call_waits_for_work():
-    one = standing(WAITS.replace(ACTOR, "/elsewhere.py"))
-    assert not one.busy
-    assert str(one) == "policy-0: it waits for work"
+    worker = status(WAITS.replace(ACTOR, "/elsewhere.py"))
+    assert not worker.busy
+    assert str(worker) == "policy-0: it waits for work"
 
 
 def test_a_stack_too_deep_for_its_root_is_taken_for_the_thread_that_works():
     cut = WAITS.replace(f'  File "{ACTOR}", line 70 in call\n', "  ...\n").partition('  File "' + TORCH + "/../ray")[0]
-    assert [frame.function for frame in parse(cut)] == ["all_reduce", "wrapper", "update", "timed"]
+    assert [frame.function for frame in parse_stacks(cut)] == ["all_reduce", "wrapper", "update", "timed"]
 
 
 COMPUTES = WAITS.replace("/distributed/", "/nn/")
@@ -56,15 +56,15 @@ COMPUTES = WAITS.replace("/distributed/", "/nn/")
 @pytest.mark.parametrize(
     ("ranks", "named"),
     [
-        ([standing(WAITS, 0), standing(COMPUTES, 1), standing(WAITS, 2)], [1]),
-        ([standing(WAITS, 0), standing(COMPUTES, 1), standing("", 2, reacted=False, state="T")], [2]),
-        ([standing(WAITS, 0), standing("", 1)], [0]),  # an idle rank is no culprit
-        ([standing(WAITS, 0), standing(WAITS, 1)], [0, 1]),
-        ([standing("", 0)], []),
+        ([status(WAITS, 0), status(COMPUTES, 1), status(WAITS, 2)], [1]),
+        ([status(WAITS, 0), status(COMPUTES, 1), status("", 2, reacted=False, state="T")], [2]),
+        ([status(WAITS, 0), status("", 1)], [0]),  # an idle rank is no culprit
+        ([status(WAITS, 0), status(WAITS, 1)], [0, 1]),
+        ([status("", 0)], []),
     ],
 )
-def test_the_slowest_are_those_whom_the_others_wait_for(ranks: list[Standing], named: list[int]):
-    assert [one.member.rank for one in slowest(ranks)] == named
+def test_the_slowest_are_those_whom_the_others_wait_for(ranks: list[WorkerStatus], named: list[int]):
+    assert [worker.member.rank for worker in slowest(ranks)] == named
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_the_slowest_are_those_whom_the_others_wait_for(ranks: list[Standing], n
     ],
 )
 def test_a_process_that_does_not_react_is_described_by_its_state(state: str, said: str):
-    assert standing("", reacted=False, state=state).briefly == f"it does not react: {said}"
+    assert status("", reacted=False, state=state).summary == f"it does not react: {said}"
 
 
 def test_what_this_python_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The format is that of the interpreter that runs, so a change of it fails here."""
-    monkeypatch.setattr(stack_dump.actor, "__file__", __file__)
+    monkeypatch.setattr(failures.actor, "__file__", __file__)
 
     def call() -> str:
         with (tmp_path / "log").open("w") as log:
@@ -92,7 +92,7 @@ def test_what_this_python_writes_can_be_read(tmp_path: Path, monkeypatch: pytest
     def outer() -> str:
         return call()
 
-    frames = parse(call())
+    frames = parse_stacks(call())
     assert [frame.function for frame in frames] == ["call"]  # nothing within it: the call itself
     assert frames[0].path == __file__
     assert outer()
