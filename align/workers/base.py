@@ -1,4 +1,4 @@
-"""One rank of a role: what every worker has, and how the driver talks to its ranks."""
+"""Base classes: one rank of a role (`Worker`), its group of ranks (`WorkerGroup`), and the driver's side (`Role`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a rank must know to come up."""
+    """What a rank needs to start."""
 
     role: str
     rank: int
@@ -46,50 +46,50 @@ class WorkerSpec:
     seed: int
     total_steps: int
     timeout_s: float
-    """Seconds after which a collective operation is given up."""
+    """Timeout of a collective operation, in seconds."""
     skip_non_finite: bool = False
-    """Leave out an optimizer step whose loss or gradient is not finite, in place of `DivergedError`."""
+    """Skip an optimizer step whose loss or gradient is not finite, instead of raising `DivergedError`."""
     exported: Exported | None = None
-    """What the exported folder says; None for a role that is not exported."""
+    """Contents of the exported folder's readme and config. None for a role that is not exported."""
 
 
 @dataclass(frozen=True)
 class WorkerResult(Record, Generic[T]):
-    """What a method returned, and when the worker was at it."""
+    """Return value of a worker's method, and when it started and ended."""
 
     value: T
     span: Span
 
 
 def worker_method(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], WorkerResult[T]]:
-    """Make a worker's method report how long it was busy. A fault on purpose may spoil the value."""
+    """Decorate a method that the driver calls: it returns a `WorkerResult`. An injected fault may corrupt the value."""
 
     @functools.wraps(method)
     def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> WorkerResult[T]:
-        begin = time.time()
+        start = time.time()
         value = method(self, *args, **kwargs)
         number = fault_injection.corrupt("answer")
-        return WorkerResult(value if number is None else _corrupted(value, number), (begin, time.time()))
+        return WorkerResult(value if number is None else _corrupted(value, number), (start, time.time()))
 
     return timed
 
 
 def _corrupted(value: Any, number: float) -> Any:
-    """``value`` with ``number`` as first element of its tensors of floats."""
+    """``value`` with ``number`` as first element of its float tensors."""
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
         value = value.clone(memory_format=torch.contiguous_format)
         value.view(-1)[0] = number
     elif is_dataclass(value) and not isinstance(value, type):
         tensors = {f.name: getattr(value, f.name) for f in fields(value)}
-        value = replace(value, **{name: _corrupted(one, number) for name, one in tensors.items()})
+        value = replace(value, **{name: _corrupted(tensor, number) for name, tensor in tensors.items()})
     return value
 
 
 class Worker:
-    """One rank. ``start`` joins the process group of the role and then `load` brings up the model."""
+    """One rank of a role. `start` joins the process group of the role, and then `load` loads the model."""
 
     stateless = False
-    """Whether a fresh process answers as the one before did, so that one that died may be brought up anew."""
+    """True if a replacement process needs no state. Such workers can be restarted in place."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
@@ -98,12 +98,12 @@ class Worker:
         self.spec = spec
 
     def open_store(self, host: str) -> int:
-        """Rank 0 opens the role's meeting point on a port that the system picks; returns the port."""
+        """Open the rendezvous of the role on rank 0. Returns its port, which the system picks."""
         self._store = distributed.open_store(host, self.spec.timeout_s)
         return self._store.port
 
     def start(self, host: str, port: int) -> None:
-        """Join the other ranks and load the model."""
+        """Join the other ranks, and load the model."""
         if self.spec.rank > 0:
             self._store = distributed.join_store(host, port, self.spec.timeout_s)
         spec = self.spec
@@ -111,7 +111,7 @@ class Worker:
         self._prepare()
 
     def start_alone(self) -> None:
-        """Come up as the only rank, in the driver's process."""
+        """Start as the only rank, in the driver's process."""
         self.device = distributed.initialize_alone()
         self._prepare()
 
@@ -129,21 +129,20 @@ class Worker:
         return load.causal_lm(self.spec.section, size, self.spec.seed, gaps)
 
     def load(self) -> None:
-        """Bring up the model of this role."""
+        """Load the model of this role."""
         raise NotImplementedError
 
 
 class TrainedWorker(Worker):
-    """A rank whose model learns."""
+    """A rank whose model is trained."""
 
-    stateless = False
     _writing: futures.Future[list[FileRecord]] | None = None
-    """Files that are being written, or were and have not been asked for."""
+    """A save whose records have not been fetched."""
     inference_arguments: Mapping[str, float] = MappingProxyType({})
-    """What the head needs to know beside tokens, for outputs that transformers gives too."""
+    """Arguments of the head for outputs that transformers computes as well, used to verify an export."""
 
     def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
-        """Adapters and activation checkpoints, as the recipe says."""
+        """Add the adapters and the activation checkpointing of the recipe."""
         section = self.spec.section
         assert isinstance(section, TrainedModelConfig)
         if section.gradient_checkpointing:
@@ -152,7 +151,7 @@ class TrainedWorker(Worker):
             load.add_lora(model, section.lora, task=task, key=f"{self.spec.role}.lora.targets")
 
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
-        """What the head needs to know about a batch beside its tokens."""
+        """Arguments of the head for a batch, beside its tokens."""
         return {}
 
     @worker_method
@@ -169,8 +168,8 @@ class TrainedWorker(Worker):
     def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
         """Write this rank's part of the training state below ``folder / role`` (`align.engines.optimizer_state`).
 
-        Memory is copied before this returns; with ``overlap`` the copy is written by a thread, and `saved` has the
-        records. A save that nobody asked about is waited for, and its outcome dropped. Raises `SaveError`.
+        Memory is copied before this returns. With ``overlap`` a thread writes the copy, and `saved` returns the
+        records. An earlier save whose records were not fetched is waited for, and dropped. Raises `SaveError`.
         """
         if self._writing is not None:
             futures.wait([self._writing])
@@ -185,7 +184,7 @@ class TrainedWorker(Worker):
 
     @worker_method
     def saved(self) -> list[FileRecord]:
-        """Wait for a save that overlaps and return its records, once; none without one. Raises `SaveError`."""
+        """Wait for an overlapping save and return its records, once. Empty if there is none. Raises `SaveError`."""
         return self._written()
 
     def _written(self) -> list[FileRecord]:
@@ -194,29 +193,31 @@ class TrainedWorker(Worker):
 
     @worker_method
     def restore(self, folder: Path) -> None:
-        """Go back to what `save` wrote, on any number of ranks and at any ZeRO stage. Raises `ModelError`."""
-        own = folder / self.spec.role
-        self.engine.restore(own)
-        optimizer_state.restore_random_state(own, self.spec.seed, self.engine.step)
+        """Restore what `save` wrote, on any number of ranks and at any ZeRO stage. Raises `ModelError`."""
+        role_folder = folder / self.spec.role
+        self.engine.restore(role_folder)
+        optimizer_state.restore_random_state(role_folder, self.spec.seed, self.engine.step)
 
     @worker_method
     def state_bytes(self) -> int:
-        """About what this rank would write."""
-        return self.engine.training.num_bytes() + sum(one.nbytes for one in optimizer_state.random_state().values())
+        """Approximate size of what this rank would write."""
+        random_bytes = sum(tensor.nbytes for tensor in optimizer_state.random_state().values())
+        return self.engine.training.num_bytes() + random_bytes
 
     @worker_method
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
-        """Write the model in Hugging Face layout, with the ``extra`` files; only rank 0 touches the disk.
+        """Write the model in Hugging Face layout, with the ``extra`` files. Only rank 0 writes.
 
-        Raises `ModelError` where the folder would not be the trained model.
+        Raises `ModelError` if the exported model would compute something else than the trained one.
         """
-        section, first = self.spec.section, self.spec.rank == 0
+        section, writes = self.spec.section, self.spec.rank == 0
         assert isinstance(section, TrainedModelConfig)
+        # The expected outputs come from the engine, whose weights may still be sharded and have separate adapters.
         expected = self.engine.infer(verify_export.probe(self.tokenizer), **self.inference_arguments)
         base = weights.stored_dtype(section) if section.lora else None
         dtype = base and export.merged_dtype(self.model, self.engine.full, base)
-        state = export.state_dict(self.model, self.engine.full, keep=first, dtype=dtype)
-        if first:
+        state = export.state_dict(self.model, self.engine.full, keep=writes, dtype=dtype)
+        if writes:
             files = {**self._readme(), **exported_files.code(section), **extra}
             export.write(self.model, self.tokenizer, state, folder, files, expected)
 
@@ -225,7 +226,7 @@ class TrainedWorker(Worker):
         return {}
 
     def _origin(self, exported: Exported) -> str:
-        """How the model was trained, as a sentence."""
+        """One sentence about how the model was trained."""
         section = self.spec.section
         start = f"random weights of a {section.init['model_type']}" if section.init else f"`{section.path}`"
         commit = f" at revision `{section.revision}`" if section.revision and not section.init else ""
@@ -243,30 +244,28 @@ def _write(
     except SaveError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise SaveError(f"the state of training cannot be written: {what}", where=str(folder / role)) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise SaveError(f"the training state cannot be written: {cause}", where=str(folder / role)) from error
     return records
 
 
 @dataclass(frozen=True)
 class ChainedFuture(Generic[U]):
-    """An answer that stands only when another call went well too."""
+    """The result of ``second``, which is valid only if the call ``first`` succeeded."""
 
     first: Future[Any]
-    then: Future[U]
+    second: Future[U]
 
     def result(self) -> U:
-        """Wait for both."""
         self.first.result()
-        return self.then.result()
+        return self.second.result()
 
     def done(self) -> bool:
-        """Whether both are there."""
-        return self.first.done() and self.then.done()
+        return self.first.done() and self.second.done()
 
 
 class WorkerGroup(ABC):
-    """The workers of a role, wherever they are."""
+    """The workers of a role: processes on Ray, or one object in this process."""
 
     world_size: int
 
@@ -278,12 +277,15 @@ class WorkerGroup(ABC):
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
     ) -> Future[U]:
-        """Call ``method`` (of the worker class) on every rank with its own arguments; ``gather`` their values."""
+        """Call ``method`` of the worker class on every rank, each with its item of ``arguments``; ``gather`` gets their
+        values."""
 
     @abstractmethod
     def start(self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` on every rank and fetch nothing: what comes back may be passed, as it is, as an argument to
-        a call of another role, which gets the `WorkerResult`. For faults and messages its phase is ``sync``."""
+        """Call ``method`` on every rank without fetching the results.
+
+        Returns one reference for each rank. Passed as an argument of a call of another role, it arrives there as the
+        `WorkerResult`, without a copy in the driver. The phase is ``sync``."""
 
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""
@@ -291,7 +293,7 @@ class WorkerGroup(ABC):
 
 
 class Role:
-    """The driver's side of a role: splits work over its ranks and gathers their answers."""
+    """The driver's side of a role. It splits work over the ranks and gathers their results."""
 
     worker: type[Worker]
 
@@ -305,46 +307,42 @@ class TrainedRole(Role):
     update_phase = "update"
 
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """One optimizer step; every rank reports the same numbers."""
+        """One optimizer step. Every rank returns the same metrics."""
         rows = collate.split(batch.sequences, batch.unit, self.ranks.world_size)
         arguments = [(batch.select(index), loss) for index in rows]
         return self.ranks.call(self.update_phase, TrainedWorker.update, arguments, lambda parts: parts[0])
 
     def save(self, folder: Path, overlap: bool) -> Future[list[FileRecord]]:
-        """See `align.roles.Stateful`."""
-        return self.ranks.call("save", TrainedWorker.save, self.ranks.everywhere(folder, overlap), _all)
+        return self.ranks.call("save", TrainedWorker.save, self.ranks.everywhere(folder, overlap), _concatenated)
 
     def saved(self) -> Future[list[FileRecord]]:
-        """See `align.roles.Stateful`."""
-        return self.ranks.call("save_wait", TrainedWorker.saved, self.ranks.everywhere(), _all)
+        return self.ranks.call("save_wait", TrainedWorker.saved, self.ranks.everywhere(), _concatenated)
 
     def restore(self, folder: Path) -> Future[None]:
-        """See `align.roles.Stateful`."""
         return self.ranks.call("load", TrainedWorker.restore, self.ranks.everywhere(folder), lambda parts: None)
 
     def state_bytes(self) -> Future[int]:
-        """See `align.roles.Stateful`."""
         return self.ranks.call("save", TrainedWorker.state_bytes, self.ranks.everywhere(), sum)
 
     def counters(self) -> dict[str, Any]:
-        """What the driver's side counts, for a checkpoint; JSON."""
+        """Counters of the driver's side, for a checkpoint; JSON."""
         return {}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Count on from what `counters` gave."""
+        """Continue from `counters` of a checkpoint."""
 
     def export(self, folder: Path, extra: Mapping[str, str] | None = None) -> Future[None]:
-        """Write the model in Hugging Face layout, with the ``extra`` files, text by name."""
+        """Write the model in Hugging Face layout, with the ``extra`` files: text by name."""
         arguments = self.ranks.everywhere(folder, extra or {})
         return self.ranks.call("export", TrainedWorker.export, arguments, lambda parts: None)
 
 
-def _all(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:
+def _concatenated(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:
     return [record for part in parts for record in part]
 
 
 def by_rank(total: int, world_size: int) -> list[torch.Tensor]:
-    """Indices 0..total-1 dealt out in turn."""
+    """Indices 0..total-1, dealt to the ranks in turn."""
     return [torch.arange(total)[rank::world_size] for rank in range(world_size)]
 
 

@@ -15,7 +15,7 @@ from align.workers.base import TrainedRole, TrainedWorker, merged, worker_method
 
 
 class CriticWorker(TrainedWorker):
-    """A model that gives the state before each response token a value."""
+    """A value model: it estimates the value of the state before each response token."""
 
     def load(self) -> None:
         section, spec = self.spec.section, self.spec
@@ -47,7 +47,6 @@ class Critic(TrainedRole):
     update_phase = "critic_update"
 
     def values(self, sequences: Sequences) -> Future[Tensor]:
-        """See `align.roles.Critic`."""
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
         return self.ranks.call("values", CriticWorker.values, arguments, lambda parts: merged(parts, rows))

@@ -1,4 +1,4 @@
-"""The cast in one process, without Ray: for debugging, for tests, and for one small GPU."""
+"""Roles in the driver's process, without Ray: for debugging, for tests, and for one small GPU."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ class LocalWorkerGroup(WorkerGroup):
         arguments: Sequence[tuple[Any, ...]],
         gather: Callable[[list[T]], U],
     ) -> CompletedFuture[U]:
-        """See `align.workers.base.WorkerGroup`."""
         self.clock.begin(phase)
-        answer = self._run(phase, method, arguments)
-        self.clock.record(phase, [answer.span])
-        return CompletedFuture(gather([answer.value]))
+        result = self._run(phase, method, arguments)
+        self.clock.record(phase, [result.span])
+        return CompletedFuture(gather([result.value]))
 
     def start(
         self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]
     ) -> list[WorkerResult[T]]:
-        """See `align.workers.base.WorkerGroup`."""
         return [self._run("sync", method, arguments)]
 
     def _run(
@@ -51,16 +49,16 @@ class LocalWorkerGroup(WorkerGroup):
         role, step = self.worker.spec.role, self.clock.step
         try:
             fault_injection.maybe_inject(role, 0, phase, step)
-            return getattr(self.worker, method.__name__)(*arguments[0])  # by name: the worker's own override counts
+            return getattr(self.worker, method.__name__)(*arguments[0])  # by name, so that a subclass may override it
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise WorkerError(
                 f"{role} ran out of memory in {phase}, step {step}: {type(error).__name__}: {error}",
-                remedy=f"lower {role}.max_tokens_per_micro_batch, or {role}.max_num_seqs while it samples",
+                remedy=f"lower {role}.max_tokens_per_micro_batch, or {role}.max_num_seqs if it samples",
             ) from error
 
 
 def start_role(worker: type[Worker], spec: WorkerSpec, clock: Clock, announce: Announce = silent) -> LocalWorkerGroup:
-    """Start the role in this process."""
+    """Start a role in this process."""
     fault_injection.maybe_inject(spec.role, spec.rank, "start", clock.step)
     instance = worker(spec)
     fault_injection.maybe_inject(spec.role, spec.rank, "load", clock.step)

@@ -327,5 +327,5 @@ def test_what_goes_wrong_while_writing_is_told_by_saved_and_the_next_save_is_fre
 
     monkeypatch.setattr(base, "write_tensors", broken)
     worker.save(tmp_path, True)
-    with pytest.raises(SaveError, match="critic: the state of training cannot be written: MemoryError: no memory"):
+    with pytest.raises(SaveError, match="critic: the training state cannot be written: MemoryError: no memory"):
         worker.saved()
