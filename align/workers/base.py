@@ -136,6 +136,7 @@ class Worker:
 class TrainedWorker(Worker):
     """A rank whose model is trained."""
 
+    stateless = False  # comes before the True of `ReferenceWorker` in `PolicyWorker`
     _writing: futures.Future[list[FileRecord]] | None = None
     """A save whose records have not been fetched."""
     inference_arguments: Mapping[str, float] = MappingProxyType({})

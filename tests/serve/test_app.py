@@ -67,7 +67,7 @@ def test_attributes_come_with_the_score():
 def test_each_refusal_has_its_status():
     with serving_with(max_request_bytes=2000) as address:
         body = {"input": [conversation()]}
-        for status, code, (worker_method, reply) in [
+        for status, code, (answered, reply) in [
             (400, "bad_request", ask(address, {"input": ["x"]})),
             (404, "not_found", ask(address, {"model": "other", **body})),
             (404, "not_found", ask(address, path="/v1/embeddings")),
@@ -76,7 +76,7 @@ def test_each_refusal_has_its_status():
             (413, "too_large", ask(address, {"input": [conversation()] * 9})),
             (413, "too_large", ask(address, {"input": [conversation("x" * 2000)]})),
         ]:
-            assert (worker_method, reply["error"]["code"]) == (status, code)
+            assert (answered, reply["error"]["code"]) == (status, code)
             assert reply["error"].keys() == {"message", "type", "param", "code"}
         assert ask(address, body)[0] == 200
 
