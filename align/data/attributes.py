@@ -1,4 +1,4 @@
-"""Names of the attributes that responses are rated by, in the order of a model's outputs."""
+"""Names of the rated attributes, in the order of a model's outputs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 TRUST = (
     "read that code; then set trust_remote_code=true and, for a hub id, revision to the 40-digit commit you have read"
 )
-"""What to do about a checkpoint that needs code of its own."""
+"""Remedy for a checkpoint that needs remote code."""
 
 _PROBE = "Hello  world's end.\n\n\tdef f(x): return x+1  # 123456 caf\u00e9 \u4e2d\u6587 \U0001f600 </s>"
 

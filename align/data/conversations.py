@@ -1,4 +1,4 @@
-"""From the policy's token ids back to conversations, for judges that read text."""
+"""Map the policy's token ids back to conversations, for scorers that read text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.types import Packed, Sequences
 
 
 class ConversationIndex:
-    """Knows every prompt of a run by the ids that it was rendered to."""
+    """All prompts of a run, by the token ids they were rendered to."""
 
     def __init__(self, contexts: Iterable[tuple[Message, ...]], renderer: Renderer):
         self._renderer = renderer

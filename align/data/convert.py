@@ -1,4 +1,4 @@
-"""From one format to another: rated responses to pairs, fewer labels, and the files of OpenAI, NeMo and HelpSteer3."""
+"""Convert data: ratings to pairs, a subset of the attributes, and files in the OpenAI, NeMo and HelpSteer3 formats."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Data of the HelpSteer family and what can be read like it: what is read, counts, and what is refused.
+"""Load a data source as rows of one kind, without duplicates and overlap, and count the rows that are dropped.
 
-The formats are in `helpsteer2` (the first two generations), `helpsteer3`, `messages` and `nemo`; `tokenize` makes token
-ids of rows, and its functions can be called from here.
+The formats are in `helpsteer2` (HelpSteer, HelpSteer2), `helpsteer3`, `openai`, `nemo` and `trl`. The functions of
+`tokenize` turn rows into token ids; they can also be imported from here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What became of the rows of one split: ``read`` is the sum of all the others.
+    """Row counts of one split by outcome: ``read`` is the sum of all the others.
 
     A row is what is trained on, a pair or a response: several lines of a file may make one, and one line two. What
     cannot be read counts as one row.
@@ -56,11 +56,11 @@ class SplitCounts:
     duplicates: int
     """Rows whose context and responses occurred before in this split."""
     in_validation: int
-    """Rows of train whose context and responses are in validation too."""
+    """Rows of train whose context and responses are also in validation."""
     kept: int
-    """Rows left, ties among them."""
+    """Rows that remain, including ties."""
     spread: int = 0
-    """Rows whose annotators lie further apart than ``data.max_spread``."""
+    """Rows whose annotators differ by more than ``data.max_spread``."""
     single: int = 0
     """Prompts with one response, which make no pair (``format: helpsteer`` read as preferences)."""
 

@@ -1,4 +1,4 @@
-"""The format of a data source, by the names of its files and by the columns of its first rows."""
+"""Detect the format of a data source from the names of its files and the columns of its first rows."""
 
 from __future__ import annotations
 

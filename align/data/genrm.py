@@ -1,4 +1,4 @@
-"""Pairs that people compared as tasks of a judge that writes verdicts: what it reads, and what it should say.
+"""Human comparisons as training data of a generative reward model: its prompts and the verdicts it should write.
 
 The label of a verdict is made of HelpSteer3's: the ranking 1 to 6 of a preference of -3, -2, -1, 1, 2, 3, and the
 scores of both responses where people said how helpful they are. No publication states how NVIDIA made its labels; this

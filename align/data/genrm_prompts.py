@@ -1,4 +1,4 @@
-"""Verdicts of generative reward models: what such a judge is asked, and how its answer is read and written.
+"""Prompts of generative reward models (judges), and parsing and formatting of their verdicts.
 
 A judge sees a conversation and one response, or two. It gives each response a score, 1 (not helpful) to 5 (extremely
 helpful), and two responses a ranking, 1 (the first is much better) to 6 (the second is much better). Two forms are

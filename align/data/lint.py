@@ -1,5 +1,5 @@
-"""What is wrong with a data source, and what is worth knowing of it, before anything is trained: every row is read, and
-nothing stops at the first that is bad.
+"""Check a data source before training: reads every row, collects problems and statistics, and does not stop at a bad
+row.
 
 Significance is that of the sign test: how likely a fair coin is to lie as far from the middle, in either direction
 (exact, so there is no normal approximation). Rows that are equal to an earlier one do not count in it.
@@ -72,7 +72,7 @@ CHECKS: dict[str, tuple[Severity, str]] = {
 
 @dataclass
 class LintFinding:
-    """One thing that was found, and how often."""
+    """One kind of problem or bias, and how often it occurs."""
 
     name: str
     severity: Severity
@@ -86,7 +86,7 @@ class LintFinding:
 
 @dataclass(frozen=True)
 class LintTable:
-    """Numbers for the reader."""
+    """A table of statistics."""
 
     title: str
     columns: tuple[str, ...]
@@ -95,7 +95,7 @@ class LintTable:
 
 @dataclass(frozen=True)
 class LintReport:
-    """All of it."""
+    """Findings and statistics of a source."""
 
     source: str
     format: str
@@ -149,7 +149,7 @@ _LocatedRows = list[tuple[str, Any]]
 
 
 def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, template: str = "") -> LintReport:
-    """Read everything and say what was found.
+    """Read all rows and report findings.
 
     ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
     one was asked for. Raises `DataError` for a source that is missing or damaged.

@@ -1,7 +1,7 @@
-"""Splits of a data source, and the mix of several: which row is held out and which is learned from.
+"""Split a data source into train and validation, and mix several sources by weight.
 
-Both follow from the hash of a row's prompt alone. So all rows of one prompt are in one split, wherever they stand, and
-rows that are added move none of the others.
+Both depend only on the hash of a row's prompt. So all rows of one prompt are in the same split, wherever they are in
+the file, and added rows do not move others.
 """
 
 from __future__ import annotations

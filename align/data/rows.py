@@ -1,4 +1,4 @@
-"""What a row of data can be, whatever its format, and the checks that formats share."""
+"""The kinds of rows, independent of the format of the data, and the checks that formats share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MAX = sys.float_info.max
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRow:
-    """Something that was read."""
+    """Base of rows: keeps the place in the source."""
 
     where: str = field(default="", compare=False, repr=False)
     """Its place, as file:line."""
 
 
 class DataRow(SourceRow):
-    """What reading needs of a row of any kind."""
+    """Base of all kinds of rows."""
 
     KEY: ClassVar[tuple[str, ...]]
     """The fields that make two rows duplicates."""

@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders and tables of the hub.
+"""Read raw rows from files, folders and tables of the hub.
 
-A row is a pair of its place, to name in errors, and a line of a file (bytes) or a row of a table (a dict).
+A raw row is a pair: its place (file:line, for errors) and a line of a file (bytes) or a row of a table (a dict).
 
 JSON lines are read line by line here and not by ``datasets``: its JSON reader settles on one type per column, so a
 wrong type or a missing field in one row is cast in silence or fails without a line number. A hub id goes through

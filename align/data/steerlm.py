@@ -1,4 +1,4 @@
-"""How attributes are told to a policy (SteerLM: Dong et al. 2023, arXiv 2310.05344). Loads no torch.
+"""How attribute labels are written into a prompt (SteerLM: Dong et al. 2023, arXiv 2310.05344). Loads no torch.
 
 The text is NeMo-Aligner's, ``name:value,name:value`` between a prefix and a suffix. A model that learned to read it
 says so in ``align_steering.json`` beside its weights.
@@ -35,7 +35,7 @@ Turns = tuple["Message", ...]
 
 @dataclass(frozen=True)
 class SteeringFormat:
-    """Which attributes are told, and how."""
+    """Which attributes are in the prompt, and how they are written."""
 
     names: tuple[str, ...]
     values: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Rows as token ids: prompts, pairs, demonstrations and rated responses."""
+"""Turn rows into token ids: prompts, pairs, demonstrations and rated responses."""
 
 from __future__ import annotations
 
