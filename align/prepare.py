@@ -164,7 +164,7 @@ def _require_positions(
     A reward role that reads text checks its sequences when it renders them.
     """
     sampling = getattr(config, "sampling", None)
-    longest: dict[str, positions.Longest] = {}
+    longest: dict[str, positions.LongestSequence] = {}
     for part, length in positions.longest(train_data, sampling.max_tokens if sampling else 0):
         longest[part] = max(length, longest.get(part, length))
     for name, role in roles.items():

@@ -37,8 +37,8 @@ def is_plain(config: PreTrainedConfig) -> bool:
 
 
 def implementation(section: ModelConfig, config: PreTrainedConfig) -> str | None:
-    """``attn_implementation`` for transformers; None has it take sdpa, or eager where an architecture has no sdpa, as
-    those with soft caps or sinks. Raises `ModelError` where the recipe's ``attention`` cannot be."""
+    """``attn_implementation`` for transformers; None selects sdpa, or eager where an architecture has no sdpa (soft
+    caps, sinks). Raises `ModelError` if the model cannot use the recipe's ``attention``."""
     foreign = section.trust_remote_code and getattr(config, "auto_map", None)
     packable = is_plain(config) and not foreign
     if section.attention == "auto":

@@ -1,4 +1,4 @@
-"""Writing a model in Hugging Face layout, and proving that what was written is what was held."""
+"""Write a model in Hugging Face layout and verify the files against the model in training."""
 
 from __future__ import annotations
 
@@ -19,56 +19,58 @@ from align.models import exported_files, verify_export
 from align.models.weights import named_weights
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
-MOST_LOST = 0.25
-"""How much of the adapters' update rounding may take; see `merged_dtype`."""
+MAX_ROUNDING_LOSS = 0.25
+"""Largest share of the adapters' update that rounding may remove (`merged_dtype`)."""
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
-    """LoRA layers by the name that their weight has without adapters."""
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """LoRA layers by the name of their weight in the model without adapters."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
     return {
-        _plain(f"{name}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}"): layer
+        _base_name(f"{name}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}"): layer
         for name, layer in layers
     }
 
 
-def _plain(name: str) -> str:
-    """The name of a weight in a model without adapters; a wrapper of experts' weights wraps another."""
+def _base_name(name: str) -> str:
+    """The name of a weight in the model without adapters. Wrappers nest for the weights of experts."""
     return name.replace(".base_layer", "")
 
 
 def merged_dtype(model: nn.Module, gather: Gather, base: torch.dtype) -> torch.dtype:
-    """``base``, or float32 where rounding to it would lose too much of what the adapters have learned.
+    """``base``, or float32 where rounding to ``base`` would remove too much of the adapters' update.
 
     With W the frozen weights, D the update of the adapters and R rounding to ``base``, over all adapted weights:
-    ``|R(W + D) - (W + D)| <= MOST_LOST |D|`` in Frobenius norms. Every rank calls this and gets the same answer.
+    ``|R(W + D) - (W + D)| <= MAX_ROUNDING_LOSS |D|`` in Frobenius norms. Every rank must call this; all
+    get the same result.
     """
-    lost = learned = 0.0
-    for layer in _adapted(model).values():
+    rounding_square = update_square = 0.0
+    for layer in _lora_layers(model).values():
         with gather(layer.parameters()), torch.no_grad():
             weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
             update = layer.get_delta_weight(layer.active_adapters[0]).float()
             merged = weight.float() + update
-            lost += float((merged.to(base).float() - merged).double().square().sum())
-            learned += float(update.double().square().sum())
-    return base if lost <= MOST_LOST**2 * learned else torch.float32
+            rounding_square += float((merged.to(base).float() - merged).double().square().sum())
+            update_square += float(update.double().square().sum())
+    return base if rounding_square <= MAX_ROUNDING_LOSS**2 * update_square else torch.float32
 
 
 def state_dict(
     model: PreTrainedModel, gather: Gather, keep: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Every weight whole on the CPU, persistent buffers too, adapters merged into it, under its name without adapters.
+    """Every weight and persistent buffer, complete and on the CPU, with adapters merged. Names are those without
+    adapters.
 
-    ``gather`` makes parameters whole within its context; every rank must call this, and only ranks with ``keep`` get
-    the result. Sums are float32, rounded once to ``dtype``, or to that of the weight where it is None. Weights without
-    adapters take on ``dtype`` where that changes no number.
+    ``gather`` makes partitioned parameters complete within its context. Every rank must call this; only ranks with
+    ``keep`` get the result. Adapters are added in float32 and rounded once to ``dtype``, or to the dtype of the weight
+    where it is None. Weights without adapters are cast to ``dtype`` only where that changes no number.
     """
-    adapted, state = _adapted(model), {}
+    lora_layers, state = _lora_layers(model), {}
     for name, parameter in named_weights(model):
         if ".lora_" in name:
             continue
-        plain = _plain(name)
-        layer = adapted.get(plain)
+        base_name = _base_name(name)
+        layer = lora_layers.get(base_name)
         own = [parameter] if isinstance(parameter, nn.Parameter) else []
         with gather(own if layer is None else layer.parameters()):
             value = parameter.detach()
@@ -77,7 +79,7 @@ def state_dict(
             if keep:
                 rounded = value.to(dtype or parameter.dtype)
                 exact = layer is not None or torch.equal(rounded.to(value.dtype), value)
-                state[plain] = (rounded if exact else value).cpu().clone()
+                state[base_name] = (rounded if exact else value).cpu().clone()
     return state
 
 
@@ -89,28 +91,28 @@ def write(
     extra: Mapping[str, str],
     expected: Mapping[str, Tensor],
 ) -> None:
-    """Write ``state`` with config and tokenizer to a folder beside ``folder``, verify it, then rename it to ``folder``,
-    as `new_result` does.
+    """Write ``state`` with config and tokenizer to a temporary folder, verify it, then rename it to ``folder``
+    (`new_result`).
 
-    ``state`` is emptied on the way, so that no two copies of a model are in memory. ``expected`` holds outputs of the
-    model in training on `verify_export.probe`. Raises `ModelError` where the folder holds other weights or computes
-    something else; then there is no ``folder``.
+    ``state`` is emptied before the outputs are compared, so that memory never holds the model twice. ``expected`` holds
+    outputs of the model in training on `verify_export.probe`. Raises `ModelError`, and leaves no ``folder``, if the
+    written weights or outputs differ.
 
-    ``extra`` holds the text of further files by name; one that the tokenizer has written too takes its place.
+    ``extra`` holds the text of further files by name. They overwrite files of the same name from the tokenizer.
     """
     with new_result(folder) as partial:
         exported_files.write(model, tokenizer, state, partial, extra)
         _name_dtype(partial / "config.json", model, state)
-        verify_export.weights(partial, state, type(model))
+        verify_export.check_weights(partial, state, type(model))
         exported_files.verify(partial, tokenizer, any(name.endswith(".py") for name in extra))
         state.clear()
-        verify_export.behaviour(partial, verify_export.probe(tokenizer), expected, model)
+        verify_export.check_outputs(partial, verify_export.probe(tokenizer), expected, model)
 
 
 def _name_dtype(file: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Have the config name the number format of the weights: transformers has written that of ``model``."""
-    written = next(value.dtype for value in state.values() if value.is_floating_point())
-    if written != model.dtype:
+    """Set ``dtype`` of the config to that of the dtype weights: transformers writes the dtype of ``model``."""
+    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    if dtype != model.dtype:
         content = json.loads(file.read_text(encoding="utf-8"))
-        content["dtype"] = str(written).removeprefix("torch.")
+        content["dtype"] = str(dtype).removeprefix("torch.")
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What roles read from a transformer: log-probabilities or values of response tokens, or scores of a sequence.
+"""Heads that read log-probabilities or values of response tokens, or scores of a sequence, from a transformer.
 
-All modules take a `Layout`, so a trainer or an engine never sees padding, and all run the language-model or score
-head only on the states that are read.
+All modules take a `Layout`, so trainers and engines never see padding. All run the language-model or score head only
+on the hidden states that they read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from align.ops import logprobs
 
 
 def is_packed(model: PreTrainedModel) -> bool:
-    """The model reads packed layouts."""
+    """True if the model reads packed layouts."""
     return model.config._attn_implementation == PACKED
 
 
@@ -41,18 +41,18 @@ class TokenizerIds:
 
 
 def restrict(model: PreTrainedModel, ids: TokenizerIds) -> None:
-    """Have `restricted` leave no probability to ids that the tokenizer lacks: checkpoints pad their embedding."""
+    """Make `restricted` give no probability to ids that the tokenizer lacks: published models pad their embedding."""
     vars(model)["tokenizer_ids"] = ids
 
 
 def tokenizer_ids(model: PreTrainedModel) -> TokenizerIds | None:
-    """What `restrict` was given; None without it."""
+    """The ids set by `restrict`, else None."""
     return vars(model).get("tokenizer_ids")
 
 
 def restricted(model: PreTrainedModel, logits_NV: Tensor) -> Tensor:
-    """Logits of the ids that the model's tokenizer has: columns beyond the last one are cut off, which copies nothing,
-    and those of gaps are -inf. Without `restrict` the logits as they are."""
+    """Logits of the ids that the model's tokenizer has. Columns beyond the last id are cut off, without a copy; columns
+    of gaps are -inf. Without `restrict`, all logits unchanged."""
     ids = tokenizer_ids(model)
     if ids is None:
         return logits_NV
@@ -91,7 +91,7 @@ def _logits(model: PreTrainedModel, layout: Layout, index_N: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """A transformer and what is read from it; ``forward`` returns the tensors named in ``outputs``."""
+    """A transformer with a head; ``forward`` returns the tensors named in ``outputs``."""
 
     outputs: tuple[str, ...]
     num_attributes: int = 1
@@ -117,8 +117,8 @@ class TokenLogprobs(Head):
 
 
 class LastTokenScore(Head):
-    """``score_B``: the one-label head at the last token of each sequence, found by length and never by looking for
-    pads."""
+    """``score_B``: the one-label head at the last token of each sequence, located by length, never by searching for
+    padding tokens."""
 
     outputs = ("score_B",)
 
@@ -157,7 +157,7 @@ class RowZeroLogit(Head):
     """``score_B``: the raw logit of vocabulary id 0 at the last token (Llama-3.x-Nemotron-70B-Reward).
 
     The model cards read ``generate(...).scores[0][0][0]``; that is ``lm_head.weight[0] . h_last``, one forward pass.
-    Raw logits are meant: ``scores`` would be warped where a generation config samples.
+    This returns raw logits: ``scores`` of ``generate`` are changed by the sampling settings of a generation config.
     """
 
     outputs = ("score_B",)
@@ -167,7 +167,8 @@ class RowZeroLogit(Head):
 
 
 class LogitDifference(Head):
-    """``score_B``: logit of one word less that of another after the last token (Yes and No of a principle model)."""
+    """``score_B``: the logit of one token minus that of another after the last token (Yes and No of a
+    principle model)."""
 
     outputs = ("score_B",)
 

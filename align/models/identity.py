@@ -21,8 +21,8 @@ def model_fingerprint(model: ModelConfig, seed: int) -> str:
     """sha256 of the model that a role starts from: for run identities, caches and stored scores.
 
     A folder counts by names, sizes and up to 64 MiB of the bytes of each file in `FILES`, a hub id by the commit that
-    it resolves to, random weights (``init``) by their config and ``seed``. Reading all of a model of 70 billion weights
-    would take minutes at each start; two models of one shape that agree in every block read count as the same.
+    it resolves to, random weights (``init``) by their config and ``seed``. Reading a whole model of 70 billion weights
+    would take minutes at each start. Two models of one shape that agree in every block that is read count as the same.
     """
     digest, folder = hashlib.sha256(), Path(model.path).expanduser()
     if model.init:

@@ -1,11 +1,11 @@
-"""Batch invariance: the numbers of a sequence do not depend on its neighbors in a batch. Architectures that are not so
-in transformers are mended here, or refused.
+"""Batch invariance: the outputs for a sequence do not depend on its neighbors in a batch. Architectures for which
+transformers breaks this are patched here, or refused.
 
 Rope types ``dynamic`` (NTK by length) and ``longrope`` (LongRoPE, Ding et al. 2024, arXiv 2402.13753; Phi-3) rotate a
-sequence by frequencies that depend on its length. transformers takes the longest sequence of a call for all of them,
-and ``dynamic`` keeps that of earlier calls. `apply` gives each sequence its own. While tokens are
-sampled the length grows, and cached keys keep the frequencies of a shorter one, so log-probabilities of sampling would
-not be those of training: `check_sampling` refuses lengths at which frequencies change.
+sequence by frequencies that depend on its length. transformers uses the longest sequence of a call for all sequences,
+and ``dynamic`` keeps the length of earlier calls. `apply` gives each sequence its own frequencies. During sampling the
+length grows while cached keys keep the frequencies of a shorter sequence, so log-probabilities of sampling would differ
+from those of training: `check_sampling` refuses lengths at which frequencies change.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def constant_length(config: PreTrainedConfig) -> int | None:
 
 
 def apply(model: PreTrainedModel) -> None:
-    """Rotate sequences by their own length, and route tokens to experts in training as everywhere else.
+    """Rotate each sequence by its own length, and switch off the routing noise of experts in training.
 
-    Raises `ModelError` where that cannot be.
+    Raises `ModelError` if the model cannot be patched.
     """
     _rotate_by_own_length(model)
     for module in model.modules():
@@ -57,9 +57,9 @@ def _as_is(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _rotate_by_own_length(model: PreTrainedModel) -> None:
-    """Rotate each row of ``position_ids`` (R, L) by the frequencies of its own length, its largest position and 1.
+    """Rotate each row of ``position_ids`` (R, L) by the frequencies of its length (largest position + 1).
 
-    Does nothing to a model of constant frequencies. Raises `ModelError` for one that computes them in code of its own.
+    Leaves models with constant frequencies unchanged. Raises `ModelError` if custom model code computes them.
     """
     limit = constant_length(model.config)
     if limit is None:
@@ -85,7 +85,7 @@ def _rotated(
     *arguments: Any,
     **named: Any,
 ) -> tuple[Tensor, ...]:
-    """Cosines and sines of each row, by rows of one length: those up to ``limit`` are of one."""
+    """Cosines and sines of each row, in groups of equal length. Rows up to ``limit`` share their frequencies."""
     length_R = position_ids.amax(-1).clamp(min=limit - 1)
     groups = [(length_R == length).nonzero().squeeze(1) for length in length_R.unique()]
     tables = []
@@ -97,7 +97,7 @@ def _rotated(
 
 
 def _forget(rotary: nn.Module) -> None:
-    """Undo what ``transformers.modeling_rope_utils.dynamic_rope_update`` keeps of earlier calls."""
+    """Reset the state that ``transformers.modeling_rope_utils.dynamic_rope_update`` keeps between calls."""
     for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
         setattr(rotary, name, rotary.original_max_seq_len)
     for name, original in list(rotary.named_buffers(recurse=False)):
@@ -106,8 +106,8 @@ def _forget(rotary: nn.Module) -> None:
 
 
 def check_sampling(config: PreTrainedConfig, num_tokens: int) -> None:
-    """Raises `ModelError` for a model from which sequences of ``num_tokens``, prompt and response, cannot be sampled so
-    that tokens and log-probabilities are those of the sequence alone."""
+    """Raise `ModelError` if tokens or log-probabilities of sampled sequences of ``num_tokens``, prompt and response,
+    would depend on the batch."""
     name = config.name_or_path or config.model_type
     if config.model_type in PADDED_STATE:
         raise ModelError(
@@ -124,7 +124,7 @@ def check_sampling(config: PreTrainedConfig, num_tokens: int) -> None:
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Raises `ModelError` for an encoder, whose attention to later tokens gives no log-probabilities."""
+    """Raise `ModelError` for an encoder: it attends to later tokens, so it gives no log-probabilities."""
     for module in model.modules():
         if getattr(module, "is_decoder", None) is False and getattr(module, "is_causal", None) is False:
             name = f"{model.config.name_or_path}: {type(model).__name__}"
@@ -132,7 +132,7 @@ def require_causal(model: PreTrainedModel) -> None:
 
 
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
-    """Set every dropout probability, and leave out no layer."""
+    """Set every dropout probability to ``rate`` and every layer-drop probability to 0."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             set_dropout(value, rate)

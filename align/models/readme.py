@@ -12,7 +12,7 @@ NAME = "README.md"
 
 
 def policy(origin: str, chat: Chat, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], trust: bool) -> str:
-    """Of a causal language model that ends its responses by ``stop_ids``. ``origin``: a sentence on how it was made."""
+    """The page of a causal language model whose responses end with ``stop_ids``. ``origin``: how the model was made."""
     stops = ", ".join(f"{id} {tokenizer.convert_ids_to_tokens(id)!r}" for id in stop_ids)
     return f"""# Language model
 
@@ -35,8 +35,8 @@ print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=
 
 
 def reward(origin: str, chat: Chat, tokenizer: PreTrainedTokenizerBase, pads: bool, weighted: bool, trust: bool) -> str:
-    """Of a sequence classifier. ``pads``: config and tokenizer have a padding token, so batches work; ``weighted``: its
-    score is a sum of attributes, by the weights in ``align_reward.json``."""
+    """The page of a sequence classifier. ``pads``: config and tokenizer have a padding token, so batches work;
+    ``weighted``: the score is the sum of attributes weighted by ``align_reward.json``."""
     end = json.dumps(tokenizer.convert_ids_to_tokens(chat.end_id), ensure_ascii=False)
     rendered = f"tokenizer.apply_chat_template({_arguments('conversation', chat)}, tokenize=False)"
     text = {"cut": f"{rendered}.rpartition({end})[0] + {end}", "append": f"{rendered} + {end}", "all": rendered}

@@ -1,4 +1,4 @@
-"""Proving that an exported folder is the trained model: its weights bit for bit, and what it computes."""
+"""Verify that an exported folder is the trained model: equal weights, bit for bit, and equal outputs."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from align.models.weights import named_weights
 from align.types import Packed, Sequences
 
 PROBE_LENGTHS = ((5, 6), (7, 6), (3, 6))
-"""Tokens of prompt and response of each sequence of `probe`."""
+"""Tokens of prompt and response of each sequence that `probe` makes."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest `difference` of two computations by one model, by the coarser number format of the two (docs/lora.md)."""
+"""Largest allowed `difference` between outputs of one model, by the coarser dtype of the two (docs/lora.md)."""
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """A fixed batch of ids of tokens, spread over the vocabulary, without the padding token."""
+    """A fixed batch of random token ids from the whole vocabulary, without the padding token."""
     source = torch.Generator().manual_seed(0)
     ids = torch.tensor(sorted(id for id in tokenizer.get_vocab().values() if id != tokenizer.pad_token_id))
 
-    def drawn(length: int) -> list[int]:
+    def random_ids(length: int) -> list[int]:
         return ids[torch.randint(len(ids), (length,), generator=source)].tolist()
 
-    prompts, responses = zip(*((drawn(prompt), drawn(response)) for prompt, response in PROBE_LENGTHS), strict=True)
+    prompts, responses = zip(
+        *((random_ids(prompt), random_ids(response)) for prompt, response in PROBE_LENGTHS), strict=True
+    )
     return Sequences(Packed.from_lists(prompts), Packed.from_lists(responses), torch.arange(len(prompts)))
 
 
 def difference(expected: Tensor, other: Tensor) -> float:
-    """Mean of ``|x - y| / max(1, |x|)``: absolute for small numbers, relative for large ones. Not finite where an
-    element of either is not."""
+    """Mean of ``|x - y| / max(1, |x|)``: absolute for small numbers, relative for large ones. Not finite if an
+    element of either tensor is not."""
     return float(((other - expected).abs() / expected.abs().clamp(min=1.0)).mean())
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
-    """See `TOLERANCE`."""
     return max(TOLERANCE[dtype] for dtype in dtypes)
 
 
-def weights(folder: Path, state: Mapping[str, Tensor], kind: type[PreTrainedModel]) -> None:
-    """Read the files back and compare every weight, bit for bit."""
+def check_weights(folder: Path, state: Mapping[str, Tensor], kind: type[PreTrainedModel]) -> None:
+    """Read the files back and compare every weight, bit for bit. Raises `ModelError`."""
     read: set[str] = set()
     for name, value in _read_back(folder, state.keys(), kind):
         read.add(name)
@@ -63,33 +64,32 @@ def weights(folder: Path, state: Mapping[str, Tensor], kind: type[PreTrainedMode
 
 
 def _read_back(folder: Path, names: Set[str], kind: type[PreTrainedModel]) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the files; through transformers where it writes an architecture's weights under other names."""
-    written: dict[str, Path] = {}
+    """Every weight of the files. Loads the model where transformers saves an architecture under other weight names."""
+    file_of: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            written |= dict.fromkeys(tensors.keys(), file)
-    if written.keys() != names:
+            file_of |= dict.fromkeys(tensors.keys(), file)
+    if file_of.keys() != names:
         yield from named_weights(kind.from_pretrained(folder, dtype="auto"))
         return
-    for file in sorted(set(written.values())):
+    for file in sorted(set(file_of.values())):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 yield name, tensors.get_tensor(name)
 
 
 def _own_code(folder: Path) -> bool:
-    """Whether the folder holds Python code: that of the model in training, which runs already."""
+    """True if the folder holds Python code. It is the code of the model in training, which is already running."""
     return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def behaviour(folder: Path, sequences: Sequences, expected: Mapping[str, Tensor], trained: PreTrainedModel) -> None:
-    """Compare what the folder computes with what the model in training does.
+def check_outputs(folder: Path, sequences: Sequences, expected: Mapping[str, Tensor], trained: PreTrainedModel) -> None:
+    """Compare outputs of the exported model with those of the model in training.
 
     ``expected`` holds outputs of the head (`align.models.heads`) of ``trained`` on ``sequences``, computed on its own
-    device; the folder is read by transformers alone, on the CPU, in the number format that it is written in, and its
-    log-probabilities are taken over the same ids (`align.models.heads.restrict`). Raises `ModelError` with the
-    difference.
+    device. The folder is loaded by transformers alone, on the CPU and in the dtype of its files; log-probabilities are
+    over the same ids (`align.models.heads.restrict`). Raises `ModelError` with the difference.
     """
     auto: Any = AutoModelForCausalLM if "logprob_BT" in expected else AutoModelForSequenceClassification
     model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=_own_code(folder)).eval()
@@ -97,10 +97,10 @@ def behaviour(folder: Path, sequences: Sequences, expected: Mapping[str, Tensor]
         restrict(model, ids)
     computed = {name: READERS[name](model, sequences, expected[name]) for name in READERS.keys() & expected.keys()}
     for name, value in computed.items():
-        apart, allowed = difference(expected[name], value), tolerance(trained.dtype, model.dtype)
-        if not apart <= allowed:
+        error, allowed = difference(expected[name], value), tolerance(trained.dtype, model.dtype)
+        if not error <= allowed:
             raise ModelError(
-                f"the folder is not the trained model: on a fixed batch its {WORDS[name]} differ by {apart:.3g} on "
+                f"the folder is not the trained model: on a fixed batch its {WORDS[name]} differ by {error:.3g} on "
                 f"average from those of the model in training, and rounding explains {allowed:.3g}",
                 where=str(folder),
                 remedy="the trained model is in the run's checkpoints; train with other lora.targets, or with rank 0, "
@@ -142,4 +142,4 @@ def _scores(model: Any, sequences: Sequences, expected: Tensor) -> Tensor:
 
 
 READERS = {"logprob_BT": _logprobs, "value_BT": _values, "score_B": _scores, "attribute_BA": _scores}
-"""How a model of transformers gives what a head of `align.models.heads` gives; column t as in `align.types`."""
+"""For each output of `align.models.heads`, how to compute it with transformers; column t as in `align.types`."""

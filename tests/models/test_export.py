@@ -334,14 +334,14 @@ def test_a_flipped_bit_is_found(place, tokenizer, tmp_path):
     model = build(CONFIGS["llama"])
     state = export.state_dict(model, whole, keep=True)
     folder = written(model, tokenizer, tmp_path / "final")
-    verify_export.weights(folder, state, type(model))
+    verify_export.check_weights(folder, state, type(model))
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     content[header + int(place * (len(content) - header))] ^= 1
     file.write_bytes(content)
     with pytest.raises(ModelError, match="reads back other than it was written"):
-        verify_export.weights(folder, state, type(model))
+        verify_export.check_weights(folder, state, type(model))
 
 
 def test_a_flipped_bit_stops_the_export(tokenizer, tmp_path):
@@ -366,10 +366,10 @@ def test_a_weight_that_was_not_written_is_found(tokenizer, tmp_path):
     state = export.state_dict(model, whole, keep=True)
     folder = written(model, tokenizer, tmp_path / "final")
     with pytest.raises(ModelError, match=r"weights were not written: extra\.weight"):
-        verify_export.weights(folder, {**state, "extra.weight": torch.ones(2)}, type(model))
+        verify_export.check_weights(folder, {**state, "extra.weight": torch.ones(2)}, type(model))
     less = {name: value for name, value in state.items() if name != "lm_head.weight"}
     with pytest.raises(ModelError, match=r"lm_head\.weight reads back other"):
-        verify_export.weights(folder, less, type(model))
+        verify_export.check_weights(folder, less, type(model))
 
 
 def test_an_existing_target_is_refused_and_left_alone(tokenizer, tmp_path):

@@ -21,7 +21,7 @@ from align.config import (
 )
 from align.data.prompts import PromptStream
 from align.errors import DataError
-from align.models.positions import Longest, check, longest, positions, require
+from align.models.positions import LongestSequence, check, longest, positions, require
 from align.types import Packed, Prompts, Sequences
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e4}
@@ -96,7 +96,7 @@ def test_the_longest_of_each_part():
     found = [(part, one.tokens) for part, one in longest(material(judged=True), 10)]
     assert found == [
         *[("data", 11), ("data", 6), ("prompts", 22)],
-        *[("held_out", 27), ("held_out_judged", 17), ("judged", 12)],
+        *[("held_out", 27), ("held_out_reward", 17), ("reward", 12)],
     ]
 
 
@@ -116,7 +116,7 @@ INIT = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
     ],
 )
 def test_each_role_needs_positions_for_what_it_reads(section: type[ModelConfig], judged: bool, need: int):
-    parts: dict[str, Longest] = {}
+    parts: dict[str, LongestSequence] = {}
     for part, one in longest(material(judged), 10):
         parts[part] = max(one, parts.get(part, one))
     trained = {"optimizer": OptimizerConfig(lr=1.0)} if issubclass(section, (PolicyConfig, CriticConfig)) else {}
