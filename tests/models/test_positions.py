@@ -17,7 +17,6 @@ from align.config import (
     PolicyConfig,
     PriorPolicyConfig,
     ReferenceConfig,
-    RewardConfig,
 )
 from align.data.prompts import PromptStream
 from align.errors import DataError
@@ -111,8 +110,8 @@ INIT = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
         (ReferenceConfig, False, 22),
         (PriorPolicyConfig, True, 12),  # reads prompts without attributes
         (PriorPolicyConfig, False, 22),
-        (RewardConfig, False, 27),
-        (RewardConfig, True, 17),  # not what the policy reads
+        (CheckpointRewardConfig, False, 27),
+        (CheckpointRewardConfig, True, 17),  # not what the policy reads
     ],
 )
 def test_each_role_needs_positions_for_what_it_reads(section: type[ModelConfig], judged: bool, need: int):
