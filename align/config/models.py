@@ -149,15 +149,33 @@ class TrainedModelConfig(ModelConfig):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
 
 
+ROLLOUT_ENGINES = {"decoder": "align.engines.decoder:DecoderEngine"}
+"""Rollout engines by name; see `align.engines.rollout.RolloutEngine`."""
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ROLLOUT_ENGINES and ":" not in engine:
+        raise ValueError(
+            f"engine must be one of {', '.join(ROLLOUT_ENGINES)}, or module:Class or path/file.py:Class of a rollout "
+            f"engine. Got engine={engine!r}"
+        )
+
+
 @dataclass(frozen=True)
 class PolicyConfig(TrainedModelConfig):
     """The actor: a causal language model that samples responses and is trained."""
 
+    engine: str = "decoder"
+    """Rollout engine: ``decoder``, or ``module:Class`` of another one (docs/architecture.md)."""
     max_num_seqs: int = 64
     """Rows of the key-value cache on one rank; further sequences wait until a row is free."""
     gather_weights_for_generation: bool = True
     """At ZeRO 3, hold the whole weights on every rank during a rollout. False fetches them layer by layer for
     every token: slow, but the only way for a model that does not fit on one GPU (Llama-shaped families)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_engine(self.engine)
 
 
 @dataclass(frozen=True)
@@ -175,11 +193,14 @@ class SamplerConfig(ModelConfig):
     """Follows the policy."""
     trust_remote_code: bool = "${policy.trust_remote_code}"  # type: ignore[assignment]
     """Follows the policy."""
+    engine: str = "decoder"
+    """Rollout engine, as ``policy.engine``."""
     max_num_seqs: int = 64
     """Rows of the key-value cache on one rank; further sequences wait and take the place of finished ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_engine(self.engine)
         if self.zero_stage != 0:
             raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
         if self.max_tokens_per_micro_batch != ModelConfig.max_tokens_per_micro_batch:

@@ -10,7 +10,7 @@ Noise is that of `align.ops.sampling.uniform`: tokens do not depend on what else
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from align.config import SamplingConfig
 from align.data import collate
+from align.engines.rollout import RolloutContext
 from align.errors import ModelError
 from align.models.attention import is_plain, packed_attention
 from align.models.heads import lm_head, restricted
 from align.models.invariance import check_sampling
+from align.models.weights import named_weights
 from align.ops import sampling
 from align.types import Packed, Prompts, Rollouts, Sequences
 
@@ -350,3 +352,34 @@ def generate(
             remedy="set gather_weights_for_generation=true",
         )
     return generate_any(model, prompts, sample, seed)
+
+
+class DecoderEngine:
+    """The default `align.engines.rollout.RolloutEngine`: decodes on the worker's own model."""
+
+    exact = True
+    shares_weights = True
+
+    def __init__(self, context: RolloutContext):
+        self.context = context
+
+    def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
+        section, model, training = self.context.section, self.context.model, self.context.training
+        arguments = (model, prompts, sampling, self.context.seed, section.max_num_seqs)
+        if training is None:
+            return generate(*arguments)
+        if training.sharded and not section.gather_weights_for_generation:
+            return generate(*arguments, training.agree)
+        with training.full(model.parameters()):
+            return generate(*arguments)
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in named_weights(self.context.model):
+            parameter.copy_(tensors[name])
+
+    def sleep(self) -> None:
+        """The weights are in use between rollouts too, and a cache lives for one rollout."""
+
+    def wake(self) -> None:
+        """See `sleep`."""

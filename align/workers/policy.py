@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel
 
 from align.config import ModelConfig, PolicyConfig, PreviousPolicyConfig, RoleConfig, SamplerConfig, SamplingConfig
 from align.data import collate
-from align.engines import decoder
 from align.engines.deepspeed import Engine
+from align.engines.rollout import RolloutContext, RolloutEngine, engine_class, generate_awake, is_exact
 from align.errors import ModelError
 from align.models import export, exported_files, heads, readme, verify_export
 from align.models.weights import named_weights
@@ -54,14 +55,24 @@ class ReferenceWorker(Worker):
         """log pi(token t | before) of this rank's sequences, (B, T)."""
         return self.engine.infer(sequences, temperature=temperature)["logprob_BT"]
 
-    def _sampled(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
-        """Responses on whole weights, or on weights that are fetched layer by layer."""
-        section, seed = self.spec.section, self.spec.seed
+    _loaded_step = -1
+    """Optimizer step of the weights that an engine with separate weights holds."""
+
+    @functools.cached_property
+    def rollout_engine(self) -> RolloutEngine:
+        """The engine of the recipe, made at the first rollout."""
+        section = self.spec.section
         assert isinstance(section, PolicyConfig | PreviousPolicyConfig)
-        if self.engine.sharded and not section.gather_weights_for_generation:
-            return decoder.generate(self.model, prompts, sampling, seed, section.max_num_seqs, self.engine.agree)
-        with self.engine.full(self.model.parameters()):
-            return decoder.generate(self.model, prompts, sampling, seed, section.max_num_seqs)
+        name = section.engine if isinstance(section, PolicyConfig) else "decoder"
+        return engine_class(name)(RolloutContext(section, self.model, self.spec.seed, self.engine))
+
+    def _sampled(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
+        """Responses of the engine, on the weights as they are now."""
+        self.rollout_engine.wake()
+        if not self.rollout_engine.shares_weights and self._loaded_step != self.engine.step:
+            self.rollout_engine.load_weights(export.state_dict(self.model, self.engine.full, keep=True))
+            self._loaded_step = self.engine.step
+        return generate_awake(self.rollout_engine, prompts, sampling)
 
 
 class PolicyWorker(TrainedWorker, ReferenceWorker):
@@ -108,6 +119,9 @@ class SamplerWorker(Worker):
     def load(self) -> None:
         self.model = self._causal_lm().eval()
         nn.Module.to(self.model, self.device)
+        section = self.spec.section
+        assert isinstance(section, SamplerConfig)
+        self.rollout_engine = engine_class(section.engine)(RolloutContext(section, self.model, self.spec.seed))
 
     @worker_method
     def receive(self, sent: WorkerResult[Weights]) -> None:
@@ -121,6 +135,8 @@ class SamplerWorker(Worker):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+            if not self.rollout_engine.shares_weights:
+                self.rollout_engine.load_weights(tensors)
             head, sequences = heads.TokenLogprobs(self.model), verify_export.probe(self.tokenizer)
             layout = (collate.packed if head.packed else collate.padded)(sequences).to(self.device)
             logprob_BT = head(layout, temperature=1.0)["logprob_BT"].float().cpu()
@@ -137,9 +153,7 @@ class SamplerWorker(Worker):
     @worker_method
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         """Responses to this rank's prompts on the weights received last."""
-        section = self.spec.section
-        assert isinstance(section, SamplerConfig)
-        return decoder.generate(self.model, prompts, sampling, self.spec.seed, section.max_num_seqs)
+        return self.rollout_engine.generate(prompts, sampling)
 
 
 class Sampler(Role):
@@ -208,6 +222,7 @@ class Policy(TrainedRole, Reference):
         self._sampler: Sampler | None = None
         self._version, self._sent = 0, -1
         self._version_at: dict[int, int] = {}  # by step of the rollout
+        self._exact = is_exact(section.engine) if isinstance(section, PolicyConfig) else True
 
     def use_sampler(self, sampler: Sampler) -> None:
         """Have ``sampler`` generate, on weights that are sent to it before each rollout where they have changed."""
@@ -242,7 +257,7 @@ class Policy(TrainedRole, Reference):
 
     def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:
         """See `align.roles.Policy`."""
-        if self._sampler is None and self._version_at[rollouts.step] == self._version:
+        if self._exact and self._sampler is None and self._version_at[rollouts.step] == self._version:
             return CompletedFuture(rollouts.logprob_BT)
         return self.logprobs(rollouts.sequences, rollouts.temperature)
 

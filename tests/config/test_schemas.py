@@ -189,6 +189,7 @@ CASES = [
         ["trust_remote_code = True", "path = 'a/b'", "revision = 'main'"],
     ),
     (PolicyConfig, "path=p optimizer.lr=1 zero_stage=0 dtype=bfloat16", ["zero_stage = 0"]),
+    (PolicyConfig, "path=p optimizer.lr=1 dtype=float32 engine=vlm", ["engine = 'vlm'"]),
     (
         CriticConfig,
         "path=p optimizer.lr=1 zero_stage=0 dtype=float32 offload_optimizer=true",
