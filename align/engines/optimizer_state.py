@@ -85,8 +85,8 @@ class StoredState:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 name, kind, start = key.rsplit("|", 2)
                 self._pieces[name, kind].append((int(start), math.prod(file.get_slice(key).get_shape()), file, key))
-        for found in self._pieces.values():
-            found.sort(key=lambda piece: piece[0])
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises `ModelError` unless exactly the parameters of these sizes are here, each whole and of every kind."""
