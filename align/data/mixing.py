@@ -21,7 +21,7 @@ from align.data.sources import RawRows
 
 SPLITS = ("train", "validation")
 
-ParsedItem = tuple[str, "Sequence[Row] | BadRow"]
+ParsedItem = tuple[str, "Sequence[DataRow] | BadRow"]
 """A place, and the rows that were read there or why there are none."""
 
 

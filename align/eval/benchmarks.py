@@ -81,19 +81,19 @@ def load(name: str, data: BenchmarkDataConfig) -> Benchmark:
 
 def gaps(name: str, items: list[Item]) -> list[str]:
     """What the items lack of the whole benchmark, so that its averages are over what is there."""
-    wanted: dict[str, tuple[str, set[str]]] = {
+    expected: dict[str, tuple[str, set[str]]] = {
         "rm-bench": ("domain", set(RM_BENCH_DOMAINS)),
         "judgebench": ("domain", set(JUDGEBENCH_CATEGORIES.values())),
         "rewardbench": ("subset", {subset for subsets in REWARDBENCH_SECTIONS.values() for subset in subsets}),
         "rewardbench2": ("subset", set(REWARDBENCH2_SUBSETS)),
     }
-    if name not in wanted:
+    if name not in expected:
         return []
-    tag, names = wanted[name]
-    found = {item.tags.get(tag, "") for item in items}
-    found |= {value.split("-")[0] for value in found} if name == "rm-bench" else set()
-    found -= {"Ties"} if not tied_prompts(items) else set()
-    missing = sorted(names - found)
+    tag, names = expected[name]
+    tags = {item.tags.get(tag, "") for item in items}
+    tags |= {value.split("-")[0] for value in tags} if name == "rm-bench" else set()
+    tags -= {"Ties"} if not tied_prompts(items) else set()
+    missing = sorted(names - tags)
     return [f"without {tag} {', '.join(missing)}: averages are over the others"] if missing else []
 
 
@@ -123,10 +123,10 @@ def tables(source: str, split: str, revision: str | None, **hub: Any) -> Iterato
 def _files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-    if not found:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    if not files:
         raise DataError(f"no {', '.join(SUFFIXES)} file in this folder", where=str(path), remedy="check data.path")
-    return [file for file in found if split in file.name] or found
+    return [file for file in files if split in file.name] or files
 
 
 def _rows_of(file: Path) -> Iterator[tuple[str, Any]]:
@@ -151,9 +151,9 @@ def _rm_bench(row: dict[str, Any], stem: str) -> Item:
     if domain.split("-")[0] not in RM_BENCH_DOMAINS:
         raise BadRow("domain", f"begins with none of {', '.join(RM_BENCH_DOMAINS)}", domain)
     responses = texts("chosen", row["chosen"]), texts("rejected", row["rejected"])
-    for field, found in zip(("chosen", "rejected"), responses, strict=True):
-        if len(found) != 3:
-            raise BadRow(field, "has not three responses", list(found))
+    for field, values in zip(("chosen", "rejected"), responses, strict=True):
+        if len(values) != 3:
+            raise BadRow(field, "has not three responses", list(values))
     tags = {"domain": domain, "language": row.get("language") or ""}
     context = conversation("prompt", turns("prompt", row["prompt"]))
     return from_text(f"{domain}/{row['id']}", context, responses[0] + responses[1], 3, tags)
@@ -223,8 +223,8 @@ def held_out(section: DataConfig, split: str = "validation", max_items: int | No
     """The pairs of one split as items. Nothing else of the data is read, unless the split is ``train``."""
     source = section.path or ", ".join(section.sources)
     if split == "train":
-        found = dataset.load_dataset(section)
-        rows, counts = found.train, found.counts[split]
+        corpus = dataset.load_dataset(section)
+        rows, counts = corpus.train, corpus.counts[split]
     else:
         rows, counts = dataset.load_validation(section)
     judged = [row for row in rows if row.preference][:max_items]

@@ -34,7 +34,7 @@ SEED = 2**31
 
 
 @dataclass(frozen=True)
-class Judged:
+class PolicyScores:
     """One policy on the held-out prompts."""
 
     ground_truth: float
@@ -61,17 +61,17 @@ def _logprob_sums(engine: Engine, sequences: Sequences) -> torch.Tensor:
     return logprobs.masked_sum(engine.infer(sequences, temperature=1.0)["logprob_BT"], sequences.mask_BT)
 
 
-def judge(
-    policy: Engine, before: Engine, reward: Engine, found: PromptSet, renderer: Renderer
-) -> tuple[Judged, list[str]]:
+def measure_policy(
+    policy: Engine, before: Engine, reward: Engine, prompt_set: PromptSet, renderer: Renderer
+) -> tuple[PolicyScores, list[str]]:
     """Sample an answer to each prompt and measure it; also returns the answers."""
-    prompts = Prompts(found.tokens, torch.arange(len(found.tokens)), renderer.stop_ids, step=0)
+    prompts = Prompts(prompt_set.tokens, torch.arange(len(prompt_set.tokens)), renderer.stop_ids, step=0)
     sampling = SamplingConfig(num_samples=1, max_tokens=32)
     rollouts = decoder.generate(policy.head.model, prompts, sampling, SEED, SLOTS)
     sequences = rollouts.sequences
     answers = [renderer.text(ids) for ids in sequences.responses.lists()]
-    truth = [toy.score(toy.instruction_of(m), answer) for m, answer in zip(found.messages, answers, strict=True)]
-    judged = Judged(
+    truth = [toy.score(toy.instruction_of(m), answer) for m, answer in zip(prompt_set.messages, answers, strict=True)]
+    judged = PolicyScores(
         ground_truth=fmean(truth),
         reward=float(reward.infer(sequences)["score_B"].mean()),
         kl=float((_logprob_sums(policy, sequences) - _logprob_sums(before, sequences)).mean()),
@@ -86,15 +86,17 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     tokenizer = chat.load_tokenizer(str(arguments.before))
     renderer = Renderer(tokenizer)
     source = dataset.load_dataset(DataConfig(path=str(arguments.data)))
-    found = dataset.tokenize_prompts(source.validation[: arguments.prompts], renderer, max_tokens=512)
+    prompt_set = dataset.tokenize_prompts(source.validation[: arguments.prompts], renderer, max_tokens=512)
     ids = chat.vocab_size(tokenizer), chat.gaps(tokenizer)
     before = _engine(arguments.before, heads.TokenLogprobs, *ids)
     after = _engine(arguments.after, heads.TokenLogprobs, *ids)
     reward = _engine(arguments.reward, heads.LastTokenScore, *ids)
-    judged, answers = zip(*(judge(policy, before, reward, found, renderer) for policy in (before, after)), strict=True)
-    numbers = {name: vars(one) for name, one in zip(("before", "after"), judged, strict=True)}
+    judged, answers = zip(
+        *(measure_policy(policy, before, reward, prompt_set, renderer) for policy in (before, after)), strict=True
+    )
+    numbers = {name: vars(measured) for name, measured in zip(("before", "after"), judged, strict=True)}
 
-    table = Table("", "before", "after", title=f"{len(found.tokens)} held-out prompts, sampled at temperature 1")
+    table = Table("", "before", "after", title=f"{len(prompt_set.tokens)} held-out prompts, sampled at temperature 1")
     labels = {
         "ground_truth": "ground truth (0 to 4)",
         "reward": "reward model",
@@ -106,7 +108,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         table.add_row(label, *(f"{numbers[side][name]:.3f}" for side in ("before", "after")))
     console.print(table)
     samples = Table("prompt", "before", "after", title="samples", show_lines=True)
-    for messages, *pair in list(zip(found.messages, *answers, strict=True))[:NUM_SHOWN]:
+    for messages, *pair in list(zip(prompt_set.messages, *answers, strict=True))[:NUM_SHOWN]:
         samples.add_row(toy.instruction_of(messages), *pair)
     console.print(samples)
     gain = numbers["after"]["ground_truth"] - numbers["before"]["ground_truth"]
@@ -114,5 +116,5 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     share = gain / room if room else 0.0
     console.print(f"verdict: ground truth {gain:+.2f}, {share:.0%} of the way to its maximum", highlight=False)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"prompts": len(found.tokens), **numbers}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"prompts": len(prompt_set.tokens), **numbers}, indent=2) + "\n")
     return 0

@@ -26,7 +26,7 @@ from align.workers.announce import announced
 CALL = 256
 """Answers that are asked for at a time."""
 
-Asked = tuple[str | list[dict[str, str]], tuple[Message, ...]]
+PromptMessages = tuple[str | list[dict[str, str]], tuple[Message, ...]]
 """A prompt as it was given, and its conversation."""
 
 
@@ -41,38 +41,38 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         )
     except ValueError as error:
         raise ConfigError(f"{error}", where="command line") from None
-    asked = prompts(arguments.prompt or [], arguments.prompts)
+    requests = prompts(arguments.prompt or [], arguments.prompts)
     section = ModelGeneratorConfig(path=arguments.model, dtype=arguments.dtype)
     form = form_of(section, parsed(arguments.attributes))
     if form is not None and form.date is not None:
         section = ModelGeneratorConfig(path=arguments.model, dtype=arguments.dtype, date=form.date)
     with announced(lambda line: print(line, file=sys.stderr, flush=True), "generate", section, "in this process"):
         generator = build_generator(section, distributed.initialize_alone(), arguments.seed)
-    answered = answers(generator, asked, form, sampling)
+    answered = answers(generator, requests, form, sampling)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(arguments.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answered))
+        write_atomic(arguments.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered))
         console.print(f"wrote {arguments.out}: {len(answered)} prompts", highlight=False)
         return 0
-    for (_, messages), one in zip(asked, answered, strict=True):
+    for (_, messages), record in zip(requests, answered, strict=True):
         console.print(f"> {messages[-1].content}", markup=False, highlight=False, soft_wrap=True)
-        for answer in one["answers"]:
+        for answer in record["answers"]:
             console.print(answer, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def parsed(text: str | None) -> dict[str, int]:
     """Values by name of ``name=value,name=value``; none of None. Raises `ConfigError`."""
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for part in (text or "").split(",") if text is not None else []:
         name, _, value = map(str.strip, part.partition("="))
-        if not value.isdecimal() or name in found:
+        if not value.isdecimal() or name in values:
             raise ConfigError(
                 f"--attributes: {part!r} is not one whole number of an attribute",
                 remedy="write --attributes helpfulness=4,verbosity=1, each attribute once",
             )
-        found[name] = int(value)
-    return found
+        values[name] = int(value)
+    return values
 
 
 def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> SteeringFormat | None:
@@ -89,21 +89,21 @@ def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> Steering
     return None
 
 
-def prompts(texts: list[str], file: Path | None) -> list[Asked]:
+def prompts(texts: list[str], file: Path | None) -> list[PromptMessages]:
     """The prompts of the command line and of a file. Raises `DataError` for a row that is none, and for no prompt."""
-    found: list[Asked] = [(text, (Message("user", text),)) for text in texts]
+    conversations: list[PromptMessages] = [(text, (Message("user", text),)) for text in texts]
     if file is not None:
         try:
             lines = file.read_bytes().splitlines()
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=str(file), remedy="give a file") from error
-        found += [_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+        conversations += [_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not conversations:
         raise DataError("there is no prompt", remedy="give --prompt TEXT, or --prompts FILE with a row for each")
-    return found
+    return conversations
 
 
-def _row(line: bytes, where: str) -> Asked:
+def _row(line: bytes, where: str) -> PromptMessages:
     """``prompt``, ``messages`` or ``context`` of a row: text, or a list of {role, content} that ends with the user."""
     try:
         row = rows.parse_row(line)
@@ -118,23 +118,23 @@ def _row(line: bytes, where: str) -> Asked:
 
 
 def answers(
-    generator: TextGenerator, asked: list[Asked], form: SteeringFormat | None, sampling: SamplingConfig
+    generator: TextGenerator, conversations: list[PromptMessages], form: SteeringFormat | None, sampling: SamplingConfig
 ) -> list[dict[str, Any]]:
     """For each prompt what was asked for, the answers, and which of them ended by themselves."""
     requests = []
-    for _, messages in asked:
-        told, opening = (messages, "") if form is None else form.steered(messages)
-        requests += [Request(told, sample, opening) for sample in range(sampling.num_samples)]
+    for _, messages in conversations:
+        steered, opening = (messages, "") if form is None else form.steered(messages)
+        requests += [Request(steered, sample, opening) for sample in range(sampling.num_samples)]
     parts = [requests[i : i + CALL] for i in range(0, len(requests), CALL)]
-    done = [one for part in parts for one in generator.complete(part, sampling)]
+    done = [completion for part in parts for completion in generator.complete(part, sampling)]
     attributes = {} if form is None else {"attributes": dict(zip(form.names, form.values, strict=True))}
     K = sampling.num_samples
     return [
         {
             "prompt": given,
             **attributes,
-            "answers": [one.text for one in done[i * K : (i + 1) * K]],
-            "finished": [one.finished for one in done[i * K : (i + 1) * K]],
+            "answers": [completion.text for completion in done[i * K : (i + 1) * K]],
+            "finished": [completion.finished for completion in done[i * K : (i + 1) * K]],
         }
-        for i, (given, _) in enumerate(asked)
+        for i, (given, _) in enumerate(conversations)
     ]

@@ -57,24 +57,24 @@ _FIELDS = {
 }
 
 
-def from_record(found: Mapping[str, Any]) -> Item:
+def from_record(record: Mapping[str, Any]) -> Item:
     """The item of an `Item.record`. Raises `BadRow`."""
-    require_fields(found, _FIELDS)
+    require_fields(record, _FIELDS)
     for name, kind in _FIELDS.items():
-        if type(found[name]) is not kind:
-            raise BadRow(name, f"is not {kind.__name__}", found[name])
-    known: dict[str, Any] = {name: found[name] for name in _FIELDS}
-    known["lengths"] = tuple(known["lengths"])
-    return Item(**known)
+        if type(record[name]) is not kind:
+            raise BadRow(name, f"is not {kind.__name__}", record[name])
+    fields: dict[str, Any] = {name: record[name] for name in _FIELDS}
+    fields["lengths"] = tuple(fields["lengths"])
+    return Item(**fields)
 
 
 def from_text(
     id: str, context: Sequence[Message], responses: Sequence[str], num_right: int, tags: Mapping[str, str], **more: Any
 ) -> Item:
     """An item whose text is known."""
-    known: dict[str, Any] = {"prompt": digest(list(context)), "lengths": tuple(map(len, responses)), **more}
+    fields: dict[str, Any] = {"prompt": digest(list(context)), "lengths": tuple(map(len, responses)), **more}
     text = {"context": tuple(context), "responses": tuple(responses)}
-    return Item(id=id, num_right=num_right, num_responses=len(responses), tags=dict(tags), **text, **known)
+    return Item(id=id, num_right=num_right, num_responses=len(responses), tags=dict(tags), **text, **fields)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def bootstrap(
     ``numbers`` maps weights (R, I) to its numbers. A resample that leaves a number without items has no part in that
     number's interval.
     """
-    values = {name: float(found[0]) for name, found in numbers(np.ones((1, len(prompts)))).items()}
+    values = {name: float(intervals[0]) for name, intervals in numbers(np.ones((1, len(prompts)))).items()}
     if not resamples:
         return {name: (value, None, None) for name, value in values.items()}
     unique, cluster_I = np.unique(np.asarray(prompts), return_inverse=True)
@@ -61,17 +61,17 @@ def bootstrap(
         count_RC = rng.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=rows)
         drawn.append(numbers(count_RC[:, cluster_I].astype(np.float64)))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found = {}
+    intervals = {}
     for name, value in values.items():
         sample = np.concatenate([part[name] for part in drawn])
         sample = sample[np.isfinite(sample)]
         low, high = map(float, np.quantile(sample, tails)) if len(sample) else (None, None)
-        found[name] = (value, low, high)
-    return found
+        intervals[name] = (value, low, high)
+    return intervals
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ScorePairs:
     """Right against wrong responses of all items: pair p is of item ``item_P[p]``."""
 
     item_P: np.ndarray
@@ -81,7 +81,7 @@ class Pairs:
     """Characters of the right response over those of the wrong one; NaN where lengths are not known."""
 
 
-def pairs(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Pairs:
+def pairs(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> ScorePairs:
     """Every right response of an item against every wrong one. Items that ask for more than an order, those of Ties in
     RewardBench 2, are left out."""
     rows = []
@@ -92,31 +92,31 @@ def pairs(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Pairs:
             ratio = max(1, item.lengths[good]) / max(1, item.lengths[bad]) if item.lengths else np.nan
             rows.append((index, score[good] - score[bad], ratio))
     columns = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return Pairs(columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
+    return ScorePairs(columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
 
 
-def slices(items: Sequence[Item], found: Pairs) -> dict[str, dict[str, np.ndarray]]:
+def slices(items: Sequence[Item], pairs: ScorePairs) -> dict[str, dict[str, np.ndarray]]:
     """Which pairs belong to each slice, by kind and name; without the kinds that tell no pairs apart."""
     by_kind: dict[str, dict[str, np.ndarray]] = {}
-    strength_P = np.array([item.strength for item in items])[found.item_P]
+    strength_P = np.array([item.strength for item in items])[pairs.item_P]
     by_kind["strength"] = {str(s): strength_P == s for s in np.unique(strength_P[strength_P > 0])}
     for kind in ("domain", "subset", "language"):
-        tag_P = np.array([item.tags.get(kind, "") for item in items])[found.item_P]
+        tag_P = np.array([item.tags.get(kind, "") for item in items])[pairs.item_P]
         by_kind[kind] = {str(name): tag_P == name for name in np.unique(tag_P[tag_P != ""])}
-    by_length = {name: (found.ratio_P >= low) & (found.ratio_P < high) for name, (low, high) in LENGTHS.items()}
+    by_length = {name: (pairs.ratio_P >= low) & (pairs.ratio_P < high) for name, (low, high) in LENGTHS.items()}
     by_kind["length"] = {name: member_P for name, member_P in by_length.items() if member_P.any()}
     return {kind: members for kind, members in by_kind.items() if not all(map(np.all, members.values()))}
 
 
 def accuracies(
-    items: Sequence[Item], found: Pairs, resamples: int, confidence: float, seed: int
+    items: Sequence[Item], pairs: ScorePairs, resamples: int, confidence: float, seed: int
 ) -> dict[str, dict[str, Interval]]:
     """Part of the pairs of each slice whose right response has the higher score; every pair counts once."""
-    by_kind, right_P = slices(items, found), found.difference_P > 0
+    by_kind, right_P = slices(items, pairs), pairs.difference_P > 0
     named = [(kind, name, member) for kind, members in by_kind.items() for name, member in members.items()]
     per_item = partial(np.bincount, minlength=len(items))
-    right_IS = [per_item(found.item_P[member_P & right_P]) for _, _, member_P in named]
-    total_IS = [per_item(found.item_P[member_P]) for _, _, member_P in named]
+    right_IS = [per_item(pairs.item_P[member_P & right_P]) for _, _, member_P in named]
+    total_IS = [per_item(pairs.item_P[member_P]) for _, _, member_P in named]
 
     def numbers(weight_RI: np.ndarray) -> Numbers:
         with np.errstate(invalid="ignore"):
@@ -131,9 +131,9 @@ def accuracies(
     return results
 
 
-def calibration(found: Pairs) -> dict[str, Any]:
+def calibration(pairs: ScorePairs) -> dict[str, Any]:
     """Expected calibration error, and each bin of the reliability diagram; see `align.ops.losses`."""
-    difference_P = torch.from_numpy(found.difference_P)
+    difference_P = torch.from_numpy(pairs.difference_P)
     edges = np.linspace(0.5, 1.0, losses.NUM_BINS + 1).tolist()
     bins = [
         {"from": low, "to": high, "count": int(count), "confidence": total / count, "accuracy": right / count}
@@ -145,18 +145,18 @@ def calibration(found: Pairs) -> dict[str, Any]:
     return {"expected_calibration_error": losses.expected_calibration_error(difference_P), "bins": bins}
 
 
-def margins(found: Pairs) -> dict[str, Any]:
+def margins(pairs: ScorePairs) -> dict[str, Any]:
     """Mean, median and histogram of right less wrong score; the outermost bins hold what lies beyond. Ties are in the
     bin above 0."""
-    low, high = np.quantile(found.difference_P, [MARGIN_TAIL, 1 - MARGIN_TAIL])
+    low, high = np.quantile(pairs.difference_P, [MARGIN_TAIL, 1 - MARGIN_TAIL])
     width = (max(high, 0.0) - min(low, 0.0)) / MARGIN_BINS or 1.0
     edges = width * np.arange(np.floor(min(low, 0.0) / width), np.ceil(max(high, 0.0) / width) + 1)  # 0 is an edge
     edges = edges if len(edges) > 1 else np.array([0.0, 1.0])
-    counts, _ = np.histogram(found.difference_P.clip(edges[0], edges[-1]), edges)
+    counts, _ = np.histogram(pairs.difference_P.clip(edges[0], edges[-1]), edges)
     return {
-        "mean": float(found.difference_P.mean()),
-        "median": float(np.median(found.difference_P)),
-        "ties": int((found.difference_P == 0).sum()),
+        "mean": float(pairs.difference_P.mean()),
+        "median": float(np.median(pairs.difference_P)),
+        "ties": int((pairs.difference_P == 0).sum()),
         "edges": edges.tolist(),
         "counts": counts.tolist(),
     }

@@ -105,13 +105,13 @@ def rm_bench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight_RI
     domain_I = np.array([name.split("-")[0] for name in tagged(items, "domain")])
     domains = [name for name in RM_BENCH_DOMAINS if (domain_I == name).any()]
     by_level = {level: grouped(value_I, domain_I, weight_RI) for level, value_I in level_I.items()}
-    found = {name: np.mean([by_level[level][name] for level in LEVELS], axis=0) for name in domains}
+    values = {name: np.mean([by_level[level][name] for level in LEVELS], axis=0) for name in domains}
     over_domains = {level: np.mean([by_level[level][name] for name in domains], axis=0) for level in LEVELS}
     over_items = {level: mean(level_I[level], weight_RI) for level in LEVELS}
     for label, levels in (("over domains", over_domains), ("over items", over_items)):
-        found |= {f"{level} ({label})": value for level, value in levels.items()}
-        found[f"overall ({label})"] = np.mean([levels[level] for level in LEVELS], axis=0)
-    return found
+        values |= {f"{level} ({label})": value for level, value in levels.items()}
+        values[f"overall ({label})"] = np.mean([levels[level] for level in LEVELS], axis=0)
+    return values
 
 
 def counter(label: str, decisions: Sequence[str | None]) -> int:
@@ -146,17 +146,17 @@ def rewardbench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight
     part in overall, see `rewardbench_with_prior_sets`.
     """
     by_subset = grouped(right(scores), tagged(items, "subset"), weight_RI)
-    found = {section: _section(weights, by_subset) for section, weights in REWARDBENCH_SECTIONS.items()}
-    found = {section: value for section, value in found.items() if value is not None}
-    overall: Numbers = {"overall": np.mean(list(found.values()), axis=0)} if found else {}
+    by_section = {section: _section(weights, by_subset) for section, weights in REWARDBENCH_SECTIONS.items()}
+    by_section = {section: value for section, value in by_section.items() if value is not None}
+    overall: Numbers = {"overall": np.mean(list(by_section.values()), axis=0)} if by_section else {}
     if LEADERBOARD_WEIGHTS.keys() <= by_subset.keys():
         safety = _section(REWARDBENCH_SECTIONS["safety"] | LEADERBOARD_WEIGHTS, by_subset)
         assert safety is not None
         overall["safety (leaderboard weights)"] = safety
-        overall["overall (leaderboard weights)"] = np.mean(list((found | {"safety": safety}).values()), axis=0)
+        overall["overall (leaderboard weights)"] = np.mean(list((by_section | {"safety": safety}).values()), axis=0)
     if prior := [by_subset[name] for name in PRIOR_SETS if name in by_subset]:
-        found["prior sets"] = np.mean(prior, axis=0)
-    return found | overall
+        by_section["prior sets"] = np.mean(prior, axis=0)
+    return by_section | overall
 
 
 def _section(weights: Mapping[str, int], by_subset: Numbers) -> np.ndarray | None:
@@ -172,12 +172,12 @@ def rewardbench_with_prior_sets(
     items: Sequence[Item], scores: Sequence[Sequence[float]], weight_RI: np.ndarray
 ) -> Numbers:
     """`rewardbench` with the prior sets in overall: ``(sum of sections + 0.5 prior) / (number of sections + 0.5)``."""
-    found = rewardbench(items, scores, weight_RI)
-    count = sum(name in found for name in REWARDBENCH_SECTIONS)
-    if count and "prior sets" in found:
-        for name in [name for name in found if name.startswith("overall")]:
-            found[name] = (count * found[name] + 0.5 * found["prior sets"]) / (count + 0.5)
-    return found
+    values = rewardbench(items, scores, weight_RI)
+    count = sum(name in values for name in REWARDBENCH_SECTIONS)
+    if count and "prior sets" in values:
+        for name in [name for name in values if name.startswith("overall")]:
+            values[name] = (count * values[name] + 0.5 * values["prior sets"]) / (count + 0.5)
+    return values
 
 
 def best_of(scores: Sequence[float]) -> float:
@@ -194,8 +194,8 @@ def rewardbench2(items: Sequence[Item], scores: Sequence[Sequence[float]], weigh
     by_subset = grouped(best_I, subset_I[others], weight_RI[:, others])
     if tied_prompts(items):
         by_subset["Ties"] = ties(items, scores, weight_RI)
-    found = {name: by_subset[name] for name in REWARDBENCH2_SUBSETS if name in by_subset}
-    return found | ({"overall": np.mean(list(found.values()), axis=0)} if found else {})
+    by_name = {name: by_subset[name] for name in REWARDBENCH2_SUBSETS if name in by_subset}
+    return by_name | ({"overall": np.mean(list(by_name.values()), axis=0)} if by_name else {})
 
 
 def tied_prompts(items: Sequence[Item]) -> list[str]:

@@ -34,7 +34,7 @@ from align.eval import benchmarks, metrics, stored_scores
 from align.eval import store as scoring
 from align.eval.items import Benchmark
 from align.eval.protocols import PROTOCOLS, Numbers, rewardbench_with_prior_sets
-from align.eval.stored_scores import Scored
+from align.eval.stored_scores import StoredScores
 from align.prechecks import placement
 from align.prechecks.roles import with_absolute_paths
 from align.report import evaluation as report
@@ -81,7 +81,7 @@ def evaluate(section: RewardEvaluationConfig, benchmark: Benchmark | None, conso
         with scoring.opened(folder, manifest) as store:
             if scoring.waiting(benchmark, store):
                 _score(section, benchmark, store, console)
-            scored = Scored(benchmark, stored_scores.in_order(benchmark, store.scores, str(folder)))
+            scored = StoredScores(benchmark, stored_scores.in_order(benchmark, store.scores, str(folder)))
     results = measure(section, scored, judge)
     report.terminal(results, console)
     if folder is not None:
@@ -107,8 +107,8 @@ def identity(reward: RewardConfig) -> str:
     cannot be built, before anything starts."""
     text_input = scorers.scorer_class(reward).check(reward, "reward", None)
     settings = {name: value for name, value in asdict(reward).items() if not HARMLESS.fullmatch(name)}
-    known: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, settings]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    parts: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _score(section: RewardEvaluationConfig, benchmark: Benchmark, store: scoring.Store, console: Console) -> None:
@@ -129,23 +129,23 @@ def _score(section: RewardEvaluationConfig, benchmark: Benchmark, store: scoring
         scoring.complete(benchmark, store, score, num_ranks * scoring.RESPONSES_AT_ONCE, console)
 
 
-def _keep(folder: Path, scored: Scored, manifest: dict[str, Any]) -> None:
+def _keep(folder: Path, scored: StoredScores, manifest: dict[str, Any]) -> None:
     with scoring.opened(folder, manifest) as store:
         named = dict(zip((item.id for item in scored.benchmark.items), scored.scores, strict=True))
         left = scoring.waiting(scored.benchmark, store)
         store.add([(item, named[item.id]) for item in left], scored.verdicts)
 
 
-def measure(section: RewardEvaluationConfig, scored: Scored, judge: str) -> dict[str, Any]:
+def measure(section: RewardEvaluationConfig, scored: StoredScores, judge: str) -> dict[str, Any]:
     """All numbers of a benchmark whose items have scores."""
     benchmark, items = scored.benchmark, scored.benchmark.items
     protocol = rewardbench_with_prior_sets if section.prior_sets else PROTOCOLS[section.benchmark]
     chance = section.resamples, section.confidence, section.seed
     prompts = [item.prompt for item in items]
     numbers = metrics.bootstrap(partial(protocol, items, scored.scores), prompts, *chance)
-    found = metrics.pairs(items, scored.scores)
-    by_kind = metrics.accuracies(items, found, *chance) if len(found.item_P) else {}
-    scaled = len(found.item_P) > 0 and not scored.verdicts
+    pairs = metrics.pairs(items, scored.scores)
+    by_kind = metrics.accuracies(items, pairs, *chance) if len(pairs.item_P) else {}
+    scaled = len(pairs.item_P) > 0 and not scored.verdicts
     return {
         "version": VERSION,
         "benchmark": benchmark.name,
@@ -156,9 +156,11 @@ def measure(section: RewardEvaluationConfig, scored: Scored, judge: str) -> dict
         "notes": benchmark.notes,
         "bootstrap": dict(zip(("resamples", "confidence", "seed"), chance, strict=True)),
         "numbers": _plain(numbers),
-        "slices": {kind: {name: asdict(one) for name, one in named.items()} for kind, named in by_kind.items()},
-        "calibration": metrics.calibration(found) if scaled else None,
-        "margins": metrics.margins(found) if scaled else None,
+        "slices": {
+            kind: {name: asdict(interval) for name, interval in named.items()} for kind, named in by_kind.items()
+        },
+        "calibration": metrics.calibration(pairs) if scaled else None,
+        "margins": metrics.margins(pairs) if scaled else None,
         "comparison": _compared(section, scored, protocol, chance) if section.compare else None,
     }
 
@@ -168,7 +170,7 @@ def _plain(numbers: dict[str, tuple[float, float | None, float | None]]) -> dict
 
 
 def _compared(
-    section: RewardEvaluationConfig, scored: Scored, protocol: Any, chance: tuple[int, float, int]
+    section: RewardEvaluationConfig, scored: StoredScores, protocol: Any, chance: tuple[int, float, int]
 ) -> dict[str, Any]:
     """Differences to another model's numbers, both on the same resamples."""
     items, file = scored.benchmark.items, Path(section.compare).expanduser()
@@ -185,7 +187,7 @@ def _compared(
 def planned(recipe: RecipeConfig) -> list[Callable[[Console], dict[str, Any]]]:
     """The evaluations that follow a training run. Their items are read here: what they lack is found before the run
     starts."""
-    found: list[Callable[[Console], dict[str, Any]]] = []
+    evaluations: list[Callable[[Console], dict[str, Any]]] = []
     for name, path in recipe.evaluations().items():
         if name not in get_args(BenchmarkName):
             remedy = f"known: {', '.join(get_args(BenchmarkName))}"
@@ -194,15 +196,15 @@ def planned(recipe: RecipeConfig) -> list[Callable[[Console], dict[str, Any]]]:
         own = name == "heldout" and not path  # what the recipe itself holds out, by all keys of its data
         data = replace(recipe.data, max_rows=None)
         items = benchmarks.held_out(data) if own else benchmarks.load(name, section.data)
-        found.append(partial(evaluate, section, items))
-    return found
+        evaluations.append(partial(evaluate, section, items))
+    return evaluations
 
 
 def _after(recipe: Any, name: Any, path: str) -> RewardEvaluationConfig:
     run, trained, data = Path(recipe.run.dir), recipe.reward, recipe.data
     rows = BenchmarkDataConfig(path, bad_rows=data.bad_rows)
     if name == "heldout":
-        own: dict[str, Any] = {one: getattr(data, one) for one in ("revision", "format", "domains", "max_spread")}
+        own: dict[str, Any] = {key: getattr(data, key) for key in ("revision", "format", "domains", "max_spread")}
         rows = replace(rows, path=path or data.path or ", ".join(data.sources), **own)
     reward = CheckpointRewardConfig(
         path=str(run / "final"),

@@ -74,10 +74,10 @@ class Store(Rows):
     def _keep(self, row: dict[str, Any]) -> None:
         self.scores[row["id"]] = [float(score) for score in row["scores"]]
 
-    def add(self, found: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
+    def add(self, scored: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
         """Write the items with their scores, and bring them to the disk."""
         more: dict[str, Any] = {"verdicts": True} if verdicts else {}
-        self.write([item.record() | {"scores": scores} | more for item, scores in found])
+        self.write([item.record() | {"scores": scores} | more for item, scores in scored])
 
 
 @contextmanager
@@ -103,17 +103,17 @@ def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> Non
     of another model or of other items."""
     folder = files[0].parent
     begun = [file.name for file in files if file.is_file() and file.stat().st_size]
-    wanted = json.loads(json.dumps(manifest))
+    expected = json.loads(json.dumps(manifest))
     if not begun:
-        write_atomic(folder / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / MANIFEST, json.dumps(expected, indent=2, ensure_ascii=False) + "\n")
         return
-    known = _manifest(folder / MANIFEST)
-    if known is None:
+    stored = _manifest(folder / MANIFEST)
+    if stored is None:
         remedy = "give another folder (--out); a file of scores is given with --scores"
         raise ConfigError(f"the folder has {begun[0]} but no {MANIFEST}", where=str(folder), remedy=remedy)
-    for name in {**wanted, **known}:
-        if known.get(name) != wanted.get(name):
-            problem = f"the folder holds {holds} of another {name}: {known.get(name)!r}, not {wanted.get(name)!r}"
+    for name in {**expected, **stored}:
+        if stored.get(name) != expected.get(name):
+            problem = f"the folder holds {holds} of another {name}: {stored.get(name)!r}, not {expected.get(name)!r}"
             remedy = "give another folder (--out), or delete this one"
             raise ConfigError(problem, where=str(folder), remedy=remedy)
 
@@ -149,7 +149,7 @@ def requests(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
     """The items in turn, as many at a time as have ``most`` responses together; at least one."""
     batch: list[Item] = []
     for item in items:
-        if batch and sum(one.num_responses for one in batch) + item.num_responses > most:
+        if batch and sum(other.num_responses for other in batch) + item.num_responses > most:
             yield batch
             batch = []
         batch.append(item)
@@ -166,11 +166,11 @@ def complete(benchmark: Benchmark, store: Store, score: Score, most: int, consol
         for batch in requests(left, most):
             dialogues = [dialogue for item in batch for dialogue in item.dialogues]
             scores = iter(score(dialogues, [i for i, item in enumerate(batch) for _ in item.responses]))
-            found = [(item, [float(next(scores)) for _ in item.responses]) for item in batch]
-            finite = [(item, values) for item, values in found if all(map(math.isfinite, values))]
-            failed += len(found) - len(finite)
+            scored = [(item, [float(next(scores)) for _ in item.responses]) for item in batch]
+            finite = [(item, values) for item, values in scored if all(map(math.isfinite, values))]
+            failed += len(scored) - len(finite)
             store.add(finite)
-            advance(len(found))
+            advance(len(scored))
     if failed:
         raise ModelError(
             f"{failed} of {len(benchmark.items)} items have no finite score",

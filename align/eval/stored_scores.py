@@ -26,7 +26,7 @@ SHAPES = {"rm-bench": (3, 6), "judgebench": (1, 2), "rewardbench": (1, 2), "held
 
 
 @dataclass(frozen=True)
-class Scored:
+class StoredScores:
     """A benchmark and a score of every response of its items."""
 
     benchmark: Benchmark
@@ -36,14 +36,14 @@ class Scored:
     """The numbers are sums of decisions and no scores, so that only their order means something."""
 
 
-def read(file: Path, name: str, benchmark: Benchmark | None) -> Scored:
+def read(file: Path, name: str, benchmark: Benchmark | None) -> StoredScores:
     """The scores in ``file``, for the items of ``benchmark`` or for those that the file describes itself.
 
     Raises `DataError` for a line that breaks its schema, and for ids that occur twice, are missing or unknown.
     """
     if not file.is_file():
         raise DataError("there is no such file", where=str(file), remedy="give a file of scores, as JSON lines")
-    found: dict[str, tuple[Item | None, list[float]]] = {}
+    by_id: dict[str, tuple[Item | None, list[float]]] = {}
     twice: Counter[str] = Counter()
     verdicts = False
     for where, raw in read_lines(file):
@@ -51,21 +51,23 @@ def read(file: Path, name: str, benchmark: Benchmark | None) -> Scored:
             id, item, scores, decided = _line(parse_row(raw), name)
         except BadRow as error:
             raise DataError(str(error), where=where, remedy="see docs/evaluation.md for what a line may be") from None
-        twice[id] += id in found
-        found[id], verdicts = (item, scores), verdicts or decided
+        twice[id] += id in by_id
+        by_id[id], verdicts = (item, scores), verdicts or decided
     where = str(file)
-    _refuse("occur twice", [id for id, count in twice.items() if count], found, where)
+    _refuse("occur twice", [id for id, count in twice.items() if count], by_id, where)
     if benchmark is None:
-        items = [item for item, _ in found.values() if item is not None]
-        if len(items) < len(found) or not items:
+        items = [item for item, _ in by_id.values() if item is not None]
+        if len(items) < len(by_id) or not items:
             remedy = "name the benchmark's own files as well: data.path (--data)"
-            problem = f"{len(found)} lines with scores, which do not describe their items"
+            problem = f"{len(by_id)} lines with scores, which do not describe their items"
             raise DataError(problem, where=where, remedy=remedy)
         benchmark = Benchmark(name, items, where, benchmarks.gaps(name, items))
-    known = {item.id for item in benchmark.items}
-    _refuse(f"are not in {benchmark.source}", [id for id in found if id not in known], found, where)
-    _refuse("have no scores", [item.id for item in benchmark.items if item.id not in found], known, where)
-    return Scored(benchmark, in_order(benchmark, {id: scores for id, (_, scores) in found.items()}, where), verdicts)
+    ids = {item.id for item in benchmark.items}
+    _refuse(f"are not in {benchmark.source}", [id for id in by_id if id not in ids], by_id, where)
+    _refuse("have no scores", [item.id for item in benchmark.items if item.id not in by_id], ids, where)
+    return StoredScores(
+        benchmark, in_order(benchmark, {id: scores for id, (_, scores) in by_id.items()}, where), verdicts
+    )
 
 
 def in_order(benchmark: Benchmark, scores: Mapping[str, list[float]], where: str) -> list[list[float]]:
@@ -93,9 +95,9 @@ def _line(row: dict[str, Any], name: str) -> tuple[str, Item | None, list[float]
     if "num_right" in row:
         item = from_record(row)
         shape = SHAPES.get(name, (item.num_right, item.num_responses))
-        known = {"judgebench": tuple(JUDGEBENCH_CATEGORIES.values()), "rm-bench": RM_BENCH_DOMAINS}
+        domains = {"judgebench": tuple(JUDGEBENCH_CATEGORIES.values()), "rm-bench": RM_BENCH_DOMAINS}
         domain = item.tags.get("domain", "").split("-")[0]
-        if (item.num_right, item.num_responses) != shape or domain not in known.get(name, (domain,)):
+        if (item.num_right, item.num_responses) != shape or domain not in domains.get(name, (domain,)):
             raise BadRow("id", f"is of no item of {name}", item.id)
     return text("id", row["id"]), item, _numbers(row["scores"]), bool(row.get("verdicts", False))
 

@@ -66,7 +66,11 @@ def show(report: LintReport, console: Console) -> None:
     """Print all of it."""
     console.print(_title(report), style="bold", highlight=False, markup=False)
     _print(
-        console, "", _COLUMNS, [_cells(one) for one in report.findings], [STYLES[f.severity] for f in report.findings]
+        console,
+        "",
+        _COLUMNS,
+        [_cells(finding) for finding in report.findings],
+        [STYLES[f.severity] for f in report.findings],
     )
     for table in report.tables:
         _print(console, table.title, table.columns, [tuple(map(_number, row)) for row in table.rows])
@@ -89,7 +93,7 @@ def markdown(report: LintReport) -> str:
     """The report as a page."""
     parts = [f"# {_plain(_title(report))}"]
     if report.findings:
-        parts.append(_markdown_table(_COLUMNS, [_cells(one) for one in report.findings]))
+        parts.append(_markdown_table(_COLUMNS, [_cells(finding) for finding in report.findings]))
     else:
         parts.append("Nothing was found.")
     for table in report.tables:

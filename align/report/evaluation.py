@@ -11,7 +11,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from align.report import plots
-from align.report.plots import Row
+from align.report.plots import IntervalRow
 
 MOST_ON_TERMINAL = 12
 """Kinds of slices with more names than this are in the files only."""
@@ -47,12 +47,15 @@ svg .tick { fill: var(--soft); } .grid { stroke: var(--edge); } .half { stroke: 
 """
 
 
-def rows(found: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def rows(intervals: Mapping[str, Mapping[str, Any]]) -> list[IntervalRow]:
     """Numbers of a results file by name."""
-    return [Row(name, one["value"], one["low"], one["high"], one.get("count", 0)) for name, one in found.items()]
+    return [
+        IntervalRow(name, interval["value"], interval["low"], interval["high"], interval.get("count", 0))
+        for name, interval in intervals.items()
+    ]
 
 
-def _interval(row: Row) -> str:
+def _interval(row: IntervalRow) -> str:
     return "" if row.low is None or row.high is None else f"{100 * row.low:.1f} to {100 * row.high:.1f}"
 
 
@@ -142,10 +145,10 @@ def section(heading: str, inside: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{inside}</section>"
 
 
-def _table(found: Sequence[Row], unit: str, form: str) -> str:
+def _table(table: Sequence[IntervalRow], unit: str, form: str) -> str:
     lines = [
         f"<tr{' class=main' if _is_main(row.name) else ''}><td>{escape(row.name)}</td>"
         f"<td>{form.format(100 * row.value)}</td><td>{_interval(row)}</td></tr>"
-        for row in found
+        for row in table
     ]
     return f"<table><tr><th></th><th>{unit}</th><th>interval</th></tr>{''.join(lines)}</table>"

@@ -12,7 +12,7 @@ LABEL_CHARACTERS = 34
 
 
 @dataclass(frozen=True)
-class Row:
+class IntervalRow:
     """A number with its interval, and what it is of."""
 
     name: str
@@ -59,7 +59,7 @@ def _figure(height: float, label: str, parts: Sequence[str], width: float = WIDT
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'
 
 
-def intervals(rows: Sequence[Row], label: str, axis: Axis = PERCENT) -> str:
+def intervals(rows: Sequence[IntervalRow], label: str, axis: Axis = PERCENT) -> str:
     """A point and a line for each row, over 0 to 100 % with half marked, or over another axis."""
     left, right, step, top = 212.0, 388.0, 24.0, 8.0
     bottom, ends = top + step * len(rows), (axis.low, axis.high)
@@ -85,10 +85,10 @@ def intervals(rows: Sequence[Row], label: str, axis: Axis = PERCENT) -> str:
     return _figure(bottom + 26, label, parts)
 
 
-def words(row: Row, axis: Axis = PERCENT) -> str:
+def words(row: IntervalRow, axis: Axis = PERCENT) -> str:
     """The row's number and interval in a line of text."""
     value, low, high = (
-        "" if one is None else axis.form.format(axis.factor * one) for one in (row.value, row.low, row.high)
+        "" if number is None else axis.form.format(axis.factor * number) for number in (row.value, row.low, row.high)
     )
     return f"{value} [{low}, {high}]" if low and high else value
 
@@ -105,13 +105,15 @@ def reliability(bins: Sequence[dict[str, float]], label: str) -> str:
     for tick in (50, 60, 70, 80, 90, 100):
         parts.append(_text(x_of(tick / 100), top + size + 18, f"{tick} %", "middle"))
     parts.append(_line(x_of(0.5), y_of(0.5), x_of(1.0), y_of(1.0), "half"))
-    most = max((one["count"] for one in bins), default=1)
-    points = [(x_of(one["confidence"]), y_of(one["accuracy"])) for one in bins]
+    most = max((bucket["count"] for bucket in bins), default=1)
+    points = [(x_of(bucket["confidence"]), y_of(bucket["accuracy"])) for bucket in bins]
     parts.append(f'<polyline class="curve" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
-    for one, (x, y) in zip(bins, points, strict=True):
-        said = f"{one['count']:.0f} verdicts, confidence {one['confidence']:.3f}, accuracy {one['accuracy']:.3f}"
-        radius = round(3 + 9 * (one["count"] / most) ** 0.5, 1)
-        parts.append(f'<circle class="mark" cx="{x}" cy="{y}" r="{radius}"><title>{said}</title></circle>')
+    for bucket, (x, y) in zip(bins, points, strict=True):
+        title = (
+            f"{bucket['count']:.0f} verdicts, confidence {bucket['confidence']:.3f}, accuracy {bucket['accuracy']:.3f}"
+        )
+        radius = round(3 + 9 * (bucket["count"] / most) ** 0.5, 1)
+        parts.append(f'<circle class="mark" cx="{x}" cy="{y}" r="{radius}"><title>{title}</title></circle>')
     parts.append(_text(left + size / 2, top + size + 40, "confidence sigmoid(|d|)", "middle", "name"))
     turn = f'transform="translate(14 {top + size / 2}) rotate(-90)"'
     parts.append(f"<g {turn}>{_text(0, 0, 'verdicts that are right', 'middle', 'name')}</g>")
@@ -130,9 +132,9 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
         parts.append(_text(left - 8, y_of(tick) + 4, str(tick), "end"))
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         kind, x, y = ("wrong" if low + high < 0 else "bar"), x_of(low), y_of(count)
-        said = f"<title>{low:.3g} to {high:.3g}: {count}</title>"
+        title = f"<title>{low:.3g} to {high:.3g}: {count}</title>"
         tall, wide = round(top + height - y, 1), round(max(1.0, x_of(high) - x - 1), 1)
-        parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{wide}" height="{tall}">{said}</rect>')
+        parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{wide}" height="{tall}">{title}</rect>')
     parts.append(_line(x_of(0.0), top, x_of(0.0), top + height, "half"))
     for tick in (edges[0], 0.0, edges[-1]):
         near = tick and abs(x_of(tick) - x_of(0.0)) < 40  # its number would lie on that of zero
@@ -155,11 +157,11 @@ class Curve:
     """Class of its points."""
 
 
-def curves(found: Sequence[Curve], across: str, up: str) -> str:
+def curves(lines: Sequence[Curve], across: str, up: str) -> str:
     """Lines over numbers of things, each number at the same distance from the next, as on a scale of powers of two."""
     height, left, right, top = 220.0, 64.0, WIDTH - 20.0, 34.0
-    numbers = sorted({x for curve in found for x, _ in curve.points})
-    values = [y for curve in found for _, y in curve.points]
+    numbers = sorted({x for curve in lines for x, _ in curve.points})
+    values = [y for curve in lines for _, y in curve.points]
     slack = 0.1 * (max(values) - min(values)) or 0.5
     domain = min(values) - slack, max(values) + slack
     place = {x: left + (right - left) * (i + 0.5) / len(numbers) for i, x in enumerate(numbers)}
@@ -171,12 +173,12 @@ def curves(found: Sequence[Curve], across: str, up: str) -> str:
             _line(left, y_of(tick), right, y_of(tick), "grid"),
             _text(left - 8, y_of(tick) + 4, f"{tick:.2f}", "end"),
         ]
-    for number, curve in enumerate(found):
+    for number, curve in enumerate(lines):
         points = [(round(place[x], 1), y_of(y)) for x, y in curve.points]
         parts.append(f'<polyline class="{curve.line}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
         for (x, y), (given, value) in zip(points, curve.points, strict=True):
-            said = f"<title>{escape(curve.name)}, {given:g} {escape(across)}: {value:.3f}</title>"
-            parts.append(f'<circle class="{curve.mark}" cx="{x}" cy="{y}" r="4.5">{said}</circle>')
+            title = f"<title>{escape(curve.name)}, {given:g} {escape(across)}: {value:.3f}</title>"
+            parts.append(f'<circle class="{curve.mark}" cx="{x}" cy="{y}" r="4.5">{title}</circle>')
         at = left + number * (right - left) / 2
         parts.append(_line(at, 14, at + 24, 14, curve.line) + _text(at + 30, 18, curve.name, kind="name"))
     parts.append(_text((left + right) / 2, top + height + 40, across, "middle", "name"))

@@ -11,7 +11,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from align.report import evaluation, plots
-from align.report.plots import Axis, Row
+from align.report.plots import Axis, IntervalRow
 
 AXES = {
     "percent": Axis(0, 100, (0, 25, 50, 75, 100), 50, (0, 50, 100), " %"),
@@ -24,12 +24,15 @@ FORMS = {"percent": "{:.1f}", "mark": "{:.2f}", "points": "{:.1f}", "log odds": 
 LENGTHS = ("characters", "tokens", "empty", "cut off")
 
 
-def rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[IntervalRow]:
     """Numbers of a group by name."""
-    return [Row(name, one["value"], one["low"], one["high"], one["count"]) for name, one in numbers.items()]
+    return [
+        IntervalRow(name, interval["value"], interval["low"], interval["high"], interval["count"])
+        for name, interval in numbers.items()
+    ]
 
 
-def _cells(row: Row, unit: str) -> tuple[str, str, str, str]:
+def _cells(row: IntervalRow, unit: str) -> tuple[str, str, str, str]:
     form = FORMS[unit].format
     interval = "" if row.low is None or row.high is None else f"{form(row.low)} to {form(row.high)}"
     return row.name, form(row.value), interval, str(row.count)
@@ -43,11 +46,11 @@ def _title(results: Mapping[str, Any]) -> str:
 def facts(results: Mapping[str, Any]) -> dict[str, str]:
     """What is known of the judging, by name."""
     judging, sizes = results["judging"], results["sizes"]
-    found = {"verdicts that cannot be read": f"{judging['unreadable']} of {sizes['games']}"}
-    found["asked again"] = f"{judging['asked again']} of {sizes['games']}"
+    lines = {"verdicts that cannot be read": f"{judging['unreadable']} of {sizes['games']}"}
+    lines["asked again"] = f"{judging['asked again']} of {sizes['games']}"
     for name in ("same winner in both orders", "ties", "won by the first"):
-        found |= {name: f"{100 * judging[name]:.1f} %"} if name in judging else {}
-    return found | {"verdicts": ", ".join(f"{name} {count}" for name, count in judging["verdicts"].items())}
+        lines |= {name: f"{100 * judging[name]:.1f} %"} if name in judging else {}
+    return lines | {"verdicts": ", ".join(f"{name} {count}" for name, count in judging["verdicts"].items())}
 
 
 def _length(value: float | None) -> str:
@@ -82,12 +85,14 @@ def page(results: Mapping[str, Any]) -> str:
     boot, sizes = results["bootstrap"], results["sizes"]
     parts = []
     for group in results["groups"]:
-        found, unit = rows(group["numbers"]), group["unit"]
+        table_rows, unit = rows(group["numbers"]), group["unit"]
         heading = group["name"].capitalize()
-        table = _table(("", UNITS[unit], "interval", "n"), [_cells(row, unit) for row in found])
-        picture = plots.intervals(found, heading, AXES[unit]) if unit in AXES else ""
+        table = _table(("", UNITS[unit], "interval", "n"), [_cells(row, unit) for row in table_rows])
+        picture = plots.intervals(table_rows, heading, AXES[unit]) if unit in AXES else ""
         parts.append(evaluation.section(heading, table if heading == "Overall" or not picture else picture))
-    lengths = [(name, *(_length(one[kind]) for kind in LENGTHS)) for name, one in results["lengths"].items()]
+    lengths = [
+        (name, *(_length(statistics[kind]) for kind in LENGTHS)) for name, statistics in results["lengths"].items()
+    ]
     parts.append(evaluation.section("Mean length of an answer", _table(("", *LENGTHS), lengths)))
     parts.append(evaluation.section("Judging", _table(("", ""), [*facts(results).items()])))
     interval = (
@@ -104,6 +109,6 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{escape(one)}</th>" for one in header)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -23,8 +23,8 @@ from align.cluster.roles import StartOptions, start_roles
 from align.config import (
     DataConfig,
     GeneratorConfig,
-    ModelConfig,
     RewardConfig,
+    RoleConfig,
     ScaleConfig,
     ScalePromptsConfig,
 )
@@ -61,7 +61,7 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
 
     Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
     """
-    models = section.policy, section.feedback, section.edit, section.select, section.judge
+    models = section.policy, section.feedback, section.edit, section.select, section.eval_reward
     roles = {name: model for name, model in zip(ROLES, models, strict=True) if model}
     slots = placement.resolve(section.placement, roles)
     prompts = read_prompts(section.prompts)
@@ -74,10 +74,10 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
         left = [number for number in range(len(prompts)) if number not in done]
         if left:
             tell = partial(console.print, highlight=False)
-            found = {name: with_absolute_paths(one) for name, one in roles.items()}
+            configs = {name: with_absolute_paths(role) for name, role in roles.items()}
             logs, options = path.parent / "logs", StartOptions(seed=section.seed, announce=tell)
             with (
-                start_roles(found, section.executor, slots, section.cluster, logs, options) as company,
+                start_roles(configs, section.executor, slots, section.cluster, logs, options) as company,
                 scoring.progress(console, "scale", len(prompts) - len(left), len(prompts)) as advance,
             ):
                 answer(section, company, {number: prompts[number] for number in left}, store, advance)
@@ -95,12 +95,12 @@ def answer(
     section: ScaleConfig, company: dict[str, Any], prompts: dict[int, Context], store: scoring.Rows, advance: Any
 ) -> None:
     """Send the prompts through the roles, as many at a time as the recipe allows; each is written when it is done."""
-    desks = pipeline.desks(section, company)
+    role_queues = pipeline.role_queues(section, company)
     waiting = iter(prompts.items())
 
     def begin(count: int) -> None:
         for number, context in islice(waiting, count):
-            pipeline.Flow(section, desks, number, context, done).advance()
+            pipeline.PromptPipeline(section, role_queues, number, context, done).advance()
 
     def done(record: dict[str, Any]) -> None:
         store.write([record])
@@ -108,19 +108,19 @@ def answer(
         begin(1)
 
     begin(section.prompts_at_once)
-    pipeline.work(desks.values())
+    pipeline.run_event_loop(role_queues.values())
 
 
 def read_prompts(section: ScalePromptsConfig) -> list[Context]:
     """The conversations, each once. Raises `DataError` for a source or a row that cannot be used."""
     path = Path(section.path).expanduser()
     if path.is_file():
-        found = _rows(path)
+        conversations = _rows(path)
     else:
         data = DataConfig(path=section.path, format=section.format, revision=section.revision)
         rows = dataset.load_validation(data, "prompts")[0] if section.split == "validation" else None
-        found = (row.context for row in (dataset.load_dataset(data, "prompts").train if rows is None else rows))
-    contexts = list(islice(dict.fromkeys(found), section.max_prompts))
+        conversations = (row.context for row in (dataset.load_dataset(data, "prompts").train if rows is None else rows))
+    contexts = list(islice(dict.fromkeys(conversations), section.max_prompts))
     if not contexts:
         raise DataError("no prompts are there", where=section.path, remedy="give a file with a row for each prompt")
     return contexts
@@ -139,16 +139,16 @@ def _rows(path: Path) -> Iterator[Context]:
             raise DataError(str(error), where=where, remedy=remedy) from None
 
 
-def _manifest(section: ScaleConfig, roles: dict[str, ModelConfig], prompts: list[Context]) -> dict[str, Any]:
+def _manifest(section: ScaleConfig, roles: dict[str, RoleConfig], prompts: list[Context]) -> dict[str, Any]:
     """What results depend on. Raises `AlignError` for a role that cannot be opened."""
     own = {name: value for name, value in asdict(section).items() if name not in HARMLESS}
     own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes are parts of what is there
     read = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    known = {"version": VERSION, **own, "prompts": read}
-    for name, one in roles.items():
-        if isinstance(one, GeneratorConfig):
-            known |= generators.identity_keys(name, one, section.seed)
-        elif isinstance(one, RewardConfig):
-            known |= {f"{name}.kind": one.kind, f"{name}.source": one.source}
-            known[f"{name}, its content"] = reward.identity(one)
-    return known
+    settings = {"version": VERSION, **own, "prompts": read}
+    for name, role in roles.items():
+        if isinstance(role, GeneratorConfig):
+            settings |= generators.identity_keys(name, role, section.seed)
+        elif isinstance(role, RewardConfig):
+            settings |= {f"{name}.kind": role.kind, f"{name}.source": role.source}
+            settings[f"{name}, its content"] = reward.identity(role)
+    return settings

@@ -39,18 +39,24 @@ BUDGET = ("stage", "calls", "tokens read", "tokens generated", "of one draft", "
 
 def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     whole = results["whole"]
-    found = {
+    summaries = {
         "one draft": results["one_draft"],
         f"best of {whole['drafts']} drafts": results["drafts_alone"],
         NAMES["feedback_edit"]: whole["feedback_edit"],
         NAMES["best_of_n"]: whole["best_of_n"],
     }
-    return [_score_row(name, one) for name, one in found.items() if one is not None]
+    return [_score_row(name, summary) for name, summary in summaries.items() if summary is not None]
 
 
-def _score_row(name: str, one: Mapping[str, float]) -> tuple[str, ...]:
-    scores = [f"{one[key]:.3f}" if key in one else "" for key in ("select", "eval_reward", "ground_truth")]
-    return (name, *scores, f"{one['tokens']:.1f}", f"{one['candidates']:.1f}", f"{100 * one['edited']:.0f} %")
+def _score_row(name: str, summary: Mapping[str, float]) -> tuple[str, ...]:
+    scores = [f"{summary[key]:.3f}" if key in summary else "" for key in ("select", "eval_reward", "ground_truth")]
+    return (
+        name,
+        *scores,
+        f"{summary['tokens']:.1f}",
+        f"{summary['candidates']:.1f}",
+        f"{100 * summary['edited']:.0f} %",
+    )
 
 
 def _budget_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -92,9 +98,9 @@ def terminal(results: Mapping[str, Any], console: Console) -> None:
     for axis, points in results["sweep"].items():
         table = Table(AXES[axis], *NAMES.values(), "tokens")
         name = _measured(points)
-        for one in points:
-            scores = [f"{one[key][name]:.3f}" if one[key] else "" for key in NAMES]
-            table.add_row(str(one[axis]), *scores, f"{one['feedback_edit']['tokens']:.1f}")
+        for point in points:
+            scores = [f"{point[key][name]:.3f}" if point[key] else "" for key in NAMES]
+            table.add_row(str(point[axis]), *scores, f"{point['feedback_edit']['tokens']:.1f}")
         console.print(table)
     for note in _notes(results):
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -113,10 +119,10 @@ def page(results: Mapping[str, Any]) -> str:
     for axis, points in results["sweep"].items():
         name = _measured(points)
         curves = [
-            Curve(NAMES[key], [(one[axis], one[key][name]) for one in points if one[key]], mark, dot)
+            Curve(NAMES[key], [(point[axis], point[key][name]) for point in points if point[key]], mark, dot)
             for key, mark, dot in (("feedback_edit", "curve", "mark"), ("best_of_n", "second", "dot"))
         ]
-        plot = plots.curves([one for one in curves if one.points], AXES[axis], MEASURES[name])
+        plot = plots.curves([point for point in curves if point.points], AXES[axis], MEASURES[name])
         parts.append(_section(f"{MEASURES[name].capitalize()} against number of {AXES[axis]}", plot))
     notes = "".join(f"<li>{escape(note)}</li>" for note in _notes(results))
     title = "Feedback-edit scaling"

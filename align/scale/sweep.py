@@ -18,7 +18,7 @@ from align.data import toy
 from align.data.chat import Message
 from align.data.editing import change_requests
 
-Set = tuple[int, ...]
+FeedbackSet = tuple[int, ...]
 """Numbers of the texts that one edit goes by, in the order in which they are shown."""
 Record = Mapping[str, Any]
 AXES = ("drafts", "feedbacks", "edits")
@@ -29,7 +29,7 @@ APART = ("eval_reward", "sweep_edits", "best_of", "best_of_select", "best_of_eva
 COLUMNS = ("calls", "prompt_tokens", "tokens", "seconds")
 
 
-class Setting(NamedTuple):
+class SweepSetting(NamedTuple):
     """How much of a record counts."""
 
     drafts: int
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     edits: int
 
 
-class Chosen(NamedTuple):
+class ChosenResponse(NamedTuple):
     """A response that was chosen, and what choosing it took."""
 
     text: str
@@ -50,14 +50,14 @@ class Chosen(NamedTuple):
     tokens: int
 
 
-def whole(section: ScaleConfig) -> Setting:
+def whole(section: ScaleConfig) -> SweepSetting:
     """The setting of a recipe."""
-    return Setting(section.drafts, section.feedbacks, section.edits)
+    return SweepSetting(section.drafts, section.feedbacks, section.edits)
 
 
 def feedback_sets(
     section: ScaleConfig, context: Sequence[Message], draft: int, texts: Sequence[str], edits: int
-) -> list[Set]:
+) -> list[FeedbackSet]:
     """The first ``edits`` sets of feedback on a draft, each once; none where no text asks for a change."""
     useful = change_requests(texts, section.editing)
     name = hashlib.sha256(json.dumps([section.seed, [*map(list, context)], draft]).encode())
@@ -68,60 +68,62 @@ def feedback_sets(
         return own.digest()
 
     drawn = [tuple(sorted(useful, key=partial(noise, number))[: section.feedbacks_kept]) for number in range(edits)]
-    return list(dict.fromkeys(one for one in drawn if one))
+    return list(dict.fromkeys(feedback for feedback in drawn if feedback))
 
 
 def ranked(scores: Sequence[float | None]) -> list[int]:
     """Numbers from the highest score to the lowest, of equal ones the first first; those without a score last."""
-    known = [-math.inf if score is None else score for score in scores]
-    return sorted(range(len(scores)), key=lambda i: known[i], reverse=True)
+    values = [-math.inf if score is None else score for score in scores]
+    return sorted(range(len(scores)), key=lambda i: values[i], reverse=True)
 
 
-def _part(section: ScaleConfig, record: Record, setting: Setting) -> tuple[list[int], list[int]]:
+def _part(section: ScaleConfig, record: Record, setting: SweepSetting) -> tuple[list[int], list[int]]:
     """Which of the kept drafts a setting has, and which of the edits."""
     drafts: list[int] = record["kept"][: setting.drafts]
     context = [Message(**turn) for turn in record["context"]]
-    own: set[tuple[int, Set]] = set()
+    own: set[tuple[int, FeedbackSet]] = set()
     for k in drafts:
-        texts = [one["text"] for one in record["feedback"][str(k)][: setting.feedbacks]]
+        texts = [entry["text"] for entry in record["feedback"][str(k)][: setting.feedbacks]]
         own |= {(k, chosen) for chosen in feedback_sets(section, context, k, texts, setting.edits)}
-    edits = [i for i, one in enumerate(record["edits"]) if (one["draft"], tuple(one["feedback"])) in own]
+    edits = [i for i, entry in enumerate(record["edits"]) if (entry["draft"], tuple(entry["feedback"])) in own]
     return drafts, edits
 
 
-def tokens(section: ScaleConfig, record: Record, setting: Setting) -> int:
+def tokens(section: ScaleConfig, record: Record, setting: SweepSetting) -> int:
     """Tokens that a setting generates: all samples that its drafts are chosen from, feedback, and edits."""
     return _spent(section, record, setting, *_part(section, record, setting))
 
 
-def _spent(section: ScaleConfig, record: Record, setting: Setting, drafts: list[int], edits: list[int]) -> int:
+def _spent(section: ScaleConfig, record: Record, setting: SweepSetting, drafts: list[int], edits: list[int]) -> int:
     sampled = range(section.num_samples) if section.draft_samples is not None else drafts
-    told = [one for k in drafts for one in record["feedback"][str(k)][: setting.feedbacks]] if setting.edits else []
-    said = [record["samples"][k] for k in sampled] + told + [record["edits"][i] for i in edits]
-    return sum(one["tokens"] for one in said)
+    feedback = (
+        [entry for k in drafts for entry in record["feedback"][str(k)][: setting.feedbacks]] if setting.edits else []
+    )
+    completions = [record["samples"][k] for k in sampled] + feedback + [record["edits"][i] for i in edits]
+    return sum(entry["tokens"] for entry in completions)
 
 
-def chosen(section: ScaleConfig, record: Record, setting: Setting) -> Chosen:
+def chosen(section: ScaleConfig, record: Record, setting: SweepSetting) -> ChosenResponse:
     """The candidate of a setting that ``select`` scores highest; drafts come first where scores are equal. A setting
     without edits chooses among its drafts."""
     drafts, edits = _part(section, record, setting)
     places = [*range(len(drafts)), *(len(record["kept"]) + i for i in edits)]
-    said = [record["samples"][k] for k in record["kept"]] + record["edits"]
+    candidates = [record["samples"][k] for k in record["kept"]] + record["edits"]
     best = places[ranked([record["scores"]["select"][place] for place in places])[0]]
     judged = _number(record["scores"]["eval_reward"][best]) if "eval_reward" in record["scores"] else None
     score, spent = _number(record["scores"]["select"][best]), _spent(section, record, setting, drafts, edits)
-    return Chosen(said[best]["text"], best >= len(record["kept"]), score, judged, len(places), spent)
+    return ChosenResponse(candidates[best]["text"], best >= len(record["kept"]), score, judged, len(places), spent)
 
 
-def first(record: Record) -> Chosen:
+def first(record: Record) -> ChosenResponse:
     """The first draft. The judge has not seen it where drafts were chosen from more samples."""
     scores, sample = record["scores"], record["samples"][0]
     judged = _number(scores["eval_reward"][0]) if "eval_reward" in scores and "draft_select" not in scores else None
     score = _number(scores.get("draft_select", scores["select"])[0])
-    return Chosen(sample["text"], False, score, judged, 1, sample["tokens"])
+    return ChosenResponse(sample["text"], False, score, judged, 1, sample["tokens"])
 
 
-def best_of(record: Record, budget: int) -> Chosen | None:
+def best_of(record: Record, budget: int) -> ChosenResponse | None:
     """The best of the first samples of the policy that have no more tokens than ``budget`` together, at least one;
     None where best-of-n was not measured."""
     if "best_of_select" not in record["scores"] or any(uncounted(record).values()):
@@ -134,40 +136,40 @@ def best_of(record: Record, budget: int) -> Chosen | None:
     judged = record["scores"].get("best_of_eval_reward")
     score = _number(record["scores"]["best_of_select"][best])
     text = record["samples"][best]["text"]
-    return Chosen(text, False, score, None if judged is None else _number(judged[best]), count, spent)
+    return ChosenResponse(text, False, score, None if judged is None else _number(judged[best]), count, spent)
 
 
 def _number(score: float | None) -> float:
     return math.nan if score is None else score
 
 
-def _summary(records: Sequence[Record], found: Sequence[Chosen]) -> dict[str, float]:
+def _summary(records: Sequence[Record], choices: Sequence[ChosenResponse]) -> dict[str, float]:
     """Means over prompts; the rule of the bundled task judges where all prompts are of it."""
     means = {
-        "select": _mean([one.score for one in found]),
-        "edited": _mean([float(one.edited) for one in found]),
-        "candidates": _mean([float(one.candidates) for one in found]),
-        "tokens": _mean([float(one.tokens) for one in found]),
+        "select": _mean([choice.score for choice in choices]),
+        "edited": _mean([float(choice.edited) for choice in choices]),
+        "candidates": _mean([float(choice.candidates) for choice in choices]),
+        "tokens": _mean([float(choice.tokens) for choice in choices]),
     }
-    judged = [one.judged for one in found if one.judged is not None]
+    judged = [choice.judged for choice in choices if choice.judged is not None]
     contexts = [[Message(**turn) for turn in record["context"]] for record in records]
-    truth_P = toy.ground_truth(contexts, [one.text for one in found])
+    truth_P = toy.ground_truth(contexts, [choice.text for choice in choices])
     means |= {"eval_reward": _mean(judged)} if judged else {}
     return means if truth_P is None else means | {"ground_truth": float(truth_P.double().mean())}
 
 
 def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    finite = [value for value in values if not math.isnan(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
-def point(section: ScaleConfig, records: Sequence[Record], setting: Setting) -> dict[str, Any]:
+def point(section: ScaleConfig, records: Sequence[Record], setting: SweepSetting) -> dict[str, Any]:
     """A setting and best-of-n of the same number of tokens, prompt by prompt; none where one prompt lacks it."""
-    found = [chosen(section, record, setting) for record in records]
-    other = [best_of(record, one.tokens) for record, one in zip(records, found, strict=True)]
-    beside = [one for one in other if one is not None]
+    choices = [chosen(section, record, setting) for record in records]
+    other = [best_of(record, choice.tokens) for record, choice in zip(records, choices, strict=True)]
+    beside = [choice for choice in other if choice is not None]
     best = _summary(records, beside) if len(beside) == len(records) else None
-    return {**setting._asdict(), "feedback_edit": _summary(records, found), "best_of_n": best}
+    return {**setting._asdict(), "feedback_edit": _summary(records, choices), "best_of_n": best}
 
 
 def measure(section: ScaleConfig, records: Sequence[Record]) -> dict[str, Any]:
@@ -199,9 +201,9 @@ def budget(section: ScaleConfig, records: Sequence[Record]) -> list[dict[str, An
     """
     stages: dict[str, dict[str, float]] = {}
     for record in records:
-        for stage, said in _stages(section, record).items():
+        for stage, entries in _stages(section, record).items():
             for key in ("prompt_tokens", "tokens"):
-                _add(stages, stage, key, sum(one[key] for one in said))
+                _add(stages, stage, key, sum(per_prompt[key] for per_prompt in entries))
         for stage, count in record["calls"].items():
             _add(stages, stage, "calls", count)
             _add(stages, stage, "seconds", record["seconds"][stage])
@@ -209,12 +211,12 @@ def budget(section: ScaleConfig, records: Sequence[Record]) -> list[dict[str, An
     parts = [stages[name] for name in TOTAL if name in stages]
     total = {key: sum(row.get(key, 0) for row in parts) for key in COLUMNS}
     drafts = stages["drafts"]
-    one = {key: drafts[key] / drafts["calls"] * len(records) for key in ("tokens", "seconds")}
+    per_prompt = {key: drafts[key] / drafts["calls"] * len(records) for key in ("tokens", "seconds")}
     rows = {name: stages[name] for name in TOTAL if name in stages} | {"total": total}
     rows |= {name: stages[name] for name in APART if name in stages}
     return [
         {"stage": name, **{key: row.get(key, 0) for key in COLUMNS}}
-        | {f"relative_{key}": row.get(key, 0) / value if value else None for key, value in one.items()}
+        | {f"relative_{key}": row.get(key, 0) / value if value else None for key, value in per_prompt.items()}
         for name, row in rows.items()
     ]
 
@@ -230,26 +232,29 @@ def _stages(section: ScaleConfig, record: Record) -> dict[str, list[Any]]:
     return {
         "drafts": record["samples"][: section.num_samples],
         "best_of": record["samples"][section.num_samples :],
-        "feedback": [one for said in record["feedback"].values() for one in said],
-        "edits": [one for i, one in enumerate(record["edits"]) if i in main],
-        "sweep_edits": [one for i, one in enumerate(record["edits"]) if i not in main],
+        "feedback": [entry for entries in record["feedback"].values() for entry in entries],
+        "edits": [entry for i, entry in enumerate(record["edits"]) if i in main],
+        "sweep_edits": [entry for i, entry in enumerate(record["edits"]) if i not in main],
     }
 
 
 def truncated(record: Record) -> dict[str, int]:
     """Answers that were cut off at their limit, by role."""
-    return {name: sum(not one["finished"] for one in said) for name, said in _said(record).items()}
+    return {name: sum(not entry["finished"] for entry in entries) for name, entries in _said(record).items()}
 
 
 def uncounted(record: Record) -> dict[str, int]:
     """Answers whose tokens nobody counted, by role."""
-    return {name: sum(bool(one["text"]) and not one["tokens"] for one in said) for name, said in _said(record).items()}
+    return {
+        name: sum(bool(entry["text"]) and not entry["tokens"] for entry in entries)
+        for name, entries in _said(record).items()
+    }
 
 
 def _said(record: Record) -> dict[str, list[Any]]:
-    told = [one for said in record["feedback"].values() for one in said]
-    return {"drafts": record["samples"], "feedback": told, "edits": record["edits"]}
+    feedback = [entry for entries in record["feedback"].values() for entry in entries]
+    return {"drafts": record["samples"], "feedback": feedback, "edits": record["edits"]}
 
 
 def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    return {name: sum(one[name] for one in counts) for name in counts[0]}
+    return {name: sum(count[name] for count in counts) for name in counts[0]}

@@ -25,7 +25,7 @@ from align.config import (
 )
 from align.data import toy
 from align.eval import benchmarks, reward, store, stored_scores
-from align.eval.stored_scores import Scored
+from align.eval.stored_scores import StoredScores
 from align.roles import CompletedFuture
 
 
@@ -70,7 +70,7 @@ class TestFilesOfScores:
         ]
         for number, content in enumerate(judged):
             file = lines(tmp_path / f"{number}.jsonl", content)
-            assert stored_scores.read(file, "judgebench", benchmark) == Scored(benchmark, right_first)
+            assert stored_scores.read(file, "judgebench", benchmark) == StoredScores(benchmark, right_first)
             if number != 2:
                 assert stored_scores.read(file, "judgebench", None).scores == right_first
 

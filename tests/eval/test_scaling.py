@@ -23,8 +23,8 @@ from align.generators.base import Completion, Request
 from align.generators.functions import FunctionGenerator
 from align.roles import CompletedFuture
 from align.scale import main, pipeline, sweep
-from align.scale.pipeline import STRIDE, Desk, Flow, work
-from align.scale.sweep import Setting
+from align.scale.pipeline import STRIDE, PromptPipeline, RoleQueue, run_event_loop
+from align.scale.sweep import SweepSetting
 
 SPEAKERS = Path(__file__).with_name("speakers.py")
 PROMPTS = ["repeat the words : ant bag cat", "sort the words : pig fox owl", "reverse the words : sun key jam"]
@@ -113,7 +113,7 @@ class TestTheWholeWay:
     def test_best_of_n_has_as_many_tokens_and_no_more(self, whole: tuple[Path, ScaleConfig, dict[str, Any]]):
         folder, section, _ = whole
         for row in records(folder):
-            spent = sweep.chosen(section, row, Setting(4, 6, 5)).tokens
+            spent = sweep.chosen(section, row, SweepSetting(4, 6, 5)).tokens
             other = sweep.best_of(row, spent)
             lengths = [one["tokens"] for one in row["samples"]]
             assert other is not None and other.tokens == sum(lengths[: other.candidates]) <= spent
@@ -141,7 +141,7 @@ def test_drafts_are_chosen_from_more_samples(tmp_path: Path):
     assert set(row["feedback"]) == {str(k) for k in row["kept"]}
     assert results["whole"]["best_of_n"] is None
     spent = sum(one["tokens"] for one in row["samples"])
-    assert sweep.tokens(section, row, Setting(2, 6, 0)) == spent
+    assert sweep.tokens(section, row, SweepSetting(2, 6, 0)) == spent
 
 
 def test_a_smaller_setting_keeps_the_best_also_of_as_many_samples_as_drafts(tmp_path: Path):
@@ -258,10 +258,10 @@ def flows(
     log: list[tuple[str, int]] = []
     found: list[dict[str, Any]] = []
     roles = {name: FakeRole(name, log, looks.get(name, [0])) for name in ("policy", "feedback", "edit", "select")}
-    desks = pipeline.desks(section, roles)
+    role_queues = pipeline.role_queues(section, roles)
     for number, text in enumerate(PROMPTS):
-        Flow(section, desks, number, (Message("user", text),), found.append).advance()
-    work(desks.values())
+        PromptPipeline(section, role_queues, number, (Message("user", text),), found.append).advance()
+    run_event_loop(role_queues.values())
     return log, [{k: v for k, v in one.items() if k != "seconds"} for one in sorted(found, key=lambda one: one["id"])]
 
 
@@ -289,10 +289,10 @@ def test_what_comes_of_it_does_not_depend_on_who_is_slow(tmp_path: Path, monkeyp
 
 def test_a_desk_takes_what_waits_up_to_its_size():
     asked: list[list[Any]] = []
-    desk = Desk(lambda groups: asked.append(groups) or CompletedFuture(groups), 5, len)
+    desk = RoleQueue(lambda groups: asked.append(groups) or CompletedFuture(groups), 5, len)
     for group in ([1] * 3, [2] * 2, [3] * 9, [4]):
         desk.ask(group, lambda answer, seconds: None)
-    work([desk])
+    run_event_loop([desk])
     assert [[len(group) for group in groups] for groups in asked] == [[3, 2], [9], [1]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from align.report import evaluation, plots
-from align.report.plots import Row
+from align.report.plots import IntervalRow
 
 
 def number(value: float, count: int | None = None) -> dict[str, Any]:
@@ -63,7 +63,9 @@ def test_what_was_not_measured_has_no_picture():
 
 
 def test_marks_of_intervals_lie_where_the_numbers_say():
-    (figure,) = figures(plots.intervals([Row("a", 0.0, 0.0, 0.5, 9), Row("b", 1.0, None, None, 2)], "x"))
+    (figure,) = figures(
+        plots.intervals([IntervalRow("a", 0.0, 0.0, 0.5, 9), IntervalRow("b", 1.0, None, None, 2)], "x")
+    )
     left, right = (float(one["cx"]) for one in marks(figure))
     grid = sorted({float(one.get("x1", "")) for one in figure.iter("line") if one.get("class") in ("grid", "half")})
     assert (left, right) == (grid[0], grid[-1])
@@ -74,7 +76,7 @@ def test_marks_of_intervals_lie_where_the_numbers_say():
 
 def test_a_long_name_is_cut_and_said_in_full():
     name = "x" * 60
-    (figure,) = figures(plots.intervals([Row(name, 0.5, None, None, 1)], "x"))
+    (figure,) = figures(plots.intervals([IntervalRow(name, 0.5, None, None, 1)], "x"))
     shown = [one.text for one in figure.iter("text") if one.get("class") == "name"]
     assert shown[0] == "x" * 33 + "…" and figure.findtext(".//title") == f"{name}: 50.0"
 

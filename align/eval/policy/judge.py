@@ -16,8 +16,8 @@ from align.config import PolicyEvaluationConfig, SamplingConfig
 from align.data import genrm_prompts
 from align.data.chat import Message
 from align.eval.policy import prompts
-from align.eval.policy.prompts import Kind, Words
-from align.eval.policy.questions import WITH_REFERENCES, Answer, Question
+from align.eval.policy.prompts import Kind, PromptTemplate
+from align.eval.policy.questions import WITH_REFERENCES, PolicyAnswer, Question
 from align.eval.store import Rows
 from align.generators.base import Completion, Request
 from align.roles import Future
@@ -28,7 +28,7 @@ AT_ONCE = 256
 Advance = Callable[[int], None]
 
 
-class Answering(Protocol):
+class GeneratorRole(Protocol):
     """The role of a generator; see `align.workers.generator.Generator`."""
 
     def complete(self, requests: Sequence[Request], sampling: SamplingConfig) -> Future[list[Completion]]:
@@ -36,7 +36,7 @@ class Answering(Protocol):
         ...
 
 
-class Game(NamedTuple):
+class JudgeRequest(NamedTuple):
     """One thing that a judge is asked."""
 
     question: Question
@@ -51,7 +51,7 @@ class Game(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ruling:
+class Judgment:
     """What came of a game."""
 
     verdict: str | float | None
@@ -67,45 +67,48 @@ def batches(items: Sequence[Any], ranks: int) -> Iterator[Sequence[Any]]:
     yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
-def answers_in(rows: Rows) -> dict[str, Answer]:
+def answers_in(rows: Rows) -> dict[str, PolicyAnswer]:
     """What a file of answers holds by id of the question."""
-    return {row["id"]: Answer(tuple(row["answers"]), tuple(row["tokens"]), tuple(row["finished"])) for row in rows.rows}
+    return {
+        row["id"]: PolicyAnswer(tuple(row["answers"]), tuple(row["tokens"]), tuple(row["finished"]))
+        for row in rows.rows
+    }
 
 
 def answer(
     items: Sequence[Question],
-    role: Answering,
+    role: GeneratorRole,
     section: PolicyEvaluationConfig,
     rows: Rows,
     advance: Advance,
     ranks: int = 1,
 ) -> None:
     """Answer the questions that have no answer yet, all turns of a question before it is written."""
-    known = answers_in(rows)
-    for batch in batches([one for one in items if one.id not in known], ranks):
-        said: list[list[Completion]] = [[] for _ in batch]
-        for turn in range(max(one.num_turns for one in batch)):
-            asked = [i for i, one in enumerate(batch) if turn < one.num_turns]
-            shown = [Answer(tuple(one.text for one in said[i])).shown for i in asked]
-            requests = [Request(batch[i].conversation(texts)) for i, texts in zip(asked, shown, strict=True)]
-            heats = [section.temperatures.get(batch[i].category, section.sampling.temperature) for i in asked]
-            for i, completion in zip(asked, _complete(role, requests, heats, section.sampling), strict=True):
-                said[i].append(completion)
-        rows.write([_row(one, completions) for one, completions in zip(batch, said, strict=True)])
+    answered = answers_in(rows)
+    for batch in batches([question for question in items if question.id not in answered], ranks):
+        replies: list[list[Completion]] = [[] for _ in batch]
+        for turn in range(max(question.num_turns for question in batch)):
+            active = [i for i, question in enumerate(batch) if turn < question.num_turns]
+            shown = [PolicyAnswer(tuple(question.text for question in replies[i])).shown for i in active]
+            requests = [Request(batch[i].conversation(texts)) for i, texts in zip(active, shown, strict=True)]
+            heats = [section.temperatures.get(batch[i].category, section.sampling.temperature) for i in active]
+            for i, completion in zip(active, _complete(role, requests, heats, section.sampling), strict=True):
+                replies[i].append(completion)
+        rows.write([_row(question, completions) for question, completions in zip(batch, replies, strict=True)])
         advance(len(batch))
 
 
 def _complete(
-    role: Answering, requests: Sequence[Request], temperatures: Sequence[float], sampling: SamplingConfig
+    role: GeneratorRole, requests: Sequence[Request], temperatures: Sequence[float], sampling: SamplingConfig
 ) -> list[Completion]:
     """The answers in order; those of one temperature are asked for together."""
-    found: dict[int, Completion] = {}
+    completions: dict[int, Completion] = {}
     order = sorted(range(len(requests)), key=lambda i: temperatures[i])
     for temperature, part in groupby(order, key=lambda i: temperatures[i]):
         index = [*part]
-        asked = role.complete([requests[i] for i in index], replace(sampling, temperature=temperature)).result()
-        found |= dict(zip(index, asked, strict=True))
-    return [found[i] for i in range(len(requests))]
+        answers = role.complete([requests[i] for i in index], replace(sampling, temperature=temperature)).result()
+        completions |= dict(zip(index, answers, strict=True))
+    return [completions[i] for i in range(len(requests))]
 
 
 def _row(question: Question, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -114,43 +117,43 @@ def _row(question: Question, completions: Sequence[Completion]) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class Bench:
+class JudgePromptBuilder:
     """What a judge sees and how it is understood."""
 
     section: PolicyEvaluationConfig
-    answers: Mapping[str, Answer]
-    baseline: Mapping[str, Answer]
-    words: Mapping[Kind, Words]
+    answers: Mapping[str, PolicyAnswer]
+    baseline: Mapping[str, PolicyAnswer]
+    words: Mapping[Kind, PromptTemplate]
 
-    def games(self, items: Sequence[Question]) -> list[Game]:
+    def requests_of(self, items: Sequence[Question]) -> list[JudgeRequest]:
         """Two for each question where there is a baseline, else one for each turn."""
         if self.section.pairwise:
-            return [Game(one, 0, swapped) for one in items for swapped in (False, True)]
-        return [Game(one, turn) for one in items for turn in range(one.num_turns)]
+            return [JudgeRequest(question, 0, swapped) for question in items for swapped in (False, True)]
+        return [JudgeRequest(question, turn) for question in items for turn in range(question.num_turns)]
 
-    def ask(self, game: Game) -> tuple[Message, ...]:
+    def ask(self, request: JudgeRequest) -> tuple[Message, ...]:
         """What the judge is asked."""
-        question, said = game.question, self.answers[game.question.id].shown
+        question, shown = request.question, self.answers[request.question.id].shown
         others = self.baseline[question.id].shown if self.section.pairwise else ()
-        responses = [others[0], said[0]] if others else [said[game.turn]]
-        responses = responses[::-1] if game.swapped else responses
+        responses = [others[0], shown[0]] if others else [shown[request.turn]]
+        responses = responses[::-1] if request.swapped else responses
         if self.section.judge_form != "benchmark":
-            context = question.conversation(said[: game.turn])
+            context = question.conversation(shown[: request.turn])
             return genrm_prompts.judge_messages(
                 context, responses, self.section.judge_form, self.section.judge_custom_roles
             )
-        kind = _kind(game, self.section)
-        asked, *more = question.context[-1].content, *question.follow_ups
+        kind = _kind(request, self.section)
+        first, *more = question.context[-1].content, *question.follow_ups
         values = {"question": prompts.spoken(question.context), "answer": responses[0], "checklist": ""}
         if kind == "pair":
             values |= {"answer_a": responses[0], "answer_b": responses[1]}
         if kind == "checklist":
             history = prompts.spoken(question.context[:-1]) if len(question.context) > 1 else ""
-            checklist = "\n".join(f"- {one}" for one in question.checklist)
-            values |= {"history": history, "question": asked, "checklist": checklist}
-        for number, text in enumerate((asked, *more), start=1):
+            checklist = "\n".join(f"- {entry}" for entry in question.checklist)
+            values |= {"history": history, "question": first, "checklist": checklist}
+        for number, text in enumerate((first, *more), start=1):
             values[f"question_{number}"] = text
-        for name, texts in (("answer", said), ("ref_answer", question.references)):
+        for name, texts in (("answer", shown), ("ref_answer", question.references)):
             values |= {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
         return prompts.ask(kind, values, self.words)
 
@@ -163,44 +166,53 @@ class Bench:
         return prompts.of_ranking(scores) if pairwise else prompts.of_score(scores)
 
 
-def _kind(game: Game, section: PolicyEvaluationConfig) -> Kind:
+def _kind(request: JudgeRequest, section: PolicyEvaluationConfig) -> Kind:
     if section.pairwise:
         return "pair"
     if section.benchmark == "wildbench":
         return "checklist"
-    if game.question.references and game.question.category in WITH_REFERENCES:
-        return "second_turn_reference" if game.turn else "reference"
-    return "second_turn" if game.turn else "single"
+    if request.question.references and request.question.category in WITH_REFERENCES:
+        return "second_turn_reference" if request.turn else "reference"
+    return "second_turn" if request.turn else "single"
 
 
-def rulings_in(rows: Rows) -> dict[tuple[str, int, bool], Ruling]:
+def rulings_in(rows: Rows) -> dict[tuple[str, int, bool], Judgment]:
     """What a file of verdicts holds by game."""
     return {
-        (row["id"], row["turn"], row["swapped"]): Ruling(row["verdict"], row["attempts"], row["text"])
+        (row["id"], row["turn"], row["swapped"]): Judgment(row["verdict"], row["attempts"], row["text"])
         for row in rows.rows
     }
 
 
-def judge(games: Sequence[Game], role: Answering, bench: Bench, rows: Rows, advance: Advance, ranks: int = 1) -> None:
+def judge(
+    requests_of: Sequence[JudgeRequest],
+    role: GeneratorRole,
+    bench: JudgePromptBuilder,
+    rows: Rows,
+    advance: Advance,
+    ranks: int = 1,
+) -> None:
     """Have the games judged that have no ruling yet. Those whose verdict cannot be read are asked again together."""
-    known, section = rulings_in(rows), bench.section
+    judged, section = rulings_in(rows), bench.section
     hot = max(section.judge_sampling.temperature, section.retry_temperature)
-    for batch in batches([one for one in games if one.key not in known], ranks):
-        messages = [bench.ask(one) for one in batch]
-        found: dict[int, Ruling] = {}
+    for batch in batches([request for request in requests_of if request.key not in judged], ranks):
+        messages = [bench.ask(request) for request in batch]
+        rulings: dict[int, Judgment] = {}
         for attempt in range(section.attempts):
-            open_ones = [i for i in range(len(batch)) if i not in found or found[i].verdict is None]
+            open_ones = [i for i in range(len(batch)) if i not in rulings or rulings[i].verdict is None]
             if not open_ones:
                 break
             requests = [Request(messages[i], sample=attempt) for i in open_ones]
             sampling = replace(section.judge_sampling, temperature=hot) if attempt else section.judge_sampling
-            for i, one in zip(open_ones, role.complete(requests, sampling).result(), strict=True):
-                verdict = bench.read(one.text) if one.finished else None  # what looks like one may be part of reasoning
-                found[i] = Ruling(verdict, attempt + 1, one.text)
+            for i, request in zip(open_ones, role.complete(requests, sampling).result(), strict=True):
+                verdict = (
+                    bench.read(request.text) if request.finished else None
+                )  # what looks like one may be part of reasoning
+                rulings[i] = Judgment(verdict, attempt + 1, request.text)
         rows.write(
             [
-                {"id": id, "turn": turn, "swapped": swapped, **vars(found[i])}
-                for i, (id, turn, swapped) in enumerate(one.key for one in batch)
+                {"id": id, "turn": turn, "swapped": swapped, **vars(rulings[i])}
+                for i, (id, turn, swapped) in enumerate(request.key for request in batch)
             ]
         )
         advance(len(batch))

@@ -28,9 +28,9 @@ from align.eval import store
 from align.eval.arguments import FALLBACK, SPEAKERS
 from align.eval.policy import judge as judging
 from align.eval.policy import metrics, prompts, questions
-from align.eval.policy.judge import Bench, Game, Ruling
-from align.eval.policy.metrics import Chance, Group
-from align.eval.policy.questions import Answer, Question, Questions
+from align.eval.policy.judge import JudgePromptBuilder, JudgeRequest, Judgment
+from align.eval.policy.metrics import Resampling, StatisticGroup
+from align.eval.policy.questions import PolicyAnswer, Question, Questions
 from align.eval.store import Rows
 from align.generators import models as generators
 from align.prechecks import placement
@@ -54,13 +54,13 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console) -> dict[str, Any]:
+def evaluate(section: PolicyEvaluationConfig, question_set: Questions, console: Console) -> dict[str, Any]:
     """Ask for what is missing, measure, write and print. Returns what ``policy.json`` holds."""
     if section.benchmark == "mt-bench" and section.judge_form == "benchmark":
-        questions.require_references(found.items)
+        questions.require_references(question_set.items)
     words = prompts.own_words(Path(section.judge_prompt).expanduser()) if section.judge_prompt else {}
     placement.resolve(section.placement, SPEAKERS.values())
-    manifest = _manifest(section, found)
+    manifest = _manifest(section, question_set)
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     folder = Path(section.out or f"{DEFAULT_OUT}/{section.benchmark}-{digest[:8]}").expanduser()
     names = (ANSWERS, VERDICTS, *([BASELINE] if section.baseline else []))
@@ -68,9 +68,9 @@ def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console
         files = {name: stack.enter_context(store.locked(folder / name)) for name in names}
         store.agree([folder / name for name in (ANSWERS, BASELINE, VERDICTS)], manifest, "answers and verdicts")
         stores = {name: Rows(file, folder / name) for name, file in files.items()}
-        bench, rulings = _asked(section, found, words, stores, console)
-    results = measure(section, found, bench, rulings)
-    write_atomic(folder / store.ITEMS, "".join(_lines(found, bench, rulings)))
+        bench, rulings = _asked(section, question_set, words, stores, console)
+    results = measure(section, question_set, bench, rulings)
+    write_atomic(folder / store.ITEMS, "".join(_lines(question_set, bench, rulings)))
     write_atomic(folder / "policy.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_atomic(folder / "report.html", report.page(results))
     report.terminal(results, console)
@@ -78,26 +78,26 @@ def evaluate(section: PolicyEvaluationConfig, found: Questions, console: Console
     return results
 
 
-def _manifest(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Any]:
+def _manifest(section: PolicyEvaluationConfig, question_set: Questions) -> dict[str, Any]:
     """Whatever answers and verdicts depend on, by key, so that a change is refused by its name. Raises `AlignError` for
     a speaker that cannot be opened, before anything is written."""
-    known: dict[str, Any] = {"version": VERSION, "questions": found.fingerprint}
-    for name, one in _speakers(section).items():
-        known |= generators.identity_keys(name, one, section.seed)
+    settings: dict[str, Any] = {"version": VERSION, "questions": question_set.fingerprint}
+    for name, generator in _speakers(section).items():
+        settings |= generators.identity_keys(name, generator, section.seed)
     if section.judge_form != "benchmark":
         _check_judge(section)
-    known |= {name: getattr(section, name) for name in SHAPES}
+    settings |= {name: getattr(section, name) for name in SHAPES}
     for name in ("sampling", "judge_sampling"):
-        known |= {f"{name}.{field}": value for field, value in asdict(getattr(section, name)).items()}
+        settings |= {f"{name}.{field}": value for field, value in asdict(getattr(section, name)).items()}
     files = {"answers": section.answers, "judge_prompt": section.judge_prompt}
     files |= {f"baseline_answers.{category}": file for category, file in section.baseline_answers.items()}
-    known |= {name: _file_digest(name, file) for name, file in files.items() if file}
-    return known
+    settings |= {name: _file_digest(name, file) for name, file in files.items() if file}
+    return settings
 
 
 def _speakers(section: PolicyEvaluationConfig) -> dict[str, AnyGeneratorConfig]:
-    found = {"policy": section.policy, "baseline": section.baseline, "judge": section.judge}
-    return {name: one for name, one in found.items() if one}
+    generators_by_role = {"policy": section.policy, "baseline": section.baseline, "judge": section.judge}
+    return {name: generator for name, generator in generators_by_role.items() if generator}
 
 
 def _check_judge(section: PolicyEvaluationConfig) -> None:
@@ -106,11 +106,11 @@ def _check_judge(section: PolicyEvaluationConfig) -> None:
     judge = section.judge
     if isinstance(judge, ModelGeneratorConfig):
         judge = replace(judge, zero_stage=0, offload_parameters=False)
-    asked = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
-    genrm_card.require_same(asked, JUDGE_KEYS)
+    config = GenerativeConfig(judge=judge, form=section.judge_form, custom_roles=section.judge_custom_roles)
+    genrm_card.require_same(config, JUDGE_KEYS)
     renderer = generators.generator_class(section.judge).check(section.judge, "judge")
     if renderer is not None:
-        require_roles(renderer, asked, ("judge_custom_roles", "judge.chat_template"))
+        require_roles(renderer, config, ("judge_custom_roles", "judge.chat_template"))
 
 
 def _file_digest(name: str, file: str) -> str:
@@ -122,59 +122,61 @@ def _file_digest(name: str, file: str) -> str:
 
 def _asked(
     section: PolicyEvaluationConfig,
-    found: Questions,
-    words: Mapping[prompts.Kind, prompts.Words],
+    question_set: Questions,
+    words: Mapping[prompts.Kind, prompts.PromptTemplate],
     stores: Mapping[str, Rows],
     console: Console,
-) -> tuple[Bench, dict[tuple[str, int, bool], Ruling]]:
+) -> tuple[JudgePromptBuilder, dict[tuple[str, int, bool], Judgment]]:
     """All answers and rulings, of which those that are missing are asked for; only roles that have work are started."""
     files = {"policy": ANSWERS, "baseline": BASELINE}
     answering = {name: stores[files[name]] for name in _speakers(section) if name in files}
-    answering = {name: rows for name, rows in answering.items() if len(rows.rows) < len(found.items)}
-    given = {"answers": _stored_answers(section, found), "baseline": _stored_baseline(section, found)}
+    answering = {name: rows for name, rows in answering.items() if len(rows.rows) < len(question_set.items)}
+    given = {"answers": _stored_answers(section, question_set), "baseline": _stored_baseline(section, question_set)}
 
-    def bench() -> Bench:
-        asked = {name: judging.answers_in(rows) for name, rows in stores.items() if name != VERDICTS}
-        baseline = given["baseline"] or asked.get(BASELINE, {})
-        return Bench(section, given["answers"] or asked[ANSWERS], baseline, words)
+    def bench() -> JudgePromptBuilder:
+        answered = {name: judging.answers_in(rows) for name, rows in stores.items() if name != VERDICTS}
+        baseline = given["baseline"] or answered.get(BASELINE, {})
+        return JudgePromptBuilder(section, given["answers"] or answered[ANSWERS], baseline, words)
 
     rulings = stores[VERDICTS]
     if rulings.rows and answering:
         name, rows = next(iter(answering.items()))
-        gone = len(found.items) - len(rows.rows)
-        problem = f"{gone} of {len(found.items)} answers of the {name} are gone, the verdicts on them are not"
+        gone = len(question_set.items) - len(rows.rows)
+        problem = f"{gone} of {len(question_set.items)} answers of the {name} are gone, the verdicts on them are not"
         remedy = f"delete {VERDICTS} too, or give another folder (--out)"
         raise DataError(problem, where=str(rows.path), remedy=remedy)
-    games = bench().games(found.items)
-    needed = [*answering, *(["judge"] if len(rulings.rows) < len(games) else [])]
+    requests_of = bench().requests_of(question_set.items)
+    needed = [*answering, *(["judge"] if len(rulings.rows) < len(requests_of) else [])]
     if needed:
         with _company(section, needed, stores[ANSWERS].path.parent / "logs", console) as (roles, ranks):
             for name, rows in answering.items():
-                title, sizes = f"{section.benchmark}, answers of the {name}", (len(rows.rows), len(found.items))
+                title, sizes = f"{section.benchmark}, answers of the {name}", (len(rows.rows), len(question_set.items))
                 with store.progress(console, title, *sizes) as advance:
-                    judging.answer(found.items, roles[name], section, rows, advance, ranks[name])
-            with store.progress(console, f"{section.benchmark}, verdicts", len(rulings.rows), len(games)) as advance:
-                judging.judge(games, roles["judge"], bench(), rulings, advance, ranks["judge"])
+                    judging.answer(question_set.items, roles[name], section, rows, advance, ranks[name])
+            with store.progress(
+                console, f"{section.benchmark}, verdicts", len(rulings.rows), len(requests_of)
+            ) as advance:
+                judging.judge(requests_of, roles["judge"], bench(), rulings, advance, ranks["judge"])
     return bench(), judging.rulings_in(rulings)
 
 
-def _stored_answers(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Answer]:
+def _stored_answers(section: PolicyEvaluationConfig, question_set: Questions) -> dict[str, PolicyAnswer]:
     if not section.answers:
         return {}
-    return questions.matched(found.items, questions.stored(Path(section.answers).expanduser()), section.answers)
+    return questions.matched(question_set.items, questions.stored(Path(section.answers).expanduser()), section.answers)
 
 
-def _stored_baseline(section: PolicyEvaluationConfig, found: Questions) -> dict[str, Answer]:
+def _stored_baseline(section: PolicyEvaluationConfig, question_set: Questions) -> dict[str, PolicyAnswer]:
     by_file: dict[str, list[Question]] = {}
-    for one in found.items if section.baseline_answers else ():
-        file = section.baseline_answers.get(one.category) or section.baseline_answers.get(FALLBACK)
+    for question in question_set.items if section.baseline_answers else ():
+        file = section.baseline_answers.get(question.category) or section.baseline_answers.get(FALLBACK)
         if file is None:
-            known = ", ".join(section.baseline_answers)
-            problem = f"no answers for category {one.category!r}, only for {known}"
+            categories = ", ".join(section.baseline_answers)
+            problem = f"no answers for category {question.category!r}, only for {categories}"
             remedy = f"name a file for it, or baseline_answers.{FALLBACK}"
             raise DataError(problem, where="baseline_answers", remedy=remedy)
-        by_file.setdefault(file, []).append(one)
-    answers: dict[str, Answer] = {}
+        by_file.setdefault(file, []).append(question)
+    answers: dict[str, PolicyAnswer] = {}
     for file, items in by_file.items():
         answers |= questions.matched(items, questions.stored(Path(file).expanduser()), file)
     return answers
@@ -198,20 +200,23 @@ def _company(
 
 
 def measure(
-    section: PolicyEvaluationConfig, found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]
+    section: PolicyEvaluationConfig,
+    question_set: Questions,
+    bench: JudgePromptBuilder,
+    rulings: Mapping[tuple[str, int, bool], Judgment],
 ) -> dict[str, Any]:
     """All numbers of a benchmark whose games are judged."""
     by_question: dict[str, list[Any]] = {}
-    for game in bench.games(found.items):
-        by_question.setdefault(game.question.id, []).append(rulings[game.key].verdict)
-    items = [one for one in found.items if None not in by_question[one.id]]
+    for request in bench.requests_of(question_set.items):
+        by_question.setdefault(request.question.id, []).append(rulings[request.key].verdict)
+    items = [item for item in question_set.items if None not in by_question[item.id]]
     if not items:
         example = next(iter(rulings.values())).text[:200]
-        problem = f"of none of {len(found.items)} questions all verdicts can be read; one is {example!r}"
+        problem = f"of none of {len(question_set.items)} questions all verdicts can be read; one is {example!r}"
         remedy = "take another judge, judge_form or judge_prompt, or more judge_sampling.max_tokens, and another --out"
         raise DataError(problem, where=section.judge.source, remedy=remedy)
-    groups = _numbers(section, items, [by_question[one.id] for one in items], bench)
-    kept = [rulings[game.key] for game in bench.games(found.items)]
+    groups = _numbers(section, items, [by_question[item.id] for item in items], bench)
+    kept = [rulings[request.key] for request in bench.requests_of(question_set.items)]
     return {
         "version": VERSION,
         "benchmark": section.benchmark,
@@ -219,35 +224,37 @@ def measure(
         "judge": section.judge.source,
         "baseline": ", ".join(section.baseline_answers.values())
         or (section.baseline.source if section.baseline else ""),
-        "source": found.source,
-        "fingerprint": found.fingerprint,
-        "sizes": {"questions": len(found.items), "judged": len(items), "games": len(kept)},
-        "notes": [*found.notes, *_notes(section, found, items)],
+        "source": question_set.source,
+        "fingerprint": question_set.fingerprint,
+        "sizes": {"questions": len(question_set.items), "judged": len(items), "games": len(kept)},
+        "notes": [*question_set.notes, *_notes(section, question_set, items)],
         "bootstrap": {name: getattr(section, name) for name in ("resamples", "confidence", "seed")},
-        "groups": [asdict(one) for one in groups],
+        "groups": [asdict(item) for item in groups],
         "judging": {
-            "unreadable": sum(one.verdict is None for one in kept),
-            "asked again": sum(one.attempts > 1 for one in kept),
-            "verdicts": dict(sorted(Counter(str(one.verdict) for one in kept if one.verdict is not None).items())),
-            **(metrics.agreement([tuple(by_question[one.id]) for one in items]) if section.pairwise else {}),
+            "unreadable": sum(item.verdict is None for item in kept),
+            "asked again": sum(item.attempts > 1 for item in kept),
+            "verdicts": dict(sorted(Counter(str(item.verdict) for item in kept if item.verdict is not None).items())),
+            **(metrics.agreement([tuple(by_question[item.id]) for item in items]) if section.pairwise else {}),
         },
         "lengths": {
-            "policy": _lengths(bench.answers, found.items),
-            **({"baseline": _lengths(bench.baseline, found.items)} if section.pairwise else {}),
+            "policy": _lengths(bench.answers, question_set.items),
+            **({"baseline": _lengths(bench.baseline, question_set.items)} if section.pairwise else {}),
         },
     }
 
 
-def _numbers(section: PolicyEvaluationConfig, items: list[Question], given: list[Any], bench: Bench) -> list[Group]:
-    chance = Chance(section.resamples, section.confidence, section.seed)
+def _numbers(
+    section: PolicyEvaluationConfig, items: list[Question], given: list[Any], bench: JudgePromptBuilder
+) -> list[StatisticGroup]:
+    chance = Resampling(section.resamples, section.confidence, section.seed)
     if section.pairwise:
-        texts = tuple([answers[one.id].shown[0] for one in items] for answers in (bench.answers, bench.baseline))
+        texts = tuple([answers[item.id].shown[0] for item in items] for answers in (bench.answers, bench.baseline))
         return metrics.pairs(items, given, (texts[0], texts[1]), chance)
     return (metrics.wildbench if section.benchmark == "wildbench" else metrics.marks)(items, given, chance)
 
 
-def _notes(section: PolicyEvaluationConfig, found: Questions, items: Sequence[Question]) -> list[str]:
-    left = len(found.items) - len(items)
+def _notes(section: PolicyEvaluationConfig, question_set: Questions, items: Sequence[Question]) -> list[str]:
+    left = len(question_set.items) - len(items)
     notes = [f"{left} questions left out: a verdict on them cannot be read"] * bool(left)
     if section.judge_form != "benchmark":
         notes.append(f"judged in the form {section.judge_form}: not comparable with published numbers")
@@ -256,31 +263,33 @@ def _notes(section: PolicyEvaluationConfig, found: Questions, items: Sequence[Qu
     return notes
 
 
-def _lengths(answers: Mapping[str, Answer], items: Sequence[Question]) -> dict[str, float | int | None]:
+def _lengths(answers: Mapping[str, PolicyAnswer], items: Sequence[Question]) -> dict[str, float | int | None]:
     """Mean characters (without reasoning) and tokens of an answer, and how many were cut off."""
-    said = [answers[one.id] for one in items]
-    tokens = [count for one in said for count in one.tokens]
+    shown_answers = [answers[answer.id] for answer in items]
+    tokens = [count for answer in shown_answers for count in answer.tokens]
     return {
-        "characters": fmean(len(text) for one in said for text in one.shown),
+        "characters": fmean(len(text) for answer in shown_answers for text in answer.shown),
         "tokens": fmean(tokens) if any(tokens) else None,
-        "empty": sum(not text.strip() for one in said for text in one.shown),
-        "cut off": sum(not finished for one in said for finished in one.finished),
+        "empty": sum(not text.strip() for answer in shown_answers for text in answer.shown),
+        "cut off": sum(not finished for answer in shown_answers for finished in answer.finished),
     }
 
 
-def _lines(found: Questions, bench: Bench, rulings: Mapping[tuple[str, int, bool], Ruling]) -> Iterator[str]:
+def _lines(
+    question_set: Questions, bench: JudgePromptBuilder, rulings: Mapping[tuple[str, int, bool], Judgment]
+) -> Iterator[str]:
     """Every question with its answers and verdicts, a line each."""
-    for one in found.items:
+    for question in question_set.items:
         row: dict[str, Any] = {
-            "id": one.id,
-            "category": one.category,
-            "turns": [one.context[-1].content, *one.follow_ups],
+            "id": question.id,
+            "category": question.category,
+            "turns": [question.context[-1].content, *question.follow_ups],
         }
-        row["answers"] = bench.answers[one.id].texts
-        row |= {"baseline": bench.baseline[one.id].texts} if bench.section.pairwise else {}
-        row["verdicts"] = [_told(game, rulings[game.key]) for game in bench.games([one])]
+        row["answers"] = bench.answers[question.id].texts
+        row |= {"baseline": bench.baseline[question.id].texts} if bench.section.pairwise else {}
+        row["verdicts"] = [_told(request, rulings[request.key]) for request in bench.requests_of([question])]
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _told(game: Game, ruling: Ruling) -> dict[str, Any]:
-    return {"turn": game.turn, "swapped": game.swapped, **asdict(ruling)}
+def _told(request: JudgeRequest, ruling: Judgment) -> dict[str, Any]:
+    return {"turn": request.turn, "swapped": request.swapped, **asdict(ruling)}

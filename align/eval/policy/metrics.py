@@ -43,7 +43,7 @@ Unit = Literal["percent", "mark", "points", "log odds"]
 
 
 @dataclass(frozen=True)
-class Group:
+class StatisticGroup:
     """Numbers of one kind: a table of the report."""
 
     name: str
@@ -52,7 +52,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Statistic:
     """A number that is bootstrapped under ``group/name``."""
 
     group: str
@@ -63,7 +63,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Chance:
+class Resampling:
     """How intervals are drawn."""
 
     resamples: int
@@ -72,28 +72,28 @@ class Chance:
 
 
 def _groups(
-    wanted: Sequence[Wanted],
+    statistics: Sequence[Statistic],
     numbers: Callable[[np.ndarray], Numbers],
     items: Sequence[Question],
-    chance: Chance,
-) -> list[Group]:
+    chance: Resampling,
+) -> list[StatisticGroup]:
     """Groups of intervals of the numbers that are wanted."""
-    ids = [one.id for one in items]
-    found = metrics.bootstrap(numbers, ids, chance.resamples, chance.confidence, chance.seed)
-    groups: dict[str, Group] = {}
-    for one in wanted:
-        value, low, high = found[f"{one.group}/{one.name}"]
-        group = groups.setdefault(one.group, Group(one.group, one.unit, {}))
-        group.numbers[one.name] = metrics.Interval(value, one.count, low, high)
+    ids = [statistic.id for statistic in items]
+    intervals = metrics.bootstrap(numbers, ids, chance.resamples, chance.confidence, chance.seed)
+    groups: dict[str, StatisticGroup] = {}
+    for statistic in statistics:
+        value, low, high = intervals[f"{statistic.group}/{statistic.name}"]
+        group = groups.setdefault(statistic.group, StatisticGroup(statistic.group, statistic.unit, {}))
+        group.numbers[statistic.name] = metrics.Interval(value, statistic.count, low, high)
     return [*groups.values()]
 
 
 def _members(items: Sequence[Question]) -> dict[str, np.ndarray]:
     """Which questions belong to each category; none where there is only one."""
-    found = {
-        name: np.array([one.category == name for one in items]) for name in dict.fromkeys(q.category for q in items)
+    members = {
+        name: np.array([item.category == name for item in items]) for name in dict.fromkeys(q.category for q in items)
     }
-    return found if len(found) > 1 else {}
+    return members if len(members) > 1 else {}
 
 
 def win_rate(outcome_QG: np.ndarray, strength_QG: np.ndarray, weight_RQ: np.ndarray) -> np.ndarray:
@@ -107,8 +107,8 @@ def pairs(
     items: Sequence[Question],
     games: Sequence[tuple[str, str]],
     answers: tuple[Sequence[str], Sequence[str]],
-    chance: Chance,
-) -> list[Group]:
+    chance: Resampling,
+) -> list[StatisticGroup]:
     """Win rates of the policy, as they are and at equal style, over all questions and by category; and what style does.
 
     ``games`` are the verdicts on each question: the first with the policy's answer as B, the second with it as A.
@@ -119,17 +119,17 @@ def pairs(
     outcome_QG[:, 0] = 1 - outcome_QG[:, 0]
     feature_QF = style.scaled(style.differences(*answers))
     sets = {"": np.ones(len(items), dtype=bool), **_members(items)}
-    wanted: list[Wanted] = []
+    statistics: list[Statistic] = []
     for name, member_Q in sets.items():
         groups = ("by category", "by category, equal style") if name else ("overall", "overall")
         rates = (name, name) if name else ("win rate", "win rate, equal style")
-        wanted += [
-            Wanted(group, "percent", rate, int(member_Q.sum())) for group, rate in zip(groups, rates, strict=True)
+        statistics += [
+            Statistic(group, "percent", rate, int(member_Q.sum())) for group, rate in zip(groups, rates, strict=True)
         ]
-    wanted += [Wanted("what style does", "log odds", name, len(items)) for name in style.FEATURES]
+    statistics += [Statistic("what style does", "log odds", name, len(items)) for name in style.FEATURES]
 
     def numbers(weight_RQ: np.ndarray) -> Numbers:
-        found: Numbers = {}
+        values: Numbers = {}
         for name, member_Q in sets.items():
             plain, equal = (
                 (f"by category/{name}", f"by category, equal style/{name}")
@@ -137,15 +137,15 @@ def pairs(
                 else ("overall/win rate", "overall/win rate, equal style")
             )
             part_RQ = weight_RQ[:, member_Q]
-            found[plain] = win_rate(outcome_QG[member_Q], strength_QG[member_Q], part_RQ)
+            values[plain] = win_rate(outcome_QG[member_Q], strength_QG[member_Q], part_RQ)
             fitted_RC = _at_equal_style(feature_QF[member_Q], outcome_QG[member_Q], strength_QG[member_Q], part_RQ)
-            found[equal] = np.where(part_RQ.any(1), 100 / (1 + np.exp(-fitted_RC[:, 0])), np.nan)
+            values[equal] = np.where(part_RQ.any(1), 100 / (1 + np.exp(-fitted_RC[:, 0])), np.nan)
             if not name:
                 effects = zip(style.FEATURES, fitted_RC[:, 1:].T, strict=True)
-                found |= {f"what style does/{feature}": effect_R for feature, effect_R in effects}
-        return found
+                values |= {f"what style does/{feature}": effect_R for feature, effect_R in effects}
+        return values
 
-    return _groups(wanted, numbers, items, chance)
+    return _groups(statistics, numbers, items, chance)
 
 
 def _at_equal_style(
@@ -162,30 +162,31 @@ def _mean(mark_Q: np.ndarray, weight_RQ: np.ndarray) -> np.ndarray:
         return (weight_RQ @ mark_Q) / weight_RQ.sum(1)
 
 
-def marks(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Chance) -> list[Group]:
+def marks(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Resampling) -> list[StatisticGroup]:
     """Mean marks over all turns, by turn where there are several, and by category.
 
     ``given`` are the marks of each question by turn; all questions have as many turns.
     """
     mark_QT = np.array(given, dtype=np.float64)
     mean_Q, members, turns = mark_QT.mean(1), _members(items), ("first turn", "second turn")
-    wanted = [Wanted("overall", "mark", "mark", mark_QT.size)]
-    wanted += [
-        Wanted("by turn", "mark", name, len(items)) for name in turns[: mark_QT.shape[1] if mark_QT.shape[1] > 1 else 0]
+    statistics = [Statistic("overall", "mark", "mark", mark_QT.size)]
+    statistics += [
+        Statistic("by turn", "mark", name, len(items))
+        for name in turns[: mark_QT.shape[1] if mark_QT.shape[1] > 1 else 0]
     ]
-    wanted += [
-        Wanted("by category", "mark", name, int(member_Q.sum()) * mark_QT.shape[1])
+    statistics += [
+        Statistic("by category", "mark", name, int(member_Q.sum()) * mark_QT.shape[1])
         for name, member_Q in members.items()
     ]
 
     def numbers(weight_RQ: np.ndarray) -> Numbers:
-        found = {"overall/mark": _mean(mean_Q, weight_RQ)}
-        found |= {f"by turn/{name}": _mean(mark_Q, weight_RQ) for name, mark_Q in zip(turns, mark_QT.T, strict=False)}
+        values = {"overall/mark": _mean(mean_Q, weight_RQ)}
+        values |= {f"by turn/{name}": _mean(mark_Q, weight_RQ) for name, mark_Q in zip(turns, mark_QT.T, strict=False)}
         for name, member_Q in members.items():
-            found[f"by category/{name}"] = _mean(mean_Q[member_Q], weight_RQ[:, member_Q])
-        return found
+            values[f"by category/{name}"] = _mean(mean_Q[member_Q], weight_RQ[:, member_Q])
+        return values
 
-    return _groups(wanted, numbers, items, chance)
+    return _groups(statistics, numbers, items, chance)
 
 
 def wb_score(mark: Any) -> Any:
@@ -193,30 +194,30 @@ def wb_score(mark: Any) -> Any:
     return 20 * (mark - 5)
 
 
-def wildbench(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Chance) -> list[Group]:
+def wildbench(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Resampling) -> list[StatisticGroup]:
     """WB-Score over all questions, over groups of tasks by their weights, and of each group; and the mean mark.
 
     A question belongs to the groups of its primary tag and of its secondary ones.
     """
     mark_Q = np.array(given, dtype=np.float64)[:, 0]
-    members = {name: np.array([name in one.tasks for one in items]) for name in TASK_WEIGHTS}
+    members = {name: np.array([name in item.tasks for item in items]) for name in TASK_WEIGHTS}
     members = {name: member_Q for name, member_Q in members.items() if member_Q.any()}
     weight_T = np.array([TASK_WEIGHTS[name] for name in members])
-    wanted = [
-        Wanted("overall", "points", "WB-Score", len(items)),
-        Wanted("overall", "points", "WB-Score, tasks weighed", len(items)),
-        Wanted("marks", "mark", "mark", len(items)),
+    statistics = [
+        Statistic("overall", "points", "WB-Score", len(items)),
+        Statistic("overall", "points", "WB-Score, tasks weighed", len(items)),
+        Statistic("marks", "mark", "mark", len(items)),
     ]
-    wanted += [Wanted("by task", "points", name, int(member_Q.sum())) for name, member_Q in members.items()]
+    statistics += [Statistic("by task", "points", name, int(member_Q.sum())) for name, member_Q in members.items()]
 
     def numbers(weight_RQ: np.ndarray) -> Numbers:
-        found: Numbers = {"marks/mark": _mean(mark_Q, weight_RQ)}
+        values: Numbers = {"marks/mark": _mean(mark_Q, weight_RQ)}
         by_task = {name: wb_score(_mean(mark_Q[m_Q], weight_RQ[:, m_Q])) for name, m_Q in members.items()}
-        found["overall/WB-Score"] = wb_score(found["marks/mark"])
-        found["overall/WB-Score, tasks weighed"] = weight_T @ np.array([*by_task.values()]) / weight_T.sum()
-        return found | {f"by task/{name}": score_R for name, score_R in by_task.items()}
+        values["overall/WB-Score"] = wb_score(values["marks/mark"])
+        values["overall/WB-Score, tasks weighed"] = weight_T @ np.array([*by_task.values()]) / weight_T.sum()
+        return values | {f"by task/{name}": score_R for name, score_R in by_task.items()}
 
-    return _groups(wanted, numbers, items, chance)
+    return _groups(statistics, numbers, items, chance)
 
 
 def agreement(games: Sequence[tuple[str, str]]) -> dict[str, float]:

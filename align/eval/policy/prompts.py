@@ -83,14 +83,14 @@ TASKS: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Words:
+class PromptTemplate:
     """What a judge is asked in one kind of question, with placeholders such as ``{question}``."""
 
     user: str
     system: str = ""
 
 
-def ask(kind: Kind, values: Mapping[str, str], words: Mapping[Kind, Words]) -> tuple[Message, ...]:
+def ask(kind: Kind, values: Mapping[str, str], words: Mapping[Kind, PromptTemplate]) -> tuple[Message, ...]:
     """The conversation that a judge answers. ``words`` holds others than align's own."""
     if kind not in words:
         given = [values[name] for name in FIELDS[kind]]
@@ -104,7 +104,7 @@ def ask(kind: Kind, values: Mapping[str, str], words: Mapping[Kind, Words]) -> t
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
     """All placeholders at once, so that one in a value stays as it is, and so does anything else in braces."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def spoken(context: Context) -> str:
@@ -114,7 +114,7 @@ def spoken(context: Context) -> str:
     return "\n\n".join(f"{turn.role}:\n{turn.content}" for turn in context)
 
 
-def own_words(file: Path) -> dict[Kind, Words]:
+def own_words(file: Path) -> dict[Kind, PromptTemplate]:
     """Kinds of questions in the words of a YAML file. Raises `ConfigError` for kinds and placeholders."""
     where, remedy = f"judge_prompt={file}", "see docs/evaluation_policy.md for kinds and placeholders"
     try:
@@ -123,20 +123,20 @@ def own_words(file: Path) -> dict[Kind, Words]:
         raise ConfigError(f"cannot be read as YAML: {error}", where=where, remedy=remedy) from None
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"is not a mapping of {', '.join(FIELDS)}", where=where, remedy=remedy)
-    found: dict[Kind, Words] = {}
+    templates: dict[Kind, PromptTemplate] = {}
     for kind, given in content.items():
         if kind not in FIELDS or not isinstance(given, dict) or not {"user"} <= given.keys() <= {"user", "system"}:
             raise ConfigError(
                 f"{kind}: is none of {', '.join(FIELDS)}, or not user and system", where=where, remedy=remedy
             )
-        if not all(isinstance(words, str) for words in given.values()):
+        if not all(isinstance(value, str) for value in given.values()):
             raise ConfigError(f"{kind}: user and system are texts", where=where, remedy=remedy)
         written = set(re.findall(r"\{(\w+)\}", " ".join(given.values())))
         if lacking := [name for name in FIELDS[kind] if name not in written]:
             places = ", ".join(f"{{{name}}}" for name in lacking)
             raise ConfigError(f"{kind}: lacks {places}", where=where, remedy=remedy)
-        found[kind] = Words(**given)
-    return found
+        templates[kind] = PromptTemplate(**given)
+    return templates
 
 
 PREFERENCES = {
@@ -162,8 +162,10 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 def preference(text: str) -> str | None:
     """The verdict on a pair, one of five; None where there is none, or more than one."""
-    found = {PREFERENCES.get(one) for one in re.findall(r"\[\[([AB<>=]+)\]\]", genrm_prompts.split_reasoning(text)[1])}
-    return found.pop() if len(found) == 1 else None
+    verdicts = {
+        PREFERENCES.get(sign) for sign in re.findall(r"\[\[([AB<>=]+)\]\]", genrm_prompts.split_reasoning(text)[1])
+    }
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def mark(text: str) -> float | None:
@@ -172,8 +174,8 @@ def mark(text: str) -> float | None:
     answer = genrm_prompts.split_reasoning(text)[1]
     written = re.findall(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]", answer)
     written = written or re.findall(r'"score"\s*:\s*"?(-?\d+(?:\.\d+)?)"?\s*[,}]', answer)
-    found = set(map(float, written))
-    number = found.pop() if len(found) == 1 else None
+    marks = set(map(float, written))
+    number = marks.pop() if len(marks) == 1 else None
     return number if number is not None and LOWEST <= number <= HIGHEST else None
 
 

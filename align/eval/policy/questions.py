@@ -81,12 +81,12 @@ class Question:
 
     def conversation(self, answers: Sequence[str]) -> Context:
         """What is to be answered after ``answers``."""
-        said = [
+        replies = [
             message
             for answer, follow_up in zip(answers, self.follow_ups, strict=False)
             for message in (Message("assistant", answer), Message("user", follow_up))
         ]
-        return (*self.context, *said)
+        return (*self.context, *replies)
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class Questions:
     @property
     def fingerprint(self) -> str:
         """sha256 over content and order."""
-        whole = json.dumps([[*vars(one).values()] for one in self.items])
+        whole = json.dumps([[*vars(item).values()] for item in self.items])
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
-class Answer(NamedTuple):
+class PolicyAnswer(NamedTuple):
     """What a policy said in each turn of a question."""
 
     texts: tuple[str, ...]
@@ -118,33 +118,33 @@ class Answer(NamedTuple):
     @property
     def shown(self) -> tuple[str, ...]:
         """The texts without reasoning: what a judge and the next turn see."""
-        return tuple(genrm_prompts.split_reasoning(one)[1] for one in self.texts)
+        return tuple(genrm_prompts.split_reasoning(text)[1] for text in self.texts)
 
 
 def load(name: str, data: QuestionDataConfig) -> Questions:
     """The questions of a benchmark. Raises `DataError` for a source, a row or an id that cannot be used."""
     hub, split, more = HUB[name]
-    source, found, others = data.path or hub, {}, 0
+    source, by_id, others = data.path or hub, {}, 0
     path = Path(source).expanduser()
     file = path / QUESTIONS
     rows = benchmarks.tables(str(file) if file.is_file() else source, split, data.revision, **more)
     for number, (where, _, raw) in enumerate(rows):
-        if data.max_items is not None and len(found) == data.max_items:
+        if data.max_items is not None and len(by_id) == data.max_items:
             break
         try:
-            one = PARSERS[name](parse_row(raw), number)
+            question = PARSERS[name](parse_row(raw), number)
         except BadRow as error:
             raise DataError(str(error), where=where, remedy=f"give the questions of {name}: data.path") from None
-        if data.categories and one.category not in data.categories:
+        if data.categories and question.category not in data.categories:
             others += 1
             continue
-        if one.id in found:
-            raise DataError(f"id {one.id!r} occurs twice", where=where, remedy="give each question once")
-        found[one.id] = one
-    if not found:
+        if question.id in by_id:
+            raise DataError(f"id {question.id!r} occurs twice", where=where, remedy="give each question once")
+        by_id[question.id] = question
+    if not by_id:
         problem = f"no questions are left, {others} are of other categories"
         raise DataError(problem, where=source, remedy="check data.path and data.categories")
-    items = [*found.values()]
+    items = [*by_id.values()]
     if name == "mt-bench":
         items = _with_references(items, data, path)
     notes = [f"{others} questions of other categories left out"] * bool(others)
@@ -154,7 +154,11 @@ def load(name: str, data: QuestionDataConfig) -> Questions:
 
 def require_references(items: Sequence[Question]) -> None:
     """Raise `DataError` for questions of MT-Bench that are judged beside a reference and have none."""
-    bare = [one.id for one in items if one.category in WITH_REFERENCES and len(one.references) < one.num_turns]
+    bare = [
+        question.id
+        for question in items
+        if question.category in WITH_REFERENCES and len(question.references) < question.num_turns
+    ]
     if bare:
         raise DataError(
             f"{len(bare)} questions of {', '.join(WITH_REFERENCES)} have no reference answer: {', '.join(bare[:5])}",
@@ -166,71 +170,77 @@ def require_references(items: Sequence[Question]) -> None:
 def _with_references(items: list[Question], data: QuestionDataConfig, path: Path) -> list[Question]:
     files = [Path(data.references).expanduser()] if data.references else sorted((path / REFERENCES).glob("*.jsonl"))
     if len(files) > 1:
-        names = ", ".join(one.name for one in files)
+        names = ", ".join(item.name for item in files)
         raise DataError(f"holds {names}", where=str(path / REFERENCES), remedy="name one of them: data.references")
-    known = stored(files[0]) if files else {}
-    return [replace(one, references=known[one.id].texts) if one.id in known else one for one in items]
+    references = stored(files[0]) if files else {}
+    return [replace(item, references=references[item.id].texts) if item.id in references else item for item in items]
 
 
-def stored(file: Path) -> dict[str, Answer]:
+def stored(file: Path) -> dict[str, PolicyAnswer]:
     """The answers in a file by id of the question. Raises `DataError`."""
     if not file.is_file():
         raise DataError("there is no such file", where=str(file), remedy="give a file of answers")
-    found: dict[str, Answer] = {}
+    answers: dict[str, PolicyAnswer] = {}
     for where, _, raw in benchmarks.tables(str(file), "", None):
         try:
             id, answer = _answer(parse_row(raw))
         except BadRow as error:
             remedy = "see docs/evaluation_policy.md for what a row of answers may be"
             raise DataError(str(error), where=where, remedy=remedy) from None
-        if id in found:
+        if id in answers:
             raise DataError(f"question {id!r} is answered twice", where=where, remedy="give each answer once")
-        found[id] = answer
-    return found
+        answers[id] = answer
+    return answers
 
 
-def matched(items: Iterable[Question], answers: Mapping[str, Answer], where: str) -> dict[str, Answer]:
+def matched(items: Iterable[Question], answers: Mapping[str, PolicyAnswer], where: str) -> dict[str, PolicyAnswer]:
     """The answers to these questions. Raises `DataError` where there is none, or one of fewer or more turns."""
-    wanted = {one.id: one.num_turns for one in items}
-    lacking = [id for id in wanted if id not in answers]
+    turns = {item.id: item.num_turns for item in items}
+    lacking = [id for id in turns if id not in answers]
     if lacking:
-        problem = f"{len(lacking)} of {len(wanted)} questions have no answer, the first is {lacking[0]!r}"
+        problem = f"{len(lacking)} of {len(turns)} questions have no answer, the first is {lacking[0]!r}"
         raise DataError(problem, where=where, remedy="give the answers to these questions, or other questions")
-    for id, count in wanted.items():
+    for id, count in turns.items():
         if len(answers[id].texts) != count:
             problem = f"question {id!r} has {count} turns and {len(answers[id].texts)} answers"
             raise DataError(problem, where=where, remedy="give an answer for each turn")
-    return {id: answers[id] for id in wanted}
+    return {id: answers[id] for id in turns}
 
 
-def _answer(row: dict[str, Any]) -> tuple[str, Answer]:
+def _answer(row: dict[str, Any]) -> tuple[str, PolicyAnswer]:
     id = _id(row, "id", "question_id", "uid", "session_id")
     if "answers" in row:
-        said = texts("answers", row["answers"])
-        return id, Answer(said, _each(row, "tokens", int, len(said)), _each(row, "finished", bool, len(said)))
+        replies = texts("answers", row["answers"])
+        return id, PolicyAnswer(
+            replies, _each(row, "tokens", int, len(replies)), _each(row, "finished", bool, len(replies))
+        )
     if "choices" in row:
         if not isinstance(row["choices"], list) or not row["choices"] or not isinstance(row["choices"][0], dict):
             raise BadRow("choices", "is not a list of {turns}", row["choices"])
-        return id, Answer(tuple(_content("choices.turns", turn) for turn in _list("turns", row["choices"][0])))
+        return id, PolicyAnswer(tuple(_content("choices.turns", turn) for turn in _list("turns", row["choices"][0])))
     if "messages" in row:
-        said = [one for one in _list("messages", row) if isinstance(one, dict) and one.get("role") == "assistant"]
-        if not said:
+        replies = [
+            message
+            for message in _list("messages", row)
+            if isinstance(message, dict) and message.get("role") == "assistant"
+        ]
+        if not replies:
             raise BadRow("messages", "have no turn of the assistant")
-        return id, Answer((_content("messages", said[-1]),))
+        return id, PolicyAnswer((_content("messages", replies[-1]),))
     if "output" in row:
         output = row["output"]
-        return id, Answer(texts("output", [output] if isinstance(output, str) else output)[:1])
+        return id, PolicyAnswer(texts("output", [output] if isinstance(output, str) else output)[:1])
     raise BadRow("answers", "is missing, and so are choices, messages and output")
 
 
 def _each(row: Mapping[str, Any], field: str, kind: type[T], count: int) -> tuple[T, ...]:
     """A value for each answer; nothing where none is given."""
-    found = row.get(field)
-    if found is None or found == []:
+    values = row.get(field)
+    if values is None or values == []:
         return ()
-    if not isinstance(found, list) or len(found) != count or not all(type(one) is kind for one in found):
-        raise BadRow(field, f"is not a list with {kind.__name__} for each answer", found)
-    return tuple(found)
+    if not isinstance(values, list) or len(values) != count or not all(type(value) is kind for value in values):
+        raise BadRow(field, f"is not a list with {kind.__name__} for each answer", values)
+    return tuple(values)
 
 
 def _content(field: str, value: Any) -> str:
@@ -241,40 +251,40 @@ def _content(field: str, value: Any) -> str:
 
 
 def _list(field: str, row: Mapping[str, Any]) -> list[Any]:
-    found = row.get(field)
-    if not isinstance(found, list) or not found:
-        raise BadRow(field, "is not a list of turns", found)
-    return found
+    values = row.get(field)
+    if not isinstance(values, list) or not values:
+        raise BadRow(field, "is not a list of turns", values)
+    return values
 
 
 def _id(row: Mapping[str, Any], *names: str) -> str:
-    found = next((row[name] for name in names if row.get(name) is not None), None)
-    if not isinstance(found, str | int) or isinstance(found, bool) or found == "":
-        raise BadRow(" or ".join(names), "is neither text nor a number", found)
-    return text(names[0], str(found))
+    identifier = next((row[name] for name in names if row.get(name) is not None), None)
+    if not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
+        raise BadRow(" or ".join(names), "is neither text nor a number", identifier)
+    return text(names[0], str(identifier))
 
 
 def _arena_hard(row: dict[str, Any], number: int) -> Question:
     require_fields(row, ("category",))
     if "prompt" not in row and len(_list("turns", row)) != 1:
         raise BadRow("turns", "is not one turn", row["turns"])
-    said = text("prompt", row["prompt"]) if "prompt" in row else _content("turns", row["turns"][0])
-    context = conversation("prompt", turns("prompt", said))
+    prompt = text("prompt", row["prompt"]) if "prompt" in row else _content("turns", row["turns"][0])
+    context = conversation("prompt", turns("prompt", prompt))
     return Question(_id(row, "uid", "question_id"), text("category", row["category"]), context)
 
 
 def _mt_bench(row: dict[str, Any], number: int) -> Question:
     require_fields(row, ("category",))
-    said = texts("turns", row.get("turns", row.get("prompt")))
+    prompts = texts("turns", row.get("turns", row.get("prompt")))
     references = row.get("reference") or []
-    if len(said) != 2 or not isinstance(references, list) or len(references) not in (0, 2):
-        raise BadRow("turns", "are not two, or reference is neither none nor two", [len(said), references])
+    if len(prompts) != 2 or not isinstance(references, list) or len(references) not in (0, 2):
+        raise BadRow("turns", "are not two, or reference is neither none nor two", [len(prompts), references])
     return Question(
         _id(row, "question_id", "prompt_id"),
         text("category", row["category"]),
-        conversation("turns", turns("turns", said[0])),
-        (said[1],),
-        tuple(text("reference", one) for one in references),
+        conversation("turns", turns("turns", prompts[0])),
+        (prompts[1],),
+        tuple(text("reference", entry) for entry in references),
     )
 
 

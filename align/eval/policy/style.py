@@ -49,7 +49,7 @@ def differences(answers: Sequence[str], others: Sequence[str]) -> np.ndarray:
     """Style of ``answers`` less that of ``others``, (Q, 4): of lengths (l - m) / (l + m), of densities d and e of
     markdown by length (d - e) / (d + e + 1), as in Arena-Hard."""
     ours, theirs = (
-        np.array([counts(one) for one in texts], dtype=np.float64).reshape(-1, 4) for texts in (answers, others)
+        np.array([counts(text) for text in texts], dtype=np.float64).reshape(-1, 4) for texts in (answers, others)
     )
     length, other = ours[:, :1], theirs[:, :1]
     density, density_there = ours[:, 1:] / length.clip(1), theirs[:, 1:] / other.clip(1)

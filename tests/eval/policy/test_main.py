@@ -20,8 +20,8 @@ from align.errors import ConfigError
 from align.eval import arguments
 from align.eval.policy import judge as judging
 from align.eval.policy import main
-from align.eval.policy.judge import Bench
-from align.eval.policy.questions import Answer, Question
+from align.eval.policy.judge import JudgePromptBuilder
+from align.eval.policy.questions import PolicyAnswer, Question
 from align.eval.store import Rows, locked
 from align.generators.base import Completion, Request
 from align.report import policy as report
@@ -430,11 +430,11 @@ def test_a_verdict_that_was_cut_off_is_none(tmp_path: Path):
     given = ["benchmark=prompts", "data.path=x", "answers=a.jsonl", "judge.path=j"]
     section = build_config(PolicyEvaluationConfig, None, given).config
     question = Question("q", "all", (Message("user", "one?"),))
-    bench = Bench(section, {"q": Answer(("yes",))}, {}, {})
+    bench = JudgePromptBuilder(section, {"q": PolicyAnswer(("yes",))}, {}, {})
     with locked(tmp_path / "verdicts.jsonl") as file:
         kept = Rows(file, tmp_path / "verdicts.jsonl")
-        judging.judge(bench.games([question]), CutOff(), bench, kept, lambda count: None)
-        assert judging.rulings_in(kept) == {("q", 0, False): judging.Ruling(7, 2, "[[7]]")}
+        judging.judge(bench.requests_of([question]), CutOff(), bench, kept, lambda count: None)
+        assert judging.rulings_in(kept) == {("q", 0, False): judging.Judgment(7, 2, "[[7]]")}
 
 
 def test_a_page_that_needs_nothing_else(arena: tuple[Path, Path], tmp_path: Path):

@@ -5,11 +5,11 @@ import pytest
 
 from align.data.chat import Message
 from align.eval.policy import metrics
-from align.eval.policy.metrics import Chance, Group
+from align.eval.policy.metrics import Resampling, StatisticGroup
 from align.eval.policy.questions import Question
 
-PLAIN = Chance(0, 0.9, 0)
-DRAWN = Chance(100, 0.9, 0)
+PLAIN = Resampling(0, 0.9, 0)
+DRAWN = Resampling(100, 0.9, 0)
 
 
 def items(
@@ -21,24 +21,24 @@ def items(
     ]
 
 
-def values(groups: list[Group]) -> dict[str, float]:
+def values(groups: list[StatisticGroup]) -> dict[str, float]:
     return {f"{group.name}/{name}": one.value for group in groups for name, one in group.numbers.items()}
 
 
 class TestPairs:
     def test_a_strong_verdict_counts_three_times(self):
         """The policy is B in the first game. Won strongly and weakly: 3 + 1 of 4; a tie and a strong loss: 1/2 of 4."""
-        games = [("B>>A", "A>B"), ("A=B", "B>>A")]
-        found = metrics.pairs(items(2, ("a", "b")), games, (["x"] * 2, ["y"] * 2), PLAIN)
+        requests_of = [("B>>A", "A>B"), ("A=B", "B>>A")]
+        found = metrics.pairs(items(2, ("a", "b")), requests_of, (["x"] * 2, ["y"] * 2), PLAIN)
         assert values(found)["overall/win rate"] == pytest.approx(100 * 4.5 / 8)
         assert values(found)["by category/a"] == 100 and values(found)["by category/b"] == pytest.approx(12.5)
         assert [one.count for one in found[1].numbers.values()] == [1, 1]
 
     def test_turning_the_sides_turns_the_rate(self):
-        games = [("B>>A", "A=B"), ("A>B", "B>A"), ("B>A", "A>>B"), ("A=B", "B>A")]
+        requests_of = [("B>>A", "A=B"), ("A>B", "B>A"), ("B>A", "A>>B"), ("A=B", "B>A")]
         texts = ["# a\n" * n for n in (1, 2, 3, 5)], ["b" * n for n in (9, 2, 4, 1)]
-        turned = [(second, first) for first, second in games]  # the policy's game as A becomes the baseline's
-        one = values(metrics.pairs(items(4), games, texts, PLAIN))
+        turned = [(second, first) for first, second in requests_of]  # the policy's game as A becomes the baseline's
+        one = values(metrics.pairs(items(4), requests_of, texts, PLAIN))
         other = values(metrics.pairs(items(4), turned, texts[::-1], PLAIN))
         for name in ("overall/win rate", "overall/win rate, equal style"):
             assert one[name] + other[name] == pytest.approx(100)
@@ -56,8 +56,10 @@ class TestPairs:
 
     def test_the_interval_is_that_of_the_mean(self):
         """300 questions, half of them won in both games: from 5 to 95 % is 2 * 1.645 * 50 / sqrt(300) = 9.5 wide."""
-        games = [("B>A", "A>B"), ("A>B", "B>A")] * 150
-        rate = metrics.pairs(items(300), games, (["x"] * 300, ["y"] * 300), Chance(2000, 0.9, 1))[0].numbers["win rate"]
+        requests_of = [("B>A", "A>B"), ("A>B", "B>A")] * 150
+        rate = metrics.pairs(items(300), requests_of, (["x"] * 300, ["y"] * 300), Resampling(2000, 0.9, 1))[0].numbers[
+            "win rate"
+        ]
         assert rate.low is not None and rate.high is not None
         assert rate.high - rate.low == pytest.approx(9.5, rel=0.08)
 
@@ -100,5 +102,5 @@ class TestMarks:
 
 def test_agreement_of_both_orders():
     """Consistent, a tie in both, a favourite place, a tie against a win."""
-    games = [("B>>A", "A>B"), ("A=B", "A=B"), ("A>B", "A>B"), ("A=B", "A>B")]
-    assert metrics.agreement(games) == {"same winner in both orders": 0.5, "ties": 3 / 8, "won by the first": 0.5}
+    requests_of = [("B>>A", "A>B"), ("A=B", "A=B"), ("A>B", "A>B"), ("A=B", "A>B")]
+    assert metrics.agreement(requests_of) == {"same winner in both orders": 0.5, "ties": 3 / 8, "won by the first": 0.5}

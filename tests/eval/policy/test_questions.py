@@ -12,7 +12,7 @@ from align.config import QuestionDataConfig
 from align.data.chat import Message
 from align.errors import DataError
 from align.eval.policy import metrics, questions
-from align.eval.policy.questions import Answer
+from align.eval.policy.questions import PolicyAnswer
 
 
 def load(name: str, path: Path, **more: Any) -> questions.Questions:
@@ -153,7 +153,7 @@ class TestAnswers:
 
     def test_a_json_list(self, tmp_path: Path):
         (tmp_path / "m.json").write_text(json.dumps([{"session_id": "s", "output": ["x"]}]))
-        assert questions.stored(tmp_path / "m.json") == {"s": Answer(("x",))}
+        assert questions.stored(tmp_path / "m.json") == {"s": PolicyAnswer(("x",))}
 
     @pytest.mark.parametrize(
         "row",
@@ -179,9 +179,9 @@ class TestAnswers:
     def test_lacking_and_doubled_ones(self, tmp_path: Path):
         items = load("mt-bench", lines(tmp_path / "q.jsonl", [mt_row(0), mt_row(2)])).items
         with pytest.raises(DataError, match="1 of 2 questions have no answer, the first is '83'"):
-            questions.matched(items, {"81": Answer(("x", "y"))}, "f")
+            questions.matched(items, {"81": PolicyAnswer(("x", "y"))}, "f")
         with pytest.raises(DataError, match="question '83' has 2 turns and 1 answers"):
-            questions.matched(items, {"81": Answer(("x", "y")), "83": Answer(("x",))}, "f")
+            questions.matched(items, {"81": PolicyAnswer(("x", "y")), "83": PolicyAnswer(("x",))}, "f")
         row = {"id": "a", "answers": ["x"]}
         with pytest.raises(DataError, match="question 'a' is answered twice"):
             questions.stored(lines(tmp_path / "a.jsonl", [row, row]))
@@ -189,4 +189,4 @@ class TestAnswers:
             questions.stored(tmp_path / "none.jsonl")
 
     def test_reasoning_is_not_shown(self):
-        assert Answer(("<think>a</think>b", "c", "<think>d")).shown == ("b", "c", "")
+        assert PolicyAnswer(("<think>a</think>b", "c", "<think>d")).shown == ("b", "c", "")
