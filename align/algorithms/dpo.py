@@ -7,7 +7,6 @@ HelpSteer2-Preference, arXiv 2410.01257; reward-aware: Nemotron-4 340B, arXiv 24
 with f by ``loss.kind``; the functions are in `align.ops.preference_losses`, the whole loss in
 `align.algorithms._preference_loss`. The strength m of a preference comes from the data; the gold difference d* of
 ``rpo_*`` is the strength or the difference of a reward model's scores.
-
 Left out: pairs with more than two responses, and a reference that moves.
 """
 
@@ -53,8 +52,7 @@ class Config(RecipeConfig):
     needs the policy's own ``path``, ``revision`` and ``dtype`` here, and with ``loss.kind: simpo``."""
     reference_cache: str = ""
     """Folder that caches the starting policy's log-probabilities under the fingerprints of model and pairs; they are
-    computed once, before the first step, and read and written by the driver. Empty: reference workers compute them in
-    each step."""
+    computed once, by the driver, before the first step. Empty: reference workers compute them in each step."""
     reward: AnyRewardConfig | None = None
     """A reward model for ``gold: reward`` and for held-out evaluation; null without."""
     eval_reward: AnyRewardConfig | None = None
@@ -83,10 +81,8 @@ class Config(RecipeConfig):
             raise ValueError(f"reference_cache is of no use to loss.kind {self.loss.kind}: leave it out")
         start, own = ((model.path, model.revision, model.dtype) for model in (self.policy, self.reference))
         if self.reference_cache and start != own:
-            raise ValueError(
-                "reference_cache holds log-probabilities of the starting policy: reference.path, its revision and "
-                f"dtype must be those of policy.path, or give no cache ({own}, {start})"
-            )
+            problem = "reference_cache requires reference.path, revision and dtype to equal those of policy.path"
+            raise ValueError(f"{problem}. Got {own} and {start}")
         if self.gold == "reward" and self.reward and self.reward.failed == "drop":
             raise ValueError("reward.failed drop would leave a pair without a target: gold reward needs fail")
 

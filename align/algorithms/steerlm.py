@@ -20,14 +20,7 @@ from align import data
 from align.algorithms import _steerlm
 from align.algorithms._evaluation import Evaluator
 from align.algorithms.sft import loss
-from align.config import (
-    AnyRewardConfig,
-    EvaluationConfig,
-    PolicyConfig,
-    RecipeConfig,
-    SamplingConfig,
-    SteeringConfig,
-)
+from align.config import AnyRewardConfig, EvaluationConfig, PolicyConfig, RecipeConfig, SamplingConfig, SteeringConfig
 from align.data.attributes import resolve_attributes
 from align.roles import PolicyRole, RewardRole
 

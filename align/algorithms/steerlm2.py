@@ -1,18 +1,17 @@
-"""SteerLM 2.0: a policy that is told attributes, brought nearer to what the attribute model says of its answers
-(HelpSteer2, arXiv 2406.08673).
+"""SteerLM 2.0: trains an attribute-conditioned policy towards the ratings of the attribute model (HelpSteer2, arXiv
+2406.08673).
 
-The policy Q should be P(y|a, x), which is as P(a|x, y) P(y|x): a regression model gives the first by a Beta
-distribution around its rating (`align.ops.steerlm.beta_bins`), a base model that is told no attributes the second. n
-samples y_i of the previous policy Q' to each prompt x with attributes a give
+The target of the policy Q is P(y|a, x), proportional to P(a|x, y) P(y|x). A regression model gives the first factor by
+a Beta distribution around its rating (`align.ops.steerlm.beta_bins`), a base model without attributes the second. The n
+samples y_i of the previous policy Q' for each prompt x with attributes a give
 
     w'_i = softmax_i( log P(a|x, y_i) + log P(y_i|x) - log Q'(y_i|a, x) )
     b'_i = softmax_i( log Q(y_i|a, x) - log Q'(y_i|a, x) )
     L    = mean over groups of - sum_i (w'_i - b'_i) log Q(y_i|a, x) / mean |y_i|
 
 with sums of log-probabilities over tokens at temperature 1, and no gradient through w' and b'. The gradient is that of
-KL(w' || b') over the samples, which is the metric ``kl``. a are the labels of a response of the data. In a second
-round Q' and Q start from the policy of the first; the base stays.
-Left out: several epochs over samples that are drawn once (``epochs`` are passes over the samples of a step).
+KL(w' || b') over the samples (metric ``kl``). a are the labels of a response of the data. In a second round Q' and Q
+start from the policy of the first; the base stays. Left out: several epochs over samples that are drawn once.
 """
 
 from __future__ import annotations
@@ -100,8 +99,7 @@ def loss(
     learnable_B: Tensor,
     num_samples: int,
 ) -> Loss:
-    """The group objective, mean over the groups in which two samples are usable, with the KL divergence that it lowers
-    and the mean entropy of the model's predictions."""
+    """The group objective, mean over groups with two usable samples; its KL divergence; the mean entropy."""
     ratio_B = ops.logprobs.masked_sum(logprob_BT - previous_BT, mask_BT).detach()
     grouped = ops.logprobs.masked_sum(logprob_BT, mask_BT), weight_B, ratio_B, learnable_B, mask_BT.sum(1)
     logprob_PK, weight_PK, ratio_PK, usable_PK, tokens_PK = (x.view(-1, num_samples) for x in grouped)
@@ -112,10 +110,8 @@ def loss(
     over_groups = lambda x_P: x_P.masked_select(learn_P).sum()  # noqa: E731
     learn_BT = mask_BT & (usable_PK & learn_P[:, None]).flatten()[:, None]
     entropy = ops.logprobs.masked_sum(entropy_BT.detach(), learn_BT).sum()
-    metrics = {
-        "kl": (over_groups(ops.steerlm.divergence(target_PK, baseline_PK, usable_PK)), count),
-        "entropy": (entropy, learn_BT.sum()),
-    }
+    kl = over_groups(ops.steerlm.divergence(target_PK, baseline_PK, usable_PK))
+    metrics = {"kl": (kl, count), "entropy": (entropy, learn_BT.sum())}
     return Loss(over_groups(loss_P), count, metrics)
 
 

@@ -93,7 +93,7 @@ def _split_pair(row: dict[str, Any]) -> tuple[Context, list[str]]:
     """The turns that both conversations share, and the last turn of each."""
     require_fields(row, ("chosen", "rejected"))
     messages = {field: turns(field, row[field]) for field in ("chosen", "rejected")}
-    pair = extract_prompt(messages)
+    pair: Any = extract_prompt(messages)  # type: ignore[arg-type] - messages are named tuples
     if len(pair["chosen"]) != 1 or len(pair["rejected"]) != 1:
         roles = [turn.role for turn in messages["rejected"]]
         raise BadRow("rejected", "differs from chosen before the last turn", roles)

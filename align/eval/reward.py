@@ -20,13 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from align.cluster import roles as cluster_roles
-from align.config import (
-    BenchmarkDataConfig,
-    CheckpointRewardConfig,
-    RecipeConfig,
-    RewardConfig,
-    RewardEvaluationConfig,
-)
+from align.config import BenchmarkDataConfig, CheckpointRewardConfig, RecipeConfig, RewardConfig, RewardEvaluationConfig
 from align.config.eval import BenchmarkName
 from align.data.chat import Dialogue
 from align.errors import ConfigError

@@ -15,7 +15,7 @@ from align.data import chat
 from align.data.chat import Renderer
 from align.errors import ModelError
 from align.models import exported_files, readme
-from align.models.streaming import Checkpoint
+from align.models.streaming import ModelFolder
 
 OUTPUT = "lm_head.weight"
 
@@ -27,9 +27,9 @@ def row_zero(source: Path, out: Path, texts: Mapping[str, str]) -> str:
     The row becomes ``score.weight``, all other rows go. ``texts`` are written beside the model. Raises `ModelError`
     where the output layer is not a weight of its own, or transformers has no classifier of this family.
     """
-    found = Checkpoint(source)
-    config, where = dict(found.config), str(source)
-    if config.get("tie_word_embeddings") or OUTPUT not in found.shapes:
+    folder = ModelFolder(source)
+    config, where = dict(folder.config), str(source)
+    if config.get("tie_word_embeddings") or OUTPUT not in folder.shapes:
         remedy = "row 0 of tied embeddings is a word, not a reward; name a model whose lm_head was trained as one"
         raise ModelError(f"has no output layer of its own ({OUTPUT})", where=where, remedy=remedy)
     name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config["model_type"])
@@ -45,7 +45,7 @@ def row_zero(source: Path, out: Path, texts: Mapping[str, str]) -> str:
     def kept(name: str, value: Tensor) -> dict[str, Tensor]:
         return {"score.weight": value[:1].clone()} if name == OUTPUT else {name: value}
 
-    found.rewrite(out, kept, {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files, **texts})
+    folder.rewrite(out, kept, {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files, **texts})
     return name
 
 

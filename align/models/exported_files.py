@@ -137,8 +137,8 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ch
     if pad is not None and tokenizer.pad_token != pad:
         tokenizer.add_special_tokens({"pad_token": pad})
     tokenizer.padding_side = "right"  # on the left, learned positions (GPT-2) would move
-    for one in (config, text):
-        one.pad_token_id = None if pad is None else tokenizer.pad_token_id
+    for part in (config, text):
+        part.pad_token_id = None if pad is None else tokenizer.pad_token_id
 
 
 def padding_token(
@@ -169,7 +169,7 @@ def code(section: ModelConfig) -> dict[str, str]:
     relatively. Raises `ModelError` for one that is missing."""
     if not section.trust_remote_code:
         return {}
-    waiting, found = _modules(section), {}
+    waiting, sources = _modules(section), {}
     while waiting:
         name = waiting.pop()
         file = stored_file(section, name)
@@ -179,9 +179,9 @@ def code(section: ModelConfig) -> dict[str, str]:
                 where=section.path,
                 remedy="download the checkpoint again, with its Python files",
             )
-        found[name] = Path(file).read_text(encoding="utf-8")
-        waiting |= {f"{module}.py" for module in get_relative_imports(file) if module} - found.keys()
-    return found
+        sources[name] = Path(file).read_text(encoding="utf-8")
+        waiting |= {f"{module}.py" for module in get_relative_imports(file) if module} - sources.keys()
+    return sources
 
 
 def _modules(section: ModelConfig) -> set[str]:
@@ -194,7 +194,9 @@ def _modules(section: ModelConfig) -> set[str]:
 
 def _named(config: Mapping[str, Any]) -> set[str]:
     """Modules in ``auto_map``, without the name of the class."""
-    values = [one for entry in config.get("auto_map", {}).values() for one in (entry if _many(entry) else [entry])]
+    values = [
+        reference for entry in config.get("auto_map", {}).values() for reference in (entry if _many(entry) else [entry])
+    ]
     return {str(value).rpartition(".")[0] for value in values if value}
 
 

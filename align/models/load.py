@@ -323,9 +323,9 @@ def scorer(
     brings = not section.init and is_classifier(config)
     stored = config.num_labels if brings else num_labels
     if brings and head != "new" and stored != (num_labels if combine is None else len(combine)):
-        wanted = f"{num_labels} wanted" if combine is None else f"{len(combine)} weights given"
+        expected = f"{num_labels} wanted" if combine is None else f"{len(combine)} weights given"
         remedy = "name the attributes that the checkpoint has, or, to train, draw a head: reward.head=new"
-        raise ModelError(f"{section.path}: its head has {stored} outputs, {wanted}", remedy=remedy)
+        raise ModelError(f"{section.path}: its head has {stored} outputs, {expected}", remedy=remedy)
     config.num_labels = stored
     model, missing = _build(AutoModelForSequenceClassification, section, config, seed)
     unexpected = {name for name in missing if head == "trained" or not HEAD.match(name)}

@@ -86,7 +86,7 @@ def _shared(model: nn.Module) -> dict[int, list[str]]:
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    return {parameter: found for parameter, found in names.items() if len(found) > 1}
+    return {parameter: owners for parameter, owners in names.items() if len(owners) > 1}
 
 
 def _usable(model: nn.Module, shared: Mapping[int, Sequence[str]]) -> list[str]:

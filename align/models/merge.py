@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from align.data import chat
 from align.errors import ModelError
-from align.models.streaming import Checkpoint
+from align.models.streaming import ModelFolder
 
 VOLATILE = {"_name_or_path", "transformers_version", "eos_token_id", "pad_token_id"}
 """Keys of a config that say nothing of the weights; STRONG's are kept."""
@@ -30,7 +30,7 @@ def expo(weak: Path, strong: Path, out: Path, alpha: float, texts: Mapping[str, 
     replace other files of ``strong``, which are copied. Raises `ModelError` before anything is written where the two
     differ in config, tokenizer, template, or name, shape or format of a weight.
     """
-    ends = [Checkpoint(folder) for folder in (weak, strong)]
+    ends = [ModelFolder(folder) for folder in (weak, strong)]
     _compare(*ends)
 
     def moved(name: str, end: Tensor) -> dict[str, Tensor]:
@@ -40,25 +40,25 @@ def expo(weak: Path, strong: Path, out: Path, alpha: float, texts: Mapping[str, 
         if alpha == 0:
             return {name: start}
         exact = torch.promote_types(end.dtype, torch.float32)
-        found = (start.to(exact) + alpha * (end.to(exact) - start.to(exact))).to(end.dtype)
-        if not found.isfinite().all():
+        merged = (start.to(exact) + alpha * (end.to(exact) - start.to(exact))).to(end.dtype)
+        if not merged.isfinite().all():
             raise ModelError(f"{name} is not finite with alpha {alpha}", where=str(out), remedy="lower alpha")
-        return {name: found}
+        return {name: merged}
 
     ends[1].rewrite(out, moved, texts)
     return len(ends[1].shapes)
 
 
-def _compare(weak: Checkpoint, strong: Checkpoint) -> None:
+def _compare(weak: ModelFolder, strong: ModelFolder) -> None:
     where, remedy = f"{weak.folder} and {strong.folder}", "give two models of which one was trained from the other"
-    configs = [AutoConfig.from_pretrained(one.folder).to_dict() for one in (weak, strong)]
-    for what, one, other in (("configs", *configs), ("weights", weak.shapes, strong.shapes)):
-        keys = sorted(key for key in (one.keys() | other.keys()) - VOLATILE if one.get(key) != other.get(key))
+    configs = [AutoConfig.from_pretrained(left.folder).to_dict() for left in (weak, strong)]
+    for what, left, other in (("configs", *configs), ("weights", weak.shapes, strong.shapes)):
+        keys = sorted(key for key in (left.keys() | other.keys()) - VOLATILE if left.get(key) != other.get(key))
         if keys:
-            lines = [f"{key} is {one.get(key)} and {other.get(key)}" for key in keys[:3]]
+            lines = [f"{key} is {left.get(key)} and {other.get(key)}" for key in keys[:3]]
             more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ModelError(f"the {what} differ: {'; '.join(lines)}{more}", where=where, remedy=remedy)
-    first, second = (chat.load_tokenizer(one.folder) for one in (weak, strong))
+    first, second = (chat.load_tokenizer(left.folder) for left in (weak, strong))
     chat.require_same_tokenizer(first, second, "WEAK", "STRONG")
     if first.chat_template != second.chat_template:
         raise ModelError("the chat templates differ", where=where, remedy=remedy)

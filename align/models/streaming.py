@@ -21,7 +21,7 @@ from align.models.weights import INDEX, weight_files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class Checkpoint:
+class ModelFolder:
     """A folder in Hugging Face layout with weights in safetensors."""
 
     def __init__(self, folder: Path):
@@ -45,7 +45,7 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Number format and shape of each weight."""
         slices = {name: opened.get_slice(name) for name, opened in self._opened.items()}
-        return {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A weight, read now."""
@@ -68,7 +68,7 @@ class Checkpoint:
                     tensors |= change(name, self.tensor(name))
                 save_file(tensors, partial / file.name, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file.name)
-                total += sum(one.nbytes for one in tensors.values())
+                total += sum(tensor.nbytes for tensor in tensors.values())
             for file in sorted(self.folder.iterdir()):
                 if file.is_file() and file.suffix not in (".safetensors", *PICKLES) and file.name != RESULT_MANIFEST:
                     shutil.copyfile(file, partial / file.name)

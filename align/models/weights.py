@@ -83,10 +83,10 @@ def check_numbers(file: Path, unread: Sequence[str] = ()) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def stored(section: ModelConfig, name: str, rows: int | slice = slice(None), remedy: str | None = None) -> torch.Tensor:

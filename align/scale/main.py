@@ -20,14 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from align.cluster.roles import StartOptions, start_roles
-from align.config import (
-    DataConfig,
-    GeneratorConfig,
-    RewardConfig,
-    RoleConfig,
-    ScaleConfig,
-    ScalePromptsConfig,
-)
+from align.config import DataConfig, GeneratorConfig, RewardConfig, RoleConfig, ScaleConfig, ScalePromptsConfig
 from align.data import dataset
 from align.data.rows import BadRow, Context, conversation, parse_row, turns
 from align.data.sources import read_lines
@@ -62,7 +55,7 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
     Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
     """
     models = section.policy, section.feedback, section.edit, section.select, section.eval_reward
-    roles = {name: model for name, model in zip(ROLES, models, strict=True) if model}
+    roles: dict[str, RoleConfig] = {name: model for name, model in zip(ROLES, models, strict=True) if model}
     slots = placement.resolve(section.placement, roles)
     prompts = read_prompts(section.prompts)
     path = Path(section.out).expanduser() / RESULTS

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "reward.path={measured} reward.normalize=true reward.weights.verbosity=1",
         ["of a score with these weights", "has those with {'helpfulness': 1.0}", "remove reward.weights"],
     ),
-    "a name twice": ("reward.path={nameless} reward.attributes=[a,a,b] reward.weights.a=1", ["names a twice"]),
+    "a name twice": ("reward.path={nameless} reward.attributes=[a,a,b] reward.weights.a=1", ["lists a more than once"]),
     "weights of one score": ("reward.path={one} reward.weights.a=1", ["is read as sequence_classification", "remove"]),
     "moments that nobody took": (
         "reward.path={one} reward.normalize=true",
