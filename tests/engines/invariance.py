@@ -22,15 +22,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.algorithms import (
-    _policy_loss,
-    _preference_loss,
-    _reward_pairs,
-    _reward_ratings,
-    ppo,
-    sft,
-    steerlm2,
-)
+from align.algorithms import _policy_loss, _preference_loss, _reward_pairs, _reward_ratings, ppo, sft, steerlm2
 from align.config import OptimizerConfig, PolicyConfig, PolicyLossConfig, PreferenceLossConfig
 from align.engines import distributed
 from align.engines.deepspeed import Engine

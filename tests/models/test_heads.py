@@ -10,15 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.data import collate
 from align.errors import ModelError
-from align.models.heads import (
-    LastTokenScore,
-    RowZeroLogit,
-    TokenizerIds,
-    TokenLogprobs,
-    TokenValues,
-    lm_head,
-    restrict,
-)
+from align.models.heads import LastTokenScore, RowZeroLogit, TokenizerIds, TokenLogprobs, TokenValues, lm_head, restrict
 from align.types import Packed, Sequences
 
 EOS = 2

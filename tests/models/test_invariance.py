@@ -13,14 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.config import (
-    ModelConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RewardConfig,
-    SamplingConfig,
-    TrainedRewardConfig,
-)
+from align.config import ModelConfig, OptimizerConfig, PolicyConfig, RewardConfig, SamplingConfig, TrainedRewardConfig
 from align.data import collate
 from align.engines.decoder import generate
 from align.errors import ModelError

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 
 from align.rewards import card
 from align.rewards.card import Card

@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reward_models import (
-    NAMES,
-    Save,
-    section,
-)
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from reward_models import NAMES, Save, section
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.config import CheckpointRewardConfig, EnsembleRewardConfig, FunctionRewardConfig
 from align.prechecks.roles import with_absolute_paths

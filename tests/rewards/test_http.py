@@ -9,17 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_service import (
-    FAULTS,
-    Service,
-    counts,
-    dialogue,
-    expected,
-    judging,
-    reply,
-    running,
-    true_scores,
-)
+from fake_service import FAULTS, Service, counts, dialogue, expected, judging, reply, running, true_scores
 
 from align.config import HttpRewardConfig
 from align.data.chat import Dialogue, Message

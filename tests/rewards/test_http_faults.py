@@ -10,18 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
-from fake_service import (
-    FAULTS,
-    Service,
-    answering,
-    counts,
-    dialogue,
-    expected,
-    judging,
-    running,
-    status,
-    true_scores,
-)
+from fake_service import FAULTS, Service, answering, counts, dialogue, expected, judging, running, status, true_scores
 
 from align.config import HttpRewardConfig
 from align.errors import ConfigError, WorkerError

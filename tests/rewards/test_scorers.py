@@ -26,11 +26,7 @@ from reward_models import (
     words,
 )
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from align.config import EnsembleRewardConfig, FunctionRewardConfig
 from align.data.chat import Message, Renderer

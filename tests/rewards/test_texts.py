@@ -6,21 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reward_models import (
-    DIALOGUES,
-    TAIL,
-    Save,
-    opened,
-    rendered_with,
-    rows_of,
-    section,
-    words,
-)
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from reward_models import DIALOGUES, TAIL, Save, opened, rendered_with, rows_of, section, words
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from align.data import chat, toy
 from align.data.chat import Renderer
