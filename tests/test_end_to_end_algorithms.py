@@ -1,4 +1,4 @@
-"""Whole runs of the other algorithms: on Ray against the same run in one process, rounds, lag, caches."""
+"""Whole runs of the other algorithms: on Ray against the same run in one process, rounds, samplers, caches."""
 
 import json
 from pathlib import Path
@@ -99,11 +99,11 @@ def test_ppo_on_five_roles_equals_ppo_in_one_process(run, tiny_reward):
 @pytest.mark.slow
 def test_a_sampler_on_slots_of_its_own_samples_what_the_policy_would(run):
     """Rollouts one step behind, from processes that get the weights sent, token for token."""
-    placement = "placement={policy: 0-1, sampler: 2, reference: 3, reward: 3}"
-    on_ray = run("ray", "rloo", "max_off_policy_steps=1", placement)
+    placement = "sampler={}", "placement={policy: 0-1, sampler: 2, reference: 3, reward: 3}"
+    on_ray = run("ray", "rloo", "max_off_policy_steps=1", *placement)
     in_process = run("local", "rloo", "max_off_policy_steps=1", "executor=local")
-    apart = run("apart", "rloo", "max_off_policy_steps=1", "executor=local", placement)
-    on_policy = run("now", "rloo", "executor=local", placement)
+    apart = run("apart", "rloo", "max_off_policy_steps=1", "executor=local", *placement)
+    on_policy = run("now", "rloo", "executor=local", *placement)
     plain = run("plain", "rloo", "executor=local")
     assert responses(on_ray) == responses(in_process) == responses(apart)
     assert responses(in_process) != responses(plain)

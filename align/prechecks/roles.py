@@ -52,6 +52,9 @@ def role_configs(config: RecipeConfig) -> dict[str, RoleConfig]:
 def check_roles(config: RecipeConfig) -> dict[str, tuple[int, ...]]:
     """The slots of every role. Raises `ConfigError` for an impossible placement, path, head or attention."""
     roles = role_configs(config)
+    for name in config.placement.keys() & config.absent():
+        problem = f"placement.{name} has slots, but the recipe has no {name}"
+        raise ConfigError(problem, remedy=f"remove placement.{name}, or add the section: {name}: {{}}")
     slots = placement.resolve(config.placement, roles)
     on_other_machines = config.executor == "ray" and config.cluster.address
     for name, role in roles.items():

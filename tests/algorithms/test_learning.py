@@ -33,7 +33,7 @@ SAMPLED = """
 prompts_per_step: 16
 truncated: keep
 sampling: {{num_samples: {K}, max_tokens: 6}}
-reward: {{path: {policy}, kind: lm_head_row0, dtype: float32}}
+reward: {{path: {policy}, head: lm_head_row0, dtype: float32}}
 """
 
 REFERENCE = """

@@ -34,7 +34,7 @@ def write_recipe(
 
     def write(name: str) -> str:
         algorithm, text = ALGORITHMS[name]
-        lora = LORA if "best" not in name else "{rank: 0}"
+        lora = LORA if "best" not in name else "null"
         values = {"algorithm": algorithm, "data": toy_data, "policy": tiny_policy, "reward": tiny_reward, "lora": lora}
         if algorithm == "feedback_edit":
             values["data"] = family_data
@@ -57,7 +57,8 @@ def on_ray(runs, write_recipe, tmp_path_factory):
 
     def get(name: str) -> tuple[tuple[str, ...], Path]:
         if name not in made:
-            train = ("train", write_recipe(name), "executor=ray", f"placement={PLACEMENTS[name]}")
+            sampler = ["sampler={}"] if "sampler" in PLACEMENTS[name] else []
+            train = ("train", write_recipe(name), "executor=ray", *sampler, f"placement={PLACEMENTS[name]}")
             folder = tmp_path_factory.mktemp("reference") / "run"
             assert runs.run(*train, f"run.dir={folder}", log=f"whole {name}") == 0, runs.text(f"whole {name}")
             made[name] = train, folder

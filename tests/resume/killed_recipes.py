@@ -52,7 +52,10 @@ ALGORITHMS = {
     "best_of_n": ("best_of_n", POLICY + SAMPLED),
     "ppo": ("ppo", POLICY + SAMPLED + GRADIENT + CRITIC),
     "rloo": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\n"),
-    "rloo, two steps behind": ("rloo", POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nlag: 2\n"),
+    "rloo, two steps behind": (
+        "rloo",
+        POLICY + SAMPLED + GRADIENT + "loss: {{kind: clipped}}\nmax_off_policy_steps: 2\n",
+    ),
     "rloo with a function": (
         "rloo",
         POLICY
@@ -65,8 +68,8 @@ ALGORITHMS = {
         POLICY
         + SAMPLED.replace(
             "{{path: {reward}, dtype: float32}}",
-            "{{kind: generative, generative: {{judge: {{path: {writer}, dtype: float32}}, form: json, "
-            "custom_roles: true, retries: 1, sampling: {{max_tokens: 4}}}}}}",
+            "{{kind: generative, judge: {{path: {writer}, dtype: float32}}, form: json, "
+            "custom_roles: true, verdict_retries: 1, sampling: {{max_tokens: 4}}}}",
         )
         + GRADIENT
         + "loss: {{kind: clipped}}\n",
@@ -91,7 +94,7 @@ ALGORITHMS = {
     "steerlm, two rounds": ("steerlm", POLICY + RATED + PAIRS + "rounds: 2\n"),
     "steerlm2": (
         "steerlm2",
-        POLICY + RATED + "base: {{path: {policy}, dtype: float32}}\nprompts_per_step: 7\nlag: 1\n",
+        POLICY + RATED + "base: {{path: {policy}, dtype: float32}}\nprompts_per_step: 7\nmax_off_policy_steps: 1\n",
     ),
 }
 

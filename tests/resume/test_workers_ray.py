@@ -90,7 +90,7 @@ def test_on_one_two_and_one_processes_and_from_zero_2_to_3(on_ray, runs, tmp_pat
     """The same samples at the step after, and weights within 1e-6."""
     train, whole = on_ray("rloo")
     folder = f"run.dir={tmp_path / 'run'}"
-    without = ("policy.lora.rank=0", "policy.optimizer.lr=1e-4", "run.logged_samples=14")
+    without = ("policy.lora=null", "policy.optimizer.lr=1e-4", "run.logged_samples=14")
     straight = tmp_path / "straight"
     assert runs.run(*train, *without, f"run.dir={straight}", log="worlds") == 0, runs.text("worlds")
     stops = [
