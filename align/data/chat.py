@@ -1,7 +1,7 @@
 """Messages to token ids and back: tokenizers, chat templates and where a response begins and ends.
 
-The template alone decides what stands before and after a message, the beginning-of-sequence token included, as in
-``tokenizer.apply_chat_template`` and in the servers that follow it; nothing is added to its text.
+Only the chat template writes text before and after a message, including the beginning-of-sequence token, as in
+``tokenizer.apply_chat_template`` and the inference servers that follow it. `Renderer` adds nothing to that text.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _PROBE = "Hello  world's end.\n\n\tdef f(x): return x+1  # 123456 caf\u00e9 \u4e
 
 _DATE_REQUESTED = "asked for today's date"
 
-# A macro hides the global of the same name, so every branch of a template that reads the clock raises. The newline is
-# taken away by Jinja's trim_blocks and leaves the template at the start of a line, where it was.
+# A macro hides the global of the same name, so every branch of a template that reads the clock raises. Jinja's
+# trim_blocks removes the newline, so the template still begins at the start of a line.
 _NO_CLOCK = f'{{% macro strftime_now(format) %}}{{{{ raise_exception("{_DATE_REQUESTED}") }}}}{{% endmacro %}}\n'
 
 
@@ -65,8 +65,8 @@ def load_tokenizer(
 
     transformers 5 builds the tokenizer class that belongs to the ``model_type`` of ``config.json`` (``qwen2``) or to
     ``tokenizer_class`` (``LlamaTokenizer``), with that family's pre-tokenizer in place of the one in
-    ``tokenizer.json``, and adds its special tokens. Where the two cut text differently, or the folder's files name no
-    such token, the files win.
+    ``tokenizer.json``, and adds its special tokens. Where the two tokenize text differently, or the folder's files name
+    no such token, the files win.
 
     Raises `DataError` when there is no tokenizer at ``path`` or it cannot be loaded.
     """
@@ -105,20 +105,20 @@ def load_tokenizer(
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding needs for this tokenizer: its largest id and one, whatever `gaps` lie below."""
+    """Embedding rows that this tokenizer needs: its largest id plus one, including `gaps` below it."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def gaps(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids below `vocab_size` that stand for no token, in ascending order."""
+    """Ids below `vocab_size` without a token, in ascending order."""
     used = set(tokenizer.get_vocab().values())
-    unused = [id for id in range(vocab_size(tokenizer)) if id not in used]  # some vocabularies name ids but once
+    unused = [id for id in range(vocab_size(tokenizer)) if id not in used]  # some vocabularies name each id only once
     tokens = cast("list[str | None]", tokenizer.convert_ids_to_tokens(unused))
     return tuple(id for id, token in zip(unused, tokens, strict=True) if token is None)
 
 
 def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
-    """Refuse code that lies in another repository: transformers would fetch its newest commit, whatever is pinned."""
+    """Refuse code in another repository: transformers would fetch its newest commit and ignore the pinned one."""
     for name in ("config.json", "tokenizer_config.json"):
         file = cached_file(path, name, **branch, _raise_exceptions_for_missing_entries=False)
         try:
@@ -135,7 +135,7 @@ def _require_own_code(path: str, branch: Mapping[str, Any]) -> None:
 
 def _cuts_differently(tokenizer: PreTrainedTokenizerFast, raw: Tokenizer) -> bool:
     raw.no_truncation()
-    # Words of the vocabulary too: a word-level tokenizer knows no other.
+    # Includes words of the vocabulary: a word-level tokenizer knows only those.
     probe = " ".join([_PROBE, *sorted(raw.get_vocab())[:500]])
     ids = raw.encode(probe, add_special_tokens=False).ids
     same_ids = tokenizer.encode(probe, add_special_tokens=False, verbose=False) == ids
@@ -149,10 +149,10 @@ def _first_line(error: BaseException) -> str:
 class Renderer:
     """Conversations as token ids, by one tokenizer and one chat template.
 
-    ``chat_template`` is a file that replaces the tokenizer's own template, ``date`` the text passed to the template as
-    ``date_string``; ``section`` is where a recipe has both, for remedies; ``bad_rows`` is that of `row`. Raises
-    `DataError` when there is no template, when it cannot be read or rendered, when it asks for today's date, and when
-    the tokenizer has no end-of-sequence token.
+    ``chat_template`` is a file that replaces the tokenizer's template. ``date`` is passed to the template as
+    ``date_string``. ``section`` is the recipe section that sets both, for remedies. `row` uses ``bad_rows``. Raises
+    `DataError` when there is no template, when the template cannot be read or rendered or asks for today's date, and
+    when the tokenizer has no end-of-sequence token.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ class Renderer:
     def row(self, where: str, counts: dict[str, int]) -> Iterator[None]:
         """Render the row at ``where`` in this block.
 
-        A row that template or tokenizer refuses raises `DataError` with its place, or with ``bad_rows: skip`` ends the
-        block and is counted as ``not_rendered``.
+        When the template or the tokenizer refuses a row, this raises `DataError` with the row's place. With
+        ``bad_rows: skip`` it leaves the block instead and counts the row as ``not_rendered``.
         """
         try:
             yield
@@ -211,7 +211,7 @@ class Renderer:
         return ids
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a whole conversation with its last answer, with all that the template writes after it."""
+        """Token ids of a whole conversation, including its last answer and everything the template writes after it."""
         return self._encode(self._render(messages, add_generation_prompt=False))
 
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
@@ -223,9 +223,9 @@ class Renderer:
     ) -> tuple[list[int], list[list[int]]]:
         """`prompt_ids`, up to the end of ``opening``, and the ids of each of ``responses`` as they follow it.
 
-        What the template writes after the end-of-turn token (Qwen: a newline) is cut off, because it is never sampled;
-        where the template writes no such token, the tokenizer's end-of-sequence token is added.
-        Raises `DataError` when the template renders the prompt otherwise once an answer follows it.
+        Text that the template writes after the end-of-turn token (Qwen: a newline) is cut off, because the policy never
+        samples it. Where the template writes no end-of-turn token, the tokenizer's end-of-sequence token is added.
+        Raises `DataError` when the template renders the prompt differently once an answer follows it.
         """
         prompt_ids = self.prompt_ids(messages, opening)
         prompt = self._render(messages, add_generation_prompt=True) + opening
@@ -249,7 +249,7 @@ class Renderer:
         ids = ids[len(prompt_ids) :] if in_context else self._encode(text[len(prompt) :])
         if self._end_of_turn not in ids:
             return [*ids, self._eos]
-        # The last one: the response itself may quote the token.
+        # Take the last occurrence: the response may quote the token.
         return ids[: len(ids) - ids[::-1].index(self._end_of_turn)]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -267,7 +267,7 @@ class Renderer:
 
     @property
     def end_id(self) -> int:
-        """The last id of a response that ended by itself and was rendered: end of turn, or end of sequence."""
+        """Last id of a rendered response that is not truncated: end of turn, or end of sequence."""
         return self._eos if self._end_of_turn is None else self._end_of_turn
 
     @property
@@ -315,7 +315,7 @@ class Renderer:
         )
 
     def _failure(self, error: Exception, messages: Sequence[Message]) -> RenderError:
-        """What a template's exception says: a fault of the conversation where it is from ``raise_exception``."""
+        """Convert a template's exception; one from ``raise_exception`` is reported as a fault of the conversation."""
         roles = ", ".join(message.role for message in messages)[:200]
         public = f"the reward model's chat template refuses a conversation of these roles: {roles}"
         refused = type(error) is TemplateError
@@ -358,16 +358,16 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
 
 
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether an id means the same to both: equal vocabularies, beginning- and end-of-sequence ids.
+    """Whether ids mean the same in both tokenizers: equal vocabularies, beginning- and end-of-sequence ids.
 
-    The padding id may differ, since packed ids hold no padding; so may an entry that only pads, of an id that the other
-    does not have.
+    The padding id may differ, since packed ids hold no padding. So may an entry used only for padding whose id the
+    other vocabulary lacks.
     """
     return _marks(a) == _marks(b) and not (_only_in(a, b) or _only_in(b, a))
 
 
 def _only_in(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether ``a`` has an entry that ``b`` lacks, beside one that only pads."""
+    """Whether ``a`` has an entry that ``b`` lacks, apart from one used only for padding."""
     more = a.get_vocab().items() - b.get_vocab().items()
     return any(id != a.pad_token_id or id in b.get_vocab().values() for _, id in more)
 

@@ -6,21 +6,21 @@ HelpSteer2-Preference (arXiv 2410.01257): ``nvidia/HelpSteer`` and ``nvidia/Help
 - ``prompt``, ``response``
 - ``helpfulness``, ``correctness``, ``coherence``, ``complexity``, ``verbosity``  0 to 4
 
-As preferences, rows in succession with one prompt become pairs: in ``helpsteer2`` always two rows one pair, in
-``helpsteer``, which has up to four responses to a prompt, every two of them in the order of the file. The preference is
-helpfulness of the second less that of the first, cut to -3 to 3: negative where the first is better. The other
-attributes are checked, and not used.
+As preferences, adjacent rows with the same prompt become pairs. In ``helpsteer2`` every two rows form one pair. In
+``helpsteer``, which has up to four responses to a prompt, every two of them form a pair, in the order of the file. The
+preference is the helpfulness of the second response minus that of the first, clipped to -3..3: negative where the first
+is better. The other attributes are validated but not used.
 
 ``format: helpsteer2_disagreements`` reads ``disagreements/disagreements``, one file without splits. Its rows are those
-of ``helpsteer2``, but each attribute is the list of what the annotators said, of which the rating is the mean. One
-prompt in twenty is validation, by its hash: `is_held_out`.
+of ``helpsteer2``, but each attribute is a list with one rating per annotator; the label is their mean. One prompt
+in twenty is validation, chosen by its hash (`is_held_out`).
 
 ``format: helpsteer2_preference`` reads ``preference/preference``, one file for both splits:
 
 - ``split``                 ``train``; anything else is validation
 - ``prompt``, ``response_1``, ``response_2``
 - ``preference_strength``   -3 to 3, negative where response 1 is better
-- ``three_most_similar_preferences``  list of {strength, ...}: the opinions that the strength is the mean of
+- ``three_most_similar_preferences``  list of {strength, ...}: the annotations whose mean is the strength
 - other fields are not read, ``all_preferences_unprocessed`` among them: it holds outliers and -100 for "neither is
   valid", and the data set's card says that the paper did not use it
 
@@ -68,7 +68,7 @@ _HELD_OUT_OF = 20
 
 
 def read_ratings(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, row by row."""
+    """The rows of both splits."""
     split_rows = open_tables(data, {"train": "train", "validation": "validation"})
     return {split: islice(rows(), data.max_rows) for split, rows in split_rows.items()}
 
@@ -92,18 +92,18 @@ def _parse_ratings(raw: Any) -> tuple[str, str, dict[str, int]]:
 
 
 def read_rating_pairs(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, two rows of the file at a time; the last item may hold one."""
+    """Both splits, with every two rows of the file as one item; the last item may hold one row."""
     return {split: group_in_twos(rows) for split, rows in read_ratings(data).items()}
 
 
 def group_in_twos(rows: RawRows) -> RawRows:
-    """Two rows in succession at a time; the last item may hold one."""
+    """Every two adjacent rows as one item; the last item may hold one row."""
     for first in rows:
         yield first[0], [first, *islice(rows, 1)]
 
 
 def parse_rating_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
-    """The preference that two rated responses amount to. Raises `BadRow`."""
+    """The preference between two rated responses. Raises `BadRow`."""
     preferences = parse_prompt_group(pair)
     if not preferences:
         raise BadRow("row", "is the last row and has no second response")
@@ -111,7 +111,7 @@ def parse_rating_pair(pair: list[tuple[str, Any]]) -> list[Preference]:
 
 
 def read_prompt_groups(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, the rows in succession that have one prompt at a time; a row that cannot be read is alone."""
+    """Both splits, with adjacent rows that share a prompt as one item; a row that cannot be read is one item."""
     return {split: _by_prompt(rows) for split, rows in read_ratings(data).items()}
 
 
@@ -122,7 +122,7 @@ def _by_prompt(rows: RawRows) -> RawRows:
 
 
 def _opened(row: tuple[str, Any]) -> tuple[str, Any]:
-    """The row decoded, or as it is where it cannot be."""
+    """The decoded row, or the raw row if it cannot be decoded."""
     with suppress(BadRow):
         return row[0], parse_row(row[1])
     return row
@@ -133,7 +133,7 @@ def _has_prompt(raw: Any) -> bool:
 
 
 def parse_prompt_group(group: list[tuple[str, Any]]) -> list[Preference]:
-    """A preference of every two of the responses to a prompt; none where there is only one. Raises `BadRow`."""
+    """A preference for every two responses to a prompt; empty for a single response. Raises `BadRow`."""
     responses = []
     for where, raw in group:
         with at_line(where):
@@ -155,13 +155,13 @@ def parse_prompt_group(group: list[tuple[str, Any]]) -> list[Preference]:
 
 
 def read_disagreements(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits of the one table."""
+    """Both splits, from the same table."""
     table = open_tables(data, {"train": "disagreements/disagreements"}, data_dir="disagreements")["train"]
     return {split: islice(_part(split, table()), data.max_rows) for split in ("train", "validation")}
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether rows with this prompt are validation where a file has no splits: one prompt in twenty, by its hash."""
+    """Whether rows with this prompt are validation, for files without splits: one prompt in twenty, by its hash."""
     return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8]) % _HELD_OUT_OF == 0
 
 
@@ -194,7 +194,7 @@ def _opinions(name: str, values: object) -> list[int]:
 
 
 def read_preferences(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, told apart in the one table that holds them."""
+    """Both splits, selected from the same table by its ``split`` field."""
     table = open_tables(data, {"train": "preference/preference"}, data_dir="preference")["train"]
     return {split: islice(_only(split, table()), data.max_rows) for split in ("train", "validation")}
 
@@ -208,7 +208,7 @@ def _only(split: str, rows: RawRows) -> RawRows:
 
 
 def parse_preference(raw: Any) -> list[Preference]:
-    """The preference of a row, with the spread of the opinions behind it. Raises `BadRow`."""
+    """The preference of a row, with the spread of the annotations it is the mean of. Raises `BadRow`."""
     row = parse_row(raw)
     require_fields(row, _COMPARED)
     text("split", row["split"])
@@ -232,11 +232,11 @@ def _spread(opinions: object) -> int:
     return max(strengths) - min(strengths)
 
 
-# All.
+# All formats.
 
 
 def marked_turns(field: str, prompt: str, before: Sequence[Message] = ()) -> Context:
-    """The conversation in a text with marks between its turns, of which the first is the user's, after ``before``.
+    """Parse a text with markers between its turns, the first of which is the user's, and append it to ``before``.
 
     Raises `BadRow`.
     """

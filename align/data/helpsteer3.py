@@ -4,9 +4,9 @@ Every config is a folder with the files ``train`` and ``validation``. All rows h
 
 - ``domain``    general, stem, code or multilingual
 - ``language``  natural or programming language
-- ``context``   list of {role, content} ending with the user's turn, or a string: that turn alone
+- ``context``   list of {role, content} that ends with the user's turn, or a string: a single user turn
 
-and besides
+and, by config,
 
 - ``preference``    ``response1``, ``response2``, ``overall_preference``: -3 to 3, negative where response 1 is better,
   0 for a tie
@@ -14,12 +14,12 @@ and besides
 - ``edit``          ``original_response``, ``edited_response``, ``feedback``, ``change_summary``
 - ``edit_quality``  ``original_response``, ``good_edited_response``, ``bad_edited_response``, ``feedback``. A row
   becomes two pairs of strength 1, the good edit against the bad one and against the original, which is an edit that
-  changes nothing: what the Edit reward model learns from (arXiv 2503.04378)
+  changes nothing. The Edit reward model is trained on these (arXiv 2503.04378)
 - ``principle``     ``response``, ``principle``, ``fulfilment``: Yes or No
 
-Comparisons also read what each person wrote of a pair (``individual_preference``: a list of {score, reasoning}), and
-how helpful people called each of its responses: ``feedback`` about the same context and response, where the source has
-that config.
+Comparisons also read each annotator's reasoning about a pair (``individual_preference``: a list of {score, reasoning})
+and the helpfulness of each response, from ``feedback`` on the same context and response, where the source has that
+config.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from align.data.sources import RawRows, open_tables
 from align.errors import DataError
 
 PHRASES = ("not", "slightly", "partially", "mostly", "perfectly")
-"""How helpful a response is by the first sentence of its feedback, from 1 to 5."""
+"""Helpfulness as the first sentence of feedback states it; position 0 is 1, position 4 is 5."""
 
 _PHRASE = re.compile(rf"\s*The response is ({'|'.join(PHRASES)}) helpful", re.IGNORECASE)
 
@@ -73,7 +73,7 @@ SPLITS = {split: f"preference/{split}" for split in ("train", "validation")}
 
 
 def config_reader(config: str) -> Callable[[DataConfig], dict[str, RawRows]]:
-    """What reads both splits of ``config``."""
+    """A function that reads both splits of ``config``."""
     return partial(_sources, config)
 
 
@@ -86,7 +86,7 @@ def _tables(config: str, data: DataConfig) -> dict[str, Callable[[], RawRows]]:
 
 
 def read_comparisons(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits of ``preference``, each row with what all of ``feedback`` says of how helpful responses are."""
+    """Both splits of ``preference``, each row with the helpfulness scores of all responses in ``feedback``."""
     helpfulness = _helpfulness(data)
     return {
         split: ((where, (raw, helpfulness)) for where, raw in rows)
@@ -108,9 +108,9 @@ def _feedback(data: DataConfig) -> dict[str, Callable[[], RawRows]]:
 
 
 def _helpfulness(data: DataConfig) -> dict[bytes, float]:
-    """Helpfulness by context and response: the median of what people said, the lower of two in the middle, so that a
-    label is always one that somebody gave. Both splits are read whole, ``data.max_rows`` or not: a pair may have its
-    feedback anywhere. Of a response that occurs twice the first is taken."""
+    """Helpfulness by context and response: the low median of the annotators' scores, so that every label is a score
+    that an annotator gave. Reads both splits completely, regardless of ``data.max_rows``, because the feedback on a
+    pair may be anywhere. For a response that occurs twice, the first occurrence counts."""
     scores: dict[bytes, float] = {}
     for rows in _feedback(data).values():
         for where, raw in rows():
@@ -130,12 +130,12 @@ def _helpfulness(data: DataConfig) -> dict[bytes, float]:
 
 
 def _digest(context: Context, response: str) -> bytes:
-    """Texts of all contexts would be held a second time."""
+    """Used as a key instead of the texts, which would keep a second copy of all contexts in memory."""
     return hashlib.sha256(json.dumps([context, response]).encode()).digest()
 
 
 def parse_preference(raw: Any) -> list[Preference]:
-    """A row of ``preference``. Raises `BadRow`, as the others do."""
+    """A row of ``preference``. Raises `BadRow`, like all parsers of this module."""
     raw = parse_row(raw)
     require_fields(raw, _PREFERENCE)
     preference = integer("overall_preference", raw["overall_preference"], -3, 3)
@@ -149,7 +149,7 @@ def parse_preference(raw: Any) -> list[Preference]:
 
 
 def parse_comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison]:
-    """A row of ``preference`` with its reasons, and the helpfulness of its responses as `read_comparisons` found it."""
+    """A row of ``preference`` with its reasons, and the helpfulness of its responses from `read_comparisons`."""
     raw, scores = item
     raw = parse_row(raw)
     (pair,) = parse_preference(raw)
@@ -161,7 +161,7 @@ def parse_comparison(item: tuple[Any, Mapping[bytes, float]]) -> list[Comparison
 
 
 def _reasons(raw: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Score and reasoning of each annotator; none where the field is missing, as in files that hold pairs alone."""
+    """Score and reasoning of each annotator; none where the field is missing, as in files with pairs only."""
     field = "individual_preference"
     opinions = raw.get(field)
     if not isinstance(opinions, list | None):
@@ -214,7 +214,7 @@ def parse_edit(raw: Any) -> list[Edit]:
 
 
 def parse_edit_quality(raw: Any) -> list[Preference]:
-    """Two pairs of a row of ``edit_quality``: good edit and bad one, good edit and original."""
+    """Two pairs from a row of ``edit_quality``: good edit and bad edit, good edit and original."""
     raw = parse_row(raw)
     require_fields(raw, _EDIT_QUALITY)
     good, *others = [
@@ -244,5 +244,4 @@ def _context(raw: dict[str, Any]) -> Context:
 
 
 def _domain_and_language(raw: dict[str, Any]) -> tuple[str, str]:
-    """Domain and language."""
     return text("domain", raw["domain"]), text("language", raw["language"])

@@ -1,8 +1,8 @@
-"""Check a data source before training: reads every row, collects problems and statistics, and does not stop at a bad
-row.
+"""Check a data source before training: reads every row, collects problems and statistics, and continues after a
+bad row.
 
-Significance is that of the sign test: how likely a fair coin is to lie as far from the middle, in either direction
-(exact, so there is no normal approximation). Rows that are equal to an earlier one do not count in it.
+Biases are tested with the exact two-sided sign test: the p-value is the probability that a fair coin lies at least as
+far from the middle, without a normal approximation. The test ignores rows that equal an earlier row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from align.errors import DataError
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 PLACES = 5
-"""Places that a finding names."""
+"""Most places listed for a finding."""
 SIGNIFICANT = 0.01
 """A bias less likely than this by chance is a warning."""
 CHOSEN_FIRST = ("openai", "trl", "helpsteer3_edit_quality")
@@ -67,7 +67,7 @@ CHECKS: dict[str, tuple[Severity, str]] = {
     "single": ("info", "a prompt with only one response, so there is no pair"),
     "ties": ("info", "neither response is preferred; only the prompt is used"),
 }
-"""By name: how bad it is, and what was found. A bad row's name is its reason, and it is an error."""
+"""Severity and description of each check, by name. A `BadRow` is reported under its reason, as an error."""
 
 
 @dataclass
@@ -79,9 +79,9 @@ class LintFinding:
     what: str
     count: int = 0
     share: float | None = None
-    """Of the rows that were read, or of what ``what`` says; None where it is not about rows."""
+    """Fraction of the rows read, or of the total that ``what`` names; None for a finding that is not about rows."""
     places: list[str] = field(default_factory=list)
-    """The first of them, as file:line, files below the source."""
+    """The first `PLACES` occurrences, as file:line, with files relative to the source."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class LintReport:
     format: str
     reads: str
     rows: Mapping[str, int]
-    """Rows that were read of each split, bad ones among them."""
+    """Number of rows read from each split, including bad rows."""
     findings: list[LintFinding]
-    """The worst first."""
+    """Sorted by severity, the most severe first."""
     tables: list[LintTable]
 
     def worst(self) -> Severity | None:
@@ -112,7 +112,8 @@ class LintReport:
 
 
 def sign_test(successes: int, trials: int) -> float:
-    """How likely ``trials`` tosses of a fair coin are to lie at least as far from the middle as ``successes``."""
+    """Two-sided p-value: the probability that ``trials`` tosses of a fair coin are at least as far from the middle as
+    ``successes``."""
     far = max(successes, trials - successes)
     logs = [
         math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) - trials * math.log(2)
@@ -151,8 +152,8 @@ _LocatedRows = list[tuple[str, Any]]
 def lint(data: DataConfig, reads: RowKind, renderer: Renderer | None = None, template: str = "") -> LintReport:
     """Read all rows and report findings.
 
-    ``renderer`` makes token ids of the rows, for the checks that need them; ``template`` is why there is none though
-    one was asked for. Raises `DataError` for a source that is missing or damaged.
+    ``renderer`` tokenizes the rows for the checks that need token ids. ``template`` is the reason why the requested
+    renderer could not be built. Raises `DataError` for a source that is missing or damaged.
     """
     data = resolve_format(data)
     findings = _Findings(data.path)
@@ -209,8 +210,7 @@ def _responses(row: Any) -> list[str]:
 
 
 def _repetitions(splits: Mapping[str, _LocatedRows], findings: _Findings) -> list[Any]:
-    """Note what occurs more than once; the rows that are left, each once, without those of train that are in
-    validation."""
+    """Report repeated rows. Returns the distinct rows, without the train rows that are also in validation."""
     labels: dict[str, dict[Any, Any]] = {split: {} for split in SPLITS}
     distinct = []
     held_out = {row.key for _, row in splits["validation"]}, {row.context for _, row in splits["validation"]}
@@ -266,7 +266,7 @@ def _check_tokenizer(renderer: Renderer, findings: _Findings) -> None:
 def _check_tokens(
     rows: _LocatedRows, renderer: Renderer, data: DataConfig, findings: _Findings
 ) -> dict[int, tuple[int, ...]]:
-    """Note what only token ids show; by ``id`` of a row, the tokens of prompt and responses."""
+    """Report problems that only token ids show. Returns the token counts of prompt and responses by ``id`` of a row."""
     lengths = {}
     for where, row in rows:
         try:
@@ -339,7 +339,8 @@ def _ratings(rows: Sequence[Rating], lengths: Sequence[int], unit: str, findings
 
 
 def _length_of_rated(rated: Sequence[tuple[float, int]], unit: str, findings: _Findings) -> None:
-    """Fisher's z of the correlation, which is normal with deviation 1 / sqrt(n - 3) where there is none."""
+    """Test the correlation with Fisher's z, which is normal with standard deviation 1 / sqrt(n - 3) under no
+    correlation."""
     r, n = statistics.correlation(*map(list, zip(*rated, strict=True))), len(rated)
     z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))) * math.sqrt(max(0, n - 3))
     p = math.erfc(abs(z) / math.sqrt(2))
@@ -382,7 +383,7 @@ def _turn_table(rows: Iterable[Any]) -> LintTable:
 
 
 def _token_table(lengths: Iterable[tuple[int, ...]]) -> LintTable:
-    """Lower quantiles: a length that occurs."""
+    """Uses lower quantiles, so each is a length that occurs in the data."""
     row_lengths = list(lengths)
     table = []
     for name, values in (

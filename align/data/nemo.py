@@ -1,9 +1,9 @@
-"""The files of NeMo-Aligner: ``train`` and ``val``, in either of its two forms.
+"""The files of NeMo-Aligner: ``train`` and ``val``, in either of its two formats.
 
-Conversations, from which its scripts make the other form:
+Conversations, which its scripts convert to the text format:
 
-- ``system``         text; the standard one, `SYSTEM`, counts as none
-- ``mask``           which ``from`` is the user's; User where it is left out
+- ``system``         text; the default `SYSTEM` counts as no system turn
+- ``mask``           the value of ``from`` that marks the user; default User
 - ``conversations``  list of {``from``, ``value``, ``label``}; label as ``helpfulness:3,correctness:4``, or null
 
 Text, which its reward trainers read:
@@ -11,10 +11,10 @@ Text, which its reward trainers read:
 - ``text``   ``<extra_id_0>System`` ..., ``<extra_id_1>User`` ..., ``<extra_id_1>Assistant`` ..., ``<extra_id_2>``
 - ``label``  nine numbers in the order of `NEMO_ATTRIBUTES`, -100 where nobody rated
 
-Either kind of label may stand in either form. As ratings, every labelled turn of the assistant is a row, its values 0
-to 4. As preferences, two rows in succession are a pair: ``quality`` of both holds the strength, -3 to 3, negative where
-the first is better. A conversation of several turns may stand in one value, with the marks of HelpSteer2. A text that
-holds a mark itself cannot be written.
+Both formats accept both kinds of label. As ratings, every labelled assistant turn is a row with values 0 to 4. As
+preferences, two adjacent rows are a pair: ``quality`` of both holds the strength, -3 to 3, negative where the first is
+better. One value may hold a conversation of several turns, with the turn markers of HelpSteer2. A text that contains a
+marker cannot be written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""What NeMo-Aligner writes where a conversation has no system turn."""
+"""The system text that NeMo-Aligner writes for a conversation without a system turn."""
 
 _SYSTEM, _USER, _ASSISTANT, _END = (
     "<extra_id_0>System\n",
@@ -60,21 +60,21 @@ _SYSTEM, _USER, _ASSISTANT, _END = (
 )
 
 _Answer = tuple[Context, str, dict[str, float]]
-"""Context, response and its labels as they stand there, without -100."""
+"""Context, response, and its labels as in the file, without those that are -100."""
 
 
 def read_splits(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, row by row."""
+    """The rows of both splits."""
     return {split: islice(rows(), data.max_rows) for split, rows in open_tables(data, SPLITS).items()}
 
 
 def read_row_pairs(data: DataConfig) -> dict[str, RawRows]:
-    """Both splits, two rows at a time."""
+    """Both splits, with every two adjacent rows as one item."""
     return {split: group_in_twos(rows) for split, rows in read_splits(data).items()}
 
 
 def parse_ratings(raw: Any) -> list[Rating]:
-    """A row for each labelled turn of the assistant. Raises `BadRow`."""
+    """A row for each labelled assistant turn. Raises `BadRow`."""
     rows = []
     for context, response, labels in _answers_of(raw):
         for name, value in labels.items():
@@ -181,7 +181,7 @@ def _number(value: str) -> object:
 
 
 def to_conversations(row: Preference | Rating) -> list[dict[str, Any]]:
-    """A rated response as one conversation, a pair as two. Raises `BadRow` for a text that holds a mark."""
+    """A rated response as one conversation, a pair as two. Raises `BadRow` for a text with a turn marker."""
     conversations = []
     for response, labels in _answers(row):
         system, turns = _parts(row.context, response)
@@ -195,8 +195,8 @@ def to_conversations(row: Preference | Rating) -> list[dict[str, Any]]:
 
 
 def to_texts(row: Preference | Rating) -> list[dict[str, Any]]:
-    """A rated response as one text with nine numbers, a pair as two. Raises `BadRow` for a text that holds a mark and
-    for a rating outside the nine."""
+    """A rated response as one text with nine numbers, a pair as two. Raises `BadRow` for a text that contains a turn
+    marker and for an attribute outside the nine."""
     rows = []
     for response, labels in _answers(row):
         if others := labels.keys() - set(NEMO_ATTRIBUTES):

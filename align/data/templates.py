@@ -1,8 +1,8 @@
 """Chat templates whose time and memory are bounded.
 
-Jinja's sandbox keeps a template from the machine, not from its memory: ``{{ 'a' * 10**10 }}`` and nested loops run on.
-Here each step of a template is paid for out of a budget that grows with the conversation, and no value may weigh more
-than a bound that does so too. The steps are those of transformers' environment, and so is the text.
+Jinja's sandbox protects the machine but bounds neither memory nor time: ``{{ 'a' * 10**10 }}`` and nested loops run.
+Here each step of a template is charged to a budget that grows with the conversation, and the size of each value is
+bounded; that bound grows with the conversation too. The environment and the rendered text are those of transformers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from transformers.utils import chat_template_utils
 MAX_SOURCE = 262_144
 """Characters of a template."""
 STEPS, STEPS_PER_CHARACTER = 2_000_000, 16
-"""Steps of one rendering, and what each character of the conversation adds; a step takes about a microsecond."""
+"""Steps allowed for one rendering, plus steps per character of the conversation; a step takes about a microsecond."""
 ROOM, ROOM_PER_CHARACTER = 100_000, 32
-"""Characters (or numbers, or items) that one value may hold, the text that comes out included; and what each character
-of the conversation adds."""
+"""Characters (or numbers, or items) that one value may hold, including the rendered text, plus the allowance per
+character of the conversation."""
 SECONDS = 60.0
-"""What one rendering may take, however slow the machine is."""
+"""Time limit of one rendering, on any machine."""
 COPIED = 64
-"""Characters that are copied in one step."""
+"""Characters copied in one step."""
 MAX_BITS = 4096
-"""Of a whole number."""
+"""Most bits of an integer."""
 CONTAINERS = {
     *("abs", "attr", "batch", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last"),
     *("length", "list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "round", "select"),
@@ -43,17 +43,19 @@ _METER: ContextVar[_Meter] = ContextVar("meter")
 
 
 class TemplateLimitError(Exception):
-    """A template that takes too many steps, or makes a value too large."""
+    """The template takes too many steps or creates a value that is too large."""
 
 
 class _Meter:
-    """What one rendering has left."""
+    """Remaining budget of one rendering."""
 
     def __init__(self, size: int):
         self.left = STEPS + STEPS_PER_CHARACTER * size
         self.room = ROOM + ROOM_PER_CHARACTER * size
         self._deadline, self._until_look = time.monotonic() + SECONDS, 1000
-        self._weights: dict[int, tuple[Any, int]] = {}  # the values too, so that no other one gets their id
+        self._weights: dict[
+            int, tuple[Any, int]
+        ] = {}  # keeps the values alive, so that no other object reuses their id
 
     def spend(self, steps: int) -> None:
         self.left -= steps
@@ -70,7 +72,8 @@ class _Meter:
             raise TemplateLimitError(f"it makes a value longer than {self.room} characters")
 
     def weigh(self, value: Any) -> int:
-        """Characters, numbers and items of a value, of all that it holds together. Values cannot be changed."""
+        """Total characters, numbers and items of a value, including nested values. Values are immutable, so weights are
+        cached."""
         if isinstance(value, (str, bytes)):
             return len(value)
         if isinstance(value, int):
@@ -89,7 +92,7 @@ class _Meter:
         return self._weights[id(value)][1]
 
     def pay(self, value: Any) -> Any:
-        """For a value that was made: its weight is checked, its own length is paid."""
+        """Check the weight of a new value and charge its length. Returns the value."""
         if isinstance(value, (str, bytes)):
             self.require(len(value))
             self.spend(1 + len(value) // COPIED)
@@ -101,14 +104,14 @@ class _Meter:
         return value
 
     def write(self, value: Any) -> int:
-        """For a value that becomes text: its whole weight."""
+        """Check and charge the whole weight of a value that is written as text. Returns the weight."""
         weight = self.weigh(value)
         self.require(weight)
         self.spend(1 + weight // (COPIED if isinstance(value, str) else 8))
         return weight
 
     def items(self, values: Any) -> Any:
-        """Values that come one by one, as a list."""
+        """Convert an iterator to a list and charge each item; return other values unchanged."""
         if not isinstance(values, Iterator):
             return values
         items, weight = [], 0
@@ -197,7 +200,7 @@ def _replaced(text: Any, old: Any, length: int) -> int:
 
 
 def _filtered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of transformers' environment that pays for what it does."""
+    """Wrap a filter of transformers' environment so that it charges its work to the meter."""
     wants = getattr(function, "jinja_pass_arg", None)
 
     @wraps(function)
@@ -220,7 +223,7 @@ def _filtered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_filter(meter: _Meter, name: str, value: Any, others: list[Any]) -> None:
-    """Refuse a filter that writes too long a text."""
+    """Raise for a filter call whose text would be too long."""
     weight = meter.write(value)
     most = max(
         [
@@ -251,21 +254,21 @@ def _depth(value: Any) -> int:
 
 
 class _Metering(NodeTransformer):
-    """Puts a payment into each loop and macro, before each text that comes out and around each container."""
+    """Insert a charge into each loop and macro, before each output and around each container."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        """Each round, and each item that the loop's condition leaves out."""
+        """Charge each iteration, and each item that the loop's condition skips."""
         self._body(node)
         if node.test is not None:
             node.test = nodes.And(_filter("_spend", nodes.Const(1)), node.test)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        """Each call."""
+        """Charge each call."""
         return self._body(node)
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        """Each call of its caller."""
+        """Charge each call of its caller."""
         return self._body(node)
 
     def _body(self, node: Any) -> nodes.Node:
@@ -287,7 +290,7 @@ class _Metering(NodeTransformer):
         return node
 
     def visit_List(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Node:
-        """A container that is not constant."""
+        """Charge a container that is not constant."""
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load" or all(_constant(part) for part in node.iter_child_nodes()):
             return node
@@ -331,7 +334,7 @@ def _concat(_: Any, values: list[Any]) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> _Environment:
-    # transformers has no public name for its environment; a template's own rendering would not let itself be bounded.
+    # transformers has no public name for its environment, and `Template.render` cannot be bounded.
     theirs = chat_template_utils._compile_jinja_template("").environment
     extensions = [type(extension) for extension in theirs.extensions.values()]
     ours = _Environment(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
@@ -348,9 +351,9 @@ def _compiled(source: str) -> Template:
 
 
 def render(source: str, messages: list[dict[str, str]], **variables: Any) -> str:
-    """What ``tokenizer.apply_chat_template`` makes of ``messages`` with the template ``source``.
+    """Render ``messages`` with the template ``source``, with the same result as ``tokenizer.apply_chat_template``.
 
-    Raises `TemplateLimitError`, and whatever else the template's expressions raise.
+    Raises `TemplateLimitError`, and any exception that the template's expressions raise.
     """
     template = _compiled(source)
     meter = _Meter(sum(len(text) for message in messages for text in message.values()))
