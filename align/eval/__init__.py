@@ -1,1 +1,1 @@
-"""Evaluation of what was trained."""
+"""Evaluation of reward models and policies."""

@@ -1,4 +1,4 @@
-"""From the command line of an evaluation, of `align scale` and of `align serve` to what they read. Loads no torch."""
+"""Turn the command line of `align eval`, `align scale` and `align serve` into configs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from align.errors import ConfigError
 
 REWARD_FLAGS = {"model": "reward.path", "benchmark": "benchmark", "data": "data.path"}
 REWARD_FLAGS |= {name: name for name in ("scores", "out", "compare")}
-"""Options of `align eval reward` and the keys that they give."""
+"""Options of `align eval reward` and the config keys that they set."""
 POLICY_FLAGS = {"data": "data.path", "answers": "answers", "out": "out"}
-"""Options of `align eval policy` and the keys that they give."""
+"""Options of `align eval policy` and the config keys that they set."""
 SPEAKERS = {"model": "policy", "baseline": "baseline", "judge": "judge"}
 """Options that name a model, an endpoint or a function, and the section they fill."""
 OWN = ("kind", "path", "revision", "init", "trust_remote_code", "function", "chat_template", "date")
 OWN += ("url", "model", "key_env", "extra")
-"""Keys of a generator that belong to what it names: those of a recipe do not count for another that an option names."""
+"""Generator keys that are specific to a model or endpoint; an option that names another one discards the recipe's."""
 INSTEAD = {"model": "answers", "answers": "policy", "baseline": "baseline_answers"}
-"""Options, and what of a recipe they stand in the place of."""
+"""Options, and the recipe keys that they replace."""
 FALLBACK = "default"
-"""Entry of ``baseline_answers`` for categories that are not named."""
+"""Entry of ``baseline_answers`` for all other categories."""
 
 
 def reward(arguments: argparse.Namespace) -> LoadedConfig:
-    """What `align eval reward` reads."""
+    """Load the config of `align eval reward`."""
     words: list[str] = arguments.recipe
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
     given = {key: getattr(arguments, flag) for flag, key in REWARD_FLAGS.items()}
@@ -36,7 +36,7 @@ def reward(arguments: argparse.Namespace) -> LoadedConfig:
 
 
 def policy(arguments: argparse.Namespace) -> LoadedConfig:
-    """The recipe, what options put in the place of it, then the words of the command line. Raises `ConfigError`."""
+    """Load the config of `align eval policy`: recipe, options, then ``key=value`` overrides. Raises `ConfigError`."""
     named = list(arguments.benchmark or [])
     words = [*arguments.recipe, *(word for word in named[1:] if "=" in word)]
     files = [word for word in named[1:] if "=" not in word]
@@ -58,8 +58,8 @@ def policy(arguments: argparse.Namespace) -> LoadedConfig:
 
 
 def speaker(section: str, text: str) -> list[str]:
-    """The keys of a generator that one word names: ``http://HOST/v1#MODEL``, ``module:function``, a folder or hub id;
-    of a baseline also a file of answers."""
+    """The config keys of a generator named by ``http://HOST/v1#MODEL``, ``module:function``, a folder or a hub id;
+    a baseline may also be a file of answers."""
     if section == "baseline" and Path(text).expanduser().is_file():
         return [f"baseline_answers.{FALLBACK}={text}"]
     address, _, model = text.partition("#")
@@ -73,10 +73,10 @@ def speaker(section: str, text: str) -> list[str]:
 
 
 def scale(arguments: argparse.Namespace) -> LoadedConfig:
-    """What `align scale` reads."""
+    """Load the config of `align scale`."""
     return build_config(ScaleConfig, arguments.recipe, arguments.overrides)
 
 
 def service(arguments: argparse.Namespace) -> LoadedConfig:
-    """What `align serve reward` reads."""
+    """Load the config of `align serve reward`."""
     return build_config(RewardServiceConfig, arguments.recipe, arguments.overrides)

@@ -1,8 +1,8 @@
-"""A policy before and after training, on held-out prompts of the bundled task.
+"""Compare a policy before and after training on held-out prompts of the bundled task.
 
-Both answer the same prompts with the same noise. Reported for each: the task's ground truth (0 to 4), the reward
-model's score, and KL = mean over responses of sum_t log pi(token t) - log pi_before(token t), in nats, of responses it
-sampled.
+Both policies answer the same prompts with the same sampling noise. For each policy the report gives the ground truth of
+the task (0 to 4), the reward model score, and KL = mean over its sampled responses of
+sum_t log pi(token t) - log pi_before(token t), in nats.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from align.types import Prompts, Sequences
 NUM_SHOWN = 5
 SLOTS = 64
 SEED = 2**31
-"""Of sampling; no training run uses it by default."""
+"""Sampling seed; no training run uses it by default."""
 
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """One policy on the held-out prompts."""
+    """Scores of a policy on the held-out prompts."""
 
     ground_truth: float
     reward: float
@@ -64,7 +64,7 @@ def _logprob_sums(engine: Engine, sequences: Sequences) -> torch.Tensor:
 def measure_policy(
     policy: Engine, before: Engine, reward: Engine, prompt_set: PromptSet, renderer: Renderer
 ) -> tuple[PolicyScores, list[str]]:
-    """Sample an answer to each prompt and measure it; also returns the answers."""
+    """Sample and score a response to each prompt; return the scores and the responses."""
     prompts = Prompts(prompt_set.tokens, torch.arange(len(prompt_set.tokens)), renderer.stop_ids, step=0)
     sampling = SamplingConfig(num_samples=1, max_tokens=32)
     rollouts = decoder.generate(policy.head.model, prompts, sampling, SEED, SLOTS)

@@ -1,4 +1,4 @@
-"""What is measured beside a benchmark's own numbers, and intervals of all of them."""
+"""Metrics common to all reward benchmarks, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ LENGTHS = {
     "right one longer": (1.1, 2.0),
     "right one at least twice as long": (2.0, np.inf),
 }
-"""Characters of the right response over those of the wrong one: from, below."""
+"""Ratio of characters, right response to wrong response: lower bound (inclusive), upper bound (exclusive)."""
 MARGIN_BINS = 24
-"""About as many; zero lies between two of them."""
+"""Approximate number of histogram bins; zero is a bin edge."""
 MARGIN_TAIL = 0.01
-"""The histogram leaves this part at each end to its outermost bins."""
+"""Fraction of the margins at each end that falls into the outermost bins."""
 MOST_WEIGHTS = 1 << 23
-"""Numbers of weights that are held at a time: 64 MiB."""
+"""Maximum number of weights in memory: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number, how many items or pairs it is a mean of, and its percentile interval; None without resamples."""
+    """A metric, the number of items or pairs in its mean, and its percentile interval; None without resamples."""
 
     value: float
     count: int
@@ -44,11 +44,11 @@ class Interval:
 def bootstrap(
     numbers: Callable[[np.ndarray], Numbers], prompts: Sequence[str], resamples: int, confidence: float, seed: int
 ) -> dict[str, tuple[float, float | None, float | None]]:
-    """Value and percentile interval of every number (Efron 1979; clusters resampled whole).
+    """Value and percentile interval of every metric (cluster bootstrap, Efron 1979).
 
-    Each resample draws as many prompts as there are, with replacement; an item weighs as often as its prompt was drawn.
-    ``numbers`` maps weights (R, I) to its numbers. A resample that leaves a number without items has no part in that
-    number's interval.
+    Each resample draws as many prompts as there are, with replacement; the weight of an item is the number of draws of
+    its prompt. ``numbers`` maps weights (R, I) to metrics. The interval of a metric excludes resamples without items of
+    that metric.
     """
     values = {name: float(intervals[0]) for name, intervals in numbers(np.ones((1, len(prompts)))).items()}
     if not resamples:
@@ -72,18 +72,18 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class ScorePairs:
-    """Right against wrong responses of all items: pair p is of item ``item_P[p]``."""
+    """Pairs of a right and a wrong response: pair p belongs to item ``item_P[p]``."""
 
     item_P: np.ndarray
     difference_P: np.ndarray
-    """Score of the right response less that of the wrong one."""
+    """Score of the right response minus score of the wrong response."""
     ratio_P: np.ndarray
-    """Characters of the right response over those of the wrong one; NaN where lengths are not known."""
+    """Ratio of characters, right response to wrong response; NaN if lengths are unknown."""
 
 
 def pairs(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> ScorePairs:
-    """Every right response of an item against every wrong one. Items that ask for more than an order, those of Ties in
-    RewardBench 2, are left out."""
+    """Pair every right response of an item with every wrong response. Excludes the Ties items of RewardBench 2, whose
+    score needs more than an order."""
     rows = []
     for index, (item, score) in enumerate(zip(items, scores, strict=True)):
         if item.tags.get("subset") == "Ties":
@@ -96,7 +96,7 @@ def pairs(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> ScorePair
 
 
 def slices(items: Sequence[Item], pairs: ScorePairs) -> dict[str, dict[str, np.ndarray]]:
-    """Which pairs belong to each slice, by kind and name; without the kinds that tell no pairs apart."""
+    """Mask of the pairs of each slice, by kind and name; omits kinds whose slices all hold every pair."""
     by_kind: dict[str, dict[str, np.ndarray]] = {}
     strength_P = np.array([item.strength for item in items])[pairs.item_P]
     by_kind["strength"] = {str(s): strength_P == s for s in np.unique(strength_P[strength_P > 0])}
@@ -111,7 +111,7 @@ def slices(items: Sequence[Item], pairs: ScorePairs) -> dict[str, dict[str, np.n
 def accuracies(
     items: Sequence[Item], pairs: ScorePairs, resamples: int, confidence: float, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Part of the pairs of each slice whose right response has the higher score; every pair counts once."""
+    """Fraction of the pairs of each slice whose right response has the higher score; every pair counts once."""
     by_kind, right_P = slices(items, pairs), pairs.difference_P > 0
     named = [(kind, name, member) for kind, members in by_kind.items() for name, member in members.items()]
     per_item = partial(np.bincount, minlength=len(items))
@@ -132,7 +132,7 @@ def accuracies(
 
 
 def calibration(pairs: ScorePairs) -> dict[str, Any]:
-    """Expected calibration error, and each bin of the reliability diagram; see `align.ops.losses`."""
+    """Expected calibration error (`align.ops.losses`), and the bins of the reliability diagram."""
     difference_P = torch.from_numpy(pairs.difference_P)
     edges = np.linspace(0.5, 1.0, losses.NUM_BINS + 1).tolist()
     bins = [
@@ -146,8 +146,8 @@ def calibration(pairs: ScorePairs) -> dict[str, Any]:
 
 
 def margins(pairs: ScorePairs) -> dict[str, Any]:
-    """Mean, median and histogram of right less wrong score; the outermost bins hold what lies beyond. Ties are in the
-    bin above 0."""
+    """Mean, median and histogram of right minus wrong score; the outermost bins include all margins beyond them. Ties
+    are in the bin above 0."""
     low, high = np.quantile(pairs.difference_P, [MARGIN_TAIL, 1 - MARGIN_TAIL])
     width = (max(high, 0.0) - min(low, 0.0)) / MARGIN_BINS or 1.0
     edges = width * np.arange(np.floor(min(low, 0.0) / width), np.ceil(max(high, 0.0) / width) + 1)  # 0 is an edge
@@ -163,7 +163,7 @@ def margins(pairs: ScorePairs) -> dict[str, Any]:
 
 
 def sizes(items: Sequence[Item]) -> dict[str, int]:
-    """Items, prompts and responses."""
+    """Numbers of items, prompts and responses."""
     return {
         "items": len(items),
         "prompts": len({item.prompt for item in items}),

@@ -1,7 +1,7 @@
-"""Asking a judge for the scores of all items, in a folder that another call can go on from.
+"""Score all items with a reward model, in a folder from which an interrupted evaluation resumes.
 
-``items.jsonl`` grows by the items of one request at a time, synced; ``manifest.json`` says of which model and which
-items it holds scores. A line that a killed process left half-written is cut off.
+Each request appends its items to ``items.jsonl`` and syncs the file; ``manifest.json`` names the model and the items.
+Resuming cuts off an incomplete last line, which a killed process may leave.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from align.utils.atomic_write import write_atomic
 
 ITEMS, MANIFEST = "items.jsonl", "manifest.json"
 RESPONSES_AT_ONCE = 128
-"""Responses of a request for each rank: what a kill can cost."""
+"""Responses in a request for each rank; a killed process loses at most one request."""
 PLAIN_LINES = 20
 
 Score = Callable[[Sequence[Dialogue], Sequence[int]], Sequence[float]]
-"""Scores of conversations, and which of them are responses of one item."""
+"""Function of conversations, and of the item index of each, that returns their scores."""
 
 
 class Rows:
-    """A file of JSON lines, open for more."""
+    """A file of JSON lines, open for appending."""
 
     def __init__(self, file: IO[bytes], path: Path):
-        """Raises `DataError` for a line that is damaged; one that is cut off is left out."""
+        """Raises `DataError` for a damaged line; drops an incomplete last line."""
         self.path, self._file = path, file
         self.rows: list[dict[str, Any]] = []
         content = file.read()
@@ -55,7 +55,7 @@ class Rows:
         self.rows.append(row)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows, and bring them to the disk."""
+        """Append rows and sync the file to disk."""
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -64,26 +64,26 @@ class Rows:
 
 
 class Store(Rows):
-    """The scores of a folder, open for more."""
+    """The scores in an output folder, open for appending."""
 
     def __init__(self, file: IO[bytes], path: Path):
         self.scores: dict[str, list[float]] = {}
-        """By id of the item, the right responses first."""
+        """Scores by item id, the right responses first."""
         super().__init__(file, path)
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.scores[row["id"]] = [float(score) for score in row["scores"]]
 
     def add(self, scored: Sequence[tuple[Item, list[float]]], verdicts: bool = False) -> None:
-        """Write the items with their scores, and bring them to the disk."""
+        """Append the items with their scores and sync the file to disk."""
         more: dict[str, Any] = {"verdicts": True} if verdicts else {}
         self.write([item.record() | {"scores": scores} | more for item, scores in scored])
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """The file, new or begun before, open at its start. Raises `LockError` where another process is at work on it, and
-    `ConfigError` where its folder cannot be made."""
+    """The locked file, new or existing, open at its start. Raises `LockError` if another process holds the lock, and
+    `ConfigError` if the folder cannot be created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,8 +99,8 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> None:
-    """Write the manifest beside files that are all empty, or raise `ConfigError` where their folder ``holds`` something
-    of another model or of other items."""
+    """Write the manifest if all files are empty. Raises `ConfigError` if the folder ``holds`` results of another model
+    or other items."""
     folder = files[0].parent
     begun = [file.name for file in files if file.is_file() and file.stat().st_size]
     expected = json.loads(json.dumps(manifest))
@@ -120,10 +120,10 @@ def agree(files: Sequence[Path], manifest: Mapping[str, Any], holds: str) -> Non
 
 @contextmanager
 def opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Store]:
-    """The store of a folder, new or begun before.
+    """Open the store of a new or existing folder.
 
-    Raises `ConfigError` where the folder holds scores of another model or of other items, and `LockError` where
-    another process is at work there.
+    Raises `ConfigError` if the folder holds scores of another model or of other items, and `LockError` if another
+    process writes there.
     """
     with locked(folder / ITEMS) as file:
         agree([folder / ITEMS], manifest, "scores")
@@ -146,7 +146,7 @@ def waiting(benchmark: Benchmark, store: Store) -> list[Item]:
 
 
 def requests(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
-    """The items in turn, as many at a time as have ``most`` responses together; at least one."""
+    """Split the items, in order, into batches of at most ``most`` responses and at least one item."""
     batch: list[Item] = []
     for item in items:
         if batch and sum(other.num_responses for other in batch) + item.num_responses > most:
@@ -158,8 +158,8 @@ def requests(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
 
 
 def complete(benchmark: Benchmark, store: Store, score: Score, most: int, console: Console) -> None:
-    """Score what is waiting. Raises `ModelError` when items are left without a finite score; they are not written, so
-    that another call asks for them again."""
+    """Score the items without scores. Raises `ModelError` if items get no finite score; they are not written, so the
+    next call scores them again."""
     left, failed = waiting(benchmark, store), 0
     done = len(benchmark.items) - len(left)
     with progress(console, benchmark.name, done, len(benchmark.items)) as advance:
@@ -181,7 +181,7 @@ def complete(benchmark: Benchmark, store: Store, score: Score, most: int, consol
 
 @contextmanager
 def progress(console: Console, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else a line for each 5 %; yields what counts items."""
+    """Show a progress bar on a terminal, else print a line for each 5 %; yields a function that counts items."""
     if console.is_terminal:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:

@@ -1,8 +1,9 @@
-"""Scores that were given before: in a file of somebody else, or in the folder of an evaluation.
+"""Read stored scores: a third-party file, or the folder of an evaluation.
 
-Three kinds of lines are known: the outputs that JudgeBench stores (``pair_id``, with ``scores`` of response A and B or
+Three row formats are supported: the outputs that JudgeBench stores (``pair_id``, with ``scores`` of response A and B or
 with ``judgments`` of one or two games), the ``items.jsonl`` of an evaluation, and plain ``{"id": ..., "scores":
-[...]}``, right responses first. The first two say enough of their items to be judged without the benchmark's data.
+[...]}``, right responses first. Rows of the first two formats describe their items, so they need no
+benchmark data.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from align.eval.items import Benchmark, Item, from_record
 from align.eval.protocols import JUDGEBENCH_CATEGORIES, RM_BENCH_DOMAINS, counter
 
 SHAPES = {"rm-bench": (3, 6), "judgebench": (1, 2), "rewardbench": (1, 2), "heldout": (1, 2)}
-"""Right responses and all responses of an item, where they are the same for all."""
+"""Numbers of right responses and of all responses of an item, for benchmarks where all items agree."""
 
 
 @dataclass(frozen=True)
 class StoredScores:
-    """A benchmark and a score of every response of its items."""
+    """A benchmark with the scores of all responses of its items."""
 
     benchmark: Benchmark
     scores: list[list[float]]
-    """Of each item, in the order of ``benchmark.items``."""
+    """Scores of each item, in the order of ``benchmark.items``."""
     verdicts: bool = False
-    """The numbers are sums of decisions and no scores, so that only their order means something."""
+    """True if the scores are sums of pairwise decisions: only their order has a meaning."""
 
 
 def read(file: Path, name: str, benchmark: Benchmark | None) -> StoredScores:
-    """The scores in ``file``, for the items of ``benchmark`` or for those that the file describes itself.
+    """The scores in ``file``, for the items of ``benchmark`` or, without it, for the items that the file describes.
 
-    Raises `DataError` for a line that breaks its schema, and for ids that occur twice, are missing or unknown.
+    Raises `DataError` for an invalid row, and for duplicate, missing or unknown ids.
     """
     if not file.is_file():
         raise DataError("there is no such file", where=str(file), remedy="give a file of scores, as JSON lines")
@@ -71,7 +72,7 @@ def read(file: Path, name: str, benchmark: Benchmark | None) -> StoredScores:
 
 
 def in_order(benchmark: Benchmark, scores: Mapping[str, list[float]], where: str) -> list[list[float]]:
-    """The scores of every item. Raises `DataError` for a wrong number of them and for one that is not finite."""
+    """The scores of every item. Raises `DataError` for a wrong number of scores or a score that is not finite."""
     wrong = [item.id for item in benchmark.items if len(scores[item.id]) != item.num_responses]
     _refuse("have another number of scores than of responses", wrong, scores, where)
     broken = [id for id, values in scores.items() if not all(map(math.isfinite, values))]
@@ -87,7 +88,7 @@ def _refuse(problem: str, ids: Sequence[str], all_ids: Iterable[str], where: str
 
 
 def _line(row: dict[str, Any], name: str) -> tuple[str, Item | None, list[float], bool]:
-    """Id, item where the line describes it, scores with the right responses first, and whether they are decisions."""
+    """Id, item (None if the row lacks it), scores with the right responses first, and whether they are decisions."""
     if "pair_id" in row:
         return _judgebench(row, name)
     require_fields(row, ("id", "scores"))

@@ -1,1 +1,1 @@
-"""``align eval policy``: what a policy answers, judged by a language model."""
+"""``align eval policy``: an LLM judge scores the answers of a policy."""

@@ -1,8 +1,8 @@
-"""Asking for answers and for verdicts, in files that another call can go on from.
+"""Generate answers and judge verdicts, in files from which an interrupted evaluation resumes.
 
-``answers.jsonl`` and ``baseline.jsonl`` grow by {id, answers, tokens, finished} of as many questions as are asked at a
-time, ``verdicts.jsonl`` by {id, turn, swapped, verdict, attempts, text}. ``verdict`` is null where none of the attempts
-could be read.
+Each batch of questions appends rows {id, answers, tokens, finished} to ``answers.jsonl`` or ``baseline.jsonl``; each
+batch of games appends {id, turn, swapped, verdict, attempts, text} to ``verdicts.jsonl``. ``verdict`` is null if no
+attempt gave a readable verdict.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ from align.generators.base import Completion, Request
 from align.roles import Future
 
 AT_ONCE = 256
-"""Questions or games that are asked at a time for each rank: what a kill can cost."""
+"""Questions or games in a batch for each rank; a killed process loses at most one batch."""
 
 Advance = Callable[[int], None]
 
 
 class GeneratorRole(Protocol):
-    """The role of a generator; see `align.workers.generator.Generator`."""
+    """Interface of `align.workers.generator.Generator`."""
 
     def complete(self, requests: Sequence[Request], sampling: SamplingConfig) -> Future[list[Completion]]:
-        """An answer to each request."""
+        """Generate a completion for each request."""
         ...
 
 
 class JudgeRequest(NamedTuple):
-    """One thing that a judge is asked."""
+    """A request to the judge: a game, or a turn."""
 
     question: Question
     turn: int = 0
     swapped: bool = False
-    """The policy's answer stands first, as A; the other way round it is B, as in Arena-Hard's first game."""
+    """True: the policy's answer comes first, as A. False: it is B, as in Arena-Hard's first game."""
 
     @property
     def key(self) -> tuple[str, int, bool]:
-        """What it is known by."""
+        """Key of the request in ``verdicts.jsonl``."""
         return self.question.id, self.turn, self.swapped
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """What came of a game."""
+    """The result of a judge request."""
 
     verdict: str | float | None
-    """One of five verdicts on a pair, a mark, or None where nothing could be read."""
+    """One of five verdicts on a pair, a mark, or None if no attempt was readable."""
     attempts: int
     text: str
-    """What the judge said last."""
+    """The judge's last response."""
 
 
 def batches(items: Sequence[Any], ranks: int) -> Iterator[Sequence[Any]]:
-    """The items in turn, as many as are asked at a time."""
+    """Split the items into batches, in order."""
     size = AT_ONCE * ranks
     yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
 def answers_in(rows: Rows) -> dict[str, PolicyAnswer]:
-    """What a file of answers holds by id of the question."""
+    """Answers in a file, by question id."""
     return {
         row["id"]: PolicyAnswer(tuple(row["answers"]), tuple(row["tokens"]), tuple(row["finished"]))
         for row in rows.rows
@@ -83,7 +83,7 @@ def answer(
     advance: Advance,
     ranks: int = 1,
 ) -> None:
-    """Answer the questions that have no answer yet, all turns of a question before it is written."""
+    """Answer the questions that have no answer yet; write a question after all its turns are answered."""
     answered = answers_in(rows)
     for batch in batches([question for question in items if question.id not in answered], ranks):
         replies: list[list[Completion]] = [[] for _ in batch]
@@ -101,7 +101,7 @@ def answer(
 def _complete(
     role: GeneratorRole, requests: Sequence[Request], temperatures: Sequence[float], sampling: SamplingConfig
 ) -> list[Completion]:
-    """The answers in order; those of one temperature are asked for together."""
+    """The completions in order; requests with the same temperature share a call."""
     completions: dict[int, Completion] = {}
     order = sorted(range(len(requests)), key=lambda i: temperatures[i])
     for temperature, part in groupby(order, key=lambda i: temperatures[i]):
@@ -118,7 +118,7 @@ def _row(question: Question, completions: Sequence[Completion]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class JudgePromptBuilder:
-    """What a judge sees and how it is understood."""
+    """Builds judge prompts and parses judge responses."""
 
     section: PolicyEvaluationConfig
     answers: Mapping[str, PolicyAnswer]
@@ -126,13 +126,13 @@ class JudgePromptBuilder:
     words: Mapping[Kind, PromptTemplate]
 
     def requests_of(self, items: Sequence[Question]) -> list[JudgeRequest]:
-        """Two for each question where there is a baseline, else one for each turn."""
+        """Two requests for each question with a baseline, else one for each turn."""
         if self.section.pairwise:
             return [JudgeRequest(question, 0, swapped) for question in items for swapped in (False, True)]
         return [JudgeRequest(question, turn) for question in items for turn in range(question.num_turns)]
 
     def ask(self, request: JudgeRequest) -> tuple[Message, ...]:
-        """What the judge is asked."""
+        """The messages to the judge."""
         question, shown = request.question, self.answers[request.question.id].shown
         others = self.baseline[question.id].shown if self.section.pairwise else ()
         responses = [others[0], shown[0]] if others else [shown[request.turn]]
@@ -158,7 +158,7 @@ class JudgePromptBuilder:
         return prompts.ask(kind, values, self.words)
 
     def read(self, text: str) -> str | float | None:
-        """The verdict of an answer of the judge; None where there is none."""
+        """Parse the verdict in a judge response; None if there is no readable verdict."""
         form, pairwise = self.section.judge_form, self.section.pairwise
         if form == "benchmark":
             return prompts.preference(text) if pairwise else prompts.mark(text)
@@ -177,7 +177,7 @@ def _kind(request: JudgeRequest, section: PolicyEvaluationConfig) -> Kind:
 
 
 def rulings_in(rows: Rows) -> dict[tuple[str, int, bool], Judgment]:
-    """What a file of verdicts holds by game."""
+    """Verdicts in a file, by request key."""
     return {
         (row["id"], row["turn"], row["swapped"]): Judgment(row["verdict"], row["attempts"], row["text"])
         for row in rows.rows
@@ -192,7 +192,7 @@ def judge(
     advance: Advance,
     ranks: int = 1,
 ) -> None:
-    """Have the games judged that have no ruling yet. Those whose verdict cannot be read are asked again together."""
+    """Judge the games that have no verdict yet. Retries games with unreadable verdicts together."""
     judged, section = rulings_in(rows), bench.section
     hot = max(section.judge_sampling.temperature, section.retry_temperature)
     for batch in batches([request for request in requests_of if request.key not in judged], ranks):
@@ -207,7 +207,7 @@ def judge(
             for i, request in zip(open_ones, role.complete(requests, sampling).result(), strict=True):
                 verdict = (
                     bench.read(request.text) if request.finished else None
-                )  # what looks like one may be part of reasoning
+                )  # text that looks like a verdict may be part of the reasoning
                 rulings[i] = Judgment(verdict, attempt + 1, request.text)
         rows.write(
             [

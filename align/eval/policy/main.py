@@ -1,8 +1,8 @@
-"""``align eval policy``: answers of a policy to the questions of a benchmark, judged by a language model.
+"""``align eval policy``: a policy answers benchmark questions and an LLM judge scores the answers.
 
-Written to the folder: ``answers.jsonl`` and ``verdicts.jsonl`` (and ``baseline.jsonl`` where a baseline is asked),
-which grow and from which another call goes on; ``items.jsonl``, every question with answers and verdicts;
-``policy.json``, all numbers with intervals; ``report.html``, the same with pictures.
+The output folder holds ``answers.jsonl`` and ``verdicts.jsonl`` (and ``baseline.jsonl`` if a baseline model answers),
+from which an interrupted evaluation resumes; ``items.jsonl``, every question with answers and verdicts;
+``policy.json``, all metrics with intervals; ``report.html``, the same with plots.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VERSION = 1
 DEFAULT_OUT = "runs/evaluation"
 ANSWERS, BASELINE, VERDICTS = "answers.jsonl", "baseline.jsonl", "verdicts.jsonl"
 JUDGE_KEYS = {"form": "judge_form", "custom_roles": "judge_custom_roles", "judge.date": "judge.date"}
-"""What a judge's card tells, and the keys that ask for it here."""
+"""Fields of a judge's model card, and the config keys for the same settings."""
 SHAPES = ("judge_form", "judge_custom_roles", "attempts", "retry_temperature", "temperatures", "seed", "benchmark")
 
 
@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def evaluate(section: PolicyEvaluationConfig, question_set: Questions, console: Console) -> dict[str, Any]:
-    """Ask for what is missing, measure, write and print. Returns what ``policy.json`` holds."""
+    """Generate missing answers and verdicts, compute, write and print metrics. Returns the ``policy.json`` content."""
     if section.benchmark == "mt-bench" and section.judge_form == "benchmark":
         questions.require_references(question_set.items)
     words = prompts.own_words(Path(section.judge_prompt).expanduser()) if section.judge_prompt else {}
@@ -79,8 +79,8 @@ def evaluate(section: PolicyEvaluationConfig, question_set: Questions, console: 
 
 
 def _manifest(section: PolicyEvaluationConfig, question_set: Questions) -> dict[str, Any]:
-    """Whatever answers and verdicts depend on, by key, so that a change is refused by its name. Raises `AlignError` for
-    a speaker that cannot be opened, before anything is written."""
+    """Everything that answers and verdicts depend on, by key, so that an error can name the key that changed. Raises
+    `AlignError`, before anything is written, for a generator that cannot be opened."""
     settings: dict[str, Any] = {"version": VERSION, "questions": question_set.fingerprint}
     for name, generator in _speakers(section).items():
         settings |= generators.identity_keys(name, generator, section.seed)
@@ -101,7 +101,7 @@ def _speakers(section: PolicyEvaluationConfig) -> dict[str, AnyGeneratorConfig]:
 
 
 def _check_judge(section: PolicyEvaluationConfig) -> None:
-    """As `align.rewards.genrm.check`, with the keys of this command."""
+    """Apply `align.rewards.genrm.check` to the keys of this command."""
     assert section.judge_form != "benchmark"
     judge = section.judge
     if isinstance(judge, ModelGeneratorConfig):
@@ -127,7 +127,7 @@ def _asked(
     stores: Mapping[str, Rows],
     console: Console,
 ) -> tuple[JudgePromptBuilder, dict[tuple[str, int, bool], Judgment]]:
-    """All answers and rulings, of which those that are missing are asked for; only roles that have work are started."""
+    """All answers and verdicts. Generates the missing ones; starts only roles that have work."""
     files = {"policy": ANSWERS, "baseline": BASELINE}
     answering = {name: stores[files[name]] for name in _speakers(section) if name in files}
     answering = {name: rows for name, rows in answering.items() if len(rows.rows) < len(question_set.items)}
@@ -186,7 +186,7 @@ def _stored_baseline(section: PolicyEvaluationConfig, question_set: Questions) -
 def _company(
     section: PolicyEvaluationConfig, needed: Sequence[str], logs: Path, console: Console
 ) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
-    """The roles that have work, and how many ranks each has."""
+    """The roles that have work, and the number of ranks of each."""
     slots = placement.resolve(section.placement, SPEAKERS.values())
     ranks = {name: len(slots[name]) if section.executor == "ray" else 1 for name in needed}
     sections = {name: with_absolute_paths(_speakers(section)[name]) for name in needed}
@@ -205,7 +205,7 @@ def measure(
     bench: JudgePromptBuilder,
     rulings: Mapping[tuple[str, int, bool], Judgment],
 ) -> dict[str, Any]:
-    """All numbers of a benchmark whose games are judged."""
+    """All metrics of a benchmark whose games have verdicts."""
     by_question: dict[str, list[Any]] = {}
     for request in bench.requests_of(question_set.items):
         by_question.setdefault(request.question.id, []).append(rulings[request.key].verdict)
@@ -264,7 +264,7 @@ def _notes(section: PolicyEvaluationConfig, question_set: Questions, items: Sequ
 
 
 def _lengths(answers: Mapping[str, PolicyAnswer], items: Sequence[Question]) -> dict[str, float | int | None]:
-    """Mean characters (without reasoning) and tokens of an answer, and how many were cut off."""
+    """Mean characters (without reasoning) and tokens of an answer, and the number of truncated answers."""
     shown_answers = [answers[answer.id] for answer in items]
     tokens = [count for answer in shown_answers for count in answer.tokens]
     return {
@@ -278,7 +278,7 @@ def _lengths(answers: Mapping[str, PolicyAnswer], items: Sequence[Question]) -> 
 def _lines(
     question_set: Questions, bench: JudgePromptBuilder, rulings: Mapping[tuple[str, int, bool], Judgment]
 ) -> Iterator[str]:
-    """Every question with its answers and verdicts, a line each."""
+    """A row for each question, with its answers and verdicts."""
     for question in question_set.items:
         row: dict[str, Any] = {
             "id": question.id,

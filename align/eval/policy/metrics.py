@@ -1,15 +1,15 @@
-"""From verdicts to the numbers of a benchmark.
+"""Compute benchmark metrics from verdicts.
 
 Pairs (Arena-Hard). Two games a question, with the answers in both orders. A win is 1, a tie 1/2, a loss 0; a strong
 verdict (``A>>B``) counts three times:
 
     win rate = 100 * sum of weight * outcome / sum of weight,  over the games of the questions
 
-Marks. MT-Bench: the mean over all turns. WildBench: WB-Score = 20 * (mean mark - 5), that of a group of tasks in the
-same way over its questions, and the mean over groups weighed as on its leaderboard.
+Marks. MT-Bench: the mean over all turns. WildBench: WB-Score = 20 * (mean mark - 5), for all questions and for each
+task group, and the mean over task groups with the weights of its leaderboard.
 
-Every number is bootstrapped over questions: both games, or both turns, of a question are drawn together. A question
-without a readable verdict in one of its games or turns has no part in any number.
+Every metric is bootstrapped over questions: a resample contains both games, or both turns, of a question. All metrics
+exclude a question if any of its games or turns lacks a readable verdict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from align.eval.protocols import Numbers
 STRONG = 3
 """Weight of a strong verdict (Arena-Hard)."""
 OUTCOMES = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
-"""Outcome for A and weight of each verdict."""
+"""Outcome for A, and weight, of each verdict."""
 
 TASK_WEIGHTS = {
     "Creative Tasks": 0.5,
@@ -37,14 +37,14 @@ TASK_WEIGHTS = {
     "Information/Advice seeking": 0.75,
     "Coding & Debugging": 1.25,
 }
-"""Weights of WildBench's groups of tasks on its leaderboard."""
+"""Weights of the task groups on the WildBench leaderboard."""
 
 Unit = Literal["percent", "mark", "points", "log odds"]
 
 
 @dataclass(frozen=True)
 class StatisticGroup:
-    """Numbers of one kind: a table of the report."""
+    """Metrics that share a table of the report."""
 
     name: str
     unit: Unit
@@ -53,18 +53,18 @@ class StatisticGroup:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number that is bootstrapped under ``group/name``."""
+    """A metric; its bootstrap samples have the key ``group/name``."""
 
     group: str
     unit: Unit
     name: str
     count: int
-    """Questions or marks that it is a mean of."""
+    """Number of questions or marks in the mean."""
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals are drawn."""
+    """Settings of the bootstrap."""
 
     resamples: int
     confidence: float
@@ -77,7 +77,7 @@ def _groups(
     items: Sequence[Question],
     chance: Resampling,
 ) -> list[StatisticGroup]:
-    """Groups of intervals of the numbers that are wanted."""
+    """Bootstrap intervals of the requested metrics, by group."""
     ids = [statistic.id for statistic in items]
     intervals = metrics.bootstrap(numbers, ids, chance.resamples, chance.confidence, chance.seed)
     groups: dict[str, StatisticGroup] = {}
@@ -89,7 +89,7 @@ def _groups(
 
 
 def _members(items: Sequence[Question]) -> dict[str, np.ndarray]:
-    """Which questions belong to each category; none where there is only one."""
+    """Mask of the questions of each category; empty if all questions share a category."""
     members = {
         name: np.array([item.category == name for item in items]) for name in dict.fromkeys(q.category for q in items)
     }
@@ -109,10 +109,10 @@ def pairs(
     answers: tuple[Sequence[str], Sequence[str]],
     chance: Resampling,
 ) -> list[StatisticGroup]:
-    """Win rates of the policy, as they are and at equal style, over all questions and by category; and what style does.
+    """Win rates of the policy, raw and at equal style, overall and by category, and the style coefficients.
 
-    ``games`` are the verdicts on each question: the first with the policy's answer as B, the second with it as A.
-    ``answers`` are those of the policy and of the baseline.
+    ``games`` holds the verdicts on each question: first with the policy's answer as B, then with it as A. ``answers``
+    holds the answers of the policy and of the baseline.
     """
     judged = np.array([[OUTCOMES[first], OUTCOMES[second]] for first, second in games])
     outcome_QG, strength_QG = judged[:, :, 0], judged[:, :, 1]
@@ -151,7 +151,7 @@ def pairs(
 def _at_equal_style(
     feature_QF: np.ndarray, outcome_QG: np.ndarray, strength_QG: np.ndarray, weight_RQ: np.ndarray
 ) -> np.ndarray:
-    """`style.fit` over both games of each question."""
+    """Apply `style.fit` to both games of each question."""
     return style.fit(
         np.repeat(feature_QF, 2, axis=0), outcome_QG.ravel(), np.repeat(weight_RQ, 2, axis=1) * strength_QG.ravel()
     )
@@ -163,9 +163,9 @@ def _mean(mark_Q: np.ndarray, weight_RQ: np.ndarray) -> np.ndarray:
 
 
 def marks(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Resampling) -> list[StatisticGroup]:
-    """Mean marks over all turns, by turn where there are several, and by category.
+    """Mean marks over all turns, by turn if there are several, and by category.
 
-    ``given`` are the marks of each question by turn; all questions have as many turns.
+    ``given`` holds the marks of each question by turn; all questions have the same number of turns.
     """
     mark_QT = np.array(given, dtype=np.float64)
     mean_Q, members, turns = mark_QT.mean(1), _members(items), ("first turn", "second turn")
@@ -190,14 +190,14 @@ def marks(items: Sequence[Question], given: Sequence[Sequence[float]], chance: R
 
 
 def wb_score(mark: Any) -> Any:
-    """WildBench's score of a mean mark: 5 is 0, 10 is 100."""
+    """WB-Score of a mean mark: 5 maps to 0, 10 to 100."""
     return 20 * (mark - 5)
 
 
 def wildbench(items: Sequence[Question], given: Sequence[Sequence[float]], chance: Resampling) -> list[StatisticGroup]:
-    """WB-Score over all questions, over groups of tasks by their weights, and of each group; and the mean mark.
+    """WB-Score over all questions, weighted over task groups, and of each task group; and the mean mark.
 
-    A question belongs to the groups of its primary tag and of its secondary ones.
+    A question belongs to the groups of its primary and secondary tags.
     """
     mark_Q = np.array(given, dtype=np.float64)[:, 0]
     members = {name: np.array([name in item.tasks for item in items]) for name in TASK_WEIGHTS}
@@ -221,9 +221,9 @@ def wildbench(items: Sequence[Question], given: Sequence[Sequence[float]], chanc
 
 
 def agreement(games: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """What the two orders say of the judge: parts of questions in which both name the same winner or both a tie, and of
-    all games those that are ties, and those won by the answer that stands first."""
-    sides = [[OUTCOMES[verdict][0] for verdict in both] for both in games]  # of the answer that stands first
+    """Consistency of the judge over both orders: fraction of questions with the same winner (or a tie) in both,
+    fraction of games that are ties, and fraction of games that the first answer wins."""
+    sides = [[OUTCOMES[verdict][0] for verdict in both] for both in games]  # outcome of the first answer
     first = [side for both in sides for side in both]
     return {
         "same winner in both orders": sum(a == 1 - b for a, b in sides) / len(sides),

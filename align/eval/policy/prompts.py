@@ -1,12 +1,12 @@
-"""What a judge is asked, and how its verdict is read.
+"""Build judge prompts and parse verdicts.
 
-The words are align's own; benchmarks have theirs, with which the published numbers were made. `own_words` reads others.
-Every text that is to be judged stands between lines with a mark that nobody can write into his answer
-(`align.data.genrm_prompts.fence_word`).
+The default prompts are align's, not those of the benchmarks that produced the published numbers; `own_words` reads
+prompts from a file. Each text under evaluation lies between fence lines whose word occurs in no text, so an answer
+cannot close its fence (`align.data.genrm_prompts.fence_word`).
 
-A verdict stands in double brackets: ``[[A>>B]]``, ``[[7]]``. A judge that quotes an answer may quote a verdict with it.
-So where a text holds several they must all be the same, else there is none: never the first, never the last. That is
-the rule of Arena-Hard 0.1; Arena-Hard 2.0 takes the last, FastChat the first.
+A verdict has double brackets: ``[[A>>B]]``, ``[[7]]``. A judge that quotes an answer may quote a verdict within it, so
+several verdicts in a text must agree; otherwise the text has no verdict. This is the rule of Arena-Hard 0.1; Arena-Hard
+2.0 takes the last verdict, FastChat the first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "second_turn_reference": ("question_1", "ref_answer_1", "question_2", "ref_answer_2", "answer_1", "answer_2"),
     "checklist": ("history", "question", "answer", "checklist"),
 }
-"""Placeholders of each kind of question to a judge."""
+"""Placeholders of each kind of judge prompt."""
 
 TITLES = {
     "question": "question of the user",
@@ -84,14 +84,14 @@ TASKS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What a judge is asked in one kind of question, with placeholders such as ``{question}``."""
+    """Judge prompt of one kind, with placeholders such as ``{question}``."""
 
     user: str
     system: str = ""
 
 
 def ask(kind: Kind, values: Mapping[str, str], words: Mapping[Kind, PromptTemplate]) -> tuple[Message, ...]:
-    """The conversation that a judge answers. ``words`` holds others than align's own."""
+    """The messages to the judge. Templates in ``words`` replace align's."""
     if kind not in words:
         given = [values[name] for name in FIELDS[kind]]
         fence = genrm_prompts.fence_word(given)
@@ -103,19 +103,19 @@ def ask(kind: Kind, values: Mapping[str, str], words: Mapping[Kind, PromptTempla
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    """All placeholders at once, so that one in a value stays as it is, and so does anything else in braces."""
+    """Fill all placeholders in one pass; placeholders inside values and other text in braces stay unchanged."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def spoken(context: Context) -> str:
-    """A conversation as text: the user's words alone where there is nothing else."""
+    """A conversation as text; a single user message gives its text alone."""
     if len(context) == 1:
         return context[0].content
     return "\n\n".join(f"{turn.role}:\n{turn.content}" for turn in context)
 
 
 def own_words(file: Path) -> dict[Kind, PromptTemplate]:
-    """Kinds of questions in the words of a YAML file. Raises `ConfigError` for kinds and placeholders."""
+    """Judge prompt templates of a YAML file. Raises `ConfigError` for an invalid kind or placeholder."""
     where, remedy = f"judge_prompt={file}", "see docs/evaluation_policy.md for kinds and placeholders"
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -151,17 +151,17 @@ PREFERENCES = {
     "B<A": "A>B",
     "B<<A": "A>>B",
 }
-"""What a judge may write and what it means; Arena-Hard reads the same ten."""
+"""Verdict strings of a judge and their meaning; Arena-Hard accepts the same ten."""
 RANKINGS = ("A>>B", "A>B", "A>B", "B>A", "B>A", "B>>A")
-"""What a ranking of 1 to 6 means, by its words: "much better" is Arena-Hard's strong verdict, "better" and "slightly
-better" its weak one. Such a judge knows no tie."""
+"""Verdict of each ranking from 1 to 6: "much better" maps to Arena-Hard's strong verdict, "better" and "slightly
+better" to the weak verdict. A ranking cannot express a tie."""
 
 LOWEST, HIGHEST = 1.0, 10.0
 """Marks."""
 
 
 def preference(text: str) -> str | None:
-    """The verdict on a pair, one of five; None where there is none, or more than one."""
+    """The verdict on a pair, one of five; None if the text has no verdict or contradictory verdicts."""
     verdicts = {
         PREFERENCES.get(sign) for sign in re.findall(r"\[\[([AB<>=]+)\]\]", genrm_prompts.split_reasoning(text)[1])
     }
@@ -169,8 +169,8 @@ def preference(text: str) -> str | None:
 
 
 def mark(text: str) -> float | None:
-    """The mark from 1 to 10; None where there is none, or more than one. Of a text without double brackets around a
-    number the ``score`` of a JSON object counts, as WildBench asks for it."""
+    """The mark from 1 to 10; None if the text has no mark or contradictory marks. Without a number in double brackets,
+    reads the ``score`` of a JSON object, the format that WildBench requests."""
     answer = genrm_prompts.split_reasoning(text)[1]
     written = re.findall(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]", answer)
     written = written or re.findall(r'"score"\s*:\s*"?(-?\d+(?:\.\d+)?)"?\s*[,}]', answer)
@@ -180,10 +180,10 @@ def mark(text: str) -> float | None:
 
 
 def of_ranking(scores: genrm_prompts.Verdict | None) -> str | None:
-    """What a generative reward model says of a pair, as a preference."""
+    """The preference that corresponds to a generative reward model's ranking of a pair."""
     return None if scores is None or scores.ranking is None else RANKINGS[round(scores.ranking) - 1]
 
 
 def of_score(scores: genrm_prompts.Verdict | None) -> float | None:
-    """What a generative reward model says of one response, 1 to 5, as a mark: 1 is 1, 5 is 10, and linear between."""
+    """The mark that corresponds to a generative reward model's score of 1 to 5: linear, 1 maps to 1 and 5 to 10."""
     return None if scores is None else LOWEST + (scores.first - 1) * (HIGHEST - LOWEST) / 4

@@ -1,11 +1,11 @@
-"""Questions of benchmarks, and answers that were given before, as their authors publish them.
+"""Read benchmark questions and stored answers in the formats that the benchmark authors publish.
 
 ===========  ==========================================================================================================
 Arena-Hard   {uid or question_id, category, prompt}, or ``turns`` of one {content} in place of ``prompt``
 MT-Bench     {question_id or prompt_id, category, turns or prompt (two texts), reference (two texts or none)}; reference
-             answers also as FastChat's answers, which win
+             answers in FastChat's file take precedence
 WildBench    {session_id, conversation_input, checklist, primary_tag, secondary_tags}
-prompts      {prompt or messages or context}, with ``id`` and ``category`` where there are any
+prompts      {prompt or messages or context}, optionally with ``id`` and ``category``
 answers      {id, answers} as written here; FastChat and Arena-Hard 0.1: {question_id, choices: [{turns}]}; Arena-Hard
              2.0: {uid, messages}; WildBench: {session_id, output}
 ===========  ==========================================================================================================
@@ -39,7 +39,7 @@ HUB: dict[str, tuple[str, str, dict[str, str]]] = {
 
 QUESTIONS, REFERENCES = "question.jsonl", "reference_answer"
 WITH_REFERENCES = ("math", "reasoning", "coding")
-"""Categories of MT-Bench whose answers are judged beside a reference (FastChat)."""
+"""Categories of MT-Bench whose answers the judge compares with a reference (FastChat)."""
 
 TASKS = {
     "Information seeking": "Information/Advice seeking",
@@ -55,32 +55,32 @@ TASKS = {
     "Math": "Math & Data Analysis",
     "Data Analysis": "Math & Data Analysis",
 }
-"""WildBench's tags and the group of tasks that each belongs to, as its leaderboard has them."""
+"""Task group of each WildBench tag, as on its leaderboard."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, turn by turn, and what a judge is told of it."""
+    """The turns of a question, and the context that the judge prompt includes."""
 
     id: str
     category: str
     context: Context
     """The conversation up to the first answer."""
     follow_ups: tuple[str, ...] = ()
-    """What the user says after each answer but the last."""
+    """The next user message after each answer but the last."""
     references: tuple[str, ...] = ()
-    """A right answer for each turn."""
+    """A reference answer for each turn."""
     checklist: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-    """Groups of tasks that it counts for (WildBench)."""
+    """Task groups whose scores include this question (WildBench)."""
 
     @property
     def num_turns(self) -> int:
-        """Answers that it wants."""
+        """Number of answers that the question requires."""
         return 1 + len(self.follow_ups)
 
     def conversation(self, answers: Sequence[str]) -> Context:
-        """What is to be answered after ``answers``."""
+        """The conversation to complete after ``answers``."""
         replies = [
             message
             for answer, follow_up in zip(answers, self.follow_ups, strict=False)
@@ -91,13 +91,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """All questions of a benchmark that are asked."""
+    """The selected questions of a benchmark."""
 
     items: list[Question]
     source: str
-    """Where they were read."""
+    """Path or hub id of the questions."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers should know of them."""
+    """Caveats that the report prints beside the metrics."""
 
     @property
     def fingerprint(self) -> str:
@@ -107,22 +107,22 @@ class Questions:
 
 
 class PolicyAnswer(NamedTuple):
-    """What a policy said in each turn of a question."""
+    """The answers of a policy to the turns of a question."""
 
     texts: tuple[str, ...]
     tokens: tuple[int, ...] = ()
-    """Of each turn; empty where nobody counted."""
+    """Token count of each turn; empty if unknown."""
     finished: tuple[bool, ...] = ()
-    """Whether each turn ended by itself; empty where nobody knows."""
+    """Whether each turn ended before the token limit; empty if unknown."""
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The texts without reasoning: what a judge and the next turn see."""
+        """The texts without reasoning, as the judge and the next turn see them."""
         return tuple(genrm_prompts.split_reasoning(text)[1] for text in self.texts)
 
 
 def load(name: str, data: QuestionDataConfig) -> Questions:
-    """The questions of a benchmark. Raises `DataError` for a source, a row or an id that cannot be used."""
+    """The questions of a benchmark. Raises `DataError` for an invalid source, row or id."""
     hub, split, more = HUB[name]
     source, by_id, others = data.path or hub, {}, 0
     path = Path(source).expanduser()
@@ -153,7 +153,7 @@ def load(name: str, data: QuestionDataConfig) -> Questions:
 
 
 def require_references(items: Sequence[Question]) -> None:
-    """Raise `DataError` for questions of MT-Bench that are judged beside a reference and have none."""
+    """Raise `DataError` for MT-Bench questions that need a reference answer and have none."""
     bare = [
         question.id
         for question in items
@@ -177,7 +177,7 @@ def _with_references(items: list[Question], data: QuestionDataConfig, path: Path
 
 
 def stored(file: Path) -> dict[str, PolicyAnswer]:
-    """The answers in a file by id of the question. Raises `DataError`."""
+    """The answers in a file, by question id. Raises `DataError`."""
     if not file.is_file():
         raise DataError("there is no such file", where=str(file), remedy="give a file of answers")
     answers: dict[str, PolicyAnswer] = {}
@@ -194,7 +194,7 @@ def stored(file: Path) -> dict[str, PolicyAnswer]:
 
 
 def matched(items: Iterable[Question], answers: Mapping[str, PolicyAnswer], where: str) -> dict[str, PolicyAnswer]:
-    """The answers to these questions. Raises `DataError` where there is none, or one of fewer or more turns."""
+    """The answers to these questions. Raises `DataError` if an answer is missing or has another number of turns."""
     turns = {item.id: item.num_turns for item in items}
     lacking = [id for id in turns if id not in answers]
     if lacking:
@@ -234,7 +234,7 @@ def _answer(row: dict[str, Any]) -> tuple[str, PolicyAnswer]:
 
 
 def _each(row: Mapping[str, Any], field: str, kind: type[T], count: int) -> tuple[T, ...]:
-    """A value for each answer; nothing where none is given."""
+    """A value for each answer; empty if the row lacks the field."""
     values = row.get(field)
     if values is None or values == []:
         return ()
@@ -244,7 +244,7 @@ def _each(row: Mapping[str, Any], field: str, kind: type[T], count: int) -> tupl
 
 
 def _content(field: str, value: Any) -> str:
-    """The text of a turn: as it is, or below ``content``, or below its ``answer``."""
+    """The text of a turn: the value, its ``content``, or the ``answer`` within ``content``."""
     for key in ("content", "answer"):
         value = value.get(key) if isinstance(value, dict) else value
     return text(field, value)
@@ -317,4 +317,4 @@ PARSERS: dict[str, Callable[[dict[str, Any], int], Question]] = {
     "wildbench": _wildbench,
     "prompts": _prompts,
 }
-"""How a row becomes a question; the second argument is its number, from 0."""
+"""Parser of a row for each benchmark; the second argument is the row number, from 0."""

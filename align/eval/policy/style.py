@@ -5,9 +5,9 @@ For game i, with outcome y_i of the policy (1, 1/2, 0), weight w_i and style dif
 
     minimize  - sum_i w_i [ y_i log s(z_i) + (1 - y_i) log(1 - s(z_i)) ]  + RIDGE / 2 |(a, b)|^2,   z_i = a + x_i b
 
-s(a) is the win rate against answers of the same style. Differences are divided by their standard deviation and not
-centred. Arena-Hard centres them over the games of all models of its table; with the games of one policy that would put
-a back to where this policy's own style is, and control nothing.
+s(a) is the win rate against answers of the same style. Differences are divided by their standard deviation, not
+centered. Arena-Hard centers them over the games of all models of its table; with the games of one policy, centering
+would move a back to the style of this policy and control nothing.
 
 Style is length and, relative to it, headings, list items and bold text outside blocks of code. Arena-Hard counts
 length in tokens of GPT-4o's tokenizer, we in characters, which are the same for all. Either enters as a ratio.
@@ -22,14 +22,14 @@ import numpy as np
 
 FEATURES = ("length", "headings", "lists", "bold")
 RIDGE = 0.01
-"""Keeps coefficients finite where a policy wins every game, or style tells wins from losses. With 1000 games it moves a
-win rate of 0.6 by less than 0.0001."""
+"""L2 penalty. Keeps coefficients finite if a policy wins every game or style separates wins from losses. With 1000
+games it moves a win rate of 0.6 by less than 0.0001."""
 LARGEST_STEP = 0.5
-"""No step moves any z_i further: along it the curvature changes by a factor of at most e^(1/2) < 2, so that Newton's
+"""Maximum change of any z_i in a step: within it the curvature changes by a factor of at most e^(1/2) < 2, so a Newton
 step always descends."""
 MOST_STEPS = 1000
 ENOUGH = 1e-9
-"""The step, in any z_i, below which the fit is done."""
+"""The fit has converged if no z_i changes by more than this in a step."""
 
 _CODE = re.compile(r"```[^`]*```")
 _MARKDOWN = (
@@ -46,8 +46,8 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def differences(answers: Sequence[str], others: Sequence[str]) -> np.ndarray:
-    """Style of ``answers`` less that of ``others``, (Q, 4): of lengths (l - m) / (l + m), of densities d and e of
-    markdown by length (d - e) / (d + e + 1), as in Arena-Hard."""
+    """Style of ``answers`` minus style of ``others``, (Q, 4): (l - m) / (l + m) for lengths, (d - e) / (d + e + 1) for
+    markdown densities d and e by length, as in Arena-Hard."""
     ours, theirs = (
         np.array([counts(text) for text in texts], dtype=np.float64).reshape(-1, 4) for texts in (answers, others)
     )
@@ -58,14 +58,14 @@ def differences(answers: Sequence[str], others: Sequence[str]) -> np.ndarray:
 
 
 def scaled(difference_QF: np.ndarray) -> np.ndarray:
-    """Differences in units of their standard deviation; 0 where they are all alike, which tells nothing apart."""
+    """Differences divided by their standard deviation; 0 for a feature with no variation."""
     spread_F = difference_QF.std(axis=0)
     varies_F = spread_F > 1e-12
     return np.where(varies_F, difference_QF / np.where(varies_F, spread_F, 1.0), 0.0)
 
 
 def fit(feature_GF: np.ndarray, outcome_G: np.ndarray, weight_RG: np.ndarray) -> np.ndarray:
-    """The minimum above for each row of weights, (R, 1 + F): a, then b. By Newton's method, to rounding."""
+    """Minimize the loss above for each row of weights by Newton's method to rounding. Returns (R, 1 + F): a, then b."""
     design_GC = np.concatenate([np.ones((len(feature_GF), 1)), feature_GF], axis=1)
     coefficient_RC = np.zeros((len(weight_RG), design_GC.shape[1]))
     ridge_CC = RIDGE * np.eye(design_GC.shape[1])
