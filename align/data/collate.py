@@ -181,7 +181,7 @@ def micro_batches(sequences: Sequences, unit: int, max_tokens: int) -> list[Tens
     """Row numbers of micro-batches of at most ``max_tokens`` tokens, similar lengths together.
 
     A prompt counts once. ``unit`` adjacent rows are never parted, and all rows of a prompt stay together where they
-    fit. A single unit longer than the budget gets a micro-batch of its own.
+    fit. A single unit longer than the budget gets a separate micro-batch.
     """
     lengths, prompt_lengths = sequences.responses.lengths_B.tolist(), sequences.prompts.lengths_B.tolist()
     prompt_of = sequences.prompt_B.tolist()

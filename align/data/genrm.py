@@ -31,7 +31,7 @@ NONE = float("nan")
 """In a label, a number that nobody gave; in a verdict, one that cannot be read."""
 
 KEYS = "verdict.custom_roles", "data.chat_template"
-"""Of a judge in training: what `require_roles` is told."""
+"""Keys of a judge in training, for `require_roles`."""
 
 _NAMED = re.compile(r"\b(responses?[ _#-]*)([12])\b(?!\.\d)", re.IGNORECASE)
 _OTHERWISE = re.compile(

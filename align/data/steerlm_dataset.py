@@ -21,7 +21,7 @@ from align.types import Packed, Prompts, Rollouts, Sequences
 def distinct_responses(
     rows: Iterable[Preference | Rating], renderer: Renderer, max_prompt_tokens: int, max_response_tokens: int
 ) -> tuple[list[Rating], dict[str, int]]:
-    """Every response by itself, each of one conversation once; those of pairs, ties among them, have no ratings.
+    """Every response, once per conversation; those of pairs, ties among them, have no ratings.
 
     The counts say how many ``responses`` there are, of which ``empty``, ``repeated`` and ``too_long`` were dropped, and
     how many were ``kept``. Raises `DataError` when none is left.
@@ -98,7 +98,7 @@ def ratings_to_jsonl(rows: Iterable[Rating]) -> str:
 
 
 def prompt_batches(prompts: Prompts, size: int) -> Iterator[Prompts]:
-    """At most ``size`` prompts at a time."""
+    """Batches of at most ``size`` prompts."""
     return (prompts.select(index) for index in torch.arange(len(prompts)).split(size))
 
 

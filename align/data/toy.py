@@ -131,7 +131,7 @@ def write_toy(folder: str | Path, num_train: int, num_validation: int, seed: int
     """Write ``preference/{train,validation}.jsonl.gz`` in HelpSteer3's layout, the same responses rated one by one as
     ``{train,validation}.jsonl.gz`` in HelpSteer2's, and ``tokenizer/`` into ``folder``; the same bytes for one seed.
 
-    Every row has an instruction of its own, so no validation prompt occurs in train.
+    Every row has a different instruction, so no validation prompt occurs in train.
     """
     folder = Path(folder)
     (folder / "preference").mkdir(parents=True, exist_ok=True)
