@@ -15,9 +15,9 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """Rank 0's meeting point. The system picks a free port, which is then read from ``store.port``.
+    """The process group's TCP store, on rank 0. The system picks a free port; read it from ``store.port``.
 
-    The store would listen on every interface and knows no password, so it gets a socket that is bound to ``host``.
+    By default the store listens on every interface, without a password, so this binds its socket to ``host``.
     """
     listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     port, timeout = listener.getsockname()[1], timedelta(seconds=timeout_s)
@@ -26,7 +26,7 @@ def open_store(host: str, timeout_s: float) -> dist.TCPStore:
 
 
 def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """The meeting point as another rank sees it."""
+    """The TCP store of `open_store`, on any other rank."""
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
@@ -34,8 +34,8 @@ def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) 
     """Join the process group, gloo on CPU and NCCL on CUDA, and hand it to DeepSpeed. Returns this rank's device.
 
     On CPU DeepSpeed would probe a compiler for every operator it has, and compile a shared-memory collective at the
-    first start: a minute, and a lock file that hangs later starts if the process is killed meanwhile. The table that it
-    would fill by probing is given to it, with that operator declared unavailable; gloo does the work.
+    first start: this takes a minute, and leaves a lock file that hangs later starts if the process is killed meanwhile.
+    This fills DeepSpeed's table of operators beforehand, with that operator unavailable, so DeepSpeed uses gloo.
     """
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     deepspeed_logger.setLevel("WARNING")
@@ -54,7 +54,7 @@ def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) 
 
 
 def initialize_alone() -> torch.device:
-    """The process group of a single process; does nothing when there is one already."""
+    """Start a process group of one process, unless one is running. Returns this process's device."""
     if dist.is_initialized():
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return initialize(dist.HashStore(), rank=0, world_size=1, timeout_s=600.0)
