@@ -1,4 +1,4 @@
-"""Reading benchmarks: from their files as the authors publish them, or from the hub.
+"""Read benchmarks from the files that their authors publish, or from the Hugging Face hub.
 
 ========================  =====================================================================================
 RM-Bench                  JSON lists of {id, prompt, chosen (3), rejected (3), domain}; without ``domain`` the name of
@@ -52,7 +52,7 @@ SECTION_OF |= dict.fromkeys((*PRIOR_SETS, "mtbench_gpt4", "mtbench_human"), "pri
 
 
 def load(name: str, data: BenchmarkDataConfig) -> Benchmark:
-    """The items of a benchmark. Raises `DataError` for a source, a row or an id that cannot be used."""
+    """The items of a benchmark. Raises `DataError` for an invalid source, row or id."""
     if name == "heldout":
         return _heldout(data)
     hub, split = HUB[name]
@@ -80,7 +80,7 @@ def load(name: str, data: BenchmarkDataConfig) -> Benchmark:
 
 
 def gaps(name: str, items: list[Item]) -> list[str]:
-    """What the items lack of the whole benchmark, so that its averages are over what is there."""
+    """Notes on parts of the benchmark that are missing; averages cover only the parts present."""
     expected: dict[str, tuple[str, set[str]]] = {
         "rm-bench": ("domain", set(RM_BENCH_DOMAINS)),
         "judgebench": ("domain", set(JUDGEBENCH_CATEGORIES.values())),
@@ -98,7 +98,7 @@ def gaps(name: str, items: list[Item]) -> list[str]:
 
 
 def tables(source: str, split: str, revision: str | None, **hub: Any) -> Iterator[tuple[str, str, Any]]:
-    """Place, name of the file (or of the split) and content of every row. ``hub`` are arguments of ``load_dataset``."""
+    """Location, file name (or split) and content of every row. ``hub`` are arguments of ``load_dataset``."""
     path = Path(source).expanduser()
     if path.exists():
         for file in _files(path, split):
@@ -200,7 +200,7 @@ def _rewardbench2(row: dict[str, Any], stem: str) -> Item:
     if subset == "Ties":
         if not re.fullmatch(r"(ref|tied):.+", id):
             raise BadRow("id", "of a tie is neither ref:n nor tied:n", id)
-        more["prompt"] = id.split(":", 1)[1].rjust(16, "-")  # the two items of one n go together
+        more["prompt"] = id.split(":", 1)[1].rjust(16, "-")  # pairs the two items with the same n
     elif (len(chosen), len(rejected)) != (1, 3):
         raise BadRow("chosen", "and rejected are not one and three responses", [len(chosen), len(rejected)])
     context = conversation("prompt", turns("prompt", row["prompt"]))
@@ -220,7 +220,7 @@ def _heldout(data: BenchmarkDataConfig) -> Benchmark:
 
 
 def held_out(section: DataConfig, split: str = "validation", max_items: int | None = None) -> Benchmark:
-    """The pairs of one split as items. Nothing else of the data is read, unless the split is ``train``."""
+    """The pairs of a split as items. Reads only this split, unless it is ``train``."""
     source = section.path or ", ".join(section.sources)
     if split == "train":
         corpus = dataset.load_dataset(section)
@@ -260,4 +260,4 @@ PARSERS: dict[str, Callable[[dict[str, Any], str], Item]] = {
     "rewardbench": _rewardbench,
     "rewardbench2": _rewardbench2,
 }
-"""How a row becomes an item; the second argument is the name of its file."""
+"""Parser of a row for each benchmark; the second argument is the file name."""

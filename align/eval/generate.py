@@ -1,4 +1,4 @@
-"""``align generate``: answers of a model on this machine, at chosen values of the attributes that it was told."""
+"""``align generate``: generate answers with a local model, optionally conditioned on attribute values."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from align.utils.atomic_write import write_atomic
 from align.workers.announce import announced
 
 CALL = 256
-"""Answers that are asked for at a time."""
+"""Answers in a batch."""
 
 PromptMessages = tuple[str | list[dict[str, str]], tuple[Message, ...]]
-"""A prompt as it was given, and its conversation."""
+"""A prompt in its input format, and its conversation."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
-    """Print the answers, or write them to ``--out``, one JSON object a prompt."""
+    """Print the answers, or write them to ``--out`` as a JSON line for each prompt."""
     try:
         sampling = SamplingConfig(
             num_samples=arguments.num_samples,
@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def parsed(text: str | None) -> dict[str, int]:
-    """Values by name of ``name=value,name=value``; none of None. Raises `ConfigError`."""
+    """Parse ``name=value,name=value``; None gives no values. Raises `ConfigError`."""
     values: dict[str, int] = {}
     for part in (text or "").split(",") if text is not None else []:
         name, _, value = map(str.strip, part.partition("="))
@@ -76,8 +76,8 @@ def parsed(text: str | None) -> dict[str, int]:
 
 
 def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> SteeringFormat | None:
-    """How the model is told attributes, with the values ``given``; None where it is told none. Raises `ConfigError`
-    where it is to be told some that it does not know."""
+    """The attribute format of the model with the values ``given``; None if it has no attributes. Raises `ConfigError`
+    for attributes that the model does not support."""
     file = stored_file(section, steerlm.NAME)
     if file is not None:
         return steerlm.read_steering_card(Path(file)).asking(given)
@@ -90,7 +90,7 @@ def form_of(section: ModelGeneratorConfig, given: Mapping[str, int]) -> Steering
 
 
 def prompts(texts: list[str], file: Path | None) -> list[PromptMessages]:
-    """The prompts of the command line and of a file. Raises `DataError` for a row that is none, and for no prompt."""
+    """The prompts of the command line and of a file. Raises `DataError` for an invalid row or no prompts."""
     conversations: list[PromptMessages] = [(text, (Message("user", text),)) for text in texts]
     if file is not None:
         try:
@@ -120,7 +120,7 @@ def _row(line: bytes, where: str) -> PromptMessages:
 def answers(
     generator: TextGenerator, conversations: list[PromptMessages], form: SteeringFormat | None, sampling: SamplingConfig
 ) -> list[dict[str, Any]]:
-    """For each prompt what was asked for, the answers, and which of them ended by themselves."""
+    """For each prompt: the request, the answers, and which answers ended before the token limit."""
     requests = []
     for _, messages in conversations:
         steered, opening = (messages, "") if form is None else form.steered(messages)

@@ -1,4 +1,4 @@
-"""One item of a benchmark: a conversation, and responses to it of which the first are the right ones."""
+"""Benchmark items: a conversation and its responses, the right responses first."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from align.data.rows import BadRow, require_fields
 
 @dataclass(frozen=True)
 class Item:
-    """What measures need, and the text, which an item that comes from a file of scores does not have."""
+    """Fields that metrics need, and the text. Items from a file of scores have no text."""
 
     id: str
     prompt: str
-    """Items of one prompt are not independent: resamples take all of them or none."""
+    """Items with the same prompt are not independent, so the bootstrap resamples them together."""
     num_right: int
-    """The first responses, which should score above the others."""
+    """Number of right responses. They come first and should score above the others."""
     num_responses: int
     tags: Mapping[str, str]
-    """By what the item is sorted: ``domain``, ``subset``, ``language``."""
+    """Categories of the item, by ``domain``, ``subset``, ``language``."""
     strength: int = 0
-    """How much better the right response is, 1 to 3; 0 where nobody said."""
+    """How much better the right response is, 1 to 3; 0 if unknown."""
     lengths: tuple[int, ...] = ()
-    """Characters of each response; empty where they are not known."""
+    """Characters of each response; empty if unknown."""
     context: tuple[Message, ...] = ()
     responses: tuple[str, ...] = ()
 
     @property
     def dialogues(self) -> list[Dialogue]:
-        """What a judge is asked."""
+        """The conversations to score, one for each response."""
         return [Dialogue(self.context, response) for response in self.responses]
 
     def record(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Item:
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits that stand for a value of JSON."""
+    """16 hexadecimal digits of a hash of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -58,7 +58,7 @@ _FIELDS = {
 
 
 def from_record(record: Mapping[str, Any]) -> Item:
-    """The item of an `Item.record`. Raises `BadRow`."""
+    """Rebuild an item from an `Item.record`. Raises `BadRow`."""
     require_fields(record, _FIELDS)
     for name, kind in _FIELDS.items():
         if type(record[name]) is not kind:
@@ -71,7 +71,7 @@ def from_record(record: Mapping[str, Any]) -> Item:
 def from_text(
     id: str, context: Sequence[Message], responses: Sequence[str], num_right: int, tags: Mapping[str, str], **more: Any
 ) -> Item:
-    """An item whose text is known."""
+    """Build an item from its text."""
     fields: dict[str, Any] = {"prompt": digest(list(context)), "lengths": tuple(map(len, responses)), **more}
     text = {"context": tuple(context), "responses": tuple(responses)}
     return Item(id=id, num_right=num_right, num_responses=len(responses), tags=dict(tags), **text, **fields)
@@ -84,9 +84,9 @@ class Benchmark:
     name: str
     items: list[Item]
     source: str
-    """Where they were read."""
+    """Path or hub id of the items."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers should know of them."""
+    """Caveats that the report prints beside the metrics."""
 
     @property
     def fingerprint(self) -> str:

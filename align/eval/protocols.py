@@ -1,7 +1,7 @@
-"""How each benchmark makes its numbers from scores.
+"""Compute the metrics of each benchmark from scores.
 
-``I`` items, ``R`` rows of weights. Every function takes weights of the items, ``weight_RI``, and returns each number
-for every row of them: a row of ones gives the benchmark's number, a row of counts that of a resample. A mean over
+``I`` items, ``R`` rows of weights. Every function takes weights of the items, ``weight_RI``, and returns each metric
+for every row: a row of ones gives the benchmark's metric, a row of counts the metric of a resample. A mean over
 items whose weights are all zero is NaN. Scores are compared strictly: a tie is wrong.
 """
 
@@ -25,7 +25,7 @@ JUDGEBENCH_CATEGORIES = {
     "livebench-math": "math",
     "livecodebench": "coding",
 }
-"""Category by how ``source`` begins."""
+"""Category by prefix of ``source``."""
 
 REWARDBENCH_SECTIONS = {
     "chat": {
@@ -66,23 +66,23 @@ REWARDBENCH2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "
 
 
 def mean(value_I: np.ndarray, weight_RI: np.ndarray) -> np.ndarray:
-    """Mean of the values by each row of weights, (R,)."""
+    """Weighted mean of the values for each row of weights, (R,)."""
     with np.errstate(invalid="ignore"):
         return weight_RI @ value_I.astype(np.float64) / weight_RI.sum(1)
 
 
 def tagged(items: Sequence[Item], name: str) -> np.ndarray:
-    """One tag of every item; empty text where an item has none."""
+    """The tag ``name`` of every item; empty if an item lacks it."""
     return np.array([item.tags.get(name, "") for item in items])
 
 
 def right(scores: Sequence[Sequence[float]]) -> np.ndarray:
-    """Whether the first of two scores is the higher one, (I,)."""
+    """Whether the first of two scores is higher, (I,)."""
     return np.array([first > second for first, second in scores])
 
 
 def grouped(value_I: np.ndarray, name_I: np.ndarray, weight_RI: np.ndarray) -> Numbers:
-    """The mean of the items of each name."""
+    """The weighted mean of the items with each name."""
     return {name: mean(value_I[name_I == name], weight_RI[:, name_I == name]) for name in map(str, np.unique(name_I))}
 
 
@@ -117,9 +117,9 @@ def rm_bench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight_RI
 def counter(label: str, decisions: Sequence[str | None]) -> int:
     """JudgeBench's count over games of one pair (Tan et al. 2024, arXiv 2410.12784; ``utils/metrics.py``).
 
-    ``decisions`` are ``A>B``, ``B>A`` or anything else for a tie; in the second game the responses had changed places,
-    so that it is turned round. +1 for each decision that is the label, -1 for its opposite, 0 for ties. The pair counts
-    as right where the sum is positive: right and tie is right, right and wrong is not.
+    ``decisions`` are ``A>B``, ``B>A`` or anything else for a tie. The second game swaps the responses, so its decision
+    is inverted. +1 for each decision that is the label, -1 for its opposite, 0 for ties. The pair counts as right if
+    the sum is positive: right and tie is right, right and wrong is not.
     """
     opposite = {"A>B": "B>A", "B>A": "A>B"}
     turned = [decision if game == 0 else opposite.get(decision or "") for game, decision in enumerate(decisions)]
@@ -141,7 +141,7 @@ def judgebench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight_
 def rewardbench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight_RI: np.ndarray) -> Numbers:
     """RewardBench (Lambert et al. 2024, arXiv 2403.13787): chosen above rejected.
 
-    A section is the mean of its subsets that are there, weighted by `REWARDBENCH_SECTIONS`; overall is the mean of the
+    A section is the mean of its subsets present, weighted by `REWARDBENCH_SECTIONS`; overall is the mean of the
     sections. Safety and overall come by `LEADERBOARD_WEIGHTS` as well. Prior sets have the mean of their subsets and no
     part in overall, see `rewardbench_with_prior_sets`.
     """
@@ -160,7 +160,7 @@ def rewardbench(items: Sequence[Item], scores: Sequence[Sequence[float]], weight
 
 
 def _section(weights: Mapping[str, int], by_subset: Numbers) -> np.ndarray | None:
-    """Weighted mean of the subsets that are there; None where none is."""
+    """Weighted mean of the subsets present; None if no subset is present."""
     present = {name: weight for name, weight in weights.items() if name in by_subset}
     if not present:
         return None
@@ -181,13 +181,13 @@ def rewardbench_with_prior_sets(
 
 
 def best_of(scores: Sequence[float]) -> float:
-    """RewardBench 2: ``1 / number of highest scores`` where the first is one of them, else 0."""
+    """RewardBench 2: ``1 / number of highest scores`` if the first is among them, else 0."""
     return (scores[0] == max(scores)) / list(scores).count(max(scores))
 
 
 def rewardbench2(items: Sequence[Item], scores: Sequence[Sequence[float]], weight_RI: np.ndarray) -> Numbers:
     """RewardBench 2 (Malik et al. 2025, arXiv 2506.01937): `best_of` in five subsets, and `ties`; overall is the mean
-    of the subsets that are there."""
+    of the subsets present."""
     subset_I = tagged(items, "subset")
     others = np.flatnonzero(subset_I != "Ties").tolist()
     best_I = np.array([best_of(scores[i]) for i in others])
@@ -199,7 +199,7 @@ def rewardbench2(items: Sequence[Item], scores: Sequence[Sequence[float]], weigh
 
 
 def tied_prompts(items: Sequence[Item]) -> list[str]:
-    """The ``tied:n`` of Ties whose ``ref:n`` is there as well."""
+    """The ``tied:n`` of Ties whose ``ref:n`` is also present."""
     ids = {item.id for item in items if item.tags.get("subset") == "Ties"}
     return [id for id in sorted(ids) if id.startswith("tied:") and f"ref:{id[5:]}" in ids]
 

@@ -1,7 +1,7 @@
-"""``align eval reward``: a reward model, or scores that were given before, on a benchmark.
+"""``align eval reward``: evaluate a reward model, or stored scores, on a benchmark.
 
-Written to the folder: ``items.jsonl``, every item with its scores; ``scores.json``, all numbers with intervals;
-``report.html``, the same with pictures.
+The output folder holds ``items.jsonl``, every item with its scores; ``scores.json``, all metrics with intervals;
+``report.html``, the same with plots.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HARMLESS = re.compile(
     "path|paths|revision|attention|zero_stage|offload_parameters|max_tokens_per_micro_batch|failed|trust_remote_code|"
     "token_env|timeout_s|retries|backoff_s|max_backoff_s|max_concurrency|batch_size|cache_size"
 )
-"""Fields of ``reward`` that change no score; weights, code and templates are compared by their content."""
+"""Fields of ``reward`` that do not change scores; weights, code and templates are compared by content."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
@@ -52,14 +52,14 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _read(section: RewardEvaluationConfig) -> Benchmark | None:
-    """The items; None where the file of scores has to describe them."""
+    """The items; None if the file of scores must describe them."""
     if section.scores and not section.data.path:
         return None
     return benchmarks.load(section.benchmark, section.data)
 
 
 def evaluate(section: RewardEvaluationConfig, benchmark: Benchmark | None, console: Console) -> dict[str, Any]:
-    """Score what has no score yet, measure, write and print. Returns what ``scores.json`` holds."""
+    """Score items without scores, compute, write and print metrics. Returns the content of ``scores.json``."""
     if section.scores:
         file = Path(section.scores).expanduser()
         scored, judge = stored_scores.read(file, section.benchmark, benchmark), file.name
@@ -97,8 +97,8 @@ def _manifest(benchmark: Benchmark, model: str) -> dict[str, Any]:
 
 
 def identity(reward: RewardConfig) -> str:
-    """sha256 over everything that scores depend on: weights, head, templates. Raises `AlignError` for a reward that
-    cannot be built, before anything starts."""
+    """sha256 over everything that scores depend on: weights, head, templates. Raises `AlignError`, before
+    anything starts, for a reward that cannot be built."""
     text_input = scorers.scorer_class(reward).check(reward, "reward", None)
     settings = {name: value for name, value in asdict(reward).items() if not HARMLESS.fullmatch(name)}
     parts: list[Any] = [scorers.fingerprint(reward, 0), text_input and text_input.renderers, settings]
@@ -131,7 +131,7 @@ def _keep(folder: Path, scored: StoredScores, manifest: dict[str, Any]) -> None:
 
 
 def measure(section: RewardEvaluationConfig, scored: StoredScores, judge: str) -> dict[str, Any]:
-    """All numbers of a benchmark whose items have scores."""
+    """All metrics of a benchmark whose items have scores."""
     benchmark, items = scored.benchmark, scored.benchmark.items
     protocol = rewardbench_with_prior_sets if section.prior_sets else PROTOCOLS[section.benchmark]
     chance = section.resamples, section.confidence, section.seed
@@ -166,7 +166,7 @@ def _plain(numbers: dict[str, tuple[float, float | None, float | None]]) -> dict
 def _compared(
     section: RewardEvaluationConfig, scored: StoredScores, protocol: Any, chance: tuple[int, float, int]
 ) -> dict[str, Any]:
-    """Differences to another model's numbers, both on the same resamples."""
+    """Differences from another model's metrics, both on the same resamples."""
     items, file = scored.benchmark.items, Path(section.compare).expanduser()
     other = stored_scores.read(file / scoring.ITEMS if file.is_dir() else file, section.benchmark, scored.benchmark)
 
@@ -179,8 +179,7 @@ def _compared(
 
 
 def planned(recipe: RecipeConfig) -> list[Callable[[Console], dict[str, Any]]]:
-    """The evaluations that follow a training run. Their items are read here: what they lack is found before the run
-    starts."""
+    """The evaluations after a training run. Reads their items now, so that missing data fails before the run starts."""
     evaluations: list[Callable[[Console], dict[str, Any]]] = []
     for name, path in recipe.evaluations().items():
         if name not in get_args(BenchmarkName):

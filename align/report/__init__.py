@@ -1,1 +1,1 @@
-"""Findings and measurements for people: in the terminal, as Markdown, as JSON."""
+"""Reports in the terminal, as HTML, Markdown and JSON."""

@@ -1,4 +1,4 @@
-"""``align data lint``: what `align.data.lint` found, in the terminal, as Markdown and as JSON."""
+"""``align data lint``: report the findings of `align.data.lint` in the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from align.utils.atomic_write import write_atomic
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 ERRORS = 1
-"""Exit status where something was found that has to be mended."""
+"""Exit status if there are findings to fix."""
 _COLUMNS = ("severity", "count", "share", "finding", "first places")
 
 
@@ -63,7 +63,7 @@ def _number(value: Any) -> str:
 
 
 def show(report: LintReport, console: Console) -> None:
-    """Print all of it."""
+    """Print the report."""
     console.print(_title(report), style="bold", highlight=False, markup=False)
     _print(
         console,
@@ -90,7 +90,7 @@ def _print(
 
 
 def markdown(report: LintReport) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     parts = [f"# {_plain(_title(report))}"]
     if report.findings:
         parts.append(_markdown_table(_COLUMNS, [_cells(finding) for finding in report.findings]))
@@ -108,7 +108,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _plain(cell: str) -> str:
-    """Text that a table of Markdown takes as it is."""
+    """Escape text for a Markdown table cell."""
     for sign in "\\`*_<|":
         cell = cell.replace(sign, f"\\{sign}")
     return " ".join(cell.split())

@@ -1,4 +1,4 @@
-"""What ``align eval reward`` found, on the terminal and as a page of HTML that needs no other file."""
+"""Report of ``align eval reward``: terminal tables and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.report import plots
 from align.report.plots import IntervalRow
 
 MOST_ON_TERMINAL = 12
-"""Kinds of slices with more names than this are in the files only."""
+"""The report omits slice kinds with more names than this; the output files contain them."""
 TITLES = {
     "strength": "By strength of the preference",
     "domain": "By domain",
@@ -48,7 +48,7 @@ svg .tick { fill: var(--soft); } .grid { stroke: var(--edge); } .half { stroke: 
 
 
 def rows(intervals: Mapping[str, Mapping[str, Any]]) -> list[IntervalRow]:
-    """Numbers of a results file by name."""
+    """Metrics of a results file, by name."""
     return [
         IntervalRow(name, interval["value"], interval["low"], interval["high"], interval.get("count", 0))
         for name, interval in intervals.items()
@@ -60,7 +60,7 @@ def _interval(row: IntervalRow) -> str:
 
 
 def terminal(results: Mapping[str, Any], console: Console) -> None:
-    """Print the benchmark's numbers, and the slices that are short enough."""
+    """Print the benchmark metrics, and the slice tables that are short enough."""
     sizes, boot = results["sizes"], results["bootstrap"]
     interval = f"{100 * boot['confidence']:.0f} % interval" if boot["resamples"] else ""
     title = f"{results['benchmark']}: {results['judge']}, {sizes['items']} items of {sizes['prompts']} prompts"
@@ -130,7 +130,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def document(title: str, lead: str, notes: Sequence[str], parts: Sequence[str]) -> str:
-    """A page of HTML. ``lead`` and ``parts`` are HTML, the others text."""
+    """An HTML page. ``lead`` and ``parts`` are HTML, the other arguments plain text."""
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -141,7 +141,7 @@ def document(title: str, lead: str, notes: Sequence[str], parts: Sequence[str]) 
 
 
 def section(heading: str, inside: str) -> str:
-    """A part of the page; ``inside`` is HTML."""
+    """A section of the page; ``inside`` is HTML."""
     return f"<section><h2>{escape(heading)}</h2>{inside}</section>"
 
 

@@ -1,4 +1,4 @@
-"""Plots as SVG within HTML: no script, no file beside the page, and colours that the page's style sheet gives."""
+"""SVG plots to embed in HTML, without scripts or external files; the page's style sheet sets the colors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from html import escape
 
 WIDTH = 500
 LABEL_CHARACTERS = 34
-"""Longer names of rows are cut; the whole name shows when the pointer rests on the row."""
+"""Maximum length of a row name; longer names are cut and shown in full on hover."""
 
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A number with its interval, and what it is of."""
+    """A metric with its name and interval."""
 
     name: str
     value: float
@@ -24,17 +24,17 @@ class IntervalRow:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the numbers of a picture lie, and how they are written."""
+    """Range and number format of a plot axis."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
     marked: float
-    """The tick with a line of its own: chance, or the middle."""
+    """The tick with a reference line: chance level, or the middle."""
     labelled: tuple[float, ...]
     unit: str = ""
     factor: float = 1.0
-    """What a number is multiplied by."""
+    """Factor from values to axis units."""
     form: str = "{:.1f}"
 
 
@@ -121,7 +121,7 @@ def reliability(bins: Sequence[dict[str, float]], label: str) -> str:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
-    """Bars over the margin; those below zero, where the wrong response won, in another colour."""
+    """Bars over the margin; those below zero, where the wrong response won, in another color."""
     height, left, right, top = 200.0, 48.0, WIDTH - 16.0, 12.0
     most = max(counts) or 1
     x_of = lambda value: _scale(value, (edges[0], edges[-1]), (left, right))  # noqa: E731
@@ -147,7 +147,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a line over a number of things."""
+    """Points of a line plot over counts."""
 
     name: str
     points: Sequence[tuple[float, float]]

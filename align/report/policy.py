@@ -1,4 +1,4 @@
-"""What ``align eval policy`` found, on the terminal and as a page of HTML that needs no other file."""
+"""Report of ``align eval policy``: terminal tables and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ AXES = {
     "mark": Axis(1, 10, (1, 2.5, 4, 5.5, 7, 8.5, 10), 5.5, (1, 5.5, 10), form="{:.2f}"),
     "points": Axis(-80, 100, (-80, -40, 0, 40, 80, 100), 0, (-80, 0, 100)),
 }
-"""Pictures by unit. Others have a table alone."""
+"""Plot axis by unit; groups with other units have only a table."""
 UNITS = {"percent": "%", "mark": "1 to 10", "points": "points", "log odds": "log odds"}
 FORMS = {"percent": "{:.1f}", "mark": "{:.2f}", "points": "{:.1f}", "log odds": "{:+.3f}"}
 LENGTHS = ("characters", "tokens", "empty", "cut off")
 
 
 def rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[IntervalRow]:
-    """Numbers of a group by name."""
+    """Metrics of a group, by name."""
     return [
         IntervalRow(name, interval["value"], interval["low"], interval["high"], interval["count"])
         for name, interval in numbers.items()
@@ -44,7 +44,7 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def facts(results: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of the judging, by name."""
+    """Statistics of the judge's verdicts, by name."""
     judging, sizes = results["judging"], results["sizes"]
     lines = {"verdicts that cannot be read": f"{judging['unreadable']} of {sizes['games']}"}
     lines["asked again"] = f"{judging['asked again']} of {sizes['games']}"
@@ -58,7 +58,7 @@ def _length(value: float | None) -> str:
 
 
 def terminal(results: Mapping[str, Any], console: Console) -> None:
-    """Print the numbers, group by group, and what is known of the judging."""
+    """Print the metrics by group, and statistics of the judge's verdicts."""
     boot = results["bootstrap"]
     interval = f"{100 * boot['confidence']:.0f} % interval" if boot["resamples"] else ""
     console.print(_title(results), highlight=False, style="bold", markup=False)

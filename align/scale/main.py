@@ -1,8 +1,8 @@
-"""``align scale``: drafts, feedback on them, edits by it, and the choice among all (HelpSteer3: Wang et al. 2025, arXiv
+"""``align scale``: drafts, feedback, edits, and the selection among them (HelpSteer3: Wang et al. 2025, arXiv
 2503.04378).
 
-Written to the folder: ``results.jsonl``, a line for each prompt with all that was said; ``scaling.json``, the numbers;
-``report.html``, the same with pictures.
+The output folder holds ``results.jsonl``, a row for each prompt with all generated texts; ``scaling.json``, the
+metrics; ``report.html``, the same with plots.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ VERSION = 1
 RESULTS = "results.jsonl"
 ROLES = ("policy", "feedback", "edit", "select", "eval_reward")
 READ_AS = ("prompt", "messages", "context")
-"""Names under which a row of a file may have its conversation."""
+"""Fields of a row that may hold its conversation."""
 HARMLESS = {*ROLES, "prompts", "prompts_at_once", "batch_size", "out", "executor", "placement", "cluster"}
-"""Keys that may change while a folder is gone on with; roles and prompts are known by what they are."""
+"""Keys that may change when a folder is resumed; roles and prompts are compared by content."""
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
-    """Answer what has no answer yet, measure, write and print. Returns what ``scaling.json`` holds.
+    """Answer prompts without results, compute, write and print metrics. Returns the content of ``scaling.json``.
 
     Raises `AlignError` for prompts, models and a placement that cannot be used, before anything is started.
     """
@@ -87,7 +87,7 @@ def scale(section: ScaleConfig, console: Console) -> dict[str, Any]:
 def answer(
     section: ScaleConfig, company: dict[str, Any], prompts: dict[int, Context], store: scoring.Rows, advance: Any
 ) -> None:
-    """Send the prompts through the roles, as many at a time as the recipe allows; each is written when it is done."""
+    """Send the prompts through the roles, at most the recipe's number in flight; write each prompt when it finishes."""
     role_queues = pipeline.role_queues(section, company)
     waiting = iter(prompts.items())
 
@@ -105,7 +105,7 @@ def answer(
 
 
 def read_prompts(section: ScalePromptsConfig) -> list[Context]:
-    """The conversations, each once. Raises `DataError` for a source or a row that cannot be used."""
+    """The conversations, each once. Raises `DataError` for an invalid source or row."""
     path = Path(section.path).expanduser()
     if path.is_file():
         conversations = _rows(path)
@@ -133,9 +133,9 @@ def _rows(path: Path) -> Iterator[Context]:
 
 
 def _manifest(section: ScaleConfig, roles: dict[str, RoleConfig], prompts: list[Context]) -> dict[str, Any]:
-    """What results depend on. Raises `AlignError` for a role that cannot be opened."""
+    """Everything that results depend on. Raises `AlignError` for a role that cannot be opened."""
     own = {name: value for name, value in asdict(section).items() if name not in HARMLESS}
-    own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes are parts of what is there
+    own["sweep"] = sorted(section.sweep.feedbacks)  # the other axes reuse the same samples
     read = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     settings = {"version": VERSION, **own, "prompts": read}
     for name, role in roles.items():

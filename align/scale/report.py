@@ -1,4 +1,4 @@
-"""What ``align scale`` found, on the terminal and as a page of HTML that needs no other file."""
+"""Report of ``align scale``: terminal tables and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.report.evaluation import STYLE
 from align.report.plots import Curve
 
 MEASURES = {"ground_truth": "ground truth", "eval_reward": "score by eval_reward", "select": "score by select"}
-"""What is plotted, the first that was measured: `select` has chosen and flatters its own choice."""
+"""Plotted measures in order of preference. `select` comes last: it picks the responses, so its scores are biased."""
 AXES = {"drafts": "drafts", "feedbacks": "texts of feedback on a draft", "edits": "edits of a draft"}
 NAMES = {"feedback_edit": "feedback-edit", "best_of_n": "best-of-n, as many tokens"}
 STAGES = {

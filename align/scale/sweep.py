@@ -1,7 +1,7 @@
-"""What the records of ``align scale`` say: of the whole setting, of smaller ones, and of best-of-n beside them.
+"""Compute metrics from the records of ``align scale``: the full setting, smaller settings, and best-of-n.
 
-A smaller setting is a part of the same samples, and the very part that a run of its own would have drawn: drafts are
-numbered, and which feedback an edit goes by is drawn by a hash of what it is drawn from.
+A smaller setting uses a subset of the same samples, exactly the samples that a separate run would draw: drafts are
+numbered, and a hash of the candidate feedback decides which feedback an edit uses.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from align.data.chat import Message
 from align.data.editing import change_requests
 
 FeedbackSet = tuple[int, ...]
-"""Numbers of the texts that one edit goes by, in the order in which they are shown."""
+"""Indices of the feedback texts in the prompt of an edit, in prompt order."""
 Record = Mapping[str, Any]
 AXES = ("drafts", "feedbacks", "edits")
 TOTAL = ("drafts", "draft_select", "feedback", "edits", "select")
-"""Stages of which the whole setting consists."""
+"""Stages of the full setting."""
 APART = ("eval_reward", "sweep_edits", "best_of", "best_of_select", "best_of_eval_reward")
 """Stages that only measure."""
 COLUMNS = ("calls", "prompt_tokens", "tokens", "seconds")
 
 
 class SweepSetting(NamedTuple):
-    """How much of a record counts."""
+    """The part of a record that a setting uses."""
 
     drafts: int
     feedbacks: int
@@ -38,14 +38,14 @@ class SweepSetting(NamedTuple):
 
 
 class ChosenResponse(NamedTuple):
-    """A response that was chosen, and what choosing it took."""
+    """A selected response and its cost."""
 
     text: str
     edited: bool
     score: float
-    """By ``select``; nan where it gave none."""
+    """Score by ``select``; NaN if it gave none."""
     judged: float | None
-    """By ``eval_reward``, where there is one."""
+    """Score by ``eval_reward``, if configured."""
     candidates: int
     tokens: int
 
@@ -58,7 +58,7 @@ def whole(section: ScaleConfig) -> SweepSetting:
 def feedback_sets(
     section: ScaleConfig, context: Sequence[Message], draft: int, texts: Sequence[str], edits: int
 ) -> list[FeedbackSet]:
-    """The first ``edits`` sets of feedback on a draft, each once; none where no text asks for a change."""
+    """The first ``edits`` sets of feedback on a draft, without duplicates; empty if no text asks for a change."""
     useful = change_requests(texts, section.editing)
     name = hashlib.sha256(json.dumps([section.seed, [*map(list, context)], draft]).encode())
 
@@ -72,13 +72,13 @@ def feedback_sets(
 
 
 def ranked(scores: Sequence[float | None]) -> list[int]:
-    """Numbers from the highest score to the lowest, of equal ones the first first; those without a score last."""
+    """Indices from the highest score to the lowest; ties keep their order, missing scores come last."""
     values = [-math.inf if score is None else score for score in scores]
     return sorted(range(len(scores)), key=lambda i: values[i], reverse=True)
 
 
 def _part(section: ScaleConfig, record: Record, setting: SweepSetting) -> tuple[list[int], list[int]]:
-    """Which of the kept drafts a setting has, and which of the edits."""
+    """Indices of the kept drafts and of the edits that belong to a setting."""
     drafts: list[int] = record["kept"][: setting.drafts]
     context = [Message(**turn) for turn in record["context"]]
     own: set[tuple[int, FeedbackSet]] = set()
@@ -90,7 +90,7 @@ def _part(section: ScaleConfig, record: Record, setting: SweepSetting) -> tuple[
 
 
 def tokens(section: ScaleConfig, record: Record, setting: SweepSetting) -> int:
-    """Tokens that a setting generates: all samples that its drafts are chosen from, feedback, and edits."""
+    """Tokens that a setting generates: all draft samples, feedback, and edits."""
     return _spent(section, record, setting, *_part(section, record, setting))
 
 
@@ -116,7 +116,7 @@ def chosen(section: ScaleConfig, record: Record, setting: SweepSetting) -> Chose
 
 
 def first(record: Record) -> ChosenResponse:
-    """The first draft. The judge has not seen it where drafts were chosen from more samples."""
+    """The first draft. It has no `eval_reward` score if drafts were selected from more samples."""
     scores, sample = record["scores"], record["samples"][0]
     judged = _number(scores["eval_reward"][0]) if "eval_reward" in scores and "draft_select" not in scores else None
     score = _number(scores.get("draft_select", scores["select"])[0])
@@ -125,7 +125,7 @@ def first(record: Record) -> ChosenResponse:
 
 def best_of(record: Record, budget: int) -> ChosenResponse | None:
     """The best of the first samples of the policy that have no more tokens than ``budget`` together, at least one;
-    None where best-of-n was not measured."""
+    None if best-of-n was not measured."""
     if "best_of_select" not in record["scores"] or any(uncounted(record).values()):
         return None
     count, spent = 1, record["samples"][0]["tokens"]
@@ -144,7 +144,7 @@ def _number(score: float | None) -> float:
 
 
 def _summary(records: Sequence[Record], choices: Sequence[ChosenResponse]) -> dict[str, float]:
-    """Means over prompts; the rule of the bundled task judges where all prompts are of it."""
+    """Means over prompts; includes the ground truth of the bundled task if all prompts belong to it."""
     means = {
         "select": _mean([choice.score for choice in choices]),
         "edited": _mean([float(choice.edited) for choice in choices]),
@@ -164,7 +164,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def point(section: ScaleConfig, records: Sequence[Record], setting: SweepSetting) -> dict[str, Any]:
-    """A setting and best-of-n of the same number of tokens, prompt by prompt; none where one prompt lacks it."""
+    """A setting and best-of-n of the same number of tokens, prompt by prompt; no best-of-n if a prompt lacks it."""
     choices = [chosen(section, record, setting) for record in records]
     other = [best_of(record, choice.tokens) for record, choice in zip(records, choices, strict=True)]
     beside = [choice for choice in other if choice is not None]
@@ -173,7 +173,7 @@ def point(section: ScaleConfig, records: Sequence[Record], setting: SweepSetting
 
 
 def measure(section: ScaleConfig, records: Sequence[Record]) -> dict[str, Any]:
-    """All numbers of a finished command."""
+    """All metrics of a finished command."""
     full = whole(section)
     smaller = {axis: getattr(section.sweep, axis) for axis in AXES}
     sweep = {
@@ -196,8 +196,8 @@ def measure(section: ScaleConfig, records: Sequence[Record]) -> dict[str, Any]:
 def budget(section: ScaleConfig, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Calls, tokens and seconds of each stage over all prompts; ``relative`` is to one draft of each prompt.
 
-    Seconds of a call are shared among its requests. Those of stages that are at work at the same time overlap, so their
-    sum is work, not time on the clock. What only the sweep and best-of-n took stands apart from the total.
+    Seconds of a call are shared among its requests. Concurrent stages overlap, so the sum of seconds is work,
+    not wall-clock time. The total excludes the cost of the sweep and of best-of-n.
     """
     stages: dict[str, dict[str, float]] = {}
     for record in records:
@@ -227,7 +227,7 @@ def _add(stages: dict[str, dict[str, float]], stage: str, key: str, value: float
 
 
 def _stages(section: ScaleConfig, record: Record) -> dict[str, list[Any]]:
-    """What was said, by stage."""
+    """Completions by stage."""
     main = {*_part(section, record, whole(section))[1]}
     return {
         "drafts": record["samples"][: section.num_samples],
@@ -239,12 +239,12 @@ def _stages(section: ScaleConfig, record: Record) -> dict[str, list[Any]]:
 
 
 def truncated(record: Record) -> dict[str, int]:
-    """Answers that were cut off at their limit, by role."""
+    """Number of answers truncated at the token limit, by role."""
     return {name: sum(not entry["finished"] for entry in entries) for name, entries in _said(record).items()}
 
 
 def uncounted(record: Record) -> dict[str, int]:
-    """Answers whose tokens nobody counted, by role."""
+    """Number of answers without a token count, by role."""
     return {
         name: sum(bool(entry["text"]) and not entry["tokens"] for entry in entries)
         for name, entries in _said(record).items()
