@@ -1,7 +1,7 @@
-"""The roles of a run as algorithms see them: a few typed methods that answer with futures.
+"""The roles of a run as algorithms see them: a few typed methods that return futures.
 
-Algorithms are written against these protocols and never learn whether a role lives in this process or on
-a hundred others.
+Algorithms are written against these protocols and do not depend on whether a role runs in this process or
+in a hundred others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Loss:
     tokens does not change with micro-batch size, padding, packing or the number of workers. ``count`` may depend on the
     columns of the batch only, never on model outputs: it is needed before the first backward pass.
     ``metrics`` are reduced in the same way, each by its own count. ``others`` are terms that are added to the quotient,
-    each divided by a count of its own under the same rule: a mean over pairs plus a mean over tokens is one loss.
+    each divided by its own count under the same rule: a mean over pairs plus a mean over tokens is one loss.
     """
 
     sum: Tensor
@@ -56,10 +56,10 @@ It is called with the outputs of the model (``logprob_BT`` and ``entropy_BT`` of
 
 
 class Future(Protocol[T_co]):
-    """An answer under way."""
+    """The result of a call in flight."""
 
     def result(self) -> T_co:
-        """Wait for the answer; raises `align.errors.WorkerError` when it cannot come."""
+        """Wait for the result; raises `align.errors.WorkerError` if the worker fails."""
         ...
 
     def done(self) -> bool:
@@ -69,33 +69,31 @@ class Future(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class CompletedFuture(Generic[T]):
-    """An answer that is there."""
+    """A result that is available without waiting."""
 
     value: T
 
     def result(self) -> T:
-        """The answer."""
         return self.value
 
     def done(self) -> bool:
-        """It is."""
         return True
 
 
 def wait_for_all(*futures: Future[Any]) -> tuple[Any, ...]:
-    """Wait for several answers that are computed at the same time."""
+    """Wait for several results that are computed concurrently."""
     return tuple(future.result() for future in futures)
 
 
 @runtime_checkable
 class StatefulRole(Protocol):
-    """A role in training: what it must keep for a run to go on from here as if it had never stopped."""
+    """A role whose state a checkpoint stores, so that a resumed run equals an uninterrupted run."""
 
     def save(self, folder: Path, overlap: bool) -> Future[list[FileRecord]]:
         """Copy weights, optimizer state and random numbers of all ranks, and write them below ``folder``.
 
-        With ``overlap`` the answer comes as soon as they are copied, without records; `saved` has these. One save at a
-        time. Raises `align.errors.SaveError`, which names the file.
+        With ``overlap`` the future completes as soon as they are copied, without records; `saved` returns these. At
+        most one save may be in flight. Raises `align.errors.SaveError`, which names the file.
         """
         ...
 
@@ -105,9 +103,9 @@ class StatefulRole(Protocol):
         ...
 
     def restore(self, folder: Path) -> Future[None]:
-        """Go back to what `save` wrote there, whatever the number of ranks and the ZeRO stage were and are.
+        """Load what `save` wrote there; the number of ranks and the ZeRO stage may differ.
 
-        Raises `align.errors.ModelError` where files or parameters are missing, or there are others.
+        Raises `align.errors.ModelError` if files or parameters are missing or unexpected.
         """
         ...
 
@@ -120,7 +118,7 @@ class StatefulRole(Protocol):
         ...
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Count on from what `counters` gave."""
+        """Restore the counters that `counters` returned."""
         ...
 
 

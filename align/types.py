@@ -147,7 +147,7 @@ class Weights(Record):
 @checked
 @dataclass(frozen=True, eq=False)
 class Prompts(Record):
-    """Prompts of one step, to be answered."""
+    """Prompts of one step."""
 
     tokens: Packed
     index_P: Int[Tensor, " P"]
@@ -192,7 +192,7 @@ class Sequences(Record):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Sequences]) -> Sequences:
-        """The sequences of several records, one after the other; prompts are not looked for twice."""
+        """The sequences of several records, one after the other; equal prompts are not merged."""
         before = [0, *accumulate(len(part.prompts) for part in parts)]
         return cls(
             Packed.concatenate(part.prompts for part in parts),
@@ -282,7 +282,7 @@ class Pairs(Record):
         return Pairs(self.sequences.select(rows), self.strength_P[index_P])
 
     def batch(self, **columns: Tensor) -> Batch:
-        """The pairs as a batch, to the ``columns`` of which comes ``strength_B``, each pair's strength twice."""
+        """The pairs as a batch with ``columns`` and ``strength_B``, which holds each pair's strength twice."""
         strength_B = self.strength_P.repeat_interleave(2)
         return Batch(self.sequences, {"strength_B": strength_B, **columns}, unit=2, temperature=1.0)
 

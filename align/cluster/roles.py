@@ -52,7 +52,7 @@ class StartOptions:
     skip_non_finite: bool = False
     """See `align.workers.base.WorkerSpec`."""
     exported: Mapping[str, Exported] = field(default_factory=dict)
-    """What the exported folder of a trained role says, by role."""
+    """Contents of the exported folder's readme and config for each trained role."""
     clock: Clock = field(default_factory=Clock)
     announce: Announce = to_stdout
     """Gets a line for each role that is being loaded and that is ready."""
@@ -118,7 +118,7 @@ def start_reward(
     logs: Path,
     announce: Announce,
 ) -> Iterator[reward.Reward]:
-    """A reward role alone; see `start_roles`."""
+    """Start only a reward role, as `start_roles` does."""
     name = "reward"
     with start_roles({name: config}, executor, {name: slots}, cluster, logs, StartOptions(announce=announce)) as roles:
         yield roles[name]

@@ -3,7 +3,7 @@
 `Decoder` runs the modules of a Llama-shaped transformer itself, with a slot cache: the K samples of a prompt share one
 prefill, finished rows leave the batch, and waiting sequences take their places. It copies no weights, so a rollout
 always comes from the weights that are being trained, and its log-probabilities are those of the training forward pass.
-Any other architecture goes through ``transformers.generate`` (`generate_any`), with the same sampler.
+Other architectures use ``transformers.generate`` (`generate_any`), with the same sampler.
 
 Noise is that of `align.ops.sampling.uniform`: tokens do not depend on what else is in the batch.
 """
@@ -42,7 +42,7 @@ KEY_BLOCK = 32
 
 @dataclass
 class _SampledTokens:
-    """What has been sampled so far for sequence i of a request, column t being its token t."""
+    """Tokens sampled so far. Row i is sequence i of the request, column t its token t."""
 
     ids_BT: Tensor
     logprob_BT: Tensor
@@ -87,7 +87,7 @@ class _SamplingState:
 
     @classmethod
     def of(cls, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int) -> _SamplingState:
-        """A request to ``model``, which may end responses by ids of its own (Llama 3 has several)."""
+        """A request to ``model``, whose generation config may add stop ids (Llama 3 has several)."""
         device = model.device
         configured = getattr(model.generation_config, "eos_token_id", None)
         own = configured if isinstance(configured, list) else [configured]
@@ -104,8 +104,8 @@ class _SamplingState:
         return sampling.uniform(self.seed, self.prompts.step, prompt_N, sequence_N % K, token_N).view(-1, T)
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, sequence_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample the next token of each sequence, of those that the tokenizer has, and note it. Returns the ids and
-        which sequences go on."""
+        """Sample and record the next token of each sequence, among ids that the tokenizer has. Returns the ids, and
+        which sequences continue."""
         s, sampled = self.sampling, self.sampled
         logits_BV = restricted(self.model, logits_BV)
         ids, logprob, untempered = sampling.sample(logits_BV, uniform_B, s.temperature, s.top_k, s.top_p, s.min_p)
@@ -149,11 +149,13 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, sample: SamplingConfig, seed: int) -> Rollouts:
-        """K responses to each prompt, neighbours in the order of their number. Exact in the sense of `Rollouts`."""
+        """K responses to each prompt, adjacent, in the order of their number. Exact in the sense of `Rollouts`."""
         request = _SamplingState.of(self.model, prompts, sample, seed)
         count = len(prompts) * sample.num_samples
         self._reserve(prompts, sample, count)
         waiting, rows = 0, self._no_rows(sample.max_tokens)
+        # Each iteration is one forward pass on every rank: with sharded weights a pass gathers them, a collective call.
+        # So a rank without work continues with `_idle` until no rank has work.
         while self._more(waiting < count or len(rows.alive) > 0):
             free = self.num_slots - len(rows.alive)
             if waiting < count and (free * REFILL_FRACTION >= self.num_slots or len(rows.alive) == 0):
@@ -164,7 +166,7 @@ class Decoder:
                 self._decode(request, rows)
             else:
                 self._idle()
-            rows = self._compact(rows, waiting < count)
+            rows = self._compact(rows, waiting < count)  # free slots first, so that the next pass can refill them
         return request.sampled.rollouts(prompts, sample)
 
     def _more(self, busy: bool) -> bool:
@@ -211,7 +213,7 @@ class Decoder:
         return _Rows(sequence, ids, copies.lengths_B.to(sequence.device), uniform, alive)
 
     def _decode(self, request: _SamplingState, rows: _Rows) -> None:
-        """One token more for every row; rows that have finished are computed and ignored until they are removed."""
+        """Decode one token for every row. Finished rows are computed and ignored until `_compact` removes them."""
         num_rows = len(rows.alive)
         slots = torch.arange(num_rows, device=rows.token.device)
         num_keys = -(-(int(rows.position.max()) + 1) // KEY_BLOCK) * KEY_BLOCK
@@ -221,7 +223,7 @@ class Decoder:
             keys, values = self.cache[index]
             keys[slots, :, rows.position] = k[:, :, 0]
             values[slots, :, rows.position] = v[:, :, 0]
-            # The query heads that share a key head stand in the place of query positions.
+            # Grouped-query attention: the query heads that share a key head take the axis of query positions.
             grouped = q.view(num_rows, self.num_kv, self.num_heads // self.num_kv, self.head_dim)
             out = F.scaled_dot_product_attention(
                 grouped,
@@ -242,7 +244,7 @@ class Decoder:
         rows.alive[live] = alive
 
     def _idle(self) -> None:
-        """A pass on one token that nobody reads: other ranks are gathering sharded weights and need this one's part."""
+        """A discarded pass on one token: other ranks gather sharded weights, and need the shards of this rank."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         self.lm_head(self._body(token, token, lambda index, q, k, v: q.transpose(1, 2)))
 
@@ -311,7 +313,7 @@ def generate_any(model: PreTrainedModel, prompts: Prompts, sample: SamplingConfi
     layout = collate.padded(Sequences(rows, empty, torch.arange(len(rows))), side="left").to(stop_ids.device)
     length = layout.input_ids.shape[1]
     generator: Any = model
-    # Penalties and suppressed tokens of the checkpoint would part what is sampled from what is trained.
+    # Penalties and suppressed tokens of the checkpoint would make the sampled distribution differ from the trained one.
     saved_config, generator.generation_config = generator.generation_config, GenerationConfig()
     try:
         generator.generate(
@@ -382,4 +384,4 @@ class DecoderEngine:
         """The weights are in use between rollouts too, and a cache lives for one rollout."""
 
     def wake(self) -> None:
-        """See `sleep`."""
+        """Nothing to do: `sleep` frees nothing."""

@@ -34,11 +34,11 @@ from align.workers.base import (
 )
 
 MAX_ROLLOUTS_IN_FLIGHT = 1000
-"""Rollouts that may be under way at a time, far above any max_off_policy_steps."""
+"""Largest number of rollouts in flight, far above any max_off_policy_steps."""
 
 
 class ReferenceWorker(Worker):
-    """A causal language model that answers with log-probabilities."""
+    """A causal language model that computes log-probabilities."""
 
     stateless = True
 
@@ -60,7 +60,7 @@ class ReferenceWorker(Worker):
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
-        """The engine of the recipe, made at the first rollout."""
+        """The engine that the recipe names, made at the first rollout."""
         section = self.spec.section
         assert isinstance(section, PolicyConfig | PreviousPolicyConfig)
         name = section.engine if isinstance(section, PolicyConfig) else "decoder"
@@ -107,7 +107,7 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
 
     @worker_method
     def weights(self) -> Weights:
-        """All weights as they are now, for a sampler; every rank takes part, only rank 0 has them."""
+        """All weights as they are now, for a sampler; every rank calls this, only rank 0 keeps them."""
         computed = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)
         tensors = export.state_dict(self.model, self.engine.full, keep=self.spec.rank == 0)
         return Weights(tensors, computed["logprob_BT"])
@@ -125,9 +125,9 @@ class SamplerWorker(Worker):
 
     @worker_method
     def receive(self, sent: WorkerResult[Weights]) -> None:
-        """Take over the policy's weights, every one of them, and compute what the policy computes with them.
+        """Load all weights of the policy, and check that both compute the same log-probabilities.
 
-        Raises `ModelError` where log-probabilities of a fixed batch differ by more than rounding explains.
+        Raises `ModelError` if log-probabilities of a fixed batch differ by more than rounding explains.
         """
         tensors, own = sent.value.tensors, dict(named_weights(self.model))
         if tensors.keys() != own.keys():
@@ -162,7 +162,7 @@ class Sampler(Role):
     worker = SamplerWorker
 
     def receive(self, sent: Any) -> Future[None]:
-        """Renew the weights. ``sent`` is what `WorkerGroup.start` gave for the policy's rank 0."""
+        """Send the policy's weights to all ranks. ``sent`` is what `WorkerGroup.start` gave for the policy's rank 0."""
         return self.ranks.call("sync", SamplerWorker.receive, self.ranks.everywhere(sent), lambda parts: None)
 
 
@@ -211,7 +211,7 @@ class FrozenSampler(Role):
 class Policy(TrainedRole, Reference):
     """The driver's side of `PolicyWorker`.
 
-    It counts its updates, so that rollouts are known to come from the weights as they are now or from older ones.
+    It counts its updates to tell whether rollouts come from the current weights or from older weights.
     """
 
     worker = PolicyWorker
@@ -235,7 +235,7 @@ class Policy(TrainedRole, Reference):
         return {"version": self._version, "version_at": {str(step): version for step, version in ahead.items()}}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """See `counters`. A sampler gets the weights anew."""
+        """Restore `counters`. A sampler receives the weights again before its next rollout."""
         self._version, self._sent = counters["version"], -1
         self._version_at = {int(step): version for step, version in counters["version_at"].items()}
 
@@ -265,7 +265,7 @@ class Policy(TrainedRole, Reference):
 def _generate(ranks: WorkerGroup, method: Any, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
     index = by_rank(len(prompts), ranks.world_size)
     return ranks.call(
-        "generate" if prompts.step > 0 else "held_out",  # tokens a second are those of training's rollouts
+        "generate" if prompts.step > 0 else "held_out",  # only training rollouts count for tokens per second
         method,
         [(prompts.select(part), sampling) for part in index],
         lambda parts: _merged_rollouts(prompts, parts, index, sampling.num_samples),
