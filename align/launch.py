@@ -50,7 +50,7 @@ def train(loaded: LoadedConfig, console: Console) -> None:
 
 
 def open_run(prepared: Prepared, stopping: StopRequests | None) -> Run:
-    """The run of a prepared recipe. It touches nothing before it is entered."""
+    """The run of a prepared recipe. It writes nothing before its context is entered."""
     renderer = prepared.renderer
     return Run(prepared.config, renderer.text, prepared.identity, stopping, renderer.text_with_special_tokens)
 
@@ -74,7 +74,7 @@ def run_with_recovery(prepared: Prepared, run: Run) -> None:
 
 
 def run_rounds(prepared: Prepared, run: Run) -> None:
-    """Run the rounds that are left. Each starts its roles from the models of the round before."""
+    """Run the remaining rounds. Each starts its roles from the models of the previous round."""
     startup_s = []
     for config in run.rounds():
         begin = time.perf_counter()
@@ -94,8 +94,8 @@ def start_training_roles(
     exported: Mapping[str, Exported] = MappingProxyType({}),
 ) -> Iterator[SimpleNamespace]:
     """The roles of a recipe, attached to the run; a role that the recipe does not use is None. ``conversations`` are
-    the texts of the prompts, for each reward role that reads text; ``exported`` is what the folders of exported models
-    say."""
+    the texts of the prompts, for each reward role that reads text; ``exported`` holds the
+    algorithm and chat format that the exported model folders record."""
     plan = plan_roles(config)
     options = StartOptions(
         seed=config.run.seed,
@@ -107,7 +107,7 @@ def start_training_roles(
         report=run.report,
         max_restarts=config.run.max_restarts,
         interrupt=run.raise_on_force_quit,
-        ray_started=run.stopping.install,  # Ray has set signal handlers of its own
+        ray_started=run.stopping.install,  # Ray installs signal handlers: install the run's again
     )
     with start_roles(plan.configs, config.executor, plan.slots, config.cluster, run.logs, options) as started:
         roles = SimpleNamespace(**dict.fromkeys(plan.absent), **started)

@@ -1,4 +1,4 @@
-"""What on-policy recipes share: prompts, scores of a rollout batch, and the updates on it."""
+"""Shared by on-policy algorithms: load prompts, score a rollout batch, and train on it."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class TrainData:
     """The prompts that reward models read, row by row, where the policy reads others (attributes, a draft to edit)."""
 
     def rows(self, rollouts: Rollouts) -> Tensor:
-        """Row of each prompt of a step's rollouts, (P,)."""
+        """Index into the training prompts of each prompt of a step's rollouts, (P,)."""
         return self.prompts.order.indices(rollouts.step)
 
     def for_reward_models(self, rollouts: Rollouts) -> Sequences:
-        """The responses of a step behind the prompts that reward models read."""
+        """The responses of a step, appended to the prompts that reward models read."""
         sequences = rollouts.sequences
         if self.reward_prompts is None:
             return sequences
@@ -82,10 +82,10 @@ class ScoredRollouts:
     rollouts: Rollouts
     score_B: Tensor
     eval_B: Tensor | None
-    """Scores of the eval reward model."""
+    """Scores of ``eval_reward``, a second reward model that is measured and never trained against."""
     reference_BT: Tensor
     old_BT: Tensor
-    """log pi_old, the policy before this step's first update; the rollout's own unless the rollouts are off-policy."""
+    """log pi_old, the policy before this step's first update; see `PolicyRole.old_logprobs`."""
 
 
 def score_rollouts(
@@ -116,7 +116,7 @@ def policy_batch(scored: ScoredRollouts, advantage_BT: Tensor, learnable_B: Tens
 
 
 Update = tuple[TrainableRole, "Batch", LossFunction]
-"""Which role trains, on which batch, with which loss."""
+"""The role to train, its batch, and its loss."""
 
 SUMMED = "updates", "trained_tokens", "skipped_steps", "non_finite"
 """Metrics that `run_updates` adds over the optimizer steps of a rollout batch; it averages the others."""
@@ -128,7 +128,7 @@ def run_updates(
     """``epochs`` times ``minibatches`` optimizer steps on one rollout batch, all roles at the same time.
 
     ``group`` adjacent sequences stay in one minibatch. A role whose ``policy_kl`` (nats a token) exceeds ``target_kl``
-    stops for the rest of the step. Metric names are prefixed with the key of ``updates``. Metrics are means over the
+    skips the batch's other steps. Metric names are prefixed with the key of ``updates``. Metrics are means over the
     optimizer steps; token counts and skipped steps are sums.
     """
     history: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in updates}

@@ -1,10 +1,10 @@
-"""RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740), against a HelpSteer reward
+"""RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740), with a HelpSteer reward
 model.
 
 For K responses y_i to a prompt x, with r the shaped score and pi_ref the reference:
 
     R_i = r(x, y_i) - kl_coef * KL_i          KL_i = sum_t or mean_t of an estimate at each token
-    A_i = R_i - mean of R_j over the other usable j
+    A_i = R_i - mean of R_j over the other usable j (scored, and not masked as truncated)
     L   = - sum_i A_i sum_t log pi(y_it | x, y_i<t) / number of tokens of responses that have an A_i
 
 All log-probabilities are taken at the sampling temperature. The defaults are those of NeMo-Aligner's REINFORCE, with
@@ -37,7 +37,7 @@ class Config(PolicyGradientConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=4))
     """``num_samples`` is K, at least 2. 4: HelpSteer2-Preference."""
     kl_reduction: Literal["mean", "sum"] = "mean"
-    """KL of a response in the reward is that of its mean token (NeMo-Aligner) or of all its tokens (TRL)."""
+    """KL of a response in the reward: mean over its tokens (NeMo-Aligner) or sum over them (TRL)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ def make_batch(
 
 
 def train(config: Config, train_data: _rollout.TrainData, roles: _rollout.Roles, run: Run) -> None:
-    """Sample, score, leave one out, update."""
+    """Sample, score, compute leave-one-out advantages, update."""
     evaluator = Evaluator(config.evaluation, config.sampling, train_data.held_out, roles, run)
     for step, rollouts in run.rollouts(train_data.prompts, roles.policy, config.sampling, config.max_off_policy_steps):
         scored = _rollout.score_rollouts(roles, rollouts)

@@ -25,14 +25,14 @@ from align.rewards.http import HttpScorer
 from align.types import Sequences
 
 
-class _Checkpoints(RewardScorer):
-    """What one and several checkpoints share."""
+class _CheckpointScorerBase(RewardScorer):
+    """Base of `CheckpointScorer` and `EnsembleScorer`."""
 
     wants: ClassVar[Literal["ids", "text"]] = "ids"
 
     @classmethod
     def check(cls, config: CheckpointRewardConfig, name: str, renderer: Renderer | None) -> TextInput | None:
-        """The policy's ids can be read if every member would tokenize the same conversation to the same ids."""
+        """None, to read the policy's token ids, if every member tokenizes a conversation to the same ids."""
         members = checkpoint_format.members(config)
         tokenizers = [chat.load_tokenizer(item.path, item.revision, item.trust_remote_code) for item in members]
         for member, tokenizer in zip(members, tokenizers, strict=True):
@@ -53,13 +53,13 @@ class _Checkpoints(RewardScorer):
         return models[0] if len(models) == 1 else hashlib.sha256(" ".join(models).encode()).hexdigest()
 
 
-class CheckpointScorer(_Checkpoints):
-    """A reward model: a head that is read at the last token of the conversation."""
+class CheckpointScorer(_CheckpointScorerBase):
+    """Scores by one reward checkpoint: the output of its head at the last token of the conversation."""
 
     def __init__(
         self, config: CheckpointRewardConfig, device: torch.device, seed: int = 0, head_spec: HeadSpec | None = None
     ):
-        """Raises `ModelError` if the checkpoint has no head of its kind; a head is never drawn at random."""
+        """Raises `ModelError` if the checkpoint has no head of its kind; a head is never initialized at random."""
         self.config = config
         self.head_spec = head_spec or checkpoint_format.head_specs(config)[0]
         self.attribute_names = self.head_spec.names
@@ -100,7 +100,7 @@ class CheckpointScorer(_Checkpoints):
     def _infer(self, dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
         """Outputs of the head in the order of ``dialogues``."""
         sequences, dialogue_B = self.text.sequences(dialogues)
-        # Token ids of a run are limited by its own settings; text may have any length.
+        # In a run, the prompt and response limits bound token ids; text may have any length.
         tokens = int(sequences.tokens_B().max()) if len(sequences) else 0
         positions.require(
             self.engine.head.model.config,
@@ -122,8 +122,8 @@ class CheckpointScorer(_Checkpoints):
         return score_B if moments is None else (score_B - moments.mean) / moments.std
 
 
-class EnsembleScorer(_Checkpoints):
-    """Several reward models whose scores are combined; text or ids are those that all of them can read."""
+class EnsembleScorer(_CheckpointScorerBase):
+    """Combines the scores of several reward checkpoints. It reads token ids only if all of them can."""
 
     def __init__(self, config: EnsembleRewardConfig, device: torch.device, seed: int = 0):
         members = zip(checkpoint_format.members(config), checkpoint_format.head_specs(config), strict=True)
@@ -137,7 +137,7 @@ class EnsembleScorer(_Checkpoints):
         return self._combine([member.score_ids(sequences) for member in self.members])
 
     def metrics(self) -> dict[str, float]:
-        """``disagreement``: mean over responses of the standard deviation over members, where all gave a number."""
+        """``disagreement``: mean over responses of the standard deviation over members, where all scores are finite."""
         spread_B = torch.cat([*self._spreads, torch.zeros(0)])
         self._spreads = []
         return {"disagreement": float(spread_B.double().mean())} if len(spread_B) else {}
@@ -159,7 +159,7 @@ SCORERS: dict[str, type[RewardScorer]] = {
 
 
 def fingerprint(config: RoleConfig, seed: int) -> str:
-    """Hash of what a role starts from; see `align.models.identity.model_fingerprint` and `RewardScorer.fingerprint`."""
+    """Hash of a role's initial model; see `align.models.identity.model_fingerprint` and `RewardScorer.fingerprint`."""
     if isinstance(config, RewardConfig):
         return scorer_class(config).fingerprint(config, seed)
     assert isinstance(config, ModelConfig)
@@ -167,7 +167,7 @@ def fingerprint(config: RoleConfig, seed: int) -> str:
 
 
 def scorer_class(config: Any) -> type[RewardScorer]:
-    """The class that scores for a reward section."""
+    """The scorer class of a reward section."""
     return SCORERS[config.kind]
 
 

@@ -54,11 +54,11 @@ class Run:
         self.clock = Clock()
         self.progress = Progress()
         self.tensors: dict[str, Tensor] = {}
-        """Tensors that an algorithm carries from step to step; `state` holds its numbers."""
+        """Tensors that an algorithm carries from step to step; `state` holds its scalars."""
         self.stop_after: int | None = None
-        """Step after which the run ends without a checkpoint: the end of a replay."""
+        """Step after which a replay ends, without a checkpoint."""
         self._roles: dict[str, StatefulRole] = {}
-        self._counting: dict[str, MeteredRole] = {}
+        self._metered: dict[str, MeteredRole] = {}
         self._rollouts_ahead: deque[Future[Rollouts]] = deque()
         self.sampled: Rollouts | None = None
         """Rollouts of the current step."""
@@ -100,7 +100,7 @@ class Run:
     def keep_best(self, step: int, policy: PolicyRole, extra: Mapping[str, str] | None = None) -> None:
         """Export the policy as the best so far, with the ``extra`` files, text by name.
 
-        Earlier ones are deleted once no checkpoint names them.
+        Earlier best models are deleted once no checkpoint refers to them.
         """
         folder = self._round_folder / "best" / f"step-{step:06d}"
         with saving(folder.parent):
@@ -160,7 +160,7 @@ class Run:
         self.disk.truncate_to_step(self.progress)
 
     def start_of(self, number: int) -> Path | None:
-        """The model that a round starts from: the best or else the last of the round before; None for round 1, which
+        """The model that a round starts from: the best of the previous round, else its last; None for round 1, which
         starts from the recipe's model."""
         if number == 1:
             return None
@@ -196,17 +196,17 @@ class Run:
                 yield self.recipe if start is None else self.recipe.in_round(str(start))
 
     def attach(self, roles: object, worlds: Mapping[str, Mapping[str, int]]) -> None:
-        """Register the roles of this round: save those with state, log the counters of the metered ones.
+        """Register the roles of this round: save those with state, log the metrics of those that measure their work.
 
-        ``worlds`` holds for each role how it is split over processes.
+        ``worlds`` holds the world size and ZeRO stage of each role, for the checkpoint manifest.
         """
-        self._counting = {name: role for name, role in vars(roles).items() if isinstance(role, MeteredRole)}
+        self._metered = {name: role for name, role in vars(roles).items() if isinstance(role, MeteredRole)}
         self._roles = {name: role for name, role in vars(roles).items() if isinstance(role, StatefulRole)}
         self.saver.roles = self._roles
         self.saver.facts = {**self.disk.facts, "roles": {name: dict(worlds[name]) for name in self._roles}}
 
     def recover(self, error: AlignError, attempt: int) -> None:
-        """Go back to the last checkpoint after lost workers. Raises ``error`` after ``run.max_restarts`` attempts."""
+        """Go back to the last checkpoint after a lost worker. Raises ``error`` after ``run.max_restarts`` attempts."""
         self.saver.abandon()
         if attempt > self.section.max_restarts:
             raise error
@@ -237,7 +237,7 @@ class Run:
         Raises `StoppedError` between two steps, once a run that was asked to stop has saved.
         """
         self._restore()
-        self._begun = time.perf_counter()
+        self._step_start = time.perf_counter()
         self.stop_if_requested()
         for step in range(max(self.first_step, self.progress.step + 1), self.round * self.section.steps + 1):
             self.clock.step = step
@@ -245,7 +245,7 @@ class Run:
             begun = time.monotonic()
             yield step
             self.stopping.record_step(time.monotonic() - begun)
-            self._between(step)
+            self._after_step(step)
         self.saver.wait_for_save()
         self._prune_best()
         self.disk.lock.check()  # the algorithm exports next: another owner's model must not be overwritten
@@ -268,8 +268,8 @@ class Run:
                 f"stopped by {reason} at step {self.progress.step}", remedy="run the same command again to resume"
             )
 
-    def _between(self, step: int) -> None:
-        """After a step: publish the previous checkpoint, save a new one if it is due, stop if requested."""
+    def _after_step(self, step: int) -> None:
+        """Publish the previous checkpoint, save a new one if it is due, stop if requested."""
         self.raise_on_force_quit()
         self.progress.step = step
         if step == self.stop_after:
@@ -353,9 +353,9 @@ class Run:
         ``run.max_non_finite`` consecutive skipped optimizer steps.
         """
         now = time.perf_counter()
-        seconds = self.clock.drain(now - self._begun)
-        self._begun = now
-        counted = {f"{name}/{key}": v for name, role in self._counting.items() for key, v in role.drain().items()}
+        seconds = self.clock.drain(now - self._step_start)
+        self._step_start = now
+        counted = {f"{name}/{key}": v for name, role in self._metered.items() for key, v in role.drain().items()}
         line = {"step": step, **metrics, **counted, **{f"seconds/{name}": value for name, value in seconds.items()}}
         samples: list[dict[str, Any]] = []
         if rollouts is not None:

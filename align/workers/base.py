@@ -1,4 +1,4 @@
-"""Base classes: one rank of a role (`Worker`), its group of ranks (`WorkerGroup`), and the driver's side (`Role`)."""
+"""Base classes: one rank of a role (`Worker`), its ranks (`WorkerGroup`), and its object in the driver (`Role`)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class WorkerSpec:
     rank: int
     world_size: int
     section: RoleConfig
+    """The role's section of the recipe."""
     seed: int
     total_steps: int
     timeout_s: float
@@ -98,7 +99,7 @@ class Worker:
         self.spec = spec
 
     def open_store(self, host: str) -> int:
-        """Open the rendezvous of the role on rank 0. Returns its port, which the system picks."""
+        """Open the role's `torch.distributed` store on rank 0. Returns its port, which the system picks."""
         self._store = distributed.open_store(host, self.spec.timeout_s)
         return self._store.port
 
@@ -136,14 +137,14 @@ class Worker:
 class TrainedWorker(Worker):
     """A rank whose model is trained."""
 
-    stateless = False  # comes before the True of `ReferenceWorker` in `PolicyWorker`
+    stateless = False  # `PolicyWorker` inherits this before the True of `ReferenceWorker`
     _writing: futures.Future[list[FileRecord]] | None = None
-    """A save whose records have not been fetched."""
+    """A save in flight or finished, whose file records `saved` has not returned yet."""
     inference_arguments: Mapping[str, float] = MappingProxyType({})
-    """Arguments of the head for outputs that transformers computes as well, used to verify an export."""
+    """Keyword arguments with which the head computes what plain transformers computes, to verify an export."""
 
     def _make_trainable(self, model: PreTrainedModel, task: str) -> None:
-        """Add the adapters and the activation checkpointing of the recipe."""
+        """Add LoRA adapters and gradient checkpointing, if the recipe has them."""
         section = self.spec.section
         assert isinstance(section, TrainedModelConfig)
         if section.gradient_checkpointing:
@@ -152,12 +153,12 @@ class TrainedWorker(Worker):
             load.add_lora(model, section.lora, task=task, key=f"{self.spec.role}.lora.targets")
 
     def _forward_arguments(self, batch: Batch) -> dict[str, float]:
-        """Arguments of the head for a batch, beside its tokens."""
+        """Keyword arguments of the head's forward pass for a batch, beside its tokens."""
         return {}
 
     @worker_method
     def update(self, batch: Batch, loss: LossFunction) -> Metrics:
-        """One optimizer step on this rank's share."""
+        """One optimizer step; ``batch`` is this rank's part."""
         arguments = self._forward_arguments(batch)
         return self.engine.update(batch, loss, skip_non_finite=self.spec.skip_non_finite, **arguments)
 
@@ -169,8 +170,8 @@ class TrainedWorker(Worker):
     def save(self, folder: Path, overlap: bool) -> list[FileRecord]:
         """Write this rank's part of the training state below ``folder / role`` (`align.engines.optimizer_state`).
 
-        Memory is copied before this returns. With ``overlap`` a thread writes the copy, and `saved` returns the
-        records. An earlier save whose records were not fetched is waited for, and dropped. Raises `SaveError`.
+        Tensors are copied before this returns. With ``overlap`` a thread writes the copy, and `saved` returns the
+        records. `save` waits for an earlier save with unfetched records, and drops those. Raises `SaveError`.
         """
         if self._writing is not None:
             futures.wait([self._writing])
@@ -201,7 +202,7 @@ class TrainedWorker(Worker):
 
     @worker_method
     def state_bytes(self) -> int:
-        """Approximate size of what this rank would write."""
+        """Approximate size in bytes of what `save` would write on this rank."""
         random_bytes = sum(tensor.nbytes for tensor in optimizer_state.random_state().values())
         return self.engine.training.num_bytes() + random_bytes
 
@@ -209,7 +210,7 @@ class TrainedWorker(Worker):
     def export(self, folder: Path, extra: Mapping[str, str]) -> None:
         """Write the model in Hugging Face layout, with the ``extra`` files. Only rank 0 writes.
 
-        Raises `ModelError` if the exported model would compute something else than the trained one.
+        Raises `ModelError` if the outputs of the exported model differ from those of the trained model.
         """
         section, writes = self.spec.section, self.spec.rank == 0
         assert isinstance(section, TrainedModelConfig)
@@ -279,7 +280,7 @@ class WorkerGroup(ABC):
         gather: Callable[[list[T]], U],
     ) -> Future[U]:
         """Call ``method`` of the worker class on every rank, each with its item of ``arguments``; ``gather`` gets their
-        values."""
+        values. ``phase`` names the time in the metrics."""
 
     @abstractmethod
     def start(self, method: Callable[..., WorkerResult[T]], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -294,7 +295,7 @@ class WorkerGroup(ABC):
 
 
 class Role:
-    """The driver's side of a role. It splits work over the ranks and gathers their results."""
+    """A role in the driver, as algorithms call it. It splits work over the ranks and gathers their results."""
 
     worker: type[Worker]
 
@@ -303,7 +304,7 @@ class Role:
 
 
 class TrainedRole(Role):
-    """The driver's side of `TrainedWorker`."""
+    """A role whose model is trained; its ranks are `TrainedWorker`s."""
 
     update_phase = "update"
 
@@ -326,7 +327,7 @@ class TrainedRole(Role):
         return self.ranks.call("save", TrainedWorker.state_bytes, self.ranks.everywhere(), sum)
 
     def counters(self) -> dict[str, Any]:
-        """Counters of the driver's side, for a checkpoint; JSON."""
+        """Counters that this object keeps in the driver, for a checkpoint; JSON."""
         return {}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
@@ -343,7 +344,7 @@ def _concatenated(parts: Sequence[Sequence[FileRecord]]) -> list[FileRecord]:
 
 
 def by_rank(total: int, world_size: int) -> list[torch.Tensor]:
-    """Indices 0..total-1, dealt to the ranks in turn."""
+    """Indices 0..total-1, assigned to the ranks round-robin."""
     return [torch.arange(total)[rank::world_size] for rank in range(world_size)]
 
 
