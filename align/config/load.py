@@ -242,14 +242,14 @@ def _defaults(schema: type, reader: SchemaReader, prefix: str = "") -> dict[str,
             value = None if section is None else item.default_factory()  # type: ignore[misc] - it is a function
         if is_dataclass(value) and not isinstance(value, type):  # made by a function
             made = dataclasses.asdict(value)
-            value = {name: _reachable(type(value), name, child, reader) for name, child in made.items()}
+            value = {name: _reachable(type(value), name, child, reader, f"{key}.") for name, child in made.items()}
         else:
             value = _reachable(schema, item.name, value, reader)
         values[item.name] = MISSING if value is dataclasses.MISSING else value
     return values
 
 
-def _reachable(schema: type, name: str, value: Any, reader: SchemaReader) -> Any:
+def _reachable(schema: type, name: str, value: Any, reader: SchemaReader, prefix: str = "") -> Any:
     """A default that refers to a key of another section; that of the base class where this recipe's section has no such
     key, as ``${reward.path}`` of a critic beside a reward service."""
     reference = REFERENCE.fullmatch(value) if isinstance(value, str) else None
@@ -258,6 +258,8 @@ def _reachable(schema: type, name: str, value: Any, reader: SchemaReader) -> Any
     if section not in reader.chosen or (member is not None and key in field_types(member)):
         return value
     item = next(item for base in schema.__mro__[1:] for item in dataclasses.fields(base) if item.name == name)
+    if hasattr(schema, "remedy"):
+        reader.remedies[f"{prefix}{name}"] = schema.remedy
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
@@ -272,7 +274,8 @@ def _resolve(tree: DictConfig, reader: SchemaReader) -> Any:
     for key in missing:
         places = (reader.origin(key), reader.origin(key.rpartition(".")[0]))  # its own or its section's
         where = next((place for place in places if place not in (DEFAULT, COMMAND_LINE)), f"{reader.recipe}")
-        reader.fault(key, "has no value", f"give it in the recipe, or as {key}=VALUE on the command line", where)
+        remedy = reader.remedies.get(key, f"give it in the recipe, or as {key}=VALUE on the command line")
+        reader.fault(key, "has no value", remedy, where)
     _bound(leaves, OmegaConf.to_container(tree), reader)
     for key, written in leaves.items():
         try:

@@ -229,6 +229,8 @@ class SchemaReader:
     """The member of each union, by dotted key; None where the section is absent."""
     members: dict[str, list[type]] = field(default_factory=dict)
     """All members of each union."""
+    remedies: dict[str, str] = field(default_factory=dict)
+    """What to do where a key has no value because its default refers to a key that this recipe does not have."""
     optional: set[str] = field(default_factory=set)
     """Unions that null is a member of."""
 

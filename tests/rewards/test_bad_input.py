@@ -157,7 +157,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 CRITICS: dict[str, tuple[str, list[str]]] = {
     "a service has no head": (
         "reward.kind=http reward.url=http://127.0.0.1:9",
-        ["critic.path: has no value", "critic.path=VALUE"],
+        ["critic.path: has no value", "no checkpoint", "critic.path=${policy.path} critic.head=new"],
     ),
     "a question has no head": (
         "reward.path={causal} reward.head=yes_no reward.principle=x",
