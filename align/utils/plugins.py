@@ -39,7 +39,7 @@ def function_signature(name: str, function: Callable[..., Any]) -> inspect.Signa
         return inspect.signature(function)
     except (ValueError, TypeError):
         remedy = "wrap it in a function in a file: path/to/file.py:function"
-        raise ConfigError(f"function={name} has no signature", remedy=remedy) from None
+        raise ConfigError(f"function={name} does not have a signature", remedy=remedy) from None
 
 
 def _module(name: str) -> Any:

@@ -39,7 +39,7 @@ def test_it_is_given_messages_sample_and_opening(tmp_path: Path):
         ("async def answer(messages, sample): return ''", "is asynchronous"),
         ("def other(messages, sample): return ''", "has no function answer"),
         ("import no_such_module_of_mine", "ModuleNotFoundError"),
-        ("answer = max", "has no signature"),
+        ("answer = max", "does not have a signature"),
     ],
 )
 def test_what_cannot_be_called_is_refused(tmp_path: Path, source: str, message: str):

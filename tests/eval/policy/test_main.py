@@ -360,8 +360,8 @@ class TestBeforeAnythingIsWritten:
     @pytest.mark.parametrize(
         ("word", "judge", "message"),
         [
-            ("seed=0", "time:sleep", "function=time:sleep "),  # by version of Python for another reason
-            ("seed=0", "builtins:max", "function=builtins:max has no signature"),
+            ("seed=0", "time:sleep", "function=time:sleep does not "),  # by version of Python for another reason
+            ("seed=0", "builtins:max", "function=builtins:max does not have a signature"),
             ("placement.referee=0", name("longer"), "placement: no role is called referee"),
             ("judge.key_env=NO_SUCH", "http://127.0.0.1:1/v1#m", "NO_SUCH is not set"),
         ],
