@@ -47,7 +47,7 @@ class PairTask:
 def load_pairs(
     source: PreferenceData, renderer: Renderer, section: DataConfig, loss: partial[Loss]
 ) -> tuple[PairTask, dict[str, int]]:
-    """Pairs of both splits, and what became of their rows."""
+    """Pairs of both splits, and row counts by outcome."""
     limits = section.max_prompt_tokens, section.max_response_tokens
     train, counts = data.dataset.tokenize_pairs(source.train, renderer, *limits)
     validation, others = data.dataset.tokenize_pairs(source.validation, renderer, *limits)

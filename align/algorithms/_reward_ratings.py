@@ -72,7 +72,7 @@ def load_ratings(
     names: tuple[str, ...],
     weights: Mapping[str, float],
 ) -> tuple[RatingTask, dict[str, int]]:
-    """Rated responses of both splits, and what became of their rows. Raises `ConfigError` for an attribute that nobody
+    """Rated responses of both splits, and row counts by outcome. Raises `ConfigError` for an attribute that nobody
     rated, but for those of NeMo-Aligner's nine that have no weight."""
     limits = section.max_prompt_tokens, section.max_response_tokens
     train, counts = data.dataset.tokenize_ratings(source.train, renderer, names, *limits)

@@ -5,7 +5,7 @@
 
 The strength of a pair is the difference of its scores, and so is the gold difference of ``rpo_*``. A prompt teaches
 nothing where fewer than two responses are usable, or where all scores are equal. Iterative DPO samples
-many prompts at a time (``prompts_per_step: 20000``) and learns from their pairs in ``epochs`` passes.
+many prompts in one step (``prompts_per_step: 20000``) and learns from their pairs in ``epochs`` passes.
 
 Left out: more than one pair of a prompt.
 """

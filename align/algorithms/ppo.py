@@ -1,4 +1,4 @@
-"""PPO with a critic of its own (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv
+"""PPO with a separate critic (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv
 1909.08593, and Ouyang et al. 2022, arXiv 2203.02155; HelpSteer2, arXiv 2406.08673, and HelpSteer2-Preference).
 
 With r the shaped score on the last token, kl the estimate at each token and V_t the value before token t is chosen:
@@ -9,8 +9,8 @@ With r the shaped score on the last token, kl the estimate at each token and V_t
     policy  : max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)), mean over tokens
     critic  : 1/2 max((V - R)^2, (V_old + clip(V - V_old, -e, e) - R)^2), mean over tokens
 
-``epochs`` times ``minibatches`` optimizer steps of both on each rollout batch, at the same time where they have slots
-of their own. The critic starts from the reward model, in each round anew.
+``epochs`` times ``minibatches`` optimizer steps of both on each rollout batch, at the same time if they have separate
+slots. In each round the critic starts from the reward model.
 
 Left out: one network for both roles, and values of the prompt's tokens.
 """

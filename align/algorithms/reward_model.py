@@ -122,7 +122,7 @@ class RewardModelData:
 
 
 def load_data(config: Config, source: DataSplits[Any], renderer: Renderer) -> tuple[RewardModelData, dict[str, int]]:
-    """Rows of both splits, and what became of them."""
+    """Rows of both splits, and their counts by outcome."""
     names = resolve_attributes(config.reward.attributes)
     if config.loss == "regression":
         task, counts = _reward_ratings.load_ratings(source, renderer, config.data, names, config.goodness)
@@ -144,7 +144,7 @@ def train(config: Config, train_data: RewardModelData, roles: RewardModelRoles, 
         if run.is_last(step) or (config.validate_every and step % config.validate_every == 0):
             held_out, score_B = task.measure(roles.reward)
         run.log(step, metrics | {f"validation/{name}": value for name, value in held_out.items()})
-    if score_B is None:  # a run that ended after its last step goes on
+    if score_B is None:  # a resumed run that had made its last step
         _, score_B = task.measure(roles.reward)
     card = replace(train_data.card, moments=ScoreMoments.of(score_B))
     roles.reward.export(run.final, card.files()).result()

@@ -73,7 +73,7 @@ class SFTData:
 
 
 def load_data(config: Config, source: DataSplits[Any], renderer: Renderer) -> tuple[SFTData, dict[str, int]]:
-    """Demonstrations of the training split, and what became of its rows."""
+    """Demonstrations of the training split, and row counts by outcome."""
     made, counts = data.sft_targets.SFT_TARGETS[config.target].tokenize(source.train, renderer, config)
     judges = config.target == "genrm_verdicts"
     return SFTData(made, genrm_card.files(config.verdict, config.data.date) if judges else {}), counts

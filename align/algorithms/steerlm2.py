@@ -84,7 +84,7 @@ class SteerLM2Roles(Protocol):
 def load_data(
     config: Config, source: DataSplits[Any], renderer: Renderer
 ) -> tuple[_steerlm.SteerLMData, dict[str, int]]:
-    """Responses whose labels are asked for, held-out prompts, and what became of the rows."""
+    """Responses whose labels are requested, held-out prompts, and row counts by outcome."""
     require_same_steering(SteeringFormat.of(config.steering), config.policy.path)
     return _steerlm.load_data(config, config.evaluation, config.steering, config.labels, source, renderer)
 

@@ -328,7 +328,7 @@ class RayCluster:
             places: list[ProcessLocation] = self._wait_for_results(group, call, deadline)
             members = [replace(member, place=place) for member, place in zip(group.members, places, strict=True)]
             self.monitor.members[group.role] = members
-        # Rank 0 opens the rendezvous on a free port of its own node. Only then do the peers know where to connect.
+        # Rank 0 opens the rendezvous on a free port of its node. Only then do the peers know where to connect.
         for group in groups:
             place = group.members[0].place
             host = LOOPBACK if self.session.own or place is None else place.host

@@ -50,7 +50,6 @@ class StartOptions:
     total_steps: int = 0
     """Optimizer steps of trained roles, for their learning-rate schedule."""
     skip_non_finite: bool = False
-    """See `align.workers.base.WorkerSpec`."""
     exported: Mapping[str, Exported] = field(default_factory=dict)
     """Contents of the exported folder's readme and config for each trained role."""
     clock: Clock = field(default_factory=Clock)

@@ -319,7 +319,7 @@ class _References:
         return self._sizes[key]
 
     def _at(self, key: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-        """The value at ``key`` and its own key; of one that lies behind a reference, that reference."""
+        """The value at ``key`` and its key; for a value behind a reference, that reference."""
         value = self._tree
         for depth, name in enumerate(key):
             if not isinstance(value, (dict, list)):

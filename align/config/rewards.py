@@ -224,7 +224,7 @@ class CriticFromRewardConfig(CriticConfig):
     2406.08673). If the reward is not a checkpoint, give ``critic.path``. A recipe with another ``critic.path`` and a
     pinned ``reward.revision`` must also give ``critic.revision``."""
 
-    # Without an annotation, so that it is no field. Shown where the reward is no checkpoint.
+    # Without an annotation, so that it is not a field. Shown if the reward is not a checkpoint.
     remedy = (
         "this reward is no checkpoint: start the critic from the policy: critic.path=${policy.path} critic.head=new"
     )

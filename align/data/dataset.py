@@ -190,7 +190,7 @@ def load_dataset(data: DataConfig, reads: RowKind = "preferences") -> DataSplits
 
 
 def load_validation(data: DataConfig, reads: RowKind = "preferences") -> tuple[list[Any], SplitCounts]:
-    """The validation split alone, as `load_dataset` has it, and what became of its rows."""
+    """The validation split alone, as `load_dataset` reads it, and its row counts by outcome."""
     rows, counts = _filter_rows(dataset_items(data, reads)["validation"], data, {})
     _require_rows("validation", rows, counts, data)
     return list(rows.values()), counts

@@ -28,7 +28,7 @@ RANKING = {-3: 1.0, -2: 2.0, -1: 3.0, 1: 4.0, 2: 5.0, 3: 6.0}
 """By preference."""
 
 NONE = float("nan")
-"""In a label, a number that nobody gave; in a verdict, one that cannot be read."""
+"""A missing number of a label; an unreadable number of a verdict."""
 
 KEYS = "verdict.custom_roles", "data.chat_template"
 """Keys of a judge in training, for `require_roles`."""

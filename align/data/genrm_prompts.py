@@ -122,7 +122,7 @@ def _read_json(answer: str, num_responses: int) -> Verdict | None:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; one that names a key twice is a verdict that cannot be read."""
+    """An object; a duplicate key makes a verdict unreadable."""
     value = dict(pairs)
     return value if len(value) == len(pairs) else {"score_1": None}
 

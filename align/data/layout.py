@@ -32,7 +32,7 @@ def match_splits(names: Iterable[str]) -> dict[str, str]:
 
 def find_split_files(path: str) -> dict[str, list[Path]] | None:
     """The files of ``train`` and ``validation``, or the folders that ``save_to_disk`` wrote; a split without a file is
-    left out. None for what is no path here. Raises `DataError` for files that do not say which split they are."""
+    left out. None if there is no such path. Raises `DataError` for files that do not say which split they are."""
     place = Path(path).expanduser()
     if place.is_file():
         if not place.name.endswith(SUFFIXES):

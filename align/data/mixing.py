@@ -29,7 +29,7 @@ class RowFormat(NamedTuple):
     """How a source is read as rows of one kind."""
 
     sources: Callable[[DataConfig], dict[str, RawRows]]
-    """Both splits as they come, item by item; the training split alone where there is no other."""
+    """Both splits as they come, item by item; the training split alone if there is no validation split."""
     parse: Callable[[Any], Sequence[DataRow]]
     """The rows of one item. Raises `BadRow`."""
 
@@ -42,7 +42,7 @@ class SourceSplits(dict[str, Iterable[ParsedItem]]):
 
 
 def read_source(data: DataConfig, form: RowFormat) -> SourceSplits:
-    """Both splits of one source. Without a validation split of its own, ``data.validation`` of the prompts are it."""
+    """Both splits of one source. Without a validation split, a share ``data.validation`` of the prompts is held out."""
     splits = SourceSplits({split: _parsed(rows, form.parse) for split, rows in form.sources(data).items()})
     if "validation" not in splits:
         splits = _divided(splits["train"], data.validation)

@@ -140,7 +140,7 @@ class Rating(DataRow):
     context: Context
     response: str
     ratings: Mapping[str, float]
-    """By attribute; one that nobody rated is left out."""
+    """By attribute; unrated attributes are left out."""
     domain: str
     language: str
     spread: int = 0

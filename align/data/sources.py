@@ -35,7 +35,7 @@ from align.errors import DataError
 RawRows = Iterator[tuple[str, Any]]
 _SUFFIXES = ", ".join(layout.SUFFIXES)
 CONFIGS = ("preference", "feedback", "edit", "edit_quality", "principle")
-"""Folders of HelpSteer3, each a data set of its own."""
+"""Folders of HelpSteer3, each a separate data set."""
 
 
 def open_tables(data: DataConfig, stems: Mapping[str, str], **hub: Any) -> dict[str, Callable[[], RawRows]]:

@@ -96,7 +96,7 @@ class SteeringFormat:
 
 
 def read_steering_card(file: Path) -> SteeringFormat:
-    """The form that a model's card tells. Raises `ModelError` for one that cannot be read."""
+    """The steering format of a model's card. Raises `ModelError` for an unreadable card."""
     try:
         card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = card.pop("version")

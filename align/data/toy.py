@@ -65,7 +65,7 @@ CHAT_TEMPLATE = (
 
 
 def answer(instruction: str) -> list[str]:
-    """The right words. Raises `DataError` for a text that is no instruction of this task."""
+    """The right words. Raises `DataError` for a text that is not an instruction of this task."""
     if not _is_instruction(instruction):
         raise DataError(f"not an instruction of the toy task: {instruction[:60]!r}")
     request, _, words = instruction.partition(" : ")

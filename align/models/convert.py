@@ -25,7 +25,7 @@ def row_zero(source: Path, out: Path, texts: Mapping[str, str]) -> str:
     one label; returns the name of its class.
 
     The row becomes ``score.weight``, all other rows go. ``texts`` are written beside the model. Raises `ModelError`
-    where the output layer is not a weight of its own, or transformers has no classifier of this family.
+    if the output layer is not a separate weight, or transformers has no classifier of this family.
     """
     folder = ModelFolder(source)
     config, where = dict(folder.config), str(source)

@@ -166,7 +166,7 @@ def _rank(token: str) -> int:
 
 def code(section: ModelConfig) -> dict[str, str]:
     """Text by name of the Python modules that a checkpoint with ``trust_remote_code`` names, and of those they import
-    relatively. Raises `ModelError` for one that is missing."""
+    relatively. Raises `ModelError` for a missing file."""
     if not section.trust_remote_code:
         return {}
     waiting, sources = _modules(section), {}

@@ -49,7 +49,7 @@ HeadSource = Literal["auto", "trained", "new"]
 def check(section: ModelConfig, vocab_size: int, name: str = "", sampled: int = 0) -> None:
     """What can be told of a role's checkpoint without reading its weights, before any worker starts.
 
-    Raises `ModelError` for a folder that is no whole model, a config that cannot be read or does not fit a tokenizer of
+    Raises `ModelError` for an incomplete model folder, a config that cannot be read or does not fit a tokenizer of
     ``vocab_size`` entries, and for weight files of a folder that are missing, damaged or no safetensors. Of a hub id
     only the config is fetched; `causal_lm` and `scorer` see to the rest. ``name`` is that of the section, for messages.
     ``sampled`` is the longest prompt with its response, in tokens, of a model that samples.
@@ -363,7 +363,7 @@ def _replace_head(model: Any, weight_AH: torch.Tensor) -> None:
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint says that it has a head of its own that scores sequences."""
+    """Whether the checkpoint's config names a head that scores sequences."""
     return (config.architectures or ["?"])[0].endswith("ForSequenceClassification")
 
 

@@ -63,7 +63,7 @@ def _other_forward(module: nn.Module) -> bool:
     """A linear layer or embedding that computes something else, so that peft would add to another thing.
 
     Routers return tuples (Llama 4, Phi-3.5-MoE), embeddings shift or norm (OPT's positions); peft knows
-    ``embed_scale``. Falcon's linear layer is a product, though in code of its own.
+    ``embed_scale``. Falcon's linear layer is a product, though in its own code.
     """
     forward = type(module).forward
     if isinstance(module, nn.Embedding):

@@ -25,7 +25,7 @@ class ModelFolder:
     """A folder in Hugging Face layout with weights in safetensors."""
 
     def __init__(self, folder: Path):
-        """Raises `ModelError` for a folder that is no whole model, or is quantized."""
+        """Raises `ModelError` for an incomplete or quantized model folder."""
         section = ModelConfig(path=str(folder))
         if not folder.is_dir():
             remedy = "download the model into a folder and give that"

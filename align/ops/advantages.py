@@ -106,7 +106,7 @@ def whiten(x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Te
     """``(x - mean) / sqrt(variance + 1e-8)`` over all tokens, variance over n, 0 where there is no token (REINFORCE++,
     Hu 2025, arXiv 2501.03262).
 
-    Wants the whole batch of a step, of all workers: each part whitened by itself would forget how parts differ.
+    Requires the whole batch of a step, of all workers: whitening parts separately loses the differences between parts.
     Moments are taken in float64.
     """
     valid_N = x_BT[mask_BT].double()

@@ -153,7 +153,7 @@ def explained_variance(
 ) -> float:
     """``1 - Var(R - V) / Var(R)`` over the tokens of all responses (as in OpenAI Baselines).
 
-    1 for a critic that is right up to a constant, 0 for one that says the same everywhere, negative for a worse one. 0
+    1 for a critic that is right up to a constant, 0 for a constant critic, negative for a worse critic. 0
     where all returns are equal or there is no token.
     """
     value_N, return_N = value_BT[mask_BT].double(), return_BT[mask_BT].double()

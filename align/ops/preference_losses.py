@@ -50,7 +50,7 @@ def robust(difference_P: Float[Tensor, " P"], beta: float, smoothing: float) -> 
     (Chowdhury et al. 2024, arXiv 2403.00409, section 3).
 
     Its mean over labels that are flipped with probability e is `dpo` of the true labels. With e > 0 a pair's loss has
-    no lower bound: it goes on falling by beta e / (1 - 2e) per nat of d.
+    no lower bound: it keeps falling by beta e / (1 - 2e) per nat of d.
     """
     logit_P = beta * difference_P
     return (-(1 - smoothing) * F.logsigmoid(logit_P) + smoothing * F.logsigmoid(-logit_P)) / (1 - 2 * smoothing)

@@ -42,7 +42,7 @@ def beta_bins(rating_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A L"]:
     """log P(a = n | x, y) of the labels n = 0 to 4, float64, at least `FLOOR`.
 
     With r the rating limited to 0 to 4 and divided by 4, ``P(a = n) = F((n + 1) / 5) - F(n / 5)`` where F is the
-    distribution function of Beta(24 r, 24 (1 - r)). Each bin is integrated by itself (Gauss-Legendre with 64 nodes, in
+    distribution function of Beta(24 r, 24 (1 - r)). Each bin is integrated separately (Gauss-Legendre with 64 nodes, in
     logarithms), so that small ones keep their digits; the bin at an end where the density may be infinite is what the
     others leave.
     """

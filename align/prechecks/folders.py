@@ -1,4 +1,4 @@
-"""Whether a folder can be written to, and whether a run may start or go on there."""
+"""Whether a folder can be written to, and whether a run may start or resume there."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Identity:
         return {"format": FORMAT, **asdict(self)}
 
     def stored_differences(self, text: bytes, allowed: list[str]) -> list[tuple[str, str]]:
-        """As `differences`, with the text of ``identity.json``. Raises ValueError for one that cannot be read."""
+        """As `differences`, with the text of ``identity.json``. Raises ValueError if it cannot be read."""
         content = json.loads(text)
         if (version := content.get("format")) != FORMAT:
             raise ValueError(f"has format {version!r}, and this version of align reads {FORMAT}")

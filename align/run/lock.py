@@ -33,7 +33,7 @@ from align.errors import ConfigError, LockError, SaveError
 HEARTBEAT_SECONDS = 5.0
 """Interval of heartbeats."""
 MISSED_BEATS = 3
-"""A heartbeat younger than this many intervals means alive; one that does not change for as many means dead."""
+"""A heartbeat younger than this many intervals means alive; a heartbeat that does not change for as many means dead."""
 SQUEUE_SECONDS = 10.0
 """Timeout of a query to Slurm."""
 ATTEMPTS = 100

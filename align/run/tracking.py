@@ -67,11 +67,9 @@ class Trackers:
         self._call(lambda tracker: tracker.open(recipe, folder, step), passes=AlignError)
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
-        """See `Tracker.log`."""
         self._call(lambda tracker: tracker.log(step, metrics, samples))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
-        """See `Tracker.log_evaluation`."""
         self._call(lambda tracker: tracker.log_evaluation(step, metrics, answers))
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class Batcher:
         self._scorer, self._config = scorer, config
         self._queue: queue.SimpleQueue[tuple[list[Dialogue], Future[ResponseScores]]] = queue.SimpleQueue()
         self._batch_start: float | None = None
-        """When the batch under way began; None between batches."""
+        """Start time of the batch in flight; None between batches."""
         self._thread = threading.Thread(target=self._run, name="reward-batches", daemon=True)
         self._thread.start()
 
@@ -80,7 +80,6 @@ class Batcher:
         return await asyncio.wrap_future(future)
 
     async def replicas(self) -> int:
-        """See `ScoringBackend`."""
         return int(self.stuck() is None)
 
     def stuck(self) -> str | None:

@@ -103,7 +103,6 @@ class ReplicaBackend:
         """When a replica was last running."""
 
     async def score(self, dialogues: list[Dialogue]) -> ResponseScores:
-        """See `align.serve.batcher.ScoringBackend`."""
         response = self._handle.score.remote(dialogues)
         try:
             outcome = await response
@@ -118,7 +117,6 @@ class ReplicaBackend:
         return outcome
 
     async def replicas(self) -> int:
-        """See `align.serve.batcher.ScoringBackend`."""
         return await asyncio.to_thread(self.running)
 
     def running(self) -> int:

@@ -53,7 +53,6 @@ class Generator(Role):
     def complete(
         self, requests: Sequence[Request], sampling: SamplingConfig, margins: bool = False
     ) -> Future[list[Completion]]:
-        """See `align.generators.base.TextGenerator`."""
         rows = [part.tolist() for part in by_rank(len(requests), self.ranks.world_size)]
         arguments = [([requests[i] for i in part], sampling, margins) for part in rows]
 
@@ -67,6 +66,5 @@ class Generator(Role):
         return self.ranks.call(self.phase, GeneratorWorker.complete, arguments, gather)
 
     def drain(self) -> Metrics:
-        """See `align.roles.Counting`."""
         counts, self._counts = self._counts, Counter()
         return dict(counts)

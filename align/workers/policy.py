@@ -182,7 +182,6 @@ class Reference(Role):
     phase = "reference"
 
     def logprobs(self, sequences: Sequences, temperature: float) -> Future[Tensor]:
-        """See `align.roles.Reference`."""
         rows = collate.split(sequences, 1, self.ranks.world_size)
         return self.ranks.call(
             self.phase,
@@ -204,7 +203,6 @@ class FrozenSampler(Role):
     worker = FrozenSamplerWorker
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
-        """See `align.roles.FrozenSampler`."""
         return _generate(self.ranks, FrozenSamplerWorker.generate, prompts, sampling)
 
 
@@ -240,12 +238,10 @@ class Policy(TrainedRole, Reference):
         self._version_at = {int(step): version for step, version in counters["version_at"].items()}
 
     def update(self, batch: Batch, loss: LossFunction) -> Future[Metrics]:
-        """See `align.roles.Policy`."""
         self._version += 1
         return super().update(batch, loss)
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Future[Rollouts]:
-        """See `align.roles.Policy`."""
         self._version_at.setdefault(prompts.step, self._version)  # a greedy baseline comes after its samples
         if self._sampler is None:
             return _generate(self.ranks, PolicyWorker.generate, prompts, sampling)
@@ -256,7 +252,6 @@ class Policy(TrainedRole, Reference):
         return ChainedFuture(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
 
     def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:
-        """See `align.roles.Policy`."""
         if self._exact and self._sampler is None and self._version_at[rollouts.step] == self._version:
             return CompletedFuture(rollouts.logprob_BT)
         return self.logprobs(rollouts.sequences, rollouts.temperature)

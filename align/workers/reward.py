@@ -123,7 +123,6 @@ class Reward(Role):
         self._conversations = conversations
 
     def score(self, sequences: Sequences) -> Future[Tensor]:
-        """See `align.roles.Reward`."""
         if self._conversations is not None:
             dialogues = self._conversations.dialogues(sequences)
             return self._score_text(dialogues, sequences.prompt_B.tolist(), sequences.responses.lists())
@@ -136,7 +135,6 @@ class Reward(Role):
         return self._score_text(dialogues, _context_groups(dialogues) if groups is None else groups, None)
 
     def rate(self, dialogues: Sequence[Dialogue], names: Sequence[str]) -> Future[Tensor]:
-        """See `align.roles.Reward`."""
         rows = _split(dialogues, _context_groups(dialogues), self.ranks.world_size)
         arguments = [([dialogues[i] for i in index.tolist()], names) for index in rows]
         gather = lambda parts: self._require_finite(merged(parts, rows))  # noqa: E731
@@ -200,7 +198,6 @@ class TrainedReward(TrainedRole, Reward):
     worker = TrainedRewardWorker
 
     def attributes(self, sequences: Sequences) -> Future[Tensor]:
-        """See `align.roles.TrainedReward`."""
         rows = collate.split(sequences, 1, self.ranks.world_size)
         arguments = [(sequences.select(index),) for index in rows]
         gather = lambda parts: self._require_finite(merged(parts, rows))  # noqa: E731
