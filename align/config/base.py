@@ -13,7 +13,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from align.config.models import RoleConfig
-from align.config.yaml_reader import field_types, sections_in
+from align.config.schema_types import field_types, sections_in
 
 DataFormat = Literal[
     "auto",

@@ -27,7 +27,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from omegaconf import MISSING
 
 from align import config as schemas
-from align.config.yaml_reader import field_types
+from align.config.schema_types import field_types
 from align.utils.atomic_write import write_atomic
 
 INTRODUCTION = """\

@@ -38,6 +38,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from align.config.eval import RewardEvaluationConfig
 from align.config.eval_policy import PolicyBenchmarkName, PolicyEvaluationConfig
 from align.config.scale import ScaleConfig
+from align.config.schema_types import field_types, is_section, sections_in
 from align.config.serve import RewardServiceConfig
 from align.config.yaml_reader import (
     COMMAND_LINE,
@@ -48,9 +49,6 @@ from align.config.yaml_reader import (
     compose_file,
     compose_overrides,
     describe_node,
-    field_types,
-    is_section,
-    sections_in,
     shorten,
     to_node,
     to_yaml,

@@ -12,15 +12,16 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING
 
 from align.config import foreign_keys
+from align.config.schema_types import field_types, is_section, tag, variants
 from align.errors import ConfigError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
@@ -169,32 +170,6 @@ def describe_node(node: yaml.Node) -> str:
     return f"a list of {len(node.value)}" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
-def field_types(schema: type) -> dict[str, Any]:
-    hints = get_type_hints(schema)
-    return {item.name: hints[item.name] for item in dataclasses.fields(schema)}
-
-
-def is_section(hint: Any) -> TypeGuard[type]:
-    """The type of a field is a dataclass."""
-    return isinstance(hint, type) and is_dataclass(hint)
-
-
-def variants(hint: Any) -> list[type]:
-    """Dataclasses of a union: ``A | B``, told apart by their key ``kind``, or ``A | None``. Empty for other types."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
-    return [member for member in members if is_section(member)]
-
-
-def sections_in(hint: Any) -> list[type]:
-    """The dataclass that is the type of a field, or those of its union."""
-    return [hint] if is_section(hint) else variants(hint)
-
-
-def tag(schema: type) -> str:
-    """The ``kind`` of a member of a union."""
-    return next((str(item.default) for item in dataclasses.fields(schema) if item.name == "kind"), schema.__name__)
-
-
 def _expected(hint: Any) -> tuple[str, str]:
     """The name of a type in messages, and the remedy."""
     kind, args = get_origin(hint) or hint, get_args(hint)
@@ -230,7 +205,7 @@ class SchemaReader:
     members: dict[str, list[type]] = field(default_factory=dict)
     """All members of each union."""
     remedies: dict[str, str] = field(default_factory=dict)
-    """What to do where a key has no value because its default refers to a key that this recipe does not have."""
+    """What to do about a key whose default refers to a key that this recipe does not have."""
     optional: set[str] = field(default_factory=set)
     """Unions that null is a member of."""
 
@@ -303,8 +278,10 @@ class SchemaReader:
                 remedy = f"did you mean {' or '.join(likely[:3])}?" if likely else f"keys here: {', '.join(hints)}"
                 remedy = self._other_kind(schema, key, name) or foreign_keys.meant(dotted, keys) or remedy
                 self.fault(dotted, f"unknown key (set to {describe_node(child)})", remedy, self.places[dotted])
-            elif hints[name] is NoneType and isinstance(child, yaml.MappingNode) and dotted in self.chosen:
-                values[name] = None  # a later layer removes the section
+            elif hints[name] is NoneType and dotted in self.chosen and child.tag != _NULL:
+                if not isinstance(child, yaml.MappingNode):  # else a later layer removes the section
+                    self.section(child, self.members[dotted][0], dotted)
+                values[name] = None
             else:
                 read = self.section if is_section(hints[name]) else self.value
                 values[name] = read(child, hints[name], dotted)

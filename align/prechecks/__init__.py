@@ -9,7 +9,7 @@ from pathlib import Path
 
 from align.config import ClusterConfig, RecipeConfig, RewardServiceConfig, RoleConfig
 from align.config.load import LoadedConfig
-from align.config.yaml_reader import field_types, sections_in
+from align.config.schema_types import field_types, sections_in
 from align.errors import AlignError, ConfigError, PlacementError
 from align.prechecks import folders, functions, placement, roles, sources
 from align.utils.security import require_private

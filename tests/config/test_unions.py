@@ -70,7 +70,10 @@ def test_a_union_within_a_union(tmp_path: Path):
         ("[r]", [], ["reward: expected a section, found a list of 1"]),
         ("{kind: http}", [], ["reward.url: has no value"]),
         ("{path: r}", ["eval_reward.url=http://h"], ["eval_reward.url: unknown key", "eval_reward.kind=http"]),
-        ("{path: r}", ["sampler=1"], ["sampler: expected"]),
+        ("{path: r}", ["sampler=1"], ["sampler: expected a section, found '1'", "give it keys: path"]),
+        ("{path: r}", ["policy.lora=8"], ["policy.lora: expected a section, found '8'", "rank"]),
+        ("{path: r}", ["eval_reward=${reward}"], ["eval_reward: expected a section, found '${reward}'"]),
+        ("{path: r}", ["eval_reward=[a]"], ["eval_reward: expected a section, found a list of 1"]),
     ],
 )
 def test_what_fits_no_schema_is_refused(tmp_path: Path, reward: str, overrides: list[str], parts: list[str]):
