@@ -34,6 +34,7 @@ from align.prechecks.roles import check_roles, dtype_notes, remote_code, role_co
 from align.rewards import checkpoint_format, scorers
 from align.rewards.base import TextInput
 from align.run import Identity
+from align.utils.plugins import function_fingerprint
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     # A run resumes only if all that these hashes cover is unchanged.
     hashes = {"rows": source.fingerprint, "renderer": renderer.fingerprint}
     hashes |= {f"renderers of {name}": item.renderers for name, item in inputs.items() if item.renderers}
+    engines = {name: getattr(role, "engine", "") for name, role in roles.items()}
+    hashes |= {f"engine of {name}": function_fingerprint(engine) for name, engine in engines.items() if ":" in engine}
     models = {name: scorers.fingerprint(role, config.run.seed) for name, role in roles.items()}
     identity = Identity.of(config, hashes, models)
     description = {

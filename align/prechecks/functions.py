@@ -9,7 +9,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from align.config import FunctionGeneratorConfig, FunctionRewardConfig, GenerativeRewardConfig
+from align.config import (
+    FunctionGeneratorConfig,
+    FunctionRewardConfig,
+    GenerativeRewardConfig,
+    PolicyConfig,
+    SamplerConfig,
+)
 from align.errors import ConfigError
 from align.prechecks.sources import near
 
@@ -24,7 +30,7 @@ def missing(config: Any, absent: set[str], places: Mapping[str, str]) -> list[Co
 
 
 def _functions(config: Any, absent: set[str]) -> Iterator[tuple[str, str]]:
-    """Key and name of each function that a config calls."""
+    """Key and name of each function, or class of a rollout engine, that a config names."""
     for name, value in vars(config).items():
         if name in absent:
             continue
@@ -32,6 +38,8 @@ def _functions(config: Any, absent: set[str]) -> Iterator[tuple[str, str]]:
             name, value = f"{name}.judge", value.judge
         if isinstance(value, (FunctionRewardConfig, FunctionGeneratorConfig)):
             yield f"{name}.function", value.function
+        if isinstance(value, (PolicyConfig, SamplerConfig)) and ":" in value.engine:
+            yield f"{name}.engine", value.engine
 
 
 def problem(key: str, name: str, where: str | None) -> ConfigError | None:

@@ -13,8 +13,10 @@ from align.config import (
     FunctionRewardConfig,
     GenerativeRewardConfig,
     ModelConfig,
+    PolicyConfig,
     RecipeConfig,
     RoleConfig,
+    SamplerConfig,
     TrainedModelConfig,
     precision,
 )
@@ -121,13 +123,20 @@ def with_absolute_paths(role: RoleConfig) -> RoleConfig:
     if isinstance(role, GenerativeRewardConfig):
         changes["judge"] = with_absolute_paths(role.judge)
     if isinstance(role, (FunctionRewardConfig, FunctionGeneratorConfig)):
-        file, colon, function = role.function.rpartition(":")
-        changes["function"] = f"{_absolute(file)}{colon}{function}" if file.endswith(".py") else role.function
+        changes["function"] = _with_absolute_file(role.function)
+    if isinstance(role, (PolicyConfig, SamplerConfig)):
+        changes["engine"] = _with_absolute_file(role.engine)
     if isinstance(role, ModelConfig):
         changes["path"] = _absolute(role.path)
         if template := vars(role).get("chat_template"):
             changes["chat_template"] = _absolute(template)
     return replace(role, **changes)
+
+
+def _with_absolute_file(name: str) -> str:
+    """``path/file.py:name`` with the absolute path of the file; any other name unchanged."""
+    file, colon, member = name.rpartition(":")
+    return f"{_absolute(file)}{colon}{member}" if file.endswith(".py") else name
 
 
 def _absolute(path: str) -> str:

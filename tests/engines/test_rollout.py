@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from align.config import ModelConfig, OptimizerConfig, PolicyConfig, SamplerConfig, SamplingConfig
+from align.config.load import load_recipe
 from align.engines.decoder import DecoderEngine
+from align.prepare import prepare
 from align.roles import Loss
 from align.run import Clock
 from align.types import Packed, Prompts, Rollouts
@@ -66,3 +68,16 @@ def test_old_logprobs_are_recomputed_unless_exact_and_rollouts_train(tiny_policy
 def test_an_unknown_engine_is_refused(section: type[ModelConfig]):
     with pytest.raises(ValueError, match="engine must be one of decoder, or module:Class"):
         section(path="p", dtype="float32", engine="vlm")  # type: ignore[call-arg]
+
+
+def test_a_run_resumes_only_with_the_same_engine(tmp_path: Path, toy_data: Path, tiny_policy: Path):
+    engine, recipe = tmp_path / "engine.py", tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"algorithm: sft\nrun: {{dir: {tmp_path / 'run'}, steps: 1}}\nexecutor: local\ndata: {{path: {toy_data}}}\n"
+        f"batch_size: 4\npolicy: {{path: {tiny_policy}, dtype: float32, optimizer: {{lr: 1}}, engine: '{engine}:E'}}\n"
+    )
+    engine.write_text("from align.engines.decoder import DecoderEngine as E\n")
+    first, again = (prepare(load_recipe(recipe)).identity for _ in range(2))
+    assert first == again
+    engine.write_text("from align.engines.decoder import DecoderEngine as E  # changed\n")
+    assert prepare(load_recipe(recipe)).identity != first

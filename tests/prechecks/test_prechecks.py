@@ -86,6 +86,8 @@ def test_what_may_be_a_hub_id(root: Path, text: str):
         ("reward.chat_template=none.jinja", "reward.chat_template=none.jinja: there is no such"),
         ("run.resume=run/checkpoints/step-000001", "run.resume=run/checkpoints/step-000001: there is no such"),
         ("eval_reward.path=./none", "eval_reward.path=./none: there is no such"),
+        ("policy.engine=none.py:Engine", "policy.engine=none.py:Engine: there is no file none.py"),
+        ("policy.engine=no_such_module:Engine", "there is no module no_such_module"),
         ("run.dir=recipe.yaml/run", "cannot be made: "),
         ("run.dir=data", "does not hold a run"),
         ("placement={policy: 3-1}", "placement.policy: cannot read '3-1' as slots"),
