@@ -74,6 +74,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.dry_run:
         prepared = importlib.import_module("align.prepare").prepare(loaded)
         plan.print_checked(prepared.config, prepared.counts, prepared.notes, console)
+        importlib.import_module("align.plan.main").print_tail(loaded, console)
         return 0
     importlib.import_module("align.launch").train(loaded, console)
     for evaluate in planned:

@@ -71,6 +71,18 @@ COMMANDS = [
         [RECIPE, OVERRIDES, arg("--all", action="store_true", help="print all values, with the defaults")],
     ),
     Command(
+        "plan",
+        "align.plan.main:main",
+        "compute the memory and time that a recipe needs on GPUs; exit status 78 if it does not fit",
+        [
+            RECIPE,
+            OVERRIDES,
+            arg("--gpu", choices=["H100", "H200", "A100"], default="H100", help="kind of GPU (%(default)s)"),
+            arg("--gpu-memory", type=float, metavar="GB", help="memory of a GPU (80, H200: 141)"),
+            arg("--json", type=Path, metavar="FILE", help="also write the numbers, in bytes and seconds, to this file"),
+        ],
+    ),
+    Command(
         "replay",
         "align.cli:replay",
         "run a recorded training step again and compare; exit status 1 if it differs",

@@ -14,7 +14,7 @@ ROWS = [
     {"ops", "data", "roles", "prechecks"},
     {"models", "engines", "generators", "rewards", "checkpoint", "run"},
     {"algorithms", "workers", "cluster"},
-    {"prepare", "launch", "replay", "eval", "scale", "serve", "report", "commands", "cli"},
+    {"prepare", "launch", "replay", "eval", "scale", "serve", "report", "plan", "commands", "cli"},
 ]
 """A unit (a module or package directly below align) may import its own unit and those of rows above it."""
 

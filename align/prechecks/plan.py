@@ -47,5 +47,6 @@ def print_checked(config: RecipeConfig, counts: Mapping[str, int], notes: Sequen
     servers = [role.url for role in vars(config).values() if isinstance(role, HttpRewardConfig)]
     if config.executor == "ray" and config.cluster.address:
         servers.insert(0, config.cluster.address)
-    unchecked = ["whether the models fit into memory", *(f"whether {server} answers" for server in servers)]
-    console.print(f"not checked: {', '.join(unchecked)}", highlight=False)
+    if servers:
+        unchecked = ", ".join(f"whether {server} answers" for server in servers)
+        console.print(f"not checked: {unchecked}", highlight=False)
