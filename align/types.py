@@ -135,15 +135,6 @@ class Packed(Record):
         return torch.full(mask.shape, fill, dtype=self.ids_N.dtype).masked_scatter(mask, self.ids_N)
 
 
-@dataclass(frozen=True, eq=False)
-class Weights(Record):
-    """A model's weights on their way to another role: whole, adapters merged, by name."""
-
-    tensors: Mapping[str, Tensor]
-    logprob_BT: Tensor
-    """What the sender itself computes on `align.models.verify_export.probe`, at temperature 1."""
-
-
 @checked
 @dataclass(frozen=True, eq=False)
 class Prompts(Record):

@@ -10,7 +10,7 @@ Noise is that of `align.ops.sampling.uniform`: tokens do not depend on what else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from align.config import SamplingConfig
 from align.data import collate
-from align.engines.rollout import RolloutContext
+from align.engines.rollout import InProcessReceiver, RolloutContext
 from align.errors import ModelError
 from align.models.attention import is_plain, packed_attention
-from align.models.heads import lm_head, restricted
+from align.models.heads import TokenLogprobs, lm_head, restricted
 from align.models.invariance import check_sampling
 from align.models.weights import named_weights
 from align.ops import sampling
@@ -356,7 +356,7 @@ def generate(
     return generate_any(model, prompts, sample, seed)
 
 
-class DecoderEngine:
+class DecoderEngine(InProcessReceiver):
     """The default `align.engines.rollout.RolloutEngine`: decodes on the worker's own model."""
 
     exact = True
@@ -376,9 +376,20 @@ class DecoderEngine:
             return generate(*arguments)
 
     @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in named_weights(self.context.model):
-            parameter.copy_(tensors[name])
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        weights, loaded = dict(named_weights(self.context.model)), set()
+        for name, value in tensors:
+            if name in weights:
+                weights[name].copy_(value)
+            loaded.add(name)
+        if loaded != weights.keys():
+            raise ModelError(f"policy and sampler differ in weights: {sorted(loaded ^ weights.keys())[:3]}")
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        head = TokenLogprobs(self.context.model)
+        layout = (collate.packed if head.packed else collate.padded)(sequences).to(self.context.model.device)
+        return head(layout, temperature=1.0)["logprob_BT"].float().cpu()
 
     def sleep(self) -> None:
         """The weights are in use between rollouts too, and a cache lives for one rollout."""

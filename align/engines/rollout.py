@@ -6,7 +6,7 @@ a key of `align.config.models.ROLLOUT_ENGINES`, ``module:Class`` or ``path/file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from align.config import SamplingConfig
 from align.config.models import ROLLOUT_ENGINES
 from align.engines.deepspeed import Engine
-from align.types import Prompts, Rollouts
+from align.engines.transfer import TransferAddress, TransferGroup
+from align.types import Prompts, Rollouts, Sequences
 from align.utils import plugins
 
 
@@ -61,9 +62,27 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights. Names and shapes are those of an exported checkpoint, with adapters merged
-        (`align.models.export.state_dict`). A sampler receives them through Ray's object store."""
+        (`align.models.export.merged_weights`). A tensor is valid until the next pair is taken."""
+        ...
+
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        """Log-probabilities of the response tokens on the engine's weights, (B, T), at temperature 1. Tensors are on
+        the CPU, float32, and 0 where there is no token. A sampler compares them with the policy's after each transfer
+        of weights."""
+        ...
+
+    receivers: int
+    """Number of processes of this engine that receive weights (`align.engines.transfer`)."""
+
+    def join_transfer(self, address: TransferAddress, first: int) -> None:
+        """Join the group of ``address`` as members ``first``, ``first + 1``, ...; called before the first transfer,
+        and after a restart with a new address."""
+        ...
+
+    def receive_weights(self) -> None:
+        """Receive one transfer, and load its weights."""
         ...
 
     def sleep(self) -> None:
@@ -73,6 +92,23 @@ class RolloutEngine(Protocol):
     def wake(self) -> None:
         """Called before each rollout in a worker that also trains, and before `load_weights`."""
         ...
+
+
+class InProcessReceiver:
+    """Receives weights in the process of the engine, for an engine that has no worker processes."""
+
+    receivers = 1
+    context: RolloutContext
+
+    def join_transfer(self, address: TransferAddress, first: int) -> None:
+        self._transfer = TransferGroup(address, address.store(), first, self.context.model.device)
+
+    def receive_weights(self) -> None:
+        self.load_weights(self._transfer.receive())
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_weights`."""
+        raise NotImplementedError
 
 
 def engine_class(name: str) -> Callable[[RolloutContext], RolloutEngine]:

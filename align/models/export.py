@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -55,31 +55,40 @@ def merged_dtype(model: nn.Module, gather: Gather, base: torch.dtype) -> torch.d
     return base if rounding_square <= MAX_ROUNDING_LOSS**2 * update_square else torch.float32
 
 
-def state_dict(
-    model: PreTrainedModel, gather: Gather, keep: bool, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Every weight and persistent buffer, complete and on the CPU, with adapters merged. Names are those without
-    adapters.
+def merged_weights(
+    model: PreTrainedModel, gather: Gather, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and persistent buffer, whole, on the model's device, with adapters merged. Names are those without
+    adapters. A tensor is valid until the next pair is taken.
 
-    ``gather`` makes partitioned parameters complete within its context. Every rank must call this; only ranks with
-    ``keep`` get the result. Adapters are added in float32 and rounded once to ``dtype``, or to the dtype of the weight
-    where it is None. Weights without adapters are cast to ``dtype`` only where that changes no number.
+    ``gather`` makes partitioned parameters complete within its context. Every rank must exhaust the iterator. Adapters
+    are added in float32 and rounded once to ``dtype``, or to the dtype of the weight where it is None. Weights without
+    adapters are cast to ``dtype`` only where that changes no number.
     """
-    lora_layers, state = _lora_layers(model), {}
+    lora_layers = _lora_layers(model)
     for name, parameter in named_weights(model):
         if ".lora_" in name:
             continue
         base_name = _base_name(name)
         layer = lora_layers.get(base_name)
         own = [parameter] if isinstance(parameter, nn.Parameter) else []
-        with gather(own if layer is None else layer.parameters()):
+        with gather(own if layer is None else layer.parameters()), torch.no_grad():
             value = parameter.detach()
             if layer is not None:
                 value = value.float() + layer.get_delta_weight(layer.active_adapters[0]).float()
-            if keep:
-                rounded = value.to(dtype or parameter.dtype)
-                exact = layer is not None or torch.equal(rounded.to(value.dtype), value)
-                state[base_name] = (rounded if exact else value).cpu().clone()
+            rounded = value.to(dtype or parameter.dtype)
+            exact = layer is not None or rounded.dtype == value.dtype or torch.equal(rounded.to(value.dtype), value)
+            yield base_name, rounded if exact else value
+
+
+def state_dict(
+    model: PreTrainedModel, gather: Gather, keep: bool, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Copies of `merged_weights` on the CPU. Every rank must call this; only ranks with ``keep`` get the result."""
+    state = {}
+    for name, value in merged_weights(model, gather, dtype):
+        if keep:
+            state[name] = value.cpu().clone() if value.device.type == "cpu" else value.cpu()
     return state
 
 

@@ -105,6 +105,7 @@ class Worker:
 
     def start(self, host: str, port: int) -> None:
         """Join the other ranks, and load the model."""
+        self.rendezvous = host, port
         if self.spec.rank > 0:
             self._store = distributed.join_store(host, port, self.spec.timeout_s)
         spec = self.spec
@@ -288,6 +289,9 @@ class WorkerGroup(ABC):
 
         Returns one reference for each rank. Passed as an argument of a call of another role, it arrives there as the
         `WorkerResult`, without a copy in the driver. The phase is ``sync``."""
+
+    in_process = False
+    """True if the calls run one after another in this process."""
 
     def everywhere(self, *arguments: Any) -> list[tuple[Any, ...]]:
         """The same arguments for every rank."""

@@ -22,6 +22,7 @@ class LocalWorkerGroup(WorkerGroup):
     """The only rank of a role, called directly."""
 
     world_size = 1
+    in_process = True
 
     def __init__(self, worker: Worker, clock: Clock):
         self.worker, self.clock = worker, clock

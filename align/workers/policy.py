@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -15,11 +18,11 @@ from align.config import ModelConfig, PolicyConfig, PreviousPolicyConfig, RoleCo
 from align.data import collate
 from align.engines.deepspeed import Engine
 from align.engines.rollout import RolloutContext, RolloutEngine, engine_class, generate_awake, is_exact
+from align.engines.transfer import TransferAddress, TransferGroup
 from align.errors import ModelError
 from align.models import export, exported_files, heads, readme, verify_export
-from align.models.weights import named_weights
 from align.roles import CompletedFuture, Future, LossFunction, Metrics
-from align.types import Batch, Packed, Prompts, Rollouts, Sequences, Weights
+from align.types import Batch, Packed, Prompts, Rollouts, Sequences
 from align.workers.base import (
     ChainedFuture,
     Role,
@@ -27,7 +30,6 @@ from align.workers.base import (
     TrainedWorker,
     Worker,
     WorkerGroup,
-    WorkerResult,
     by_rank,
     merged,
     worker_method,
@@ -35,6 +37,35 @@ from align.workers.base import (
 
 MAX_ROLLOUTS_IN_FLIGHT = 1000
 """Largest number of rollouts in flight, far above any max_off_policy_steps."""
+
+
+TRANSFER_TIMEOUT_S = 3600.0
+"""Longest wait of a policy for its samplers: they may still generate."""
+
+
+@dataclass
+class Canary:
+    """What a policy computes on `align.models.verify_export.probe`, at temperature 1. A sampler that got its weights
+    computes the same up to rounding."""
+
+    logprob_BT: list[list[float]]
+    dtype: str
+    """Of the policy's weights."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: bytes) -> Canary:
+        return Canary(**json.loads(text))
+
+
+@dataclass
+class LocalTransfer:
+    """Weights on their way to a sampler in the same process."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    canary: Canary = field(default_factory=lambda: Canary([], ""))
 
 
 class ReferenceWorker(Worker):
@@ -70,7 +101,7 @@ class ReferenceWorker(Worker):
         """Responses of the engine, on the weights as they are now."""
         self.rollout_engine.wake()
         if not self.rollout_engine.shares_weights and self._loaded_step != self.engine.step:
-            self.rollout_engine.load_weights(export.state_dict(self.model, self.engine.full, keep=True))
+            self.rollout_engine.load_weights(export.merged_weights(self.model, self.engine.full))
             self._loaded_step = self.engine.step
         return generate_awake(self.rollout_engine, prompts, sampling)
 
@@ -106,11 +137,30 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
         return self._sampled(prompts, sampling)
 
     @worker_method
-    def weights(self) -> Weights:
-        """All weights as they are now, for a sampler; every rank calls this, only rank 0 keeps them."""
-        computed = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)
-        tensors = export.state_dict(self.model, self.engine.full, keep=self.spec.rank == 0)
-        return Weights(tensors, computed["logprob_BT"])
+    def store_address(self) -> tuple[str, int]:
+        """Host and port of this role's TCP store, which rank 0 holds."""
+        return self.rendezvous
+
+    @worker_method
+    def send_weights(self, transfer: TransferAddress | LocalTransfer) -> None:
+        """Send all weights as they are now to samplers. Every rank calls this, only rank 0 sends."""
+        logprob_BT = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)["logprob_BT"]
+        weights = export.merged_weights(self.model, self.engine.full)
+        if isinstance(transfer, LocalTransfer):
+            transfer.weights = {name: value.clone() for name, value in weights}
+            transfer.canary = Canary(logprob_BT.tolist(), str(self.model.dtype))
+        elif self.spec.rank > 0:
+            for _ in weights:  # gathers the shards of this rank
+                pass
+        else:
+            if self._transfer is None or self._transfer[0] != transfer:
+                store = transfer.within(self._store)
+                self._transfer = transfer, TransferGroup(transfer, store, 0, self.device)
+            group = self._transfer[1]
+            group.store.set("canary", Canary(logprob_BT.tolist(), str(self.model.dtype)).to_json())
+            group.send(weights)
+
+    _transfer: tuple[TransferAddress, TransferGroup] | None = None
 
 
 class SamplerWorker(Worker):
@@ -124,24 +174,36 @@ class SamplerWorker(Worker):
         self.rollout_engine = engine_class(section.engine)(RolloutContext(section, self.model, self.spec.seed))
 
     @worker_method
-    def receive(self, sent: WorkerResult[Weights]) -> None:
+    def receivers(self) -> int:
+        """Number of processes of this rank that receive weights."""
+        return self.rollout_engine.receivers
+
+    @worker_method
+    def receive(self, transfer: TransferAddress | LocalTransfer, first: int) -> None:
         """Load all weights of the policy, and check that both compute the same log-probabilities.
 
-        Raises `ModelError` if log-probabilities of a fixed batch differ by more than rounding explains.
+        ``first`` is this rank's first member of the transfer's group. Raises `ModelError` if log-probabilities of a
+        fixed batch differ by more than rounding explains.
         """
-        tensors, own = sent.value.tensors, dict(named_weights(self.model))
-        if tensors.keys() != own.keys():
-            raise ModelError(f"policy and sampler differ in weights: {sorted(tensors.keys() ^ own.keys())[:3]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
-            if not self.rollout_engine.shares_weights:
-                self.rollout_engine.load_weights(tensors)
-            head, sequences = heads.TokenLogprobs(self.model), verify_export.probe(self.tokenizer)
-            layout = (collate.packed if head.packed else collate.padded)(sequences).to(self.device)
-            logprob_BT = head(layout, temperature=1.0)["logprob_BT"].float().cpu()
-        apart = verify_export.difference(sent.value.logprob_BT, logprob_BT)
-        allowed = verify_export.tolerance(self.model.dtype, *{value.dtype for value in tensors.values()})
+        if isinstance(transfer, LocalTransfer):
+            self.rollout_engine.load_weights(transfer.weights.items())
+            canary = transfer.canary
+            transfer.weights = {}
+        else:
+            if self._joined != transfer:
+                self.rollout_engine.join_transfer(transfer, first)
+                self._joined, self._canary_store = transfer, transfer.store()
+            self.rollout_engine.receive_weights()
+            canary = Canary.from_json(self._canary_store.get("canary"))
+        self._check(canary)
+
+    _joined: TransferAddress | None = None
+
+    def _check(self, canary: Canary) -> None:
+        logprob_BT = self.rollout_engine.logprobs(verify_export.probe(self.tokenizer))
+        expected_BT = torch.tensor(canary.logprob_BT)
+        apart = verify_export.difference(expected_BT, logprob_BT)
+        allowed = verify_export.tolerance(self.model.dtype, getattr(torch, canary.dtype.removeprefix("torch.")))
         if not apart <= allowed:
             raise ModelError(
                 f"the sampler does not hold the policy: on a fixed batch its log-probabilities differ by "
@@ -161,9 +223,26 @@ class Sampler(Role):
 
     worker = SamplerWorker
 
-    def receive(self, sent: Any) -> Future[None]:
-        """Send the policy's weights to all ranks. ``sent`` is what `WorkerGroup.start` gave for the policy's rank 0."""
-        return self.ranks.call("sync", SamplerWorker.receive, self.ranks.everywhere(sent), lambda parts: None)
+    _group: tuple[TransferAddress, list[int]] | None = None
+    """Where the policy and all receivers meet, and the first member of each rank."""
+
+    def renew(self, policy: WorkerGroup) -> Future[None]:
+        """Send the policy's weights to all ranks. Policy and sampler take part at the same time."""
+        transfer: Any = LocalTransfer()
+        firsts = [0]
+        if not self.ranks.in_process:
+            self._group = self._group or self._meet(policy)
+            transfer, firsts = self._group
+        policy.start(PolicyWorker.send_weights, policy.everywhere(transfer))
+        arguments = [(transfer, first) for first in firsts]
+        return self.ranks.call("sync", SamplerWorker.receive, arguments, lambda parts: None)
+
+    def _meet(self, policy: WorkerGroup) -> tuple[TransferAddress, list[int]]:
+        receivers = self.ranks.call("sync", SamplerWorker.receivers, self.ranks.everywhere(), list).result()
+        address = policy.call("sync", PolicyWorker.store_address, policy.everywhere(), lambda parts: parts[0])
+        host, port = address.result()
+        transfer = TransferAddress(host, port, 0, 1 + sum(receivers), TRANSFER_TIMEOUT_S)
+        return transfer, list(accumulate([1, *receivers[:-1]]))
 
 
 class FrozenSamplerWorker(ReferenceWorker):
@@ -248,7 +327,7 @@ class Policy(TrainedRole, Reference):
         renewed: Future[None] = CompletedFuture(None)
         if self._sent != self._version:
             self._sent = self._version
-            renewed = self._sampler.receive(self.ranks.start(PolicyWorker.weights, self.ranks.everywhere())[0])
+            renewed = self._sampler.renew(self.ranks)
         return ChainedFuture(renewed, _generate(self._sampler.ranks, SamplerWorker.generate, prompts, sampling))
 
     def old_logprobs(self, rollouts: Rollouts) -> Future[Tensor]:

@@ -1,7 +1,6 @@
 """The cast in one process: the same faults, the same names for what goes wrong."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from align.utils import fault_injection
 from align.workers import local
 from align.workers.base import Worker, WorkerSpec, worker_method
 from align.workers.critic import CriticWorker
-from align.workers.policy import PolicyWorker, ReferenceWorker, SamplerWorker
+from align.workers.policy import LocalTransfer, PolicyWorker, ReferenceWorker, SamplerWorker
 from align.workers.reward import RewardWorker, TrainedRewardWorker
 
 
@@ -112,13 +111,14 @@ def test_a_renewed_sampler_computes_what_the_policy_does(tiny_policy):
     sampler = local.start_role(
         SamplerWorker, WorkerSpec("sampler", 0, 1, SamplerConfig(**section), 0, 1, 1.0), Clock()
     ).worker
-    sent = policy.weights()
-    sampler.receive(sent)
-    stale = replace(sent.value, tensors=dict(sent.value.tensors))
-    for name in stale.tensors:
+    transfer = LocalTransfer()
+    policy.send_weights(transfer)
+    sampler.receive(transfer, 0)
+    policy.send_weights(transfer)
+    for name in transfer.weights:
         if "q_proj" in name or "down_proj" in name:
-            stale.tensors[name] = policy.model.get_submodule(name.removesuffix(".weight")).base_layer.weight.detach()
+            transfer.weights[name] = policy.model.get_submodule(name.removesuffix(".weight")).base_layer.weight.detach()
     with pytest.raises(ModelError, match=r"does not hold the policy: .* differ by [\d.]+ on average") as caught:
-        sampler.receive(replace(sent, value=stale))
+        sampler.receive(transfer, 0)
     assert "rounding explains 0.001" in str(caught.value)
     assert "leave sampler out of placement" in str(caught.value.remedy)
