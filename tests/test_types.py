@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from align.types import Batch, Packed, Pairs, Prompts, Record, Rollouts, Sequences, Weights
+from align.types import Batch, Packed, Pairs, Prompts, Record, Rollouts, Sequences
 
 ROWS = [[5], [], [7, 8, 9], [1, 2]]
 
@@ -261,10 +261,6 @@ RECORDS = [
     Prompts(Packed.from_lists(ROWS), torch.arange(4), (0, 2), 5),
     rollouts(),
     pairs(),
-    Weights(
-        {"half": torch.tensor([[1.5, -2.0], [3e38, 1e-40]], dtype=torch.bfloat16), "whole": torch.tensor([0.1])},
-        torch.zeros(2, 3),
-    ),
     Batch(sequences(), {"b_B": torch.tensor([True, False, True]), "x_BT": torch.ones(3, 2).double()}, 1, 0.5),
 ]
 
@@ -296,15 +292,16 @@ def test_buffers_travel_beside_the_pickle():
     assert pickle.loads(header, buffers=read_only).ids_N.equal(packed.ids_N)
 
 
-def test_bfloat16_weights_travel_as_their_bits():
+def test_bfloat16_columns_travel_as_their_bits():
     # numpy has no such type: every one of the 2^16 patterns, numbers that are none included.
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
-    sent = Weights({"w": bits.view(torch.bfloat16).view(256, 256).T}, torch.zeros(1, 1))  # not contiguous
-    back = pickle.loads(pickle.dumps(sent)).tensors["w"]
+    rows = Sequences(Packed.from_lists([[1]]), Packed.from_lists([[2]] * 256), torch.zeros(256, dtype=torch.int64))
+    sent = Batch(rows, {"w_BT": bits.view(torch.bfloat16).view(256, 256).T}, 1, 1.0)  # not contiguous
+    back = pickle.loads(pickle.dumps(sent)).columns["w_BT"]
     assert (back.dtype, back.shape) == (torch.bfloat16, (256, 256))
     assert back.T.contiguous().view(torch.int16).flatten().equal(bits)
     back.zero_()  # a copy of its own
-    assert pickle.loads(pickle.dumps(sent)).tensors["w"].view(torch.int16).ne(0).any()
+    assert pickle.loads(pickle.dumps(sent)).columns["w_BT"].view(torch.int16).ne(0).any()
 
 
 def test_a_slice_and_a_tensor_with_gradient_pickle_as_their_values():

@@ -148,9 +148,9 @@ def _check_source(section: ModelConfig) -> None:
         )
 
 
-def config(section: ModelConfig) -> PreTrainedConfig:
-    """The config of a role's model, whatever its tokenizer."""
-    return _config(section, 0)
+def config(section: ModelConfig, vocab_size: int = 0) -> PreTrainedConfig:
+    """The config of a role's model; ``init`` takes ``vocab_size`` where it names none."""
+    return _config(section, vocab_size)
 
 
 def _config(section: ModelConfig, vocab_size: int, **changes: Any) -> PreTrainedConfig:
