@@ -167,7 +167,8 @@ class Engine:
 
     @torch.no_grad()
     def infer(self, sequences: Sequences, **arguments: float) -> dict[str, Tensor]:
-        """Outputs of the head for every sequence, float32 on the CPU; ``_BT`` outputs are 0 where there is no token.
+        """Outputs of the head for every sequence, float32 on the CPU; ``_BT`` outputs are 0 where there is no token,
+        and everywhere if ``arguments`` tell the head to leave them out.
 
         At ZeRO 3 this is collective: every rank calls it, also with no sequences.
         """

@@ -58,7 +58,7 @@ def _engine(path: Path, head: type[heads.Head], vocabulary: int, gaps: tuple[int
 
 
 def _logprob_sums(engine: Engine, sequences: Sequences) -> torch.Tensor:
-    return logprobs.masked_sum(engine.infer(sequences, temperature=1.0)["logprob_BT"], sequences.mask_BT)
+    return logprobs.masked_sum(engine.infer(sequences, temperature=1.0, entropy=False)["logprob_BT"], sequences.mask_BT)
 
 
 def measure_policy(

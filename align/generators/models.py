@@ -110,7 +110,7 @@ class ModelGenerator(TextGenerator):
         used, prompt_B = rollouts.sequences.prompt_B[row_B].repeat_interleave(2).unique(return_inverse=True)
         sequences = Sequences(rollouts.sequences.prompts.select(used), Packed.from_lists(candidates), prompt_B)
         # All ranks compute, even without candidates, as sharded weights require.
-        logprob_BT = self.engine.infer(sequences, temperature=1.0)["logprob_BT"]
+        logprob_BT = self.engine.infer(sequences, temperature=1.0, entropy=False)["logprob_BT"]
         last_B = torch.tensor([len(ids) - 1 for ids in candidates], dtype=torch.int64)
         logprob_B = logprob_BT[torch.arange(len(candidates)), last_B] if candidates else torch.zeros(0)
         margins = dict(zip(row_B.tolist(), (logprob_B[::2] - logprob_B[1::2]).tolist(), strict=True))

@@ -7,15 +7,17 @@ on the hidden states that they read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.data.collate import Layout
 from align.errors import ModelError
-from align.models.attention import PACKED
+from align.models.attention import PACKED, is_plain
 from align.ops import logprobs
 
 
@@ -30,6 +32,17 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(model).__name__} has no language-model head")
     return head
+
+
+class LanguageModelHead(nn.Linear):
+    """The linear layer from hidden states to logits, which can return log-probabilities in their place. At ZeRO 3 only
+    the forward pass of this layer has its weight, because DeepSpeed's hooks gather it there."""
+
+    def forward(self, hidden: Tensor, ids_N: Tensor | None = None, *read: Any) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Logits of ``hidden``; with ids and the fields of `align.ops.logprobs.TokenRead`, what `of_hidden` returns."""
+        if ids_N is None:
+            return super().forward(hidden)
+        return logprobs.of_hidden(hidden, self.weight, ids_N, logprobs.TokenRead(*read))
 
 
 @dataclass(frozen=True)
@@ -105,15 +118,49 @@ class Head(nn.Module):
 
 class TokenLogprobs(Head):
     """``logprob_BT`` and ``entropy_BT`` of every response token at a temperature, 0 where there is none, over the ids
-    of `restrict`."""
+    of `restrict`.
+
+    Where logits are the plain product of hidden states and the head's weight, they are computed by chunks of tokens and
+    never kept (`align.ops.logprobs.of_hidden`). Heads with adapters take the same chunks, and compute them again in the
+    backward pass. Architectures that scale or cap logits compute them whole, in the model's number format.
+    """
 
     outputs = ("logprob_BT", "entropy_BT")
 
-    def forward(self, layout: Layout, temperature: float) -> dict[str, Tensor]:
-        logits_NV = _logits(self.model, layout, layout.predicting_N)
-        token_N = logprobs.of_tokens(restricted(self.model, logits_NV), layout.target_N, temperature)
-        logprob_BT, entropy_BT = (logprobs.to_padded(value_N, layout.mask_BT) for value_N in token_N)
-        return {"logprob_BT": logprob_BT, "entropy_BT": entropy_BT}
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self._plain = is_plain(model.config) and type(model).__module__.startswith("transformers.")
+        head = lm_head(model)
+        if self._plain and type(head) is nn.Linear and head.bias is None:
+            head.__class__ = LanguageModelHead
+
+    def forward(self, layout: Layout, temperature: float, entropy: bool = True) -> dict[str, Tensor]:
+        """``entropy=False`` leaves out ``entropy_BT``, for passes that read log-probabilities only."""
+        ids_N = layout.target_N
+        if not self._plain:
+            logits_NV = _logits(self.model, layout, layout.predicting_N)
+            value_N = self._in_chunks(logits_NV, ids_N, temperature, nn.Identity())
+        else:
+            head = lm_head(self.model)
+            hidden_NH = _hidden(self.model, layout)[layout.predicting_N]
+            if isinstance(head, LanguageModelHead):
+                present = tokenizer_ids(self.model) or TokenizerIds(head.out_features)
+                value_N = head(hidden_NH, ids_N, temperature, present.size, present.gaps, entropy)
+            else:
+                value_N = self._in_chunks(hidden_NH, ids_N, temperature, head)
+        names = self.outputs if entropy else self.outputs[:1]
+        return {name: logprobs.to_padded(value, layout.mask_BT) for name, value in zip(names, value_N, strict=False)}
+
+    def _in_chunks(self, state_NX: Tensor, ids_N: Tensor, temperature: float, head: nn.Module) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy from hidden states by ``head``, or from logits."""
+
+        def read(state_CX: Tensor, ids_C: Tensor) -> tuple[Tensor, Tensor]:
+            return logprobs.of_tokens(restricted(self.model, head(state_CX)), ids_C, temperature)
+
+        chunk = partial(checkpoint, read, use_reentrant=False) if torch.is_grad_enabled() else read
+        size = logprobs.chunk_tokens(len(ids_N))
+        parts = [chunk(*part) for part in zip(state_NX.split(size), ids_N.split(size), strict=True)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 class LastTokenScore(Head):

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from align.config import PolicyConfig, PreviousPolicyConfig, SamplerConfig, TrainedModelConfig
+from align.ops.logprobs import chunk_tokens
 from align.plan.shapes import ModelShape
 from align.plan.sizes import RoleModel
 from align.plan.workload import MicroBatch, Workload
@@ -92,9 +93,17 @@ def gathered(model: RoleModel) -> float:
     return model.width * min(model.weights, LIVE + model.shape.largest_tensor)
 
 
-def logits_bytes(predicted: int, vocab: int, width: int, training: bool) -> float:
-    """Bytes of logits: of one chunk."""
-    return predicted * vocab * (20.3 if training else 14.3)
+def logits_bytes(model: RoleModel, predicted: int, training: bool) -> float:
+    """Bytes of the logits of one chunk (`align.ops.logprobs.of_hidden`), and of the gradient of a head that trains,
+    which is summed over chunks in float32. Architectures of other families hold their logits whole."""
+    vocab = model.shape.vocab
+    chunk = min(predicted, chunk_tokens(predicted))
+    total = chunk * vocab * (14.0 if training else 8.0)
+    if not model.shape.chunked_logits:
+        total += predicted * vocab * model.width * (3 if training else 1)
+    elif training and model.trained == model.weights:
+        total += 4.0 * vocab * model.shape.hidden
+    return total
 
 
 def _resident(model: RoleModel) -> Bytes:
@@ -130,7 +139,7 @@ def _update(model: RoleModel, work: Workload) -> Bytes:
         "weights": gathered(model),
     }
     if not model.scores:
-        added["logits"] = logits_bytes(batch.predicted, shape.vocab, width, training=True)
+        added["logits"] = logits_bytes(model, batch.predicted, training=True)
     local = width * max(shape.layer, shape.largest_tensor) * model.trained / model.weights
     if section.zero_stage == 3:
         added["buffers"] = local
@@ -151,7 +160,7 @@ def _score(model: RoleModel, work: Workload) -> Bytes:
         "weights": gathered(model),
     }
     if not model.scores:
-        added["logits"] = logits_bytes(batch.predicted, model.shape.vocab, model.width, training=False)
+        added["logits"] = logits_bytes(model, batch.predicted, training=False)
     return added
 
 

@@ -31,6 +31,8 @@ class ModelShape:
     qk_norm: bool = False
     total_override: int = 0
     """Number of weights of a model whose layers are not counted here; 0 for `FAMILIES`."""
+    chunked_logits: bool = True
+    """Logits are computed by chunks of tokens (`align.models.heads.TokenLogprobs`)."""
 
     @property
     def query_width(self) -> int:

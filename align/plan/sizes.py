@@ -134,6 +134,7 @@ def _from_config(config: PreTrainedConfig) -> ModelShape:
         output_bias=text.model_type != "qwen2" and bool(getattr(text, "attention_bias", False)),
         mlp_bias=bool(getattr(text, "mlp_bias", False)),
         qk_norm=text.model_type == "qwen3",
+        chunked_logits=text.model_type in FAMILIES,
     )
     return shape if text.model_type in FAMILIES else replace(shape, total_override=_count(config))
 

@@ -84,7 +84,7 @@ class ReferenceWorker(Worker):
     @worker_method
     def logprobs(self, sequences: Sequences, temperature: float) -> Tensor:
         """log pi(token t | before) of this rank's sequences, (B, T)."""
-        return self.engine.infer(sequences, temperature=temperature)["logprob_BT"]
+        return self.engine.infer(sequences, temperature=temperature, entropy=False)["logprob_BT"]
 
     _loaded_step = -1
     """Optimizer step of the weights that an engine with separate weights holds."""
@@ -144,7 +144,9 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
     @worker_method
     def send_weights(self, transfer: TransferAddress | LocalTransfer) -> None:
         """Send all weights as they are now to samplers. Every rank calls this, only rank 0 sends."""
-        logprob_BT = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0)["logprob_BT"]
+        logprob_BT = self.engine.infer(verify_export.probe(self.tokenizer), temperature=1.0, entropy=False)[
+            "logprob_BT"
+        ]
         weights = export.merged_weights(self.model, self.engine.full)
         if isinstance(transfer, LocalTransfer):
             transfer.weights = {name: value.clone() for name, value in weights}

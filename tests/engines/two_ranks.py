@@ -25,11 +25,13 @@ from align.engines.decoder import generate
 from align.engines.deepspeed import Engine
 from align.models import export
 from align.models.heads import LastTokenScore, TokenLogprobs
+from align.ops import logprobs
 from align.roles import Loss
 from align.types import Batch, Packed, Prompts, Sequences
 
 TEMPERATURE = 0.7
 TOTAL_STEPS = 6
+logprobs.MIN_CHUNK = 8  # several chunks of logits in a pass, at every ZeRO stage
 
 
 def llama(attention: str, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM, **changes: Any) -> Any:

@@ -8,12 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 
+from align.config import LoraConfig
 from align.data import collate
 from align.errors import ModelError
 from align.models.heads import LastTokenScore, RowZeroLogit, TokenizerIds, TokenLogprobs, TokenValues, lm_head, restrict
+from align.models.lora import add_lora
+from align.ops import logprobs
 from align.types import Packed, Sequences
 
 EOS = 2
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 18 response tokens of `ROWS` are read in five chunks."""
+    monkeypatch.setattr(logprobs, "MIN_CHUNK", 4)
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -222,6 +231,48 @@ def test_an_architecture_that_cannot_be_packed():
             table = causal(torch.tensor([row])).logits[0].log_softmax(-1)
             theirs = [float(table[len(row) - len(response) + t - 1, token]) for t, token in enumerate(response)]
             assert ours[i, : len(response)].tolist() == pytest.approx(theirs, abs=1e-5)
+
+
+def adapted() -> Any:
+    """A Llama with adapters on the language-model head that change it."""
+    model = build(AutoModelForCausalLM, "packed")
+    add_lora(model, LoraConfig(rank=2, targets=["lm_head", "q_proj"]), task="CAUSAL_LM")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def gpt2() -> Any:
+    own = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    return build(AutoModelForCausalLM, "sdpa", own)
+
+
+@pytest.mark.parametrize(("make", "layout"), [(adapted, "packed"), (gpt2, "right")])
+def test_heads_with_adapters_and_other_architectures_are_read_in_chunks_too(make, layout):
+    layout, weight_2BT = layouts(ROWS)[layout], torch.randn(2, *ROWS.mask_BT.shape)
+    gradients = []
+    for chunk in (4, 128):
+        logprobs.MIN_CHUNK = chunk  # the fixture restores it
+        model = make()
+        outputs = TokenLogprobs(model)(layout, temperature=0.6)
+        (weight_2BT[0] * outputs["logprob_BT"] + weight_2BT[1] * outputs["entropy_BT"]).sum().backward()
+        trained = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        assert all(gradient is not None and gradient.any() for gradient in trained.values())
+        gradients.append(outputs | trained)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_head_still_gives_logits():
+    model = build(AutoModelForCausalLM, "sdpa")
+    before = model(torch.tensor([[3, 4, 5]])).logits
+    assert type(lm_head(model)) is torch.nn.Linear
+    head = TokenLogprobs(TokenLogprobs(model).model)
+    assert model(torch.tensor([[3, 4, 5]])).logits.equal(before)
+    outputs = head(layouts(ROWS)["right"], temperature=1.0, entropy=False)
+    assert list(outputs) == ["logprob_BT"]
 
 
 @torch.no_grad()

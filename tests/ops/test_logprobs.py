@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from align import ops
 from align.ops import logprobs
@@ -139,6 +141,134 @@ def test_a_differentiable_entropy_keeps_nothing_more_than_the_log_probability_do
     assert kept_matrices(lambda z: (z.div(0.7).logsumexp(-1),), logits) == 1
     assert kept_matrices(lambda z: logprobs.of_tokens(z, ids, 0.7), logits) == 1
     assert kept_matrices(lambda z: (naive_entropy(z, 0.7),), logits) > 1
+
+
+# Straight from hidden states
+
+
+def states(N: int, V: int, H: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Hidden states, weight of the head, ids and two weights a token."""
+    source = torch.Generator().manual_seed(N)
+    hidden, weight = torch.randn(N, H, generator=source), torch.randn(V, H, generator=source) / H**0.5 * 3
+    return (
+        hidden.to(dtype),
+        weight.to(dtype),
+        torch.randint(V - 3, (N,), generator=source),
+        torch.randn(2, N, generator=source),
+    )
+
+
+def with_gradients(function, hidden, weight, ids, cotangent, entropy=True):
+    """Log-probabilities, entropies, and the gradients of their weighted sum."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprob, entropy_N = function(hidden, weight, ids)
+    total = (cotangent[0] * logprob).sum() + ((cotangent[1] * entropy_N).sum() if entropy else 0.0)
+    total.backward()
+    return logprob.detach(), entropy_N.detach(), hidden.grad, weight.grad
+
+
+def whole(read: logprobs.TokenRead):
+    """Through all logits at one time."""
+
+    def function(hidden, weight, ids):
+        logits = (hidden @ weight.T)[:, : read.size].index_fill(
+            1, torch.tensor(read.gaps, dtype=torch.int64), -math.inf
+        )
+        return logprobs.of_tokens(logits, ids, read.temperature)
+
+    return function
+
+
+READS = [
+    logprobs.TokenRead(1.0, 300),
+    logprobs.TokenRead(0.7, 300),
+    logprobs.TokenRead(0.7, 297, (290, 293)),  # ids that the tokenizer lacks
+]
+
+
+@pytest.mark.parametrize("read", READS, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 128, 129, 700, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_give_every_bit_of_the_whole_and_exact_gradients(num_tokens, read, dtype):
+    hidden, weight, ids, cotangent = states(num_tokens, 300, 24, dtype)
+    ids = ids.clamp(max=289)
+    chunked = with_gradients(lambda *x: logprobs.of_hidden(*x, read), hidden, weight, ids, cotangent)
+    plain = with_gradients(whole(read), hidden, weight, ids, cotangent)
+    assert chunked[0].equal(plain[0])
+    assert chunked[1].equal(plain[1])
+    logits = with_gradients(whole(read), hidden.double(), weight.double(), ids, cotangent.double())
+    for ours, exact in zip(chunked[2:], logits[2:], strict=True):
+        error = float((ours.double() - exact).norm() / exact.norm().clamp(min=1e-9))
+        assert error < (2e-6 if dtype == torch.float32 else 2e-2)
+        assert ours.dtype == dtype
+
+
+def test_the_gradient_of_the_weight_is_summed_over_chunks_in_float32():
+    # Chunks in bfloat16: summed in bfloat16 they would lose more than one product of all tokens does.
+    hidden, weight, ids, cotangent = states(16 * 128, 300, 24, torch.bfloat16)
+    read = logprobs.TokenRead(1.0, 300)
+    chunked = with_gradients(lambda *x: logprobs.of_hidden(*x, read), hidden, weight, ids, cotangent)
+    plain = with_gradients(whole(read), hidden, weight, ids, cotangent)
+    exact = with_gradients(whole(read), hidden.double(), weight.double(), ids, cotangent.double())
+    errors = [float((made[3].double() - exact[3]).norm()) for made in (chunked, plain)]
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_an_entropy_that_is_not_read_costs_nothing_and_changes_nothing():
+    hidden, weight, ids, cotangent = states(600, 300, 24)
+    with_entropy, without = logprobs.TokenRead(0.7, 300), logprobs.TokenRead(0.7, 300, entropy=False)
+    full = with_gradients(lambda *x: logprobs.of_hidden(*x, with_entropy), hidden, weight, ids, cotangent, False)
+    lean = with_gradients(lambda *x: logprobs.of_hidden(*x, without), hidden, weight, ids, cotangent, False)
+    assert lean[1].eq(0).all()
+    assert all(full[i].equal(lean[i]) for i in (0, 2, 3))
+
+
+def test_gradients_of_frozen_parts_are_not_computed():
+    hidden, weight, ids, _ = states(300, 300, 24)
+    read = logprobs.TokenRead(1.0, 300)
+    logprobs.of_hidden(hidden.requires_grad_(), weight, ids, read)[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+    frozen = hidden.detach()
+    logprobs.of_hidden(frozen, weight.requires_grad_(), ids, read)[1].sum().backward()
+    assert weight.grad is not None
+    assert frozen.grad is None
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made within the context held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize(("backward", "limit"), [(False, 1.0), (True, 3.0)])
+def test_bytes_a_logit(backward: bool, limit: float):
+    N, V, H = 2048, 4096, 16
+    hidden, weight, ids, cotangent = states(N, V, H, torch.bfloat16)
+    peaks = []
+    for function in (lambda *x: logprobs.of_hidden(*x, logprobs.TokenRead(0.7, V)), whole(logprobs.TokenRead(0.7, V))):
+        with LiveBytes() as count, torch.set_grad_enabled(backward):
+            if backward:
+                with_gradients(function, hidden, weight, ids, cotangent)
+            else:
+                function(hidden, weight, ids)
+        peaks.append(count.peak / (N * V))
+    assert peaks[0] < limit
+    assert peaks[1] > 10  # what the count is worth: logits that are held whole
 
 
 def test_to_padded_places_row_after_row():
