@@ -49,12 +49,14 @@ def beta_bins(rating_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A L"]:
     alpha_BA = CONCENTRATION * (rating_BA.double().clamp(0, LABEL_MAX) / LABEL_MAX)[..., None, None]
     beta_BA = CONCENTRATION - alpha_BA
     width = 1.0 / (LABEL_MAX + 1)
-    at_LN = width * (torch.arange(LABEL_MAX + 1, dtype=torch.float64)[:, None] + (_NODES + 1) / 2)
+    label_L = torch.arange(LABEL_MAX + 1, device=rating_BA.device)
+    node_N, weight_N = _NODES.to(rating_BA.device), _WEIGHTS.to(rating_BA.device)
+    at_LN = width * (label_L.double()[:, None] + (node_N + 1) / 2)
     density = (alpha_BA - 1) * at_LN.log() + (beta_BA - 1) * (-at_LN).log1p()
     scale_BA = torch.lgamma(alpha_BA) + torch.lgamma(beta_BA) - torch.lgamma(alpha_BA + beta_BA)
-    bin_BAL = (density - scale_BA + (_WEIGHTS * width / 2).log()).logsumexp(-1)
+    bin_BAL = (density - scale_BA + (weight_N * width / 2).log()).logsumexp(-1)
     low_BA = alpha_BA[..., 0, 0] < CONCENTRATION / 2
-    end_BAL = torch.where(low_BA[..., None], torch.arange(LABEL_MAX + 1) == 0, torch.arange(LABEL_MAX + 1) == LABEL_MAX)
+    end_BAL = torch.where(low_BA[..., None], label_L == 0, label_L == LABEL_MAX)
     others_BA = torch.where(end_BAL, 0.0, bin_BAL.exp()).sum(-1, keepdim=True)
     return torch.where(end_BAL, (-others_BA).log1p(), bin_BAL).clamp(min=FLOOR)
 
