@@ -93,8 +93,8 @@ class ModelConfig(RoleConfig):
     """Number format of the weights held for computing. ``auto`` is bfloat16 where the driver's machine has GPUs or a
     CPU with bfloat16 units, else float32; a run keeps its first format."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """``packed`` runs without padding; ``auto`` uses it if the architecture allows, else ``sdpa``, or ``eager`` if
-    transformers has no sdpa for the architecture (soft caps, sinks)."""
+    """``packed`` runs without padding, on CUDA in bfloat16 by FlashAttention; ``auto`` uses it if the architecture
+    allows, else ``sdpa``, or ``eager`` if transformers has no sdpa for the architecture (soft caps, sinks)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage. A role that is not trained shards its weights over its ranks at 3 and replicates them
     below."""

@@ -4,14 +4,15 @@ The packed layout holds each prompt once and each response once, without padding
 
     ids = [prompt 0 | prompt 1 | ... | response 0 | response 1 | ...]
 
-so the K samples of a prompt, or the two responses of a pair, share its prompt's keys and values. What a token may
-attend to is told by `AttentionGroup`: prompts attend to themselves, responses to their prompt and themselves. The
-padded layout repeats the prompt for each response and suits any architecture. Both give the same numbers.
+so the K samples of a prompt, or the two responses of a pair, share its prompt's keys and values. `PackedAttention` says
+what a token may attend to: prompts attend to themselves, responses to their prompt and themselves. The padded layout
+repeats the prompt for each response and suits any architecture. Both give the same numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,14 +39,68 @@ class AttentionGroup:
     valid: Tensor
     """Positions in ``query_RQ.flatten()`` that are real, row after row."""
 
-    def to(self, device: torch.device) -> AttentionGroup:
-        """The same group on ``device``."""
-        mask = self.mask_RQK
-        return AttentionGroup(
-            self.query_RQ.to(device),
-            self.key_RK.to(device),
-            mask if mask is None else mask.to(device),
-            self.valid.to(device),
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Rows of any length for a kernel without padding. Queries are the flat tokens, in their order.
+
+    Row i attends with queries ``query_start_R1[i]`` to ``query_start_R1[i + 1]`` to the keys of the same row, and its
+    last query is its last key: causal attention aligned at the bottom right.
+    """
+
+    query_start_R1: Tensor
+    """int32, as kernels want it."""
+    key_start_R1: Tensor
+    key_M: Tensor | None
+    """Flat token of each key; None where keys are the flat tokens themselves."""
+    max_queries: int
+    max_keys: int
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Which tokens of a packed layout attend to which, in the two forms that kernels read.
+
+    Each form is made on the host at its first use, and moved to ``device`` once.
+    """
+
+    sequences: Sequences
+    device: torch.device
+
+    @cached_property
+    def groups(self) -> tuple[AttentionGroup, ...]:
+        """For kernels of padded batches: prompts, then responses."""
+        prompts, responses = self.sequences.prompts, self.sequences.responses
+        groups = [_prompt_group(rows, prompts, self.device) for rows in _length_groups(prompts.lengths_B)]
+        of_responses = _length_groups(responses.lengths_B)
+        return (*groups, *(_response_group(rows, self.sequences, self.device) for rows in of_responses))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where the concatenated valid outputs of `groups` belong among the flat tokens, inverted."""
+        return torch.cat([group.query_RQ.flatten()[group.valid] for group in self.groups]).argsort()
+
+    @cached_property
+    def ragged(self) -> RaggedRows:
+        """For kernels of variable length: prompts, then responses, all in one call."""
+        prompts, responses = self.sequences.prompts, self.sequences.responses
+        rows = responses.lengths_B.nonzero().squeeze(1)
+        prompt_R, response_length_R = self.sequences.prompt_B[rows], responses.lengths_B[rows]
+        num_prompt_tokens = len(prompts.ids_N)
+        query_length = torch.cat([prompts.lengths_B, response_length_R])
+        key_length = torch.cat([prompts.lengths_B, prompts.lengths_B[prompt_R] + response_length_R])
+        key_M = None
+        if len(rows):  # each prompt for itself, then for each response its prompt and itself
+            start_R2 = torch.stack([prompts.offsets_B1[prompt_R], num_prompt_tokens + responses.offsets_B1[rows]], 1)
+            length_R2 = torch.stack([prompts.lengths_B[prompt_R], response_length_R], 1)
+            own = torch.arange(num_prompt_tokens)
+            key_M = torch.cat([own, _concatenated(start_R2.flatten(), length_R2.flatten())]).to(self.device)
+        return RaggedRows(
+            _starts(query_length).to(self.device, torch.int32),
+            _starts(key_length).to(self.device, torch.int32),
+            key_M,
+            int(query_length.max()),
+            int(key_length.max()),
         )
 
 
@@ -56,9 +111,8 @@ class Layout:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    groups: tuple[AttentionGroup, ...]
-    order: Tensor
-    """Packed only: where the concatenated valid outputs of ``groups`` belong among the flat tokens, inverted."""
+    attention: PackedAttention | None
+    """Of the packed layout, which has no mask."""
     predicting_N: Tensor
     """For each response token, the state from which it is predicted."""
     target_N: Tensor
@@ -72,13 +126,24 @@ class Layout:
         if device.type == "cpu":
             return self
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Layout(**{**moved, "groups": tuple(group.to(device) for group in self.groups)})
+        attention = None if self.attention is None else PackedAttention(self.attention.sequences, device)
+        return Layout(**{**moved, "attention": attention})
 
 
 def _within(offsets_B1: Tensor) -> Tensor:
     """0, 1, 2, ... in each row of a packed array."""
     lengths = offsets_B1.diff()
     return torch.arange(int(offsets_B1[-1])) - offsets_B1[:-1].repeat_interleave(lengths)
+
+
+def _starts(length_R: Tensor) -> Tensor:
+    """Offsets of rows that lie one after the other, (R + 1,)."""
+    return torch.cat([length_R.new_zeros(1), length_R.cumsum(0)])
+
+
+def _concatenated(start_R: Tensor, length_R: Tensor) -> Tensor:
+    """``start, start + 1, ..., start + length - 1`` of each row, row after row."""
+    return start_R.repeat_interleave(length_R) + _within(_starts(length_R))
 
 
 def _length_groups(lengths_B: Tensor) -> list[Tensor]:
@@ -102,12 +167,13 @@ def _ragged_index(start_R: Tensor, length_R: Tensor) -> tuple[Tensor, Tensor]:
     return index_RL, column_L[None, :] < length_R[:, None]
 
 
-def _prompt_group(rows: Tensor, prompts: Packed) -> AttentionGroup:
+def _prompt_group(rows: Tensor, prompts: Packed, device: torch.device) -> AttentionGroup:
     index, real = _ragged_index(prompts.offsets_B1[rows], prompts.lengths_B[rows])
-    return AttentionGroup(index, index, None, real.flatten().nonzero().squeeze(1))
+    index = index.to(device)
+    return AttentionGroup(index, index, None, real.flatten().nonzero().squeeze(1).to(device))
 
 
-def _response_group(rows: Tensor, sequences: Sequences) -> AttentionGroup:
+def _response_group(rows: Tensor, sequences: Sequences, device: torch.device) -> AttentionGroup:
     """Keys are the prompt, right-aligned, then the response itself."""
     prompts, responses, prompt_R = sequences.prompts, sequences.responses, sequences.prompt_B[rows]
     start = len(prompts.ids_N) + responses.offsets_B1[rows]
@@ -115,20 +181,19 @@ def _response_group(rows: Tensor, sequences: Sequences) -> AttentionGroup:
     prompt_length = prompts.lengths_B[prompt_R]
     widest, Q = int(prompt_length.max()), query.shape[1]
     shift = torch.arange(widest)[None, :] - (widest - prompt_length)[:, None]
-    real_prompt = shift >= 0
     prompt_key = prompts.offsets_B1[prompt_R][:, None] + shift.clamp(min=0)
-    causal = torch.ones(Q, Q, dtype=torch.bool).tril()[None].expand(len(rows), Q, Q)
+    # The mask is the largest of all, so it is made where it is read.
+    real_prompt, key = (shift >= 0).to(device), torch.arange(Q, device=device)
+    causal = (key[None, :] <= key[:, None])[None].expand(len(rows), Q, Q)
     mask = torch.cat([real_prompt[:, None, :].expand(len(rows), Q, widest), causal], dim=2)
-    return AttentionGroup(query, torch.cat([prompt_key, query], 1), mask, real_query.flatten().nonzero().squeeze(1))
+    keys, valid = torch.cat([prompt_key, query], 1), real_query.flatten().nonzero().squeeze(1)
+    return AttentionGroup(query.to(device), keys.to(device), mask, valid.to(device))
 
 
 def packed(sequences: Sequences) -> Layout:
     """The layout without padding, each prompt once. All sequences must have at least a prompt token."""
     prompts, responses, prompt_B = sequences.prompts, sequences.responses, sequences.prompt_B
     num_prompt_tokens = len(prompts.ids_N)
-    groups = [_prompt_group(rows, prompts) for rows in _length_groups(prompts.lengths_B)]
-    groups += [_response_group(rows, sequences) for rows in _length_groups(responses.lengths_B)]
-    produced = torch.cat([group.query_RQ.flatten()[group.valid] for group in groups])
     within = _within(responses.offsets_B1)
     lengths, last_prompt_B = responses.lengths_B, prompts.offsets_B1[1:][prompt_B] - 1
     own_N = torch.arange(len(responses.ids_N)) + num_prompt_tokens
@@ -138,8 +203,7 @@ def packed(sequences: Sequences) -> Layout:
             [_within(prompts.offsets_B1), within + prompts.lengths_B[prompt_B].repeat_interleave(lengths)]
         )[None],
         attention_mask=None,
-        groups=tuple(groups),
-        order=produced.argsort(),
+        attention=PackedAttention(sequences, torch.device("cpu")),
         predicting_N=torch.where(within == 0, last_prompt_B.repeat_interleave(lengths), own_N - 1),
         target_N=responses.ids_N,
         last_B=torch.where(lengths > 0, num_prompt_tokens + responses.offsets_B1[1:] - 1, last_prompt_B),
@@ -168,8 +232,7 @@ def padded(sequences: Sequences, side: Literal["left", "right"] = "right") -> La
         input_ids=torch.zeros(real_BL.shape, dtype=torch.int64).masked_scatter(real_BL, flat),
         position_ids=column_BL.clamp(min=0).minimum(length_B[:, None] - 1),
         attention_mask=real_BL.long(),
-        groups=(),
-        order=torch.empty(0, dtype=torch.int64),
+        attention=None,
         predicting_N=predicting,
         target_N=responses.ids_N,
         last_B=start_B + length_B - 1,

@@ -33,6 +33,12 @@ def ragged(seed: int, num_prompts: int, K: int, longest: int = 9) -> Sequences:
 # Layouts
 
 
+def attention_of(sequences: Sequences) -> collate.PackedAttention:
+    attention = collate.packed(sequences).attention
+    assert attention is not None
+    return attention
+
+
 def test_packed_by_hand():
     layout = collate.packed(tiny())
     # position in flat:          0  1  2  3  4  5  6  7  8   9  10
@@ -67,7 +73,7 @@ def test_padded_right_by_hand():
     assert layout.predicting_N.tolist() == [1, 2, 6 + 1, 12 + 2, 12 + 3, 12 + 4]
     assert layout.target_N.tolist() == [6, 7, 8, 9, 10, 11]
     assert layout.last_B.tolist() == [3, 6 + 2, 12 + 5, 18 + 2]
-    assert layout.groups == ()
+    assert layout.attention is None
 
 
 def test_padded_left_by_hand():
@@ -91,7 +97,7 @@ def test_padded_left_by_hand():
 
 
 def test_attention_groups_by_hand():
-    prompts, *responses = collate.packed(tiny()).groups
+    prompts, *responses = attention_of(tiny()).groups
     # Prompts of 2 and 3 tokens share a group; the shorter repeats its last token, which is not valid.
     assert prompts.query_RQ.tolist() == prompts.key_RK.tolist() == [[0, 1, 1], [2, 3, 4]]
     assert prompts.mask_RQK is None
@@ -116,10 +122,10 @@ def test_attention_groups_by_hand():
     ]
 
 
-def visible(layout: collate.Layout) -> dict[int, list[int]]:
+def visible_in_groups(attention: collate.PackedAttention) -> dict[int, list[int]]:
     """For each flat token, the flat tokens it attends to, in the order in which a model sees its outputs."""
     seen: list[tuple[int, list[int]]] = []
-    for group in layout.groups:
+    for group in attention.groups:
         R, Q = group.query_RQ.shape
         mask = group.mask_RQK
         if mask is None:
@@ -127,11 +133,28 @@ def visible(layout: collate.Layout) -> dict[int, list[int]]:
         for flat in group.valid.tolist():
             r, q = divmod(flat, Q)
             seen.append((int(group.query_RQ[r, q]), group.key_RK[r][mask[r, q]].tolist()))
-    return dict(seen[i] for i in layout.order.tolist())
+    return dict(seen[i] for i in attention.order.tolist())
 
 
+def visible_in_rows(attention: collate.PackedAttention) -> dict[int, list[int]]:
+    """The same for rows of any length: query q of Q in a row of K keys sees the first K - Q + q + 1."""
+    rows, seen = attention.ragged, {}
+    assert rows.query_start_R1.dtype == rows.key_start_R1.dtype == torch.int32
+    query_start, key_start = rows.query_start_R1.tolist(), rows.key_start_R1.tolist()
+    keys = list(range(key_start[-1])) if rows.key_M is None else rows.key_M.tolist()
+    assert len(keys) == key_start[-1]
+    lengths = []
+    for a, b, c, d in zip(query_start[:-1], query_start[1:], key_start[:-1], key_start[1:], strict=True):
+        lengths.append((b - a, d - c))
+        seen |= {query: keys[c : d - (b - query) + 1] for query in range(a, b)}
+    assert (rows.max_queries, rows.max_keys) == tuple(max(column) for column in zip(*lengths, strict=True))
+    assert all(queries > 0 for queries, _ in lengths)
+    return seen
+
+
+@pytest.mark.parametrize("visible", [visible_in_groups, visible_in_rows])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_token_sees_its_prompt_and_its_past_and_nothing_else(seed: int):
+def test_every_token_sees_its_prompt_and_its_past_and_nothing_else(seed: int, visible):
     sequences = ragged(seed, num_prompts=6, K=3)
     prompts, responses = sequences.prompts, sequences.responses
     expected = {}
@@ -142,7 +165,7 @@ def test_every_token_sees_its_prompt_and_its_past_and_nothing_else(seed: int):
         own = range(int(prompts.offsets_B1[prompt]), int(prompts.offsets_B1[prompt + 1]))
         a, b = (shift + int(offset) for offset in responses.offsets_B1[row : row + 2])
         expected |= {i: [*own, *range(a, i + 1)] for i in range(a, b)}
-    got = visible(collate.packed(sequences))
+    got = visible(attention_of(sequences))
     assert got == expected
     assert list(got) == sorted(got)  # `order` puts outputs where their tokens are
 
@@ -174,16 +197,42 @@ def test_rows_of_a_group_differ_by_at_most_half():
     assert groups == [[1], [2, 3], [10, 15], [16], [100]]  # 15 <= 1.5 * 10 < 16; the empty row is left out
 
 
+def test_rows_of_any_length_by_hand():
+    rows = attention_of(tiny()).ragged
+    assert rows.query_start_R1.tolist() == [0, 2, 5, 7, 8, 11]  # two prompts, then three responses that have tokens
+    assert rows.key_start_R1.tolist() == [0, 2, 5, 9, 12, 18]
+    assert rows.key_M is not None
+    assert rows.key_M.tolist() == [*(0, 1, 2, 3, 4), *(0, 1, 5, 6), *(0, 1, 7), *(2, 3, 4, 8, 9, 10)]
+    assert (rows.max_queries, rows.max_keys) == (3, 6)
+
+
+def test_rows_of_prompts_alone_need_no_copies_of_keys():
+    rows = attention_of(Sequences(tiny().prompts, Packed.from_lists([[], []]), torch.tensor([0, 1]))).ragged
+    assert rows.key_M is None
+    assert rows.query_start_R1.tolist() == rows.key_start_R1.tolist() == [0, 2, 5]
+
+
 def test_layouts_stay_where_they_are_on_a_cpu_and_move_whole_elsewhere():
     layout = collate.packed(tiny())
     assert layout.to(torch.device("cpu")) is layout
     moved = layout.to(torch.device("meta"))
+    attention = moved.attention
+    assert attention is not None
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
-    tensors += [v for group in moved.groups for v in vars(group).values() if v is not None]
-    assert len(tensors) == 7 + 3 + 4 + 4  # the layout, the group of prompts without a mask, two groups of responses
+    tensors += [v for group in attention.groups for v in vars(group).values() if v is not None] + [attention.order]
+    tensors += [v for v in vars(attention.ragged).values() if isinstance(v, torch.Tensor)]
+    # The layout, the group of prompts without a mask, two groups of responses, the order, rows of any length.
+    assert len(tensors) == 6 + 3 + 4 + 4 + 1 + 3
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.attention_mask is None
-    assert moved.groups[0].mask_RQK is None
+    assert attention.groups[0].mask_RQK is None
+
+
+def test_attention_is_described_once_and_only_as_it_is_read():
+    attention = attention_of(tiny())
+    assert attention.ragged is attention.ragged
+    assert "groups" not in vars(attention)  # so no mask is made for a kernel that reads none
+    assert attention.groups is attention.groups
 
 
 # Micro-batches

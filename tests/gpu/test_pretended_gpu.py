@@ -33,7 +33,7 @@ CASES = {
     "rewards": ("reward ",),
 }
 NUMBER_OF_CASES = {
-    "heads": 16,
+    "heads": 17,
     "policy losses": 10,
     "preference losses": 11,
     "critic": 1,
@@ -41,6 +41,9 @@ NUMBER_OF_CASES = {
     "decoding": 4,
     "rewards": 4,
 }
+
+MAX_TRAINING_KERNELS = {"forward": 1039, "both": 3188}
+"""Kernels of 24 layers and a head over rows of any length: about two fifths of those over padded groups."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,12 @@ def test_waits_and_kernels_of_a_decoded_token(results: dict[str, Any]):
     assert counts["syncs_in_16_tokens"] <= MAX_SYNCS_IN_16_TOKENS
     assert counts["kernels_per_layer"] <= MAX_KERNELS_PER_LAYER
     assert counts["other_kernels_per_token"] <= MAX_OTHER_KERNELS
+
+
+def test_kernels_of_a_training_pass(results: dict[str, Any]):
+    ragged, in_groups = results["counts"]["training_ragged"], results["counts"]["training_in_groups"]
+    for passes, most in MAX_TRAINING_KERNELS.items():
+        assert ragged[passes] <= most < 0.5 * in_groups[passes]
 
 
 def test_the_pretended_gpu_refuses_mixed_devices(results: dict[str, Any]):
