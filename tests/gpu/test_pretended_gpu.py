@@ -48,10 +48,10 @@ MAX_TRAINING_KERNELS = {"forward": 1039, "both": 3188}
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """What `cases` prints, by case. Registering a backend changes torch for the whole process."""
+    """What `run_cases` prints, by case. Registering a backend changes torch for the whole process."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(HERE / "cases.py")], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(HERE / "run_cases.py")], env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
