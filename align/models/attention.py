@@ -86,6 +86,24 @@ def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, rows: RaggedRows, s
     return function(query, key, value, *starts, softmax_scale=scale, causal=True, deterministic=deterministic)
 
 
+class _GatherKeys(torch.autograd.Function):
+    """``state_NX[key_M]``. The gradient of a token that is the key of many rows is summed in float32: in bfloat16 each
+    sum over the responses to a prompt would lose digits."""
+
+    @staticmethod
+    def forward(ctx: Any, state_NX: Tensor, key_M: Tensor) -> Tensor:
+        ctx.save_for_backward(key_M)
+        ctx.shape = state_NX.shape
+        return state_NX.index_select(0, key_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (key_M,) = ctx.saved_tensors
+        dtype = torch.promote_types(grad_MX.dtype, torch.float32)
+        total_NX = torch.zeros(ctx.shape, dtype=dtype, device=grad_MX.device)
+        return total_NX.index_add_(0, key_M, grad_MX.to(dtype)).to(grad_MX.dtype), None
+
+
 @cache
 def _cuda_kernel(device: torch.device) -> RaggedKernel | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -125,7 +143,7 @@ def packed_attention(
         return _in_groups(q, k, v, layout.attention, scaling, dropout)[None], None
     rows = layout.attention.ragged
     if rows.key_M is not None:
-        k, v = k.index_select(0, rows.key_M), v.index_select(0, rows.key_M)
+        k, v = _GatherKeys.apply(k, rows.key_M), _GatherKeys.apply(v, rows.key_M)
     return kernel(q, k, v, rows, scaling)[None], None
 
 

@@ -84,6 +84,16 @@ def test_dropout_stays_with_padded_groups(calls: list):
     assert len(calls) == 1
 
 
+def test_gradients_of_shared_keys_are_summed_in_float32():
+    """2^-9 added to 1 is lost in bfloat16, 256 of them are a half."""
+    state = torch.ones(2, 1, 1, dtype=BFLOAT16, requires_grad=True)
+    gathered = attention._GatherKeys.apply(state, torch.tensor([0] * 257 + [1]))
+    gathered.backward(torch.tensor([1.0] + [2.0**-9] * 256 + [3.0], dtype=BFLOAT16).view(258, 1, 1))
+    assert state.grad is not None
+    assert state.grad.dtype == BFLOAT16
+    assert state.grad.flatten().tolist() == [1.5, 3.0]
+
+
 # Which kernel
 
 
