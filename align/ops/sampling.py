@@ -8,6 +8,7 @@ where u falls within that distance of a border.)
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -47,62 +48,121 @@ def uniform(
     return (_shift_right(state, 12).double() + 0.5) * 2.0**-52
 
 
-@checked
-def filtered(logits_BV: Float[Tensor, "B V"], top_k: int, top_p: float, min_p: float) -> Float[Tensor, "B V"]:
-    """Logits with the tokens outside top-k, then top-p (Holtzman et al. 2020), then min-p set to -inf.
+BLOCK = 512
+"""Adjacent tokens whose mass `draw` sums before it looks for the drawn one among them."""
+CANDIDATES = 1024
+"""Tokens that top-p sorts; rows whose ``CANDIDATES`` most likely tokens do not reach ``top_p`` are sorted whole."""
 
-    The most likely token always stays. Among equal logits at the border of top-p, which stay is decided by token id.
+
+def mass_(logits_BV: Tensor) -> Tensor:
+    """``exp(z - max z)``, a multiple of the probability in which the most likely token has 1. Overwrites float32
+    logits, which at a vocabulary of 128k are the largest tensor of a decoding step."""
+    return logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
+
+
+def filter_(mass_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Set the mass of tokens outside top-k, then top-p (Holtzman et al. 2020), then min-p to 0, in place.
+
+    The most likely token always stays. Ties at the border of top-k all stay; at the border of top-p token ids decide.
     """
-    if 0 < top_k < logits_BV.shape[1]:
-        border_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < border_B1, -float("inf"))
+    if 0 < top_k < mass_BV.shape[1]:
+        border_B1 = mass_BV.topk(top_k, dim=-1).values[:, -1:]
+        mass_BV.masked_fill_(mass_BV < border_B1, 0.0)
     if top_p < 1.0:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        probability_BV = sorted_BV.softmax(-1)
-        before_BV = probability_BV.cumsum(-1) - probability_BV  # mass of the more likely tokens
-        drop_BV = before_BV >= top_p
-        drop_BV[:, 0] = False
-        logits_BV = logits_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -float("inf"))
+        _top_p_(mass_BV, top_p)
     if min_p > 0.0:
-        probability_BV = logits_BV.softmax(-1)
-        drop_BV = probability_BV < min_p * probability_BV.amax(-1, keepdim=True)
-        logits_BV = logits_BV.masked_fill(drop_BV, -float("inf"))
-    return logits_BV
+        mass_BV.masked_fill_(mass_BV < min_p, 0.0)  # the most likely token has 1
+    return mass_BV
 
 
-@checked
-def draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The token at which the cumulative distribution softmax(logits) passes ``uniform``; summed in float64."""
-    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    drawn_B = (cumulative_BV <= uniform_B[:, None] * total_B1).sum(-1)
-    # u * total may round up to total; the last token with any probability is the first to reach it.
-    last_B = (cumulative_BV < total_B1).sum(-1)
-    return drawn_B.minimum(last_B)
+def _top_p_(mass_BV: Tensor, top_p: float) -> None:
+    needed_B = mass_BV.sum(-1, dtype=torch.float64) * top_p
+    if mass_BV.shape[1] <= CANDIDATES:
+        _keep_nucleus_(mass_BV, *mass_BV.sort(dim=-1, descending=True, stable=True), needed_B)
+        return
+    value_BC, id_BC = mass_BV.topk(CANDIDATES, dim=-1)
+    # Tokens as likely as the last candidate may lie outside: they are no part of the nucleus if those above reach it.
+    above_BC = value_BC.masked_fill(value_BC == value_BC[:, -1:], 0.0)
+    short_N = (above_BC.sum(-1, dtype=torch.float64) < needed_B).nonzero().squeeze(1)
+    order_BC = id_BC.argsort(dim=-1)
+    by_id_BC, id_BC = value_BC.gather(1, order_BC), id_BC.gather(1, order_BC)
+    value_BC, order_BC = by_id_BC.sort(dim=-1, descending=True, stable=True)
+    whole_NV = mass_BV[short_N]
+    _keep_nucleus_(mass_BV, value_BC, id_BC.gather(1, order_BC), needed_B)
+    if len(short_N):
+        _keep_nucleus_(whole_NV, *whole_NV.sort(dim=-1, descending=True, stable=True), needed_B[short_N])
+        mass_BV[short_N] = whole_NV
 
 
-@checked
+def _keep_nucleus_(mass_BV: Tensor, sorted_BC: Tensor, id_BC: Tensor, needed_B: Tensor) -> None:
+    """Keep the tokens ``id_BC`` before which less than the needed mass lies; the first one always."""
+    before_BC = sorted_BC.double().cumsum(-1) - sorted_BC  # mass of the more likely tokens
+    drop_BC = before_BC >= needed_B[:, None]
+    drop_BC[:, 0] = False
+    mass_BV.zero_().scatter_(1, id_BC, sorted_BC.masked_fill(drop_BC, 0.0))
+
+
+def _block_sums(mass_BV: Tensor) -> Tensor:
+    """Mass up to the end of each block of `BLOCK` tokens, (B, blocks), float64."""
+    whole = mass_BV.shape[1] // BLOCK * BLOCK
+    parts = [mass_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    if whole < mass_BV.shape[1]:
+        parts.append(mass_BV[:, whole:].sum(-1, keepdim=True))
+    return torch.cat(parts, 1).double().cumsum_(-1)
+
+
+def draw(mass_BV: Tensor, until_BC: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes ``uniform``; ``until_BC`` are the sums of `_block_sums`.
+
+    Two searches in float64: for the block, and for the token within it. Each ends at the last one that has mass, also
+    where ``u * total`` is rounded up to the total.
+    """
+    target_B1 = uniform_B[:, None] * until_BC[:, -1:]
+    block_B1 = _first_above(until_BC, target_B1)
+    before_B1 = torch.where(block_B1 > 0, until_BC.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
+    token_BN = block_B1 * BLOCK + torch.arange(min(BLOCK, mass_BV.shape[1]), device=mass_BV.device)
+    outside_BN = token_BN >= mass_BV.shape[1]
+    within_BN = mass_BV.gather(1, token_BN.masked_fill(outside_BN, 0)).double().masked_fill_(outside_BN, 0.0)
+    first_B1 = _first_above(within_BN.cumsum_(-1), target_B1 - before_B1)
+    return (block_B1 * BLOCK + first_B1).squeeze(1)
+
+
+def _first_above(until_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """Index of the first cumulative sum above the target, and no index behind the last that has mass."""
+    last_B1 = torch.searchsorted(until_BN, until_BN[:, -1:].contiguous())
+    return torch.searchsorted(until_BN, target_B1, right=True).minimum(last_B1)
+
+
 def sample(
-    logits_BV: Float[Tensor, "B V"],
-    uniform_B: Float[Tensor, " B"],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """Draw one token a row; temperature 0 takes the most likely one.
+    logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token a row from logits (B, V) by noise (B,); temperature 0 takes the most likely one.
 
     Returns ids, their log-probability at ``temperature`` before the filters (at temperature 1 when greedy), and their
-    log-probability at temperature 1; both float32, in nats.
+    log-probability at temperature 1; both float32, in nats. The row of a token alone decides about it. Overwrites
+    float32 logits. Shapes are not checked, since this runs once for every token.
     """
     logits_BV = logits_BV.float()
-    scaled_BV = logits_BV / temperature if temperature > 0 else logits_BV
-    greedy = temperature == 0
-    ids_B = logits_BV.argmax(-1) if greedy else draw(filtered(scaled_BV, top_k, top_p, min_p), uniform_B)
-    logprob_B = _logprob(scaled_BV, ids_B)
-    untempered_B = logprob_B if scaled_BV is logits_BV or temperature == 1.0 else _logprob(logits_BV, ids_B)
-    return ids_B, logprob_B, untempered_B
+    if temperature == 0:
+        ids_B = logits_BV.argmax(-1)
+        logprob_B = _at(logits_BV, ids_B) - logits_BV.logsumexp(-1)
+        return ids_B, logprob_B, logprob_B
+    untempered_B = None
+    if temperature != 1.0:
+        untempered_B = logits_BV.amax(-1) - logits_BV.logsumexp(-1)  # of the most likely token
+        logits_BV.div_(temperature)
+    mass_BV = mass_(logits_BV)
+    until_BC = _block_sums(mass_BV)
+    total_B = until_BC[:, -1]
+    if 0 < top_k < mass_BV.shape[1] or top_p < 1.0 or min_p > 0.0:
+        until_BC = _block_sums(filter_(mass_BV, top_k, top_p, min_p))
+    ids_B = draw(mass_BV, until_BC, uniform_B)
+    below_B = _at(mass_BV, ids_B).double().log_()  # (z - max z) / temperature
+    logprob_B = (below_B - total_B.log()).float()
+    if untempered_B is None:
+        return ids_B, logprob_B, logprob_B
+    return ids_B, logprob_B, (below_B * temperature + untempered_B).float()
 
 
-def _logprob(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
-    return logits_BV.gather(1, ids_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
+def _at(values_BV: Tensor, ids_B: Tensor) -> Tensor:
+    return values_BV.gather(1, ids_B[:, None]).squeeze(1)

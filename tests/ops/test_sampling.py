@@ -129,6 +129,12 @@ LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
 """Probabilities 50, 25, 15 and 10 %."""
 
 
+def filtered(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """Logits, those without mass -inf."""
+    mass = sampling.filter_(sampling.mass_(logits.clone()), top_k, top_p, min_p)
+    return logits.masked_fill(mass == 0, -INF)
+
+
 def kept(logits: torch.Tensor) -> list[list[int]]:
     return [row.isfinite().nonzero().flatten().tolist() for row in logits]
 
@@ -155,21 +161,22 @@ def kept(logits: torch.Tensor) -> list[list[int]]:
     ],
 )
 def test_filters_by_hand(top_k: int, top_p: float, min_p: float, survivors: list[int]):
-    filtered = sampling.filtered(LOGITS, top_k, top_p, min_p)
-    assert kept(filtered) == [survivors]
-    assert filtered[0, survivors].equal(LOGITS[0, survivors])  # those that stay are not changed
+    assert kept(filtered(LOGITS, top_k, top_p, min_p)) == [survivors]
+    mass = sampling.mass_(LOGITS.clone())
+    left = sampling.filter_(mass.clone(), top_k, top_p, min_p)
+    assert left[0, survivors].equal(mass[0, survivors])  # those that stay are not changed
 
 
 @pytest.mark.parametrize(("top_p", "number"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)])
 def test_top_p_stops_where_the_mass_is_reached_exactly(top_p: float, number: int):
-    assert kept(sampling.filtered(torch.zeros(1, 4), 0, top_p, 0.0)) == [list(range(number))]  # 25 % each, exactly
+    assert kept(filtered(torch.zeros(1, 4), 0, top_p, 0.0)) == [list(range(number))]  # 25 % each, exactly
 
 
 def test_top_k_larger_than_the_vocabulary_and_equal_logits():
     tied = torch.tensor([[1.0, 3.0, 1.0, 1.0]])
-    assert kept(sampling.filtered(tied, 2, 1.0, 0.0)) == [[0, 1, 2, 3]]  # ties at the border of top-k all stay
+    assert kept(filtered(tied, 2, 1.0, 0.0)) == [[0, 1, 2, 3]]  # ties at the border of top-k all stay
     # 71 % for token 1 and 9.6 % for each other: 80.7 % with token 0 reaches 80 %. Ties go by token id.
-    assert kept(sampling.filtered(tied, 0, 0.8, 0.0)) == [[0, 1]]
+    assert kept(filtered(tied, 0, 0.8, 0.0)) == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -186,25 +193,30 @@ def test_filters_against_transformers(top_k: int, top_p: float, min_p: float):
         expected = TopPLogitsWarper(top_p)(None, expected)
     if min_p:
         expected = MinPLogitsWarper(min_p)(None, expected)
-    filtered = sampling.filtered(logits, top_k, top_p, min_p)
-    assert filtered.equal(expected)
-    assert (filtered == -INF).any()
-    assert not filtered.isnan().any()
+    left = filtered(logits, top_k, top_p, min_p)
+    assert left.equal(expected)
+    assert (left == -INF).any()
+    assert not left.isnan().any()
 
 
 # Draws
 
 
+def draw_from(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    mass = sampling.mass_(logits.clone())
+    return sampling.draw(mass, sampling._block_sums(mass), u)
+
+
 def draw(probability: list[float], *uniforms: float) -> list[int]:
     logits = torch.tensor([probability]).log().expand(len(uniforms), -1)
-    return sampling.draw(logits, torch.tensor(uniforms, dtype=torch.float64)).tolist()
+    return draw_from(logits, torch.tensor(uniforms, dtype=torch.float64)).tolist()
 
 
 def test_inverse_of_the_cumulative_distribution_by_hand():
     # Borders at 0.25, 0.5 and 0.75, each of which belongs to the token after it.
     logits = torch.zeros(7, 4)
     u = torch.tensor([0.1, 0.25, 0.3, 0.5, 0.74, 0.75, 0.9], dtype=torch.float64)
-    assert sampling.draw(logits, u).tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert draw_from(logits, u).tolist() == [0, 1, 1, 2, 2, 3, 3]
     assert draw([0.1, 0.6, 0.3], 0.05, 0.15, 0.65, 0.75, 0.95) == [0, 1, 1, 2, 2]
 
 
@@ -232,24 +244,74 @@ def test_a_token_without_probability_is_never_drawn():
     logits[torch.rand(2000, 30, generator=generator) < 0.6] = -INF
     logits[:, 17] = 0.0  # at least one token in each row
     for u in (torch.rand(2000, generator=generator, dtype=torch.float64), torch.full((2000,), 1 - TINY).double()):
-        ids = sampling.draw(logits, u)
+        ids = draw_from(logits, u)
         assert logits.gather(1, ids[:, None]).isfinite().all()
 
 
 def test_draw_against_a_loop():
     generator = torch.Generator().manual_seed(2)
     logits, u = torch.randn(300, 9, generator=generator) * 2, torch.rand(300, generator=generator, dtype=torch.float64)
-    for row, x, drawn in zip(logits.double(), u.tolist(), sampling.draw(logits, u).tolist(), strict=True):
+    for row, x, drawn in zip(logits.double(), u.tolist(), draw_from(logits, u).tolist(), strict=True):
         weights = [math.exp(z) for z in row.tolist()]
         sums = [sum(weights[: token + 1]) / sum(weights) for token in range(9)]
         assert drawn == next(token for token in range(9) if sums[token] > x)
+
+
+@pytest.mark.parametrize("V", [511, 512, 513, 5000])
+def test_draws_from_several_blocks_against_one_float64_sum(V: int):
+    generator = torch.Generator().manual_seed(V)
+    logits, u = torch.randn(200, V, generator=generator) * 3, torch.rand(200, generator=generator, dtype=torch.float64)
+    logits[:, V // 3 : V // 2] = -INF  # whole blocks without mass
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    ids = draw_from(logits, u)
+    assert (ids != expected).sum() <= 1  # a border that lies within the rounding of float32
+    ends = torch.tensor([0.0, TINY, 1 - TINY, 1.0], dtype=torch.float64)
+    lone = torch.full((4, V), -INF)
+    lone[:, V // 5] = lone[:, V // 2 + 1] = 0.0
+    assert draw_from(lone, ends).tolist() == [V // 5, V // 5, V // 2 + 1, V // 2 + 1]
+
+
+@pytest.mark.parametrize(("spread", "top_p"), [(5.0, 0.9), (0.5, 0.3), (0.1, 0.8), (0.0, 0.5)])
+def test_top_p_of_a_large_vocabulary_against_transformers(spread: float, top_p: float):
+    """Sharp rows need few candidates, flat ones more than `sampling.CANDIDATES`; of equal ones the ids decide."""
+    logits = torch.randn(6, 4096, generator=torch.Generator().manual_seed(8)) * spread
+    left = filtered(logits, 0, top_p, 0.0)
+    if spread:
+        assert left.equal(TopPLogitsWarper(top_p)(None, logits))
+    else:
+        assert kept(left) == [list(range(2048))] * 6
+    assert bool((left != -INF).sum(1).max() > sampling.CANDIDATES) == (spread < 0.5)
+    mixed = torch.cat([logits, torch.randn(3, 4096) * 8])
+    assert filtered(mixed, 0, top_p, 0.0)[:6].equal(left)  # whatever the other rows need
+
+
+def test_rows_of_a_large_vocabulary_do_not_see_each_other():
+    generator = torch.Generator().manual_seed(9)
+    logits, u = torch.randn(12, 5003, generator=generator), torch.rand(12, generator=generator, dtype=torch.float64)
+    for filters in ((0, 1.0, 0.0), (300, 0.95, 0.0), (0, 0.5, 0.001)):
+        whole = sampling.sample(logits.clone(), u, 0.8, *filters)
+        for i in range(12):
+            alone = sampling.sample(logits[i : i + 1].clone(), u[i : i + 1], 0.8, *filters)
+            assert all(a.equal(b[i : i + 1]) for a, b in zip(alone, whole, strict=True))
+        wider = torch.cat([logits, torch.full((12, 700), 9.0)], 1)[:, :5003]  # ids that the tokenizer lacks
+        assert sampling.sample(wider, u, 0.8, *filters)[0].equal(whole[0])
+
+
+def test_log_probabilities_against_log_softmax_in_float64():
+    generator = torch.Generator().manual_seed(10)
+    logits, u = torch.randn(64, 5003, generator=generator) * 4, torch.rand(64, generator=generator, dtype=torch.float64)
+    ids, logprob, untempered = sampling.sample(logits.clone(), u, 0.7, 0, 1.0, 0.0)
+    for ours, scale in ((logprob, 0.7), (untempered, 1.0)):
+        exact = (logits.double() / scale).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+        assert float((ours - exact).abs().max()) < 4e-6
 
 
 def test_frequencies():
     n = 40_000
     probability = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.05])
     u = sampling.uniform(0, 1, torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.arange(n))
-    ids, _, _ = sampling.sample(probability.log().expand(n, -1), u, 1.0, 0, 1.0, 0.0)
+    ids, _, _ = sampling.sample(probability.log().repeat(n, 1), u, 1.0, 0, 1.0, 0.0)
     counts = ids.bincount(minlength=6).double()
     assert counts[2] == 0
     seen = [0, 1, 3, 4, 5]
@@ -260,7 +322,9 @@ def test_sample_reports_logprobs_before_the_filters_at_both_temperatures():
     # Odds 4 : 2 : 1 at temperature 1, 16 : 4 : 1 at temperature 1/2. Top-k leaves tokens 0 and 1 with odds 4 : 1, so
     # u = 0.79 and 0.81 lie on both sides of the border.
     logits = torch.tensor([[4.0, 2.0, 1.0]]).log().expand(2, -1)
-    ids, logprob, untempered = sampling.sample(logits, torch.tensor([0.79, 0.81]), 0.5, 2, 1.0, 0.0)
+    ids, logprob, untempered = sampling.sample(
+        logits.clone(), torch.tensor([0.79, 0.81], dtype=torch.float64), 0.5, 2, 1.0, 0.0
+    )
     assert ids.tolist() == [0, 1]
     torch.testing.assert_close(logprob, torch.tensor([16 / 21, 4 / 21]).log())
     torch.testing.assert_close(untempered, torch.tensor([4 / 7, 2 / 7]).log())
@@ -269,7 +333,9 @@ def test_sample_reports_logprobs_before_the_filters_at_both_temperatures():
 
 def test_at_temperature_one_both_logprobs_are_the_same():
     logits = torch.tensor([[3.0, 1.0]]).log()
-    ids, logprob, untempered = sampling.sample(logits, torch.tensor([0.8]), 1.0, 0, 1.0, 0.0)
+    ids, logprob, untempered = sampling.sample(
+        logits.clone(), torch.tensor([0.8], dtype=torch.float64), 1.0, 0, 1.0, 0.0
+    )
     assert ids.tolist() == [1]
     assert logprob.equal(untempered)
     assert logprob.item() == pytest.approx(math.log(0.25), abs=1e-6)
@@ -278,7 +344,7 @@ def test_at_temperature_one_both_logprobs_are_the_same():
 @pytest.mark.parametrize("u", [0.001, 0.999])
 def test_greedy_takes_the_most_likely_token_at_any_noise(u: float):
     logits = torch.tensor([[1.0, 2.0, 5.0], [5.0, 2.0, 1.0], [2.0, 2.0, 1.0]]).log()
-    ids, logprob, untempered = sampling.sample(logits, torch.full((3,), u), 0.0, 1, 0.1, 0.9)
+    ids, logprob, untempered = sampling.sample(logits.clone(), torch.full((3,), u), 0.0, 1, 0.1, 0.9)
     assert ids.tolist() == [2, 0, 0]  # the first of two equals
     torch.testing.assert_close(logprob, torch.tensor([5 / 8, 5 / 8, 2 / 5]).log())  # those of the model itself
     assert untempered.equal(logprob)
@@ -288,14 +354,17 @@ def test_bfloat16_logits_are_sampled_in_float32():
     generator = torch.Generator().manual_seed(3)
     logits = (torch.randn(20, 40, generator=generator) * 3).bfloat16()
     u = torch.rand(20, generator=generator, dtype=torch.float64)
-    low, high = sampling.sample(logits, u, 0.7, 10, 0.9, 0.0), sampling.sample(logits.float(), u, 0.7, 10, 0.9, 0.0)
+    low, high = (
+        sampling.sample(logits.clone(), u, 0.7, 10, 0.9, 0.0),
+        sampling.sample(logits.float().clone(), u, 0.7, 10, 0.9, 0.0),
+    )
     assert all(a.equal(b) for a, b in zip(low, high, strict=True))
 
 
 def test_rows_do_not_see_each_other():
     generator = torch.Generator().manual_seed(4)
     logits, u = torch.randn(12, 33, generator=generator), torch.rand(12, generator=generator, dtype=torch.float64)
-    ids, _, _ = sampling.sample(logits, u, 0.8, 20, 0.95, 0.01)
+    ids, _, _ = sampling.sample(logits.clone(), u, 0.8, 20, 0.95, 0.01)
     order = torch.randperm(12, generator=generator)
     moved, _, _ = sampling.sample(logits[order], u[order], 0.8, 20, 0.95, 0.01)
     assert moved.equal(ids[order])
