@@ -36,7 +36,7 @@ from align.algorithms import _policy_loss, _rewards, _rollout, rloo
 from align.config import CheckpointRewardConfig, OptimizerConfig, PolicyConfig, PolicyLossConfig, SamplingConfig
 from align.data import chat, collate, toy
 from align.data.chat import Message, Renderer
-from align.engines import decoder, distributed
+from align.engines import decoder, decoder_engine, distributed, requests
 from align.engines import deepspeed as engine_module
 from align.engines.deepspeed import Engine
 from align.errors import DataError
@@ -308,24 +308,24 @@ def a_gpt2_that_is_cut_off_keeps_its_last_token() -> None:
 
 
 def an_end_written_over_the_last_token(patch: Patch) -> None:
-    honest = decoder._SampledTokens.rollouts
+    honest = requests.SampledTokens.rollouts
 
     def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
         full_B = self.length_B == sample.max_tokens
-        self.ids_BT[full_B, -1] = LAST
+        self.ids_BT[full_B, sample.max_tokens - 1] = LAST
         return honest(self, prompts, sample)
 
-    patch.setattr(decoder._SampledTokens, "rollouts", rollouts)
+    patch.setattr(requests.SampledTokens, "rollouts", rollouts)
 
 
 def an_end_called_finished(patch: Patch) -> None:
-    honest = decoder._SampledTokens.rollouts
+    honest = requests.SampledTokens.rollouts
 
     def rollouts(self: Any, prompts: Prompts, sample: SamplingConfig) -> Rollouts:
-        self.finished_B[:] = True
+        self.stops_B[:] = 1
         return honest(self, prompts, sample)
 
-    patch.setattr(decoder._SampledTokens, "rollouts", rollouts)
+    patch.setattr(requests.SampledTokens, "rollouts", rollouts)
 
 
 # responses are decoded and tokenized again for the reward model
@@ -417,13 +417,13 @@ def equal_prompts_get_responses_of_their_own() -> None:
 
 
 def noise_by_text(patch: Patch) -> None:
-    honest = decoder._SamplingState.noise
+    honest = requests.SamplingRequest.noise
 
     def noise(self: Any, sequence_B: Tensor) -> Tensor:
         K = self.sampling.num_samples
         return honest(self, torch.where(sequence_B // K == 2, sequence_B - 2 * K, sequence_B))
 
-    patch.setattr(decoder._SamplingState, "noise", noise)
+    patch.setattr(requests.SamplingRequest, "noise", noise)
 
 
 # logged losses are 1/M of the truth under accumulation; the same number feeds the KL controller
@@ -493,10 +493,10 @@ def sampling_is_without_dropout(folder: Path) -> None:
 def left_in_training(patch: Patch) -> None:
     honest = decoder.generate
 
-    def generate(model: Any, *arguments: Any) -> Rollouts:
-        return honest(model.train(), *arguments)
+    def generate(model: Any, *arguments: Any, **options: Any) -> Rollouts:
+        return honest(model.train(), *arguments, **options)
 
-    patch.setattr(decoder, "generate", generate)
+    patch.setattr(decoder_engine, "generate", generate)
 
 
 # bf16 is on by default on CPU

@@ -150,7 +150,7 @@ class TrainedModelConfig(ModelConfig):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
 
 
-ROLLOUT_ENGINES = {"decoder": "align.engines.decoder:DecoderEngine"}
+ROLLOUT_ENGINES = {"decoder": "align.engines.decoder_engine:DecoderEngine"}
 """Rollout engines by name; see `align.engines.rollout.RolloutEngine`."""
 
 
@@ -204,11 +204,6 @@ class SamplerConfig(ModelConfig):
         _check_engine(self.engine)
         if self.zero_stage != 0:
             raise ValueError(f"zero_stage of a sampler must be 0, each slot holds whole weights: {self.zero_stage}")
-        if self.max_tokens_per_micro_batch != ModelConfig.max_tokens_per_micro_batch:
-            raise ValueError(
-                "max_tokens_per_micro_batch has no effect on a sampler; set max_num_seqs. "
-                f"Got max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}"
-            )
 
 
 @dataclass(frozen=True)

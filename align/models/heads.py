@@ -7,7 +7,7 @@ on the hidden states that they read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,7 +72,13 @@ def restricted(model: PreTrainedModel, logits_NV: Tensor) -> Tensor:
     logits_NV = logits_NV[:, : ids.size]
     if not ids.gaps:
         return logits_NV
-    return logits_NV.index_fill(1, torch.tensor(ids.gaps, device=logits_NV.device), -float("inf"))
+    return logits_NV.index_fill(1, _gap_ids(ids.gaps, logits_NV.device), -float("inf"))
+
+
+@cache
+def _gap_ids(gaps: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once, because the decoder reads them for every token."""
+    return torch.tensor(gaps, device=device)
 
 
 def _hidden(model: PreTrainedModel, layout: Layout) -> Tensor:

@@ -19,7 +19,9 @@ from transformers import (
 
 from align.config import SamplingConfig
 from align.data import collate
-from align.engines.decoder import Decoder, generate, generate_any
+from align.engines.cuda_graphs import StepGraphs
+from align.engines.decoder import Decoder, generate
+from align.engines.generate import generate_any
 from align.models.attention import is_plain
 from align.models.heads import TokenizerIds, TokenLogprobs, restrict
 from align.types import Packed, Prompts, Rollouts, Sequences
@@ -178,17 +180,17 @@ def test_finished_rows_make_room_and_survivors_move(llama, monkeypatch):
     prefills, moved = [], []
     prefill, compact = Decoder._prefill, Decoder._compact
 
-    def counted(self: Decoder, request: Any, sequence: Any, first_slot: int) -> Any:
-        prefills.append((len(sequence), first_slot))
-        return prefill(self, request, sequence, first_slot)
+    def counted(self: Decoder, request: Any, rows: Any, sequence: Any) -> None:
+        prefills.append((len(sequence), rows.count))
+        prefill(self, request, rows, sequence)
 
-    def watched(self: Decoder, rows: Any, refill: bool) -> Any:
-        after = compact(self, rows, refill)
-        if len(after.alive) < len(rows.alive):
-            live = rows.sequence[rows.alive].tolist()
-            assert sorted(after.sequence.tolist()) == sorted(live)
-            moved.append(after.sequence.tolist() != live)
-        return after
+    def watched(self: Decoder, rows: Any, refill: bool) -> None:
+        total, live = rows.count, rows.sequence[: rows.count][rows.alive[: rows.count]].tolist()
+        compact(self, rows, refill)
+        if rows.count < total:
+            after = rows.sequence[: rows.count].tolist()
+            assert sorted(after) == sorted(live)
+            moved.append(after != live)
 
     monkeypatch.setattr(Decoder, "_prefill", counted)
     monkeypatch.setattr(Decoder, "_compact", watched)
@@ -199,6 +201,78 @@ def test_finished_rows_make_room_and_survivors_move(llama, monkeypatch):
     assert any(moved)
     monkeypatch.undo()
     assert tokens(rollouts) == tokens(Decoder(llama, 64).generate(prompts(), SAMPLING, 9))
+
+
+def test_a_budget_of_prompt_tokens_splits_the_prefill_and_changes_no_token(llama, monkeypatch):
+    passes = []
+    prefill = Decoder._prefill
+
+    def counted(self: Decoder, request: Any, rows: Any, sequence: Any) -> None:
+        prompt_P = (sequence // SAMPLING.num_samples).unique()
+        passes.append(int(request.prompts.tokens.lengths_B[prompt_P].sum()))
+        prefill(self, request, rows, sequence)
+
+    monkeypatch.setattr(Decoder, "_prefill", counted)
+    whole = Decoder(llama, 64).generate(prompts(), SAMPLING, 9)
+    assert passes == [sum(LENGTHS)]
+    passes.clear()
+    parts = Decoder(llama, 64, prefill_tokens=20).generate(prompts(), SAMPLING, 9)
+    assert passes == [6, 40, 15, 17, 8]  # of 5, 1, 40, 12, 3, 17, 8: the prompt of 40 has a pass of its own
+    assert tokens(parts) == tokens(whole)
+    torch.testing.assert_close(parts.logprob_BT, whole.logprob_BT, rtol=1e-5, atol=1e-5)
+
+
+def test_a_host_that_looks_rarely_and_caches_of_earlier_rollouts_change_no_token(llama):
+    expected = tokens(Decoder(llama, 8).generate(prompts(), SAMPLING, 9))
+    decoder = Decoder(llama, 8)
+    decoder.look_every = 8
+    other = Prompts(prompts().tokens, torch.arange(7) + 3, (2, 7), 5)
+    for asked, seed in ((prompts(), 9), (other, 1), (prompts(), 9)):
+        rollouts = decoder.generate(asked, SAMPLING, seed)
+    cached = decoder.cache[0][0].data_ptr()
+    assert tokens(rollouts) == expected
+    decoder.generate(prompts([3, 2]), SamplingConfig(max_tokens=4), 9)
+    assert decoder.cache[0][0].data_ptr() == cached
+    decoder.generate(prompts([90]), SAMPLING, 9)  # longer than the cache
+    assert tokens(decoder.generate(prompts(), SAMPLING, 9)) == expected
+
+
+def test_steps_read_and_write_in_place_so_that_a_graph_of_one_rollout_serves_the_next(llama):
+    """A recorded step runs again with other contents of the same tensors. Here the record is the Python step of the
+    first rollout; a stale tensor in it would show."""
+    recorded, replayed = [], []
+
+    class Record:
+        def __init__(self, step: Any):
+            self.step = step
+            recorded.append(self)
+
+        def replay(self) -> None:
+            replayed.append(self)
+            self.step()
+
+    decoder = Decoder(llama, 8)
+    decoder.look_every = 8
+    decoder.graphs = StepGraphs(lambda step, other: Record(step))
+    for seed in (9, 4, 9):
+        rollouts = decoder.generate(prompts(step=seed), SAMPLING, seed)
+        count = len(recorded)
+    assert tokens(rollouts) == tokens(Decoder(llama, 8).generate(prompts(step=9), SAMPLING, 9))
+    assert len(replayed) > 4 * len(recorded)
+    llama.lm_head.weight.data = llama.lm_head.weight.data.clone()  # another place: the records are of no use
+    assert tokens(decoder.generate(prompts(step=9), SAMPLING, 9)) == tokens(rollouts)
+    assert len(recorded) > count
+
+
+def test_a_capture_that_fails_is_told_and_decoding_goes_on(llama):
+    def fail(step: Any, other: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    decoder = Decoder(llama, 8)
+    decoder.graphs = StepGraphs(fail)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        rollouts = decoder.generate(prompts(), SAMPLING, 9)
+    assert tokens(rollouts) == tokens(Decoder(llama, 8).generate(prompts(), SAMPLING, 9))
 
 
 def check_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from align.config import ModelConfig, OptimizerConfig, PolicyConfig, SamplerConfig, SamplingConfig
 from align.config.load import load_recipe
-from align.engines.decoder import DecoderEngine
+from align.engines.decoder_engine import DecoderEngine
 from align.prepare import prepare
 from align.roles import Loss
 from align.run import Clock
@@ -76,8 +76,8 @@ def test_a_run_resumes_only_with_the_same_engine(tmp_path: Path, toy_data: Path,
         f"algorithm: sft\nrun: {{dir: {tmp_path / 'run'}, steps: 1}}\nexecutor: local\ndata: {{path: {toy_data}}}\n"
         f"batch_size: 4\npolicy: {{path: {tiny_policy}, dtype: float32, optimizer: {{lr: 1}}, engine: '{engine}:E'}}\n"
     )
-    engine.write_text("from align.engines.decoder import DecoderEngine as E\n")
+    engine.write_text("from align.engines.decoder_engine import DecoderEngine as E\n")
     first, again = (prepare(load_recipe(recipe)).identity for _ in range(2))
     assert first == again
-    engine.write_text("from align.engines.decoder import DecoderEngine as E  # changed\n")
+    engine.write_text("from align.engines.decoder_engine import DecoderEngine as E  # changed\n")
     assert prepare(load_recipe(recipe)).identity != first
