@@ -240,7 +240,6 @@ CASES = [
     (HttpRewardConfig, "url=http://x retries=-1", ["retries = -1"]),
     (HttpRewardConfig, "url=http://x batch_size=0", ["batch_size = 0"]),
     ("rloo", "sampler.zero_stage=1", ["sampler.zero_stage = 1"]),
-    ("rloo", "sampler.max_tokens_per_micro_batch=9", ["sampler.max_tokens_per_micro_batch = 9"]),
     # rollouts
     (EvaluationConfig, "every=-1", ["every = -1"]),
     (EvaluationConfig, "prompts=0", ["prompts = 0"]),
