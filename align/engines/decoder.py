@@ -165,7 +165,7 @@ class Decoder:
         empty = lambda: torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)  # noqa: E731
         self.cache = [(empty(), empty()) for _ in self.body.layers]
         if self.agree is None and self.model.device.type == "cpu" and self.model.dtype == torch.float32:
-            self._logits = torch.empty(slots, self.lm_head.out_features)
+            self._logits = torch.empty(slots, self.lm_head.out_features, device=self.model.device)
 
     def _admitted(self, request: SamplingRequest, first: int, end: int) -> Tensor:
         """The next sequences, from ``first`` up to ``end``, whose prompts fit into one pass. On the host."""

@@ -16,7 +16,8 @@ FACTORIES = frozenset(
 
 HOST_SIDE = {
     "engines": {
-        "_SampledTokens.rollouts": "makes the record that travels",
+        "SampledTokens.rollouts": "makes the record that travels",
+        "Decoder._admitted": "plans the prompts to run",
         "Decoder._prefill": "plans the prompts to run, then moves the plan",
         "generate_any": "plans the prompts to run, then moves the plan",
         "<module>": "the input of an empty micro-batch",
