@@ -491,12 +491,12 @@ def sampling_is_without_dropout(folder: Path) -> None:
 
 
 def left_in_training(patch: Patch) -> None:
-    honest = decoder.generate
+    honest = decoder.generate_by
 
-    def generate(model: Any, *arguments: Any, **options: Any) -> Rollouts:
-        return honest(model.train(), *arguments, **options)
+    def generate_by(loop: Any, model: Any, *arguments: Any) -> Rollouts:
+        return honest(loop, model.train(), *arguments)
 
-    patch.setattr(decoder_engine, "generate", generate)
+    patch.setattr(decoder_engine, "generate_by", generate_by)
 
 
 # bf16 is on by default on CPU

@@ -28,6 +28,7 @@ from align.cluster.failures import WorkerDiedError
 from align.cluster.health import FETCH_S, HealthMonitor
 from align.cluster.process import worker_environment
 from align.cluster.session import LOOPBACK, Session
+from align.cluster.slot_order import slot_order
 from align.config import ClusterConfig
 from align.errors import PlacementError, WorkerError
 from align.prechecks.placement import ranges
@@ -252,10 +253,12 @@ class RayCluster:
         if not self._group.wait(max(1.0, deadline - time.monotonic())):
             free = int(ray.available_resources().get(kind, 0))
             raise self._too_few_slots(kind, free, "free")
-        table = placement_group_table(self._group)
-        node_of = table["bundles_to_node_id"]
-        # Neighboring slots lie on one node, so that a role of eight slots starting at 0 fills a node of eight GPUs.
-        self._order = sorted(range(self.num_slots), key=lambda index: (node_of[index], index))
+        self._arrange([])
+
+    def _arrange(self, roles: Sequence[Sequence[int]]) -> None:
+        """Decide which bundle is which slot, given the slots of each role."""
+        node_of = placement_group_table(self._group)["bundles_to_node_id"]
+        self._order = slot_order(node_of, roles)
         self._node_of_slot = [node_of[index] for index in self._order]
 
     def _too_few_slots(self, kind: str, available: int, word: str = "there") -> PlacementError:
@@ -274,6 +277,7 @@ class RayCluster:
         Injected faults strike in phase ``start`` when a worker is made, and in ``load`` when it joins its peers and
         loads its model.
         """
+        self._arrange([slots for _, _, slots in roles.values()])
         # A slot is divided evenly in Ray's count, and cores by the workers of a node: Ray enforces neither.
         sharing = [sum(slot in slots for _, _, slots in roles.values()) for slot in range(self.num_slots)]
         workers_on = dict.fromkeys(self._node_of_slot, 0)

@@ -42,6 +42,10 @@ ROLES: dict[type[RoleConfig], type[Role]] = {
 """The role that each config starts; a subclass without a row starts the role of its base class."""
 
 
+COLLECTIVE_TIMEOUT_S = 600.0
+"""Default of ``cluster.phase_timeout_s.collective``."""
+
+
 @dataclass(frozen=True)
 class StartOptions:
     """How roles start. The defaults are those of frozen roles, without a run."""
@@ -78,10 +82,15 @@ def start_roles(
     ``local`` in this process. ``logs`` is the folder of the workers' logs."""
     classes = {name: _role_class(name, config) for name, config in configs.items()}
     specs = {}
+    collective_timeout_s = cluster.phase_timeout_s.get("collective", min(cluster.call_timeout_s, COLLECTIVE_TIMEOUT_S))
     for name, config in configs.items():
         size = len(slots[name]) if executor == "ray" else 1
         shared = (config, options.seed, options.total_steps, cluster.call_timeout_s, options.skip_non_finite)
-        specs[name] = [WorkerSpec(name, rank, size, *shared, options.exported.get(name)) for rank in range(size)]
+        shares = executor == "ray" and any(set(slots[name]) & set(slots[other]) for other in configs if other != name)
+        specs[name] = [
+            WorkerSpec(name, rank, size, *shared, options.exported.get(name), collective_timeout_s, shares)
+            for rank in range(size)
+        ]
 
     def attached(ranks: Mapping[str, WorkerGroup]) -> dict[str, Any]:
         return {name: role_class(ranks[name], configs[name]) for name, role_class in classes.items()}

@@ -141,7 +141,8 @@ class ClusterConfig:
     slowest."""
     phase_timeout_s: dict[str, float] = field(default_factory=dict)
     """Limits of single phases, by their name under ``seconds/`` in ``metrics.jsonl``: ``{generate: 600}``. The other
-    phases have ``call_timeout_s``."""
+    phases have ``call_timeout_s``. ``collective`` limits one operation among the ranks of a role, 600 by default: a
+    rank that hangs is noticed then."""
 
 
 @dataclass(frozen=True)

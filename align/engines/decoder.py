@@ -291,9 +291,36 @@ class Decoder:
         return self.body.norm(hidden).view(*ids.shape, -1)
 
 
-def decodes(model: PreTrainedModel) -> bool:
-    """Whether `Decoder` knows the architecture."""
-    return is_plain(model.config) and type(model).__module__.startswith("transformers.")
+def decoder_of(
+    model: PreTrainedModel,
+    num_slots: int,
+    agree: Callable[[int], int] | None = None,
+    prefill_tokens: int = ModelConfig.max_tokens_per_micro_batch,
+) -> Decoder | None:
+    """A decoder, where `Decoder` knows the architecture. Raises `ModelError` if it does not and ``agree`` is given,
+    which is the case where weights are fetched layer by layer."""
+    if is_plain(model.config) and type(model).__module__.startswith("transformers."):
+        return Decoder(model, num_slots, agree, prefill_tokens)
+    if agree is not None:
+        raise ModelError(
+            f"{model.config.model_type} cannot be sampled layer by layer",
+            remedy="set gather_weights_for_generation=true",
+        )
+    return None
+
+
+def generate_by(
+    decoder: Decoder | None, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int
+) -> Rollouts:
+    """K responses to each prompt, by ``decoder`` (one of ``model``) or else by `generate_any`.
+
+    Raises `ModelError` for what `align.models.invariance.check_sampling` refuses.
+    """
+    longest = int(prompts.tokens.lengths_B.max()) if len(prompts) else 0
+    check_sampling(model.config, longest + sample.max_tokens)
+    if decoder is None:
+        return generate_any(model, prompts, sample, seed)
+    return decoder.generate(prompts, sample, seed)
 
 
 def generate(
@@ -303,21 +330,6 @@ def generate(
     seed: int,
     num_slots: int,
     agree: Callable[[int], int] | None = None,
-    decoder: Decoder | None = None,
 ) -> Rollouts:
-    """K responses to each prompt, by `Decoder` where it knows the architecture and by `generate_any` elsewhere.
-
-    ``agree`` (the largest of a number over ranks) is given where weights are fetched layer by layer; see `Decoder`.
-    ``decoder`` is one of ``model`` with caches of earlier rollouts. Raises `ModelError` for what
-    `align.models.invariance.check_sampling` refuses.
-    """
-    longest = int(prompts.tokens.lengths_B.max()) if len(prompts) else 0
-    check_sampling(model.config, longest + sample.max_tokens)
-    if decodes(model):
-        return (decoder or Decoder(model, num_slots, agree)).generate(prompts, sample, seed)
-    if agree is not None:
-        raise ModelError(
-            f"{model.config.model_type} cannot be sampled layer by layer",
-            remedy="set gather_weights_for_generation=true",
-        )
-    return generate_any(model, prompts, sample, seed)
+    """`generate_by` a decoder of ``num_slots`` rows that is used once."""
+    return generate_by(decoder_of(model, num_slots, agree), model, prompts, sample, seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align.config import SamplingConfig
 from align.data import collate
-from align.engines.decoder import Decoder, decodes, generate
+from align.engines.decoder import decoder_of, generate_by
 from align.engines.rollout import InProcessReceiver, RolloutContext
 from align.errors import ModelError
 from align.models.heads import TokenLogprobs
@@ -26,20 +26,19 @@ class DecoderEngine(InProcessReceiver):
     def __init__(self, context: RolloutContext):
         self.context = context
         section, training = context.section, context.training
-        layer_by_layer = training is not None and training.sharded and not section.gather_weights_for_generation
-        self._agree = training.agree if training is not None and layer_by_layer else None
-        self._decoder: Decoder | None = None
-        if decodes(context.model):
-            tokens = section.max_tokens_per_micro_batch
-            self._decoder = Decoder(context.model, section.max_num_seqs, self._agree, tokens)
+        # Weights that are gathered whole, or fetched layer by layer with ``agree``.
+        self._gathers = training is not None and (not training.sharded or section.gather_weights_for_generation)
+        agree = None if training is None or self._gathers else training.agree
+        tokens = section.max_tokens_per_micro_batch
+        self._decoder = decoder_of(context.model, section.max_num_seqs, agree, tokens)
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         context = self.context
-        arguments = (context.model, prompts, sampling, context.seed, context.section.max_num_seqs)
-        if context.training is None or self._agree is not None:
-            return generate(*arguments, self._agree, self._decoder)
+        arguments = (self._decoder, context.model, prompts, sampling, context.seed)
+        if context.training is None or not self._gathers:
+            return generate_by(*arguments)
         with context.training.full(context.model.parameters()):
-            return generate(*arguments, decoder=self._decoder)
+            return generate_by(*arguments)
 
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

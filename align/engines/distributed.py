@@ -33,6 +33,8 @@ def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> torch.device:
     """Join the process group, gloo on CPU and NCCL on CUDA, and hand it to DeepSpeed. Returns this rank's device.
 
+    ``timeout_s`` is that of each collective operation.
+
     On CPU DeepSpeed would probe a compiler for every operator it has, and compile a shared-memory collective at the
     first start: this takes a minute, and leaves a lock file that hangs later starts if the process is killed meanwhile.
     This fills DeepSpeed's table of operators beforehand, with that operator unavailable, so DeepSpeed uses gloo.
@@ -46,8 +48,14 @@ def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) 
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
+    # With a device NCCL connects now, so that a wrong network interface shows at the start, and not in the first step.
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if cuda else None,
     )
     deepspeed.init_distributed(backend)
     return device

@@ -171,7 +171,9 @@ class TrainingState:
                     values[kind].zero_()  # paddings belong to no piece, and nothing else resets them
                 else:
                     values[kind] = torch.zeros_like(flat)
-            values["step"] = torch.tensor(float(max(steps.values())))
+            # A fused AdamW counts on the device of the weights, any other on the host.
+            where = flat.device if self._adam.defaults.get("fused") else "cpu"
+            values["step"] = torch.tensor(float(max(steps.values())), device=where)
         for piece in self._pieces:
             values = self._adam.state[piece.flat]
             for kind in KINDS:

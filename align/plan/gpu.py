@@ -24,6 +24,8 @@ CONTEXT = 1.2e9
 """CUDA context, cuBLAS workspace and NCCL channels of a process. An assumption: 0.5 to 1.5 GB are usual."""
 BUCKET = 500_000_000
 """Elements of DeepSpeed's gradient bucket (`align.engines.deepspeed.BUCKET`)."""
+GRADIENT = 4
+"""Bytes of an accumulated gradient, which is float32 at every stage."""
 LIVE = 1_000_000_000
 """Gathered weights that DeepSpeed keeps at ZeRO 3, by its defaults stage3_max_live_parameters and
 stage3_max_reuse_distance."""
@@ -119,15 +121,10 @@ def _resident(model: RoleModel) -> Bytes:
     if not section.offload_optimizer:
         held["optimizer"] = (12 if section.zero_stage else 8) * model.trained / shards
         if sharded:
-            held["gradients"] = accumulated_width(model) * model.trained / ranks
+            held["gradients"] = GRADIENT * model.trained / ranks
     if sharded:
         held["buffers"] = width * min(BUCKET, model.weights)
     return held
-
-
-def accumulated_width(model: RoleModel) -> int:
-    """Bytes of an accumulated gradient."""
-    return model.width
 
 
 def _update(model: RoleModel, work: Workload) -> Bytes:
@@ -147,7 +144,7 @@ def _update(model: RoleModel, work: Workload) -> Bytes:
     elif section.zero_stage == 0:
         added["gradients"] = width * model.trained
     else:
-        added["gradients"] = accumulated_width(model) * model.trained / model.ranks
+        added["gradients"] = GRADIENT * model.trained / model.ranks
         added["buffers"] = width * min(BUCKET, model.trained) + local
     return added
 

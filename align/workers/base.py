@@ -47,11 +47,15 @@ class WorkerSpec:
     seed: int
     total_steps: int
     timeout_s: float
-    """Timeout of a collective operation, in seconds."""
+    """Seconds that a rank waits for the others to come up."""
     skip_non_finite: bool = False
     """Skip an optimizer step whose loss or gradient is not finite, instead of raising `DivergedError`."""
     exported: Exported | None = None
     """Contents of the exported folder's readme and config. None for a role that is not exported."""
+    collective_timeout_s: float = 600.0
+    """Timeout of a collective operation, in seconds."""
+    shares_device: bool = False
+    """True if another role has processes on the same slots. Then memory is given back after each call."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ def worker_method(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenat
     @functools.wraps(method)
     def timed(self: W, *args: P.args, **kwargs: P.kwargs) -> WorkerResult[T]:
         start = time.time()
-        value = method(self, *args, **kwargs)
+        try:
+            value = method(self, *args, **kwargs)
+        finally:
+            self.give_memory_back()
         number = fault_injection.corrupt("answer")
         return WorkerResult(value if number is None else _corrupted(value, number), (start, time.time()))
 
@@ -98,6 +105,14 @@ class Worker:
     def __init__(self, spec: WorkerSpec):
         self.spec = spec
 
+    def give_memory_back(self) -> None:
+        """Return what the allocator of this process keeps for later calls, if another role works on the same GPU.
+
+        It keeps the peak of every phase otherwise, and the peaks of all roles would have to fit at the same time.
+        """
+        if self.spec.shares_device and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def open_store(self, host: str) -> int:
         """Open the role's `torch.distributed` store on rank 0. Returns its port, which the system picks."""
         self._store = distributed.open_store(host, self.spec.timeout_s)
@@ -109,7 +124,7 @@ class Worker:
         if self.spec.rank > 0:
             self._store = distributed.join_store(host, port, self.spec.timeout_s)
         spec = self.spec
-        self.device = distributed.initialize(self._store, spec.rank, spec.world_size, spec.timeout_s)
+        self.device = distributed.initialize(self._store, spec.rank, spec.world_size, spec.collective_timeout_s)
         self._prepare()
 
     def start_alone(self) -> None:
