@@ -315,6 +315,8 @@ class Engine:
         if norm is None:
             norm = float(self._module.get_global_grad_norm())
             if self._module.optimizer.overflow:  # DeepSpeed skipped the step on all ranks and dropped the gradients
+                if self._section.zero_stage < 3:
+                    self._module.optimizer.averaged_gradients.clear()  # which it forgets if the optimizer is offloaded
                 return None
         self.step += 1
         return {"grad_norm": norm, "lr": rate}

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 256 * 2**20
+from align.errors import WorkerError
+
+BUCKET_BYTES = 64 * 2**20
 """Size of a bucket; a larger tensor has a bucket of its own. Both sides hold one bucket beside the weights."""
 ALIGNMENT = 16
 """Tensors start at multiples of this many bytes within a bucket, so that every dtype can be viewed in place."""
@@ -70,22 +72,38 @@ class TransferGroup:
             self._group = dist.ProcessGroupGloo(store, rank, address.size, timeout)
 
     def send(self, tensors: Pairs) -> None:
-        """Broadcast all tensors. Every receiver must call `receive` at the same time."""
+        """Broadcast all tensors. Every receiver must call `receive` at the same time.
+
+        Raises `WorkerError` if a receiver is gone, or has not come within the timeout.
+        """
         self._transfers += 1
         number = 0
         for fields, flat in _buckets(tensors, self.device):
             self.store.set(f"{self._transfers}/{number}", json.dumps(fields))
-            self._group.broadcast(flat, 0).wait()
+            self._broadcast(flat)
             number += 1
         self.store.set(f"{self._transfers}/{number}", json.dumps(None))
 
-    def receive(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of `send`. A tensor is valid until the next pair is taken."""
-        self._transfers += 1
-        number = 0
-        while (fields := json.loads(self.store.get(f"{self._transfers}/{number}"))) is not None:
-            flat = torch.empty(_length(fields), dtype=torch.uint8, device=self.device)
+    def _broadcast(self, flat: Tensor) -> None:
+        try:
             self._group.broadcast(flat, 0).wait()
+        except RuntimeError as error:
+            sends, reason = self.rank == 0, str(error).splitlines()[0]
+            raise WorkerError(
+                f"weights did not {'reach the sampler' if sends else 'come from the policy'}: {reason}",
+                remedy=f"look at the log of the {'sampler' if sends else 'policy'}, which has ended or hangs",
+            ) from error
+
+    def receive(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `send`. A tensor is valid until the next pair is taken. Raises `WorkerError` as `send`."""
+        self._transfers += 1
+        number, buffer = 0, torch.empty(0, dtype=torch.uint8, device=self.device)
+        while (fields := json.loads(self.store.get(f"{self._transfers}/{number}"))) is not None:
+            length = _length(fields)
+            if length > len(buffer):
+                buffer = torch.empty(max(BUCKET_BYTES, length), dtype=torch.uint8, device=self.device)
+            flat = buffer[:length]
+            self._broadcast(flat)
             yield from _unpack(fields, flat)
             number += 1
 
