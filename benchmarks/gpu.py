@@ -36,10 +36,10 @@ STAGES = {
     "cases": ("gpu_stages", 75),
     "attention": ("gpu_stages", 60),
     "zero": ("gpu_stages", 75),
-    "runs": ("gpu_stages", 150),
     "decode": ("gpu_speed", 90),
     "update": ("gpu_speed", 75),
     "memory": ("gpu_speed", 60),
+    "runs": ("gpu_stages", 180),
 }
 """Module of each stage and its seconds at most, in the order in which they run."""
 MARK = "@row "
