@@ -97,6 +97,7 @@ def random_model(setting: Setting, family: str, sizes: dict[str, Any], dtype: to
     """A causal language model with random weights, made on the device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    importlib.import_module("align.models.attention")  # registers the attention named packed
     fields = {**sizes, **(TINY if setting.tiny else {}), "max_position_embeddings": 32768}
     config = AutoConfig.for_model(family, **fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     torch.manual_seed(0)
@@ -191,9 +192,11 @@ def _attention_time(setting: Setting, module: Any, collate: Any) -> Rows:
             1, num_tokens, count, head_dim, dtype=setting.dtype, device=setting.device
         )
         q, k, v = (make(count).transpose(1, 2).requires_grad_() for count in (heads, key_heads, key_heads))
+        gradient = make(heads)
 
         def both_passes() -> None:
-            module.packed_attention(torch.nn.Module(), q, k, v, None, layout=layout)[0].sum().backward()
+            output = module.packed_attention(torch.nn.Module(), q, k, v, None, layout=layout)[0]
+            output.backward(gradient)
 
         return both_passes
 
