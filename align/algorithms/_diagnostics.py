@@ -53,3 +53,22 @@ def reward_diagnostics(
             "disagreement": ops.diagnostics.disagreement(*pair),
         }
     return metrics
+
+
+def mismatch(rollout_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
+    """How far the log-probabilities under which tokens were sampled are from those of the policy before its update.
+
+    With ratio = pi_old / pi_rollout: ``mismatch_kl`` is the KL of the two, nats a token (k3); ``mismatch_share`` the
+    share of tokens with ``|ratio - 1| > 0.1``; ``mismatch_max_ratio`` the largest ratio. On-policy with the policy's
+    own decoder they are 0, 0 and 1. A sampler on the same weights differs by rounding; more means that its weights or
+    its settings are others.
+    """
+    ratio_N = (old_BT - rollout_BT)[mask_BT].double().exp()
+    if not len(ratio_N):
+        return {"mismatch_kl": 0.0, "mismatch_share": 0.0, "mismatch_max_ratio": 1.0}
+    kl_BT = ops.kl.per_token(rollout_BT, old_BT, "k3")
+    return {
+        "mismatch_kl": float(ops.logprobs.masked_sum(kl_BT, mask_BT).sum() / len(ratio_N)),
+        "mismatch_share": float(((ratio_N - 1).abs() > 0.1).double().mean()),
+        "mismatch_max_ratio": float(ratio_N.max()),
+    }

@@ -75,13 +75,12 @@ def shape_rewards(config: PolicyGradientConfig, scored: ScoredRollouts, state: d
     kl_coef = state.setdefault("kl_coef", config.kl_coef)
     if config.kl_target is not None:
         state["kl_coef"] = ops.kl.adapted(kl_coef, float(kl_B.mean()), config.kl_target, config.kl_horizon, len(kl_B))
-    mismatch_BT = ops.kl.per_token(rollouts.logprob_BT, scored.old_BT, "k3")
     statistics = {
         **_diagnostics.reward_diagnostics(rollouts, scored.score_B, scored.eval_B, kl_B, state),
         "shaped_reward": float(reward_B[usable_B].mean()) if bool(usable_B.any()) else 0.0,
         "kl_coef": kl_coef,
         "kl_limited_tokens": float(ops.kl.num_limited(rollouts.logprob_BT, scored.reference_BT, mask_BT)),
-        "mismatch_kl": float(ops.logprobs.masked_sum(mismatch_BT, mask_BT).sum() / mask_BT.sum()),
+        **_diagnostics.mismatch(rollouts.logprob_BT, scored.old_BT, mask_BT),
         "usable": float(usable_B.double().mean()),
     }
     in_loss = config.kl_placement == "loss"

@@ -28,7 +28,7 @@ class PolicyLossConfig:
     """Weight of the entropy bonus, nats per token."""
     importance_cap: float = 2.0
     """Bound C on the importance weight min(pi_old / pi_rollout, C) of a token sampled by older weights
-    (``max_off_policy_steps``). On-policy the weight is 1."""
+    (``max_off_policy_steps``), or by a sampler, which rounds differently. On-policy without a sampler it is 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:

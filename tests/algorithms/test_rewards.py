@@ -244,6 +244,7 @@ def test_the_mismatch_of_a_rollout_by_older_weights_by_hand(seen):
     shown = seen([[0, 0], [0]], [1.0, 2.0], K=2, logprob=logprob, old=old, padding=NAN)
     judged = _rewards.shape_rewards(config(kl_estimator="k1"), shown, {})
     assert judged.statistics["mismatch_kl"] == pytest.approx(2 / 3 * (math.log(2) - 0.5), rel=1e-6)
+    assert judged.statistics["mismatch_share"] == pytest.approx(2 / 3)
     # KL to the reference is that of the policy that sampled, which here is the reference itself.
     assert judged.kl_BT[shown.rollouts.mask_BT].tolist() == [0, 0, 0]
     assert judged.statistics["kl"] == 0

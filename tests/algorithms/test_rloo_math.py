@@ -115,6 +115,8 @@ def test_statistics_by_hand(seen):
             "kl_coef": 0.5,
             "kl_limited_tokens": 0.0,
             "mismatch_kl": 0.0,
+            "mismatch_share": 0.0,
+            "mismatch_max_ratio": 1.0,
             "response_tokens": 17 / 6,
             "truncated": 0.5,
             "usable": 0.5,
