@@ -100,7 +100,8 @@ def start_training_roles(
     options = StartOptions(
         seed=config.run.seed,
         total_steps=plan.total_updates,
-        skip_non_finite=config.run.non_finite == "skip",
+        skip_non_finite=config.run.max_non_finite > 1,
+        cuda=tuple(config.run.cuda),
         exported=exported,
         clock=run.clock,
         announce=silent if config.run.progress == "none" else to_stdout,

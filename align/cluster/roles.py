@@ -12,6 +12,7 @@ from align.cluster.pool import RayCluster
 from align.config import (
     ClusterConfig,
     CriticConfig,
+    CudaOption,
     GeneratorConfig,
     PolicyConfig,
     PreviousPolicyConfig,
@@ -54,6 +55,7 @@ class StartOptions:
     total_steps: int = 0
     """Optimizer steps of trained roles, for their learning-rate schedule."""
     skip_non_finite: bool = False
+    cuda: tuple[CudaOption, ...] = ()
     exported: Mapping[str, Exported] = field(default_factory=dict)
     """Contents of the exported folder's readme and config for each trained role."""
     clock: Clock = field(default_factory=Clock)
@@ -88,7 +90,9 @@ def start_roles(
         shared = (config, options.seed, options.total_steps, cluster.call_timeout_s, options.skip_non_finite)
         shares = executor == "ray" and any(set(slots[name]) & set(slots[other]) for other in configs if other != name)
         specs[name] = [
-            WorkerSpec(name, rank, size, *shared, options.exported.get(name), collective_timeout_s, shares)
+            WorkerSpec(
+                name, rank, size, *shared, options.exported.get(name), collective_timeout_s, shares, options.cuda
+            )
             for rank in range(size)
         ]
 

@@ -7,6 +7,7 @@ recipe whose type is a `RoleConfig` becomes a role, unless it is null or the rec
 from align.config.base import (
     CheckpointConfig,
     ClusterConfig,
+    CudaOption,
     DataConfig,
     DataFormat,
     RecipeConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "ClusterConfig",
     "CriticConfig",
     "CriticFromRewardConfig",
+    "CudaOption",
     "DType",
     "DataConfig",
     "DataFormat",

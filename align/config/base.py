@@ -33,6 +33,9 @@ RowKind = Literal[
 ]
 """What rows are read as; `align.data.rows` has a class for each."""
 
+CudaOption = Literal["deterministic", "tf32"]
+"""Options of workers on GPUs; `align.engines.distributed.set_cuda_options` sets them."""
+
 TrackerName = Literal["tensorboard"]
 """Trackers; `align.run.tracking.TRACKERS` has a class for each."""
 
@@ -193,11 +196,14 @@ class RunConfig:
     max_restarts: int = 2
     """How often a run that lost workers restarts all roles and resumes from its last checkpoint. Frozen roles, which
     have no state, are first restarted alone, as often."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What happens on a loss or gradient that is not finite, before any weight changes: ``stop`` ends the run with a
-    bundle for ``align replay``, ``skip`` skips the optimizer step and counts it."""
-    max_non_finite: int = 5
-    """With ``skip``: number of consecutive skipped optimizer steps that ends the run."""
+    max_non_finite: int = 1
+    """Number of consecutive optimizer steps with a loss or gradient that is not finite that ends the run; those before
+    are skipped and counted. No such step changes a weight. With 1 the first one ends the run, with a bundle for ``align
+    replay``."""
+    cuda: list[CudaOption] = field(default_factory=list)
+    """Options of the workers on GPUs; without GPUs they have no effect. ``tf32``: products of float32 matrices with 10
+    bits of mantissa, several times faster; training in bfloat16 has few of them. ``deterministic``: kernels that give
+    the same bits in each run where torch has them, slower (docs/resume.md)."""
     bundle_steps: list[int] = field(default_factory=list)
     """Steps for which a bundle for ``align replay`` is written even without a fault."""
     steps: int = MISSING

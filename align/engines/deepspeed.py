@@ -229,7 +229,7 @@ class Engine:
             raise DivergedError(
                 f"{'the norm of the gradient is not finite' if finite else f'the loss is {total_loss}'} at optimizer "
                 f"step {self.step + 1}; no weight was changed",
-                remedy="lower the learning rate, look at the last lines of metrics.jsonl, or set run.non_finite=skip",
+                remedy="lower the learning rate, look at the last lines of metrics.jsonl, or set run.max_non_finite=5",
             )
         metrics = {"loss": total_loss, **dict(zip(names, means[len(shared) :], strict=True))}
         return metrics | taken | {"skipped_steps": 0.0, "trained_tokens": tokens}

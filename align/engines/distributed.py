@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection
 from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+
+from align.config import CudaOption
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -28,6 +31,21 @@ def open_store(host: str, timeout_s: float) -> dist.TCPStore:
 def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     """The TCP store of `open_store`, on any other rank."""
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def set_cuda_options(options: Collection[CudaOption]) -> None:
+    """Set the options of ``run.cuda`` in this process, before it uses a GPU. They have no effect without one.
+
+    Operations for which torch has no deterministic kernel warn, and run all the same.
+    """
+    if not torch.cuda.is_available():
+        return
+    if "tf32" in options:
+        torch.set_float32_matmul_precision("high")
+    if "deterministic" in options:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it makes its first handle
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
 
 
 def initialize(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> torch.device:

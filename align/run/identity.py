@@ -22,7 +22,7 @@ from align.errors import ConfigError
 
 HARMLESS = (
     r"run\.(dir|resume|allow_change|max_time|max_restarts|logged_samples|trackers|progress|bundle_steps)",
-    r"run\.(non_finite|max_non_finite)",
+    r"run\.max_non_finite",
     r"(checkpoint|cluster|placement)\..*",
     r"placement|executor|benchmarks(\..*)?",
     r"\w+\.(zero_stage|max_tokens_per_micro_batch|offload_optimizer|offload_parameters|gradient_checkpointing)",

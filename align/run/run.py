@@ -350,7 +350,7 @@ class Run:
         and display.
 
         A few of the ``rollouts`` with their ``score_B`` become samples. Raises `DivergedError` after
-        ``run.max_non_finite`` consecutive skipped optimizer steps.
+        ``run.max_non_finite`` consecutive optimizer steps that were not finite.
         """
         now = time.perf_counter()
         seconds = self.clock.drain(now - self._step_start)

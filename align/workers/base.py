@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import __version__
 from align.checkpoint import FileRecord, write_json, write_tensors
-from align.config import ModelConfig, RoleConfig, TrainedModelConfig
+from align.config import CudaOption, ModelConfig, RoleConfig, TrainedModelConfig
 from align.data import chat, collate
 from align.engines import distributed, optimizer_state
 from align.engines.deepspeed import Engine, sharded_loading
@@ -56,6 +56,8 @@ class WorkerSpec:
     """Timeout of a collective operation, in seconds."""
     shares_device: bool = False
     """True if another role has processes on the same slots. Then memory is given back after each call."""
+    cuda: tuple[CudaOption, ...] = ()
+    """``run.cuda``."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Worker:
     def start(self, host: str, port: int) -> None:
         """Join the other ranks, and load the model."""
         self.rendezvous = host, port
+        distributed.set_cuda_options(self.spec.cuda)
         if self.spec.rank > 0:
             self._store = distributed.join_store(host, port, self.spec.timeout_s)
         spec = self.spec
@@ -129,6 +132,7 @@ class Worker:
 
     def start_alone(self) -> None:
         """Start as the only rank, in the driver's process."""
+        distributed.set_cuda_options(self.spec.cuda)
         self.device = distributed.initialize_alone()
         self._prepare()
 

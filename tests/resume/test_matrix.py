@@ -112,7 +112,7 @@ def test_fifty_kills(name, runs, write_recipe, tmp_path):
 def test_numbers_that_are_not_finite(name, times, what, kind, runs, write_recipe, tmp_path):
     """One is left out and counted; five in a row end the run, and no checkpoint holds such a number."""
     log = f"{name} {kind} {what} {times}"
-    skip = ("train", write_recipe(name), f"run.dir={tmp_path / 'run'}", "run.non_finite=skip", "run.max_non_finite=5")
+    skip = ("train", write_recipe(name), f"run.dir={tmp_path / 'run'}", "run.max_non_finite=5")
     fault = f"role=policy,phase=update,at=2,times={times},kind={kind}_{what}"
     status = runs.run(*skip, fault=fault, log=log)
     assert status == (79 if times == 5 else 0), runs.text(log)

@@ -25,7 +25,7 @@ BEGUN = dataclasses.asdict(identity())
     "change",
     [
         "run.dir=elsewhere", "run.resume=never", "run.max_time=1h", "run.max_restarts=9", "run.progress=none",
-        "run.trackers=[]", "run.logged_samples=1", "run.bundle_steps=[1]", "run.non_finite=skip",
+        "run.trackers=[]", "run.logged_samples=1", "run.bundle_steps=[1]",
         "run.max_non_finite=9", "run.allow_change=[x]", "checkpoint.every=1", "checkpoint.keep_best=3",
         "cluster.call_timeout_s=5", "executor=local", "placement.policy=0", "policy.zero_stage=3",
         "policy.max_tokens_per_micro_batch=64", "critic.gradient_checkpointing=true", "policy.max_num_seqs=2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,23 @@ def test_a_collective_has_a_limit_of_its_own(monkeypatch, section: ClusterConfig
     started = specs_of(monkeypatch, {"policy": (0,)}, section)
     assert started["policy"][0].collective_timeout_s == seconds
     assert started["policy"][0].timeout_s == section.call_timeout_s
+
+
+def test_options_of_gpus_are_set_before_a_gpu_is_used_and_only_there(monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: made.append((mode, warn_only)))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", made.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    distributed.set_cuda_options(("deterministic", "tf32"))
+    assert made == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.set_cuda_options(())
+    assert made == []
+    distributed.set_cuda_options(("deterministic", "tf32"))
+    assert made == ["high", (True, True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.benchmark is False
 
 
 def test_a_group_on_gpus_connects_at_once_through_its_own_device(monkeypatch):
