@@ -310,7 +310,7 @@ def decoder_of(
 
 
 def generate_by(
-    decoder: Decoder | None, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int
+    decoder: Decoder | None, model: PreTrainedModel, prompts: Prompts, sample: SamplingConfig, seed: int, num_slots: int
 ) -> Rollouts:
     """K responses to each prompt, by ``decoder`` (one of ``model``) or else by `generate_any`.
 
@@ -319,7 +319,7 @@ def generate_by(
     longest = int(prompts.tokens.lengths_B.max()) if len(prompts) else 0
     check_sampling(model.config, longest + sample.max_tokens)
     if decoder is None:
-        return generate_any(model, prompts, sample, seed)
+        return generate_any(model, prompts, sample, seed, num_slots)
     return decoder.generate(prompts, sample, seed)
 
 
@@ -332,4 +332,4 @@ def generate(
     agree: Callable[[int], int] | None = None,
 ) -> Rollouts:
     """`generate_by` a decoder of ``num_slots`` rows that is used once."""
-    return generate_by(decoder_of(model, num_slots, agree), model, prompts, sample, seed)
+    return generate_by(decoder_of(model, num_slots, agree), model, prompts, sample, seed, num_slots)

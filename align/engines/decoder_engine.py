@@ -34,7 +34,7 @@ class DecoderEngine(InProcessReceiver):
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig) -> Rollouts:
         context = self.context
-        arguments = (self._decoder, context.model, prompts, sampling, context.seed)
+        arguments = (self._decoder, context.model, prompts, sampling, context.seed, context.section.max_num_seqs)
         if context.training is None or not self._gathers:
             return generate_by(*arguments)
         with context.training.full(context.model.parameters()):

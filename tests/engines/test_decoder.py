@@ -334,7 +334,7 @@ def test_a_response_cut_by_the_limit_is_the_beginning_of_the_whole(llama):
 
 def test_an_empty_request(llama):
     none = prompts().select(torch.empty(0, dtype=torch.int64))
-    for rollouts in (generate(llama, none, SAMPLING, 9, 8), generate_any(llama, none, SAMPLING, 9)):
+    for rollouts in (generate(llama, none, SAMPLING, 9, 8), generate_any(llama, none, SAMPLING, 9, 8)):
         assert len(rollouts) == 0
         assert rollouts.logprob_BT.shape == (0, 0)
         assert rollouts.finished_B.shape == (0,)
@@ -343,7 +343,7 @@ def test_an_empty_request(llama):
 @pytest.mark.parametrize("sample", [SAMPLING, SamplingConfig(num_samples=2, max_tokens=15, temperature=1.3, top_k=9)])
 def test_transformers_path_draws_the_same_tokens(sample):
     ours = Decoder(build(CONFIGS["llama"]), 6).generate(prompts(), sample, 9)
-    theirs = generate_any(build(CONFIGS["llama"], "sdpa"), prompts(), sample, 9)
+    theirs = generate_any(build(CONFIGS["llama"], "sdpa"), prompts(), sample, 9, 5)
     assert tokens(ours) == tokens(theirs)
     assert ours.finished_B.tolist() == theirs.finished_B.tolist()
     torch.testing.assert_close(ours.logprob_BT, theirs.logprob_BT, rtol=1e-5, atol=1e-5)

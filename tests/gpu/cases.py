@@ -252,7 +252,7 @@ def decode(device: torch.device, **filters: Any) -> dict[str, Tensor]:
 
 def decode_any(device: torch.device) -> dict[str, Tensor]:
     model = on(device, build(GPT2, attention="sdpa"))
-    out = generate_any(model, PROMPTS, SamplingConfig(num_samples=2, max_tokens=8), 3)
+    out = generate_any(model, PROMPTS, SamplingConfig(num_samples=2, max_tokens=8), 3, 3)
     return {"ids": out.sequences.responses.ids_N, "logprobs": out.logprob_BT}
 
 
