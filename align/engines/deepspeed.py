@@ -86,7 +86,7 @@ def _is_matrix(parameter: Any) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # a ZeRO 3 shard is flat; ds_shape is the full one
 
 
-def _adamw(module: nn.Module, section: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, section: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only, not on biases and norms. ``fused``: one kernel a tensor, for GPUs."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

@@ -23,10 +23,14 @@ from align.config import (
     HttpRewardConfig,
     RewardEvaluationConfig,
 )
+from align.config.precision import automatic
 from align.data import toy
 from align.eval import benchmarks, reward, store, stored_scores
 from align.eval.stored_scores import StoredScores
 from align.roles import CompletedFuture
+
+OTHER_DTYPE = "float32" if automatic().dtype == "bfloat16" else "bfloat16"
+"""Not what ``dtype: auto`` is on this machine."""
 
 
 def run(*arguments: object) -> None:
@@ -165,7 +169,8 @@ class TestFolder:
     def test_a_changed_model_is_refused(self, stub: SimpleNamespace, judge_data: Path, tiny_reward: Path, tmp_path):
         command = ("--benchmark", "judgebench", "--data", judge_data, "--out", tmp_path / "out")
         run("--model", tiny_reward, *command)
-        assert cli.main(["eval", "reward", "reward.dtype=float32", "--model", *map(str, (tiny_reward, *command))]) == 78
+        other = f"reward.dtype={OTHER_DTYPE}"
+        assert cli.main(["eval", "reward", other, "--model", *map(str, (tiny_reward, *command))]) == 78
         lines(judge_data / "gpt.jsonl", [judge_row(n) for n in range(9)])
         assert cli.main(["eval", "reward", "--model", *map(str, (tiny_reward, *command))]) == 78
         assert stub.opened == 1
@@ -189,7 +194,7 @@ class TestFolder:
         monkeypatch.chdir(tmp_path)
         for model in (tiny_reward, tiny_reward):
             run("--benchmark", "judgebench", "--model", model, "--data", judge_data)
-        run("reward.dtype=float32", "--benchmark", "judgebench", "--model", tiny_reward, "--data", judge_data)
+        run(f"reward.dtype={OTHER_DTYPE}", "--benchmark", "judgebench", "--model", tiny_reward, "--data", judge_data)
         assert len(list((tmp_path / "runs" / "evaluation").glob("judgebench-*"))) == 2 == stub.opened
 
     def test_a_difference_has_a_paired_interval(self, tmp_path: Path, judge_data: Path):
@@ -217,7 +222,7 @@ def test_identity_changes_with_whatever_changes_a_score(byte_models: tuple[Path,
     template = tmp_path / "t.jinja"
     template.write_text((model / "chat_template.jinja").read_text() + " ")
     base = {"path": str(model)}
-    changes = ({}, {"dtype": "float32"}, {"chat_template": str(template)})
+    changes = ({}, {"dtype": OTHER_DTYPE}, {"chat_template": str(template)})
     found = [reward.identity(CheckpointRewardConfig(**base | change)) for change in changes]
     found.append(reward.identity(EnsembleRewardConfig(**base, paths=[str(model)])))
     found += [reward.identity(HttpRewardConfig(url=f"http://h{n}")) for n in (1, 2)]

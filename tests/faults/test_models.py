@@ -326,6 +326,9 @@ def test_rows_that_pad_the_embedding_change_no_number(command: Command, attentio
     embedding(command.policy, 40)
     assert command(*options, f"run.dir={command.folder / 'padded'}") == 0
     for plain, padded in zip(command.metrics(), command.metrics("padded"), strict=True):
+        if plain["step"] == 1:  # policy and reference are the same: their KL is rounding, and so is its correlation
+            assert plain.pop("kl") == pytest.approx(padded.pop("kl"), abs=1e-5)
+            del plain["correlation/reward_kl"], padded["correlation/reward_kl"]
         assert plain == pytest.approx(padded, rel=1e-4, abs=1e-6)
 
 
