@@ -2,9 +2,9 @@
 
     python -m benchmarks.transfer [--megabytes 500] [--rounds 3]
 
-Two Ray actors on one machine. By the object store the sender pickles copies of all tensors, and the receiver copies
-each out of shared memory into its own; the broadcast is that of `align.engines.transfer`, by gloo. Both end when the
-receiver's weights hold the numbers, which are compared.
+Two Ray actors on one machine. By the object store the sender returns copies of all tensors as numpy arrays, and the
+receiver copies each out of shared memory into its own; the broadcast is that of `align.engines.transfer`, by gloo. Both
+end when the receiver's weights hold the numbers, which are compared.
 """
 
 from __future__ import annotations

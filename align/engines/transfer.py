@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,43 +63,43 @@ class TransferGroup:
     def __init__(self, address: TransferAddress, store: dist.Store, rank: int, device: torch.device):
         """``store`` is that of ``address``. Every member constructs its group at the first transfer."""
         self.store, self.rank, self.device = store, rank, device
-        self._transfers = 0
+        self.transfers = 0
+        """Transfers so far."""
         timeout = timedelta(seconds=address.timeout_s)
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group: Any = dist.ProcessGroupNCCL(store, rank, address.size, options)
-        else:
-            self._group = dist.ProcessGroupGloo(store, rank, address.size, timeout)
+        with _peer_named(rank):
+            if device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timeout
+                self._group: Any = dist.ProcessGroupNCCL(store, rank, address.size, options)
+            else:
+                self._group = dist.ProcessGroupGloo(store, rank, address.size, timeout)
 
     def send(self, tensors: Pairs) -> None:
         """Broadcast all tensors. Every receiver must call `receive` at the same time.
 
         Raises `WorkerError` if a receiver is gone, or has not come within the timeout.
         """
-        self._transfers += 1
+        self.transfers += 1
         number = 0
         for fields, flat in _buckets(tensors, self.device):
-            self.store.set(f"{self._transfers}/{number}", json.dumps(fields))
+            self.store.set(f"{self.transfers}/{number}", json.dumps(fields))
             self._broadcast(flat)
             number += 1
-        self.store.set(f"{self._transfers}/{number}", json.dumps(None))
+        self.store.set(f"{self.transfers}/{number}", json.dumps(None))
 
     def _broadcast(self, flat: Tensor) -> None:
-        try:
+        with _peer_named(self.rank):
             self._group.broadcast(flat, 0).wait()
-        except RuntimeError as error:
-            sends, reason = self.rank == 0, str(error).splitlines()[0]
-            raise WorkerError(
-                f"weights did not {'reach the sampler' if sends else 'come from the policy'}: {reason}",
-                remedy=f"look at the log of the {'sampler' if sends else 'policy'}, which has ended or hangs",
-            ) from error
+
+    def _names(self, number: int) -> bytes:
+        with _peer_named(self.rank):
+            return self.store.get(f"{self.transfers}/{number}")
 
     def receive(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `send`. A tensor is valid until the next pair is taken. Raises `WorkerError` as `send`."""
-        self._transfers += 1
+        self.transfers += 1
         number, buffer = 0, torch.empty(0, dtype=torch.uint8, device=self.device)
-        while (fields := json.loads(self.store.get(f"{self._transfers}/{number}"))) is not None:
+        while (fields := json.loads(self._names(number))) is not None:
             length = _length(fields)
             if length > len(buffer):
                 buffer = torch.empty(max(BUCKET_BYTES, length), dtype=torch.uint8, device=self.device)
@@ -106,6 +107,22 @@ class TransferGroup:
             self._broadcast(flat)
             yield from _unpack(fields, flat)
             number += 1
+
+
+@contextmanager
+def _peer_named(rank: int) -> Iterator[None]:
+    """Turn an error of the store or the group into a `WorkerError` about the other side.
+
+    On GPUs a broadcast that hangs shows when the stream is waited for; NCCL's watchdog ends the process then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        sends, reason = rank == 0, str(error).splitlines()[0]
+        raise WorkerError(
+            f"weights did not {'reach the sampler' if sends else 'come from the policy'}: {reason}",
+            remedy=f"look at the log of the {'sampler' if sends else 'policy'}, which has ended or hangs",
+        ) from error
 
 
 def _buckets(tensors: Pairs, device: torch.device) -> Iterator[tuple[list[list[Any]], Tensor]]:

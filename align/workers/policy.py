@@ -159,7 +159,9 @@ class PolicyWorker(TrainedWorker, ReferenceWorker):
                 store = transfer.within(self._store)
                 self._transfer = transfer, TransferGroup(transfer, store, 0, self.device)
             group = self._transfer[1]
-            group.store.set("canary", Canary(logprob_BT.tolist(), str(self.model.dtype)).to_json())
+            group.store.set(
+                f"canary/{group.transfers + 1}", Canary(logprob_BT.tolist(), str(self.model.dtype)).to_json()
+            )
             group.send(weights)
 
     _transfer: tuple[TransferAddress, TransferGroup] | None = None
@@ -194,9 +196,10 @@ class SamplerWorker(Worker):
         else:
             if self._joined != transfer:
                 self.rollout_engine.join_transfer(transfer, first)
-                self._joined, self._canary_store = transfer, transfer.store()
+                self._joined, self._canary_store, self._transfers = transfer, transfer.store(), 0
             self.rollout_engine.receive_weights()
-            canary = Canary.from_json(self._canary_store.get("canary"))
+            self._transfers += 1  # the policy may be at a later transfer already
+            canary = Canary.from_json(self._canary_store.get(f"canary/{self._transfers}"))
         self._check(canary)
 
     _joined: TransferAddress | None = None

@@ -122,3 +122,19 @@ def test_a_policy_that_dies_in_the_middle_is_named():
     _, error = on_members(2, 1.0, die, received)
     assert isinstance(error, WorkerError)
     assert "weights did not come from the policy" in error.message
+
+
+def test_a_policy_that_joins_and_sends_nothing_is_named():
+    def idle(group: TransferGroup) -> TransferGroup:
+        time.sleep(4)
+        return group
+
+    _, error = on_members(2, 1.0, idle, received)
+    assert isinstance(error, WorkerError)
+    assert "weights did not come from the policy" in error.message
+
+
+def test_a_sampler_that_never_joins_is_named():
+    (error,) = on_members(2, 1.0, lambda group: group.send([]))
+    assert isinstance(error, WorkerError)
+    assert "weights did not reach the sampler" in error.message
