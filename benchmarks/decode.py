@@ -1,7 +1,9 @@
 """Decoding against ``transformers.generate`` on the same weights, and the sampler against a sum over the vocabulary.
 
-    python -m benchmarks.decode [--vocab 4096,49152,131072] [--rows 8,64,256] [--smollm2] [--rounds 3] [--json FILE]
+    GOMP_SPINCOUNT=10000 python -m benchmarks.decode [--vocab 4096,49152,131072] [--rows 8,64,256] [--smollm2]
+        [--rounds 3] [--json FILE]
 
+Runs of align set GOMP_SPINCOUNT too: with libgomp's default a step of few rows was 8 times slower on a busy machine.
 Both decode the same number of tokens from prompts of equal length, without stop ids, at temperature 1, in turn, with
 two threads; the ratio is that of the medians of ``--rounds`` runs. The model has 4 layers of width 512. ``--smollm2``
 decodes with random weights in the shape of SmolLM2-135M (32 rows), and prints the share of the time that the matrix
